@@ -1,0 +1,41 @@
+# Everything starts here: `make demo` and `make test` set up .venv by themselves.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: setup demo test lint types bench clean help
+
+help:
+	@echo "make demo   set up, backdoor a network on real images, guard it, serve it, print the verdicts"
+	@echo "make test   set up and run all tests"
+	@echo "make lint | types | bench | clean"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is %s. Name another with PYTHON=..." % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/guard demo $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy --strict guard handlers
+
+bench: setup
+	$(BIN)/python benchmarks/lof_speed.py
+	$(BIN)/python benchmarks/serving_overhead.py
+
+clean:
+	rm -rf build dist model_store/*.mar .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,258 @@
+"""The artefact on disk: a folder named by its digest, written once, verified whenever it is read, never a pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from guard.errors import BundleError
+from guard.types import AnyArray
+
+SCHEMA_VERSION = 1
+DOCUMENT, ARRAYS, BACKUPS, SUMS = "guard.json", "arrays.safetensors", "backups", "SHA256SUMS"
+ACTIVE, HISTORY = "ACTIVE", "HISTORY"
+_SHORT = 12  # digits of a digest that are shown to people
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBundle:
+    """A verified bundle in memory.
+
+    Attributes
+    ----------
+    digest : str
+        SHA-256 of the bundle's SHA256SUMS, 64 hex digits; also the folder's name.
+    document : dict
+        What `guard.json` holds.
+    arrays : dict of str to ndarray
+        What `arrays.safetensors` holds.
+    """
+
+    digest: str
+    document: dict[str, Any]
+    arrays: dict[str, AnyArray]
+
+
+@dataclass(frozen=True, slots=True)
+class BundleEntry:
+    """One line of `BundleStore.entries`."""
+
+    digest: str
+    is_active: bool
+    document: dict[str, Any]
+
+
+def write_bundle(root: str | os.PathLike[str], document: Mapping[str, Any], arrays: Mapping[str, AnyArray]) -> Path:
+    """Write a bundle atomically and return its folder, `root/<digest>`.
+
+    Files go to a temporary folder beside it, are flushed to disk, and the folder is renamed: a reader never sees half a
+    bundle, and the same contents written twice are one bundle.
+
+    Raises
+    ------
+    BundleError
+        If the folder cannot be written.
+    """
+    root = Path(root)
+    full = {"schema_version": SCHEMA_VERSION, **document}
+    files = {
+        DOCUMENT: json.dumps(full, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n",
+        ARRAYS: save_safetensors({name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}),
+    }
+    sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in sorted(files.items())).encode()
+    digest = hashlib.sha256(sums).hexdigest()
+    target = root / digest
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            with suppress(BundleError):
+                read_bundle(target)
+                return target
+            shutil.rmtree(target)  # damaged: the same contents, whole, take its place
+        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=root))
+        try:
+            for name, data in {**files, SUMS: sums}.items():
+                _write_durably(temporary / name, data)
+            temporary.chmod(0o755)
+            _sync_folder(temporary)
+            with suppress(FileExistsError):  # another process wrote the same bundle first
+                temporary.rename(target)
+            _sync_folder(root)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise BundleError(
+            f"bundle cannot be written to {root}: {error}. Is the folder writable, the disk full?"
+        ) from error
+    return target
+
+
+def read_bundle(path: str | os.PathLike[str]) -> StoredBundle:
+    """Read and verify the bundle in a folder.
+
+    Raises
+    ------
+    BundleError
+        If it is missing, damaged, renamed, holds files it should not, or was written by a newer version.
+    """
+    path = Path(path)
+    try:
+        sums = (path / SUMS).read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path} is not a bundle: {SUMS} cannot be read ({error.strerror}).") from error
+    digest = hashlib.sha256(sums).hexdigest()
+    if path.name != digest:
+        raise BundleError(
+            f"bundle {path.name[:_SHORT]} is damaged: its {SUMS} has digest {digest[:_SHORT]}. "
+            "Restore it from a copy, or fit again."
+        )
+    contents: dict[str, bytes] = {}
+    for line in sums.decode("utf-8", "replace").splitlines():
+        expected, _, name = line.partition("  ")
+        if name not in (DOCUMENT, ARRAYS) or (path / name).is_symlink():
+            raise BundleError(f"bundle {digest[:_SHORT]} lists a file that does not belong there: {name!r}.")
+        try:
+            contents[name] = (path / name).read_bytes()
+        except OSError as error:
+            raise BundleError(f"bundle {digest[:_SHORT]}: {name} cannot be read ({error.strerror}).") from error
+        if hashlib.sha256(contents[name]).hexdigest() != expected:
+            raise BundleError(
+                f"bundle {digest[:_SHORT]} is damaged: {name} ({len(contents[name])} bytes) does not match {SUMS}. "
+                "Restore it from a copy, or fit again."
+            )
+    if contents.keys() != {DOCUMENT, ARRAYS}:
+        raise BundleError(f"bundle {digest[:_SHORT]} must hold {DOCUMENT} and {ARRAYS}, lists {sorted(contents)}.")
+    try:
+        document = json.loads(contents[DOCUMENT])
+        version = document["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"bundle {digest[:_SHORT]}: {DOCUMENT} has no schema_version or is no JSON.") from error
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"bundle {digest[:_SHORT]} has schema version {version}, this program reads {SCHEMA_VERSION}. "
+            "Upgrade backdoor-guard, or fit again."
+        )
+    try:
+        arrays = load_safetensors(contents[ARRAYS])
+    except (SafetensorError, ValueError) as error:
+        raise BundleError(f"bundle {digest[:_SHORT]}: {ARRAYS} cannot be read ({error}).") from error
+    return StoredBundle(digest, document, arrays)
+
+
+class BundleStore:
+    """A folder of bundles and the pointer to the one in use.
+
+    `ACTIVE` holds one digest and is replaced atomically. `HISTORY` holds the digests that were active, oldest first,
+    so that `roll_back` knows where to go.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+
+    def entries(self) -> list[BundleEntry]:
+        """Return every whole bundle, newest first; damaged folders are left out."""
+        active = self.active_digest()
+        folders = [folder for folder in self.root.glob("?" * 64) if folder.is_dir()]
+        entries = []
+        for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True):
+            with suppress(BundleError):
+                entries.append(BundleEntry(folder.name, folder.name == active, read_bundle(folder).document))
+        return entries
+
+    def resolve(self, prefix: str) -> Path:
+        """Return the folder of the bundle whose digest starts with `prefix` (at least 6 digits)."""
+        if len(prefix) < 6 or not set(prefix) <= set("0123456789abcdef"):
+            raise BundleError(f"a bundle is named by at least 6 hex digits of its digest, got {prefix!r}.")
+        found = [folder for folder in self.root.glob(f"{prefix}*") if len(folder.name) == 64]
+        if len(found) != 1:
+            raise BundleError(f"{len(found)} bundles in {self.root} start with {prefix!r}. See `guard bundle list`.")
+        return found[0]
+
+    def active_digest(self) -> str | None:
+        """Return the digest in ACTIVE, or None if there is no such file."""
+        try:
+            return (self.root / ACTIVE).read_text().strip()
+        except FileNotFoundError:
+            return None
+
+    def active_path(self) -> Path:
+        """Return the folder of the active bundle."""
+        digest = self.active_digest()
+        if digest is None:
+            raise BundleError(
+                f"no bundle is active in {self.root}. Run `guard fit`, or `guard bundle activate DIGEST`."
+            )
+        return self.root / digest
+
+    def activate(self, digest: str) -> None:
+        """Verify a bundle and point ACTIVE at it."""
+        read_bundle(self.root / digest)
+        history = self._history()
+        if not history or history[-1] != digest:
+            self._replace(HISTORY, "".join(f"{line}\n" for line in [*history, digest]))
+        self._replace(ACTIVE, f"{digest}\n")
+
+    def roll_back(self) -> str:
+        """Point ACTIVE at the bundle that was active before, and return its digest.
+
+        Raises
+        ------
+        BundleError
+            If no other bundle was active before, or that one is damaged.
+        """
+        history = self._history()
+        active = self.active_digest()
+        while history and history[-1] == active:
+            history.pop()
+        if not history:
+            raise BundleError(f"nothing to roll back to: no other bundle was active in {self.root} before.")
+        digest = history[-1]
+        read_bundle(self.root / digest)
+        self._replace(ACTIVE, f"{digest}\n")
+        self._replace(HISTORY, "".join(f"{line}\n" for line in history))
+        return digest
+
+    def _history(self) -> list[str]:
+        try:
+            return (self.root / HISTORY).read_text().split()
+        except FileNotFoundError:
+            return []
+
+    def _replace(self, name: str, text: str) -> None:
+        try:
+            handle, temporary = tempfile.mkstemp(prefix=f".{name}-", dir=self.root)
+            os.close(handle)
+            _write_durably(Path(temporary), text.encode())
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(self.root / name)
+            _sync_folder(self.root)
+        except OSError as error:
+            raise BundleError(f"{self.root / name} cannot be written: {error}.") from error
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,169 @@
+"""One frozen settings object, and the one loader that reads it: flags over GUARD_* over guard.toml over defaults."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from guard.errors import ConfigError
+from guard.types import Action
+
+SETTINGS_FILE = "guard.toml"
+ENVIRONMENT_PREFIX = "GUARD_"
+
+#: Settings that may change after a guard was fitted; the others are fixed in its bundle.
+SERVING_SETTINGS = frozenset(
+    {
+        "false_positive_rate",
+        "action",
+        "failure_mode",
+        "rows_per_request",
+        "verdict_in_body",
+        "max_image_pixels",
+        "bundle_poll_seconds",
+        "model_attribute",
+    }
+)
+
+NormOrder = Literal["l0", "l1", "l2", "linf"]
+
+
+class GuardConfig(BaseModel):
+    """Settings of one guard: how it is fitted, what it does with a flagged input, how it serves.
+
+    Raises
+    ------
+    ConfigError
+        If a key is unknown or a value breaks its rule; the text names key, rule and value.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    #: Share of clean inputs that may be flagged, a fraction.
+    false_positive_rate: float = Field(0.01, gt=0, lt=1)
+    #: `calibrated` combines all detectors at the requested rate; `paper` is eq. 13 of arXiv 2011.02526.
+    mode: Literal["calibrated", "paper"] = "calibrated"
+    #: Seeds the folds and the training of decision heads.
+    seed: int = Field(0, ge=0)
+    #: Neighbours of the local outlier factor.
+    n_neighbors: int = Field(20, ge=1)
+    #: Parts for cross-fitting: each is scored by detectors fitted on the others.
+    folds: int = Field(5, ge=2)
+    #: A class with at least this many clean images gets a calibration of its own.
+    min_images_per_class: int = Field(50, ge=10)
+    #: Norms that summarise a feature vector in `paper` mode.
+    norm_orders: tuple[NormOrder, ...] = ("l1", "l2", "linf")
+    #: A feature counts as non-zero for l0 above this absolute value.
+    l0_tolerance: float = Field(1e-3, ge=0)
+    #: Standard deviation of Gaussian noise added to a second copy of the clean images while fitting; 0 = no copy.
+    image_noise_std: float = Field(0.0, ge=0)
+    #: Gaussian noise on decision-head inputs while training, in standard deviations of each feature.
+    feature_noise_std: float = Field(0.0, ge=0)
+
+    #: What is done with a flagged input.
+    action: Action = "flag"
+    #: `closed`: an input that cannot be scored is an error. `open`: it is answered, and marked `bypassed`.
+    failure_mode: Literal["closed", "open"] = "closed"
+    #: 1 = one row of the forward pass per request; `any` = a request may make several, and is poisoned if any row is.
+    rows_per_request: Literal[1, "any"] = 1
+    #: Also put the verdict under the key `guard` of JSON answers.
+    verdict_in_body: bool = False
+    #: An image with more pixels than this is refused before it is decoded.
+    max_image_pixels: int = Field(32_000_000, ge=1)
+    #: How often the ACTIVE file is looked at, in seconds.
+    bundle_poll_seconds: float = Field(0.25, gt=0, le=2)
+    #: Attribute of the user's handler that holds the network.
+    model_attribute: str = Field("model", min_length=1)
+
+    #: Folder of the image sets.
+    data_dir: Path | None = None
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_one_line(error)) from None
+
+    def replace(self, **changes: Any) -> GuardConfig:
+        """Return a copy with some settings changed, checked like new ones."""
+        return GuardConfig(**{**self.model_dump(), **changes})
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return _unknown(key)
+    if key == "false_positive_rate" and isinstance(first["input"], int | float):
+        return f"false_positive_rate must be in (0, 1), got {first['input']}."
+    return f"{key}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {first['input']!r}."
+
+
+def _unknown(key: str) -> str:
+    close = difflib.get_close_matches(key.lower(), GuardConfig.model_fields, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else f" Known are {', '.join(sorted(GuardConfig.model_fields))}."
+    return f"unknown setting {key!r}.{hint}"
+
+
+def load_config(settings_file: Path | None = None, **flags: Any) -> GuardConfig:
+    """Read the settings: a flag that is not None wins over GUARD_* variables, these over guard.toml, it over defaults.
+
+    Parameters
+    ----------
+    settings_file : Path, optional
+        A TOML file; default is `guard.toml` in the working folder, if there is one.
+    **flags
+        Settings by name; None means "not given".
+
+    Raises
+    ------
+    ConfigError
+        If a key is unknown, a value breaks its rule, or the named file cannot be read.
+    """
+    return GuardConfig(**load_settings(settings_file, **flags))
+
+
+def load_settings(settings_file: Path | None = None, **flags: Any) -> dict[str, Any]:
+    """Read the settings as `load_config` does, and return those that were given; defaults are left out."""
+    if settings_file is not None and not settings_file.is_file():
+        raise ConfigError(f"settings file {settings_file} does not exist. Name another with --settings.")
+    toml = settings_file or Path(SETTINGS_FILE)
+    for name in os.environ:
+        key = name.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if name.startswith(ENVIRONMENT_PREFIX) and key not in GuardConfig.model_fields:
+            raise ConfigError(f"environment variable {name}: {_unknown(key)}")
+
+    class Sources(BaseSettings, GuardConfig):
+        model_config = SettingsConfigDict(
+            env_prefix=ENVIRONMENT_PREFIX, toml_file=toml, frozen=True, extra="forbid", env_ignore_empty=True
+        )
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    try:
+        sources = Sources(**{key: value for key, value in flags.items() if value is not None})
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+    except (ValueError, SettingsError) as error:  # TOML that does not parse, a GUARD_* value that is no JSON
+        raise ConfigError(f"settings cannot be read: {error}. Look at {toml} and the GUARD_* variables.") from error
+    return {name: getattr(sources, name) for name in sources.model_fields_set}

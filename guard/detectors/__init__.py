@@ -1,0 +1,13 @@
+"""Detectors: one file each. To add one, write the file and add its line here."""
+
+from guard.detectors.base import Detector
+from guard.detectors.disagreement import HeadDisagreement
+from guard.detectors.lof import PerClassLof
+
+#: Name in bundles and reports -> class. All of them join the `calibrated` mode.
+DETECTORS: dict[str, type[Detector]] = {
+    "lof": PerClassLof,
+    "disagreement": HeadDisagreement,
+}
+
+__all__ = ["DETECTORS", "Detector"]

@@ -1,0 +1,122 @@
+"""The detectors of one guard, side by side: made from settings, fitted together, scored in one go."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from guard.config import GuardConfig
+from guard.detectors import DETECTORS, Detector
+from guard.detectors.disagreement import HeadDisagreement
+from guard.detectors.lof import PerClassLof
+from guard.errors import BundleError, DataError
+from guard.types import FEATURES, Activations, AnyArray, Float32Array, Float64Array, IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One detector, with the name under which its scores are reported and its kind in `DETECTORS`."""
+
+    name: str
+    kind: str
+    detector: Detector
+
+
+class Ensemble:
+    """A fixed list of detectors that see the same activations."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = tuple(members)
+        self.names = tuple(member.name for member in self.members)
+
+    @classmethod
+    def for_mode(cls, config: GuardConfig, depths: Sequence[str]) -> Self:
+        """Make the unfitted detectors of a mode.
+
+        In `calibrated` mode every registered detector joins; one with a `depth` setting joins once per depth. A setting
+        that a detector shares by name with `GuardConfig` takes its value from there.
+        """
+        if config.mode == "paper":
+            novelty = PerClassLof(
+                n_neighbors=config.n_neighbors,
+                summary=config.norm_orders,
+                l0_tolerance=config.l0_tolerance,
+                compare="any",
+            )
+            head = HeadDisagreement(feature_noise_std=config.feature_noise_std, seed=config.seed)
+            return cls([Member("lof:norms", "lof", novelty), Member(f"disagreement:{FEATURES}", "disagreement", head)])
+        members = []
+        for kind, detector_class in DETECTORS.items():
+            names = _setting_names(detector_class)
+            settings = {name: getattr(config, name) for name in names if name in GuardConfig.model_fields}
+            for depth in (FEATURES, *depths) if "depth" in names else ("",):
+                chosen = {**settings, "depth": depth} if depth else settings
+                members.append(Member(f"{kind}:{depth}" if depth else kind, kind, detector_class(**chosen)))
+        return cls(members)
+
+    def fit(self, activations: Activations, labels: IntArray) -> Self:
+        """Fit every detector on clean activations and true labels, shape (n,)."""
+        for member in self.members:
+            member.detector.fit(activations, labels)
+        return self
+
+    def score(self, activations: Activations) -> Float64Array:
+        """Return the raw scores, shape (n, n_detectors), columns in the order of `names`."""
+        raw = np.empty((len(activations), len(self.members)))
+        for column, member in enumerate(self.members):
+            raw[:, column] = member.detector.score(activations)
+        return raw
+
+    def replacement_logits(self, activations: Activations) -> Float32Array:
+        """Return the logits of the replacement head at the split layer, shape (n, n_classes)."""
+        for member in self.members:
+            if isinstance(member.detector, HeadDisagreement) and member.detector.depth == FEATURES:
+                return member.detector.logits(activations)
+        raise DataError("this guard holds no replacement head; action 'relabel' needs one.")
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return name, kind and settings of every detector, ready for JSON."""
+        return [
+            {
+                "name": member.name,
+                "kind": member.kind,
+                "settings": {name: getattr(member.detector, name) for name in _setting_names(type(member.detector))},
+            }
+            for member in self.members
+        ]
+
+    def arrays(self) -> dict[str, AnyArray]:
+        """Return everything that was learned, keyed by position and name."""
+        return {
+            f"{index}.{name}": array
+            for index, member in enumerate(self.members)
+            for name, array in member.detector.state().items()
+        }
+
+    @classmethod
+    def restore(cls, description: Sequence[Mapping[str, Any]], arrays: Mapping[str, AnyArray]) -> Self:
+        """Return a fitted ensemble from what `describe` and `arrays` returned."""
+        members = []
+        for index, entry in enumerate(description):
+            kind = entry["kind"]
+            if kind not in DETECTORS:
+                raise BundleError(f"unknown detector {kind!r}: known are {sorted(DETECTORS)}. Upgrade backdoor-guard.")
+            prefix = f"{index}."
+            state = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+            members.append(
+                Member(entry["name"], kind, DETECTORS[kind].from_state(state, **_untupled(entry["settings"])))
+            )
+        return cls(members)
+
+
+def _setting_names(detector_class: type[Detector]) -> list[str]:
+    return [field.name for field in dataclasses.fields(detector_class) if field.init]  # type: ignore[arg-type]
+
+
+def _untupled(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo what JSON does to tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}

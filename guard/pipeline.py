@@ -1,0 +1,455 @@
+"""The guard itself: fit on clean images, inspect new ones, save, load. The waist of the package."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from guard.bundle import read_bundle, write_bundle
+from guard.calibration import check_rate, conformal_p_values, stratified_folds
+from guard.config import SERVING_SETTINGS, GuardConfig
+from guard.ensemble import Ensemble
+from guard.errors import BundleError, ConfigError, DataError
+from guard.fusion import CalibratedFusion, Fusion, PaperFusion
+from guard.split_points import SplitPoints
+from guard.suspect import SuspectModel
+from guard.types import FEATURES, Activations, AnyArray, BoolArray, Float32Array, Float64Array, IntArray, Verdict
+
+#: Called with a line for a person and the share done, in [0, 1].
+Progress = Callable[[str, float], None]
+
+_CLEAN = "no more suspicious than clean images"
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Everything the guard computed for a batch, before any action.
+
+    Attributes
+    ----------
+    raw, surprise : ndarray of shape (n, n_detectors), float64
+        Each detector's score, and how unusual that score is; higher = more suspicious.
+    combined, p_values : ndarray of shape (n,), float64
+    is_poisoned : ndarray of shape (n,), bool
+    """
+
+    raw: Float64Array
+    surprise: Float64Array
+    combined: Float64Array
+    p_values: Float64Array
+    is_poisoned: BoolArray
+
+
+class Guard:
+    """Says of every input of a suspect model whether it is poisoned.
+
+    Made by `fit`, `fit_activations` or `load`, not by its constructor.
+
+    Attributes
+    ----------
+    config : GuardConfig
+        Settings that it was fitted with.
+    suspect : SuspectModel or None
+        The guarded model; None if it was fitted on activations alone.
+    input_shape : tuple of int or None
+        Shape of one image, as in `fit`.
+    class_names : tuple of str or None
+    reference, reference_labels : Activations, ndarray of shape (n,)
+        The clean data it was fitted on.
+    realised_false_positive_rate : float
+        Share of clean images flagged, measured on folds that neither detectors nor calibration had seen.
+    digest : str or None
+        Digest of the bundle that it was saved to or loaded from.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: GuardConfig,
+        ensemble: Ensemble,
+        fusion: Fusion,
+        clean_scores: Float64Array,
+        reference: Activations,
+        reference_labels: IntArray,
+        realised_false_positive_rate: float,
+        class_names: tuple[str, ...] | None = None,
+    ) -> None:
+        self.config = config
+        self.ensemble = ensemble
+        self.fusion = fusion
+        self.reference = reference
+        self.reference_labels = reference_labels
+        self.realised_false_positive_rate = realised_false_positive_rate
+        self.class_names = class_names
+        self.suspect: SuspectModel | None = None
+        self.input_shape: tuple[int, ...] | None = None
+        self.digest: str | None = None
+        self._clean_scores = clean_scores  # combined, out of fold, ascending
+
+    @classmethod
+    def fit(
+        cls,
+        suspect: SuspectModel,
+        clean_images: Float32Array,
+        clean_labels: IntArray,
+        config: GuardConfig | None = None,
+        *,
+        class_names: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Fit a guard on clean images; poisoned ones are neither needed nor wanted.
+
+        Parameters
+        ----------
+        suspect : SuspectModel
+            The network to guard.
+        clean_images : ndarray of shape (n, channels, height, width), float32
+            What the network takes, after the user's own preprocessing; finite.
+        clean_labels : ndarray of shape (n,), int
+            True labels, 0-based.
+        config : GuardConfig, optional
+            Settings; defaults if left out.
+        class_names : sequence of str, optional
+            For people only; kept in the bundle.
+        progress : callable, optional
+            Called with a line of text and the share done.
+
+        Raises
+        ------
+        DataError
+            If images or labels break a rule, or are too few for the requested rate.
+        SuspectModelError
+            If the network cannot be split.
+        """
+        config = config or GuardConfig()
+        images = np.asarray(clean_images)
+        check_rate(config.false_positive_rate, len(images))
+        if progress is not None:
+            progress("running the suspect model on the clean images", 0.0)
+        activations = suspect.activations(images)
+        noisy = None
+        if config.image_noise_std > 0:
+            noise = np.random.default_rng(config.seed).normal(0, config.image_noise_std, images.shape)
+            noisy = suspect.activations((images + noise).astype(np.float32))
+        guard = cls.fit_activations(
+            activations, clean_labels, config, noisy=noisy, class_names=class_names, progress=progress
+        )
+        guard.suspect = suspect
+        guard.input_shape = tuple(images.shape[1:])
+        return guard
+
+    @classmethod
+    def fit_activations(
+        cls,
+        activations: Activations,
+        labels: IntArray,
+        config: GuardConfig | None = None,
+        *,
+        noisy: Activations | None = None,
+        class_names: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Fit a guard on clean activations, for a model that is no PyTorch module.
+
+        Parameters
+        ----------
+        activations : Activations
+            Of clean inputs.
+        labels : ndarray of shape (n,), int
+            True labels in [0, n_classes).
+        noisy : Activations, optional
+            Of the same inputs with noise added; detectors learn from them too, calibration does not.
+
+        Raises
+        ------
+        DataError
+            If a value is not finite, shapes do not agree, or the images are too few for the requested rate.
+        """
+        config = config or GuardConfig()
+        report = progress or _silent
+        labels = _checked_labels(activations, labels)
+        n_classes = activations.logits.shape[1]
+        check_rate(config.false_positive_rate, len(labels))
+        if len(labels) < 2 * config.folds:
+            raise DataError(f"folds={config.folds} needs at least {2 * config.folds} clean images, got {len(labels)}.")
+        if class_names is not None and len(class_names) != n_classes:
+            raise DataError(f"the suspect model has {n_classes} classes, got {len(class_names)} class names.")
+
+        def fitted_ensemble(rows: BoolArray) -> Ensemble:
+            learn, learn_labels = activations[rows], labels[rows]
+            if noisy is not None:
+                learn = Activations.concatenate([learn, noisy[rows]])
+                learn_labels = np.concatenate([learn_labels, learn_labels])
+            return Ensemble.for_mode(config, tuple(activations.depths)).fit(learn, learn_labels)
+
+        part = stratified_folds(labels, config.folds, config.seed)
+        out_of_fold = []
+        for fold in range(config.folds):
+            report(f"cross-fitting, part {fold + 1} of {config.folds}", 0.1 + 0.7 * fold / config.folds)
+            out_of_fold.append(fitted_ensemble(part != fold).score(activations[part == fold]))
+        raw = np.empty((len(labels), out_of_fold[0].shape[1]))
+        for fold, scores in enumerate(out_of_fold):
+            raw[part == fold] = scores
+        report("fitting the detectors on all clean images", 0.8)
+        ensemble = fitted_ensemble(np.ones(len(labels), dtype=bool))
+        report("calibrating", 0.97)
+        predicted = activations.predicted_labels
+        combined = _cross_fitted_scores(config, raw, predicted, n_classes, part)
+        guard = cls(
+            config=config,
+            ensemble=ensemble,
+            fusion=_new_fusion(config).fit(raw, predicted, n_classes),
+            clean_scores=np.sort(combined),
+            reference=activations,
+            reference_labels=labels,
+            realised_false_positive_rate=_realised_rate(config, combined, part),
+            class_names=tuple(class_names) if class_names is not None else None,
+        )
+        report("fitted", 1.0)
+        return guard
+
+    def inspect(self, images: Float32Array) -> list[Verdict]:
+        """Return one verdict per image, in order.
+
+        Parameters
+        ----------
+        images : ndarray of shape (n, channels, height, width), float32
+            What the suspect model takes.
+
+        Raises
+        ------
+        DataError
+            If images break a rule, or cannot be scored; never answered as clean.
+        """
+        if self.suspect is None:
+            raise DataError("this guard has no suspect model: call inspect_activations(), or load it with a suspect.")
+        images = np.asarray(images)
+        if self.input_shape is not None and images.shape[1:] != self.input_shape:
+            wanted = ", ".join(str(size) for size in self.input_shape)
+            raise DataError(f"images must have shape (n, {wanted}) as in fit, got {images.shape}.")
+        if len(images) == 0:
+            return []
+        return self.inspect_activations(self.suspect.activations(images))
+
+    def inspect_activations(self, activations: Activations) -> list[Verdict]:
+        """Return one verdict per row of activations, in order.
+
+        Raises
+        ------
+        DataError
+            If a value is not finite or a width differs from `fit`.
+        """
+        finite = activations.finite_rows()
+        if not finite.all():
+            raise DataError(f"activations of input {int(np.argmin(finite))} are not finite; it cannot be scored.")
+        return self.decide(activations)
+
+    def decide(self, activations: Activations) -> list[Verdict]:
+        """Return one verdict per row; the caller answers for finite values, as `inspect_activations` does."""
+        labels = activations.predicted_labels
+        scores = self.scores(activations)
+        action = self.config.action
+        final_labels = labels
+        if action == "relabel" and scores.is_poisoned.any():
+            replacement = self.ensemble.replacement_logits(activations).argmax(axis=1)
+            final_labels = np.where(scores.is_poisoned, replacement, labels)
+        rows = zip(
+            labels.tolist(),
+            final_labels.tolist(),
+            scores.is_poisoned.tolist(),
+            scores.p_values.tolist(),
+            scores.combined.tolist(),
+            scores.raw.tolist(),
+            strict=True,
+        )
+        return [
+            Verdict(
+                label,
+                final_label,
+                is_poisoned,
+                p_value,
+                combined,
+                action if is_poisoned else "observe",
+                dict(zip(self.ensemble.names, raw, strict=True)),
+                self._reason(scores, row) if is_poisoned else _CLEAN,
+            )
+            for row, (label, final_label, is_poisoned, p_value, combined, raw) in enumerate(rows)
+        ]
+
+    def scores(self, activations: Activations) -> Scores:
+        """Return all scores of a batch as arrays; one row per input."""
+        raw = self.ensemble.score(activations)
+        surprise = self.fusion.surprise(raw, activations.predicted_labels)
+        combined = self.fusion.combine(surprise)
+        p_values = conformal_p_values(combined, self._clean_scores)
+        is_poisoned = self.fusion.decide(combined, p_values, self.config.false_positive_rate)
+        return Scores(raw, surprise, combined, p_values, is_poisoned)
+
+    def with_config(self, **changes: Any) -> Guard:
+        """Return the same fitted guard under other serving settings (rate, action, ...); nothing is fitted again.
+
+        Raises
+        ------
+        ConfigError, DataError
+            If a setting breaks its rule or is fixed by fitting, or the clean images are too few for the rate.
+        """
+        fixed = sorted(changes.keys() - SERVING_SETTINGS)
+        if fixed:
+            raise ConfigError(f"{fixed[0]} is fixed when a guard is fitted. Fit again to change it.")
+        other = copy.copy(self)
+        other.config = self.config.replace(**changes)
+        check_rate(other.config.false_positive_rate, len(self._clean_scores))
+        return other
+
+    def _reason(self, scores: Scores, row: int) -> str:
+        top = int(scores.surprise[row].argmax())
+        return (
+            f"as suspicious as {100 * scores.p_values[row]:.2g} % of clean images; "
+            f"strongest sign: {self.ensemble.names[top]} = {scores.raw[row, top]:.3g}"
+        )
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write the guard as a bundle below `directory` and return its folder, named by its digest.
+
+        Raises
+        ------
+        BundleError
+            If the folder cannot be written.
+        """
+        points = self.suspect.split_points if self.suspect is not None else None
+        document = {
+            "settings": self.config.model_dump(mode="json", exclude={"data_dir"}),
+            "class_names": self.class_names,
+            "input_shape": self.input_shape,
+            "n_classes": self.reference.logits.shape[1],
+            "weights_digest": self.suspect.digest if self.suspect is not None else None,
+            "split_points": dataclasses.asdict(points) if points is not None else None,
+            "depths": list(self.reference.depths),
+            "detectors": self.ensemble.describe(),
+            "clean_images": len(self.reference_labels),
+            "realised_false_positive_rate": self.realised_false_positive_rate,
+        }
+        arrays: dict[str, AnyArray] = {"clean_scores": self._clean_scores, "labels": self.reference_labels}
+        for prefix, part in (
+            ("reference", dict(self.reference.items())),
+            ("detector", self.ensemble.arrays()),
+            ("fusion", self.fusion.arrays()),
+        ):
+            arrays |= {f"{prefix}.{name}": array for name, array in part.items()}
+        path = write_bundle(directory, document, arrays)
+        self.digest = path.name
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], suspect: SuspectModel | None = None) -> Self:
+        """Read a bundle that `save` wrote.
+
+        Parameters
+        ----------
+        path : path-like
+            Folder of the bundle.
+        suspect : SuspectModel, optional
+            The model that it was fitted for; without one only `inspect_activations` works.
+
+        Raises
+        ------
+        BundleError
+            If the bundle is missing, damaged, of a newer schema, or was fitted for other weights.
+        """
+        stored = read_bundle(path)
+        document = stored.document
+        try:
+            if suspect is not None:
+                _match(suspect, document, stored.digest)
+            reference = _below(stored.arrays, "reference.")
+            config = GuardConfig(**document["settings"])
+            guard = cls(
+                config=config,
+                ensemble=Ensemble.restore(document["detectors"], _below(stored.arrays, "detector.")),
+                fusion=_new_fusion(config).restore(_below(stored.arrays, "fusion.")),
+                clean_scores=stored.arrays["clean_scores"],
+                reference=Activations(
+                    reference["logits"], reference[FEATURES], {name: reference[name] for name in document["depths"]}
+                ),
+                reference_labels=stored.arrays["labels"],
+                realised_false_positive_rate=document["realised_false_positive_rate"],
+                class_names=tuple(document["class_names"]) if document["class_names"] else None,
+            )
+            guard.input_shape = tuple(document["input_shape"]) if document["input_shape"] else None
+        except (KeyError, TypeError) as error:
+            raise BundleError(f"bundle {stored.digest[:12]} lacks {error}. Fit again with this version.") from error
+        guard.suspect = suspect
+        guard.digest = stored.digest
+        return guard
+
+
+def _silent(_text: str, _share: float) -> None:
+    """Report nothing."""
+
+
+def _new_fusion(config: GuardConfig) -> Fusion:
+    return PaperFusion() if config.mode == "paper" else CalibratedFusion(config.min_images_per_class)
+
+
+def _checked_labels(activations: Activations, labels: IntArray) -> IntArray:
+    labels = np.asarray(labels)
+    if labels.shape != (len(activations),):
+        raise DataError(f"labels must have shape ({len(activations)},), one per image, got {labels.shape}.")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"labels must be integers, got {labels.dtype}.")
+    n_classes = activations.logits.shape[1]
+    if len(labels) and (labels.min() < 0 or labels.max() >= n_classes):
+        raise DataError(f"labels must be in [0, {n_classes}), got {labels.min()} to {labels.max()}.")
+    finite = activations.finite_rows()
+    if not finite.all():
+        raise DataError(f"activations of clean image {int(np.argmin(finite))} are not finite. Is the model damaged?")
+    return labels.astype(np.int64)
+
+
+def _cross_fitted_scores(
+    config: GuardConfig, raw: Float64Array, predicted: IntArray, n_classes: int, part: IntArray
+) -> Float64Array:
+    """Return the combined score of every clean row under a fusion that was fitted on the other folds.
+
+    Ranking new inputs among scores whose own fusion had seen them would flag more clean inputs than asked for.
+    """
+    combined = np.empty(len(raw))
+    for fold in range(config.folds):
+        hold = part == fold
+        fusion = _new_fusion(config).fit(raw[~hold], predicted[~hold], n_classes)
+        combined[hold] = fusion.combine(fusion.surprise(raw[hold], predicted[hold]))
+    return combined
+
+
+def _realised_rate(config: GuardConfig, combined: Float64Array, part: IntArray) -> float:
+    """Return the share of clean rows flagged when each fold is ranked among the others."""
+    flagged = 0
+    for fold in range(config.folds):
+        hold = part == fold
+        p_values = conformal_p_values(combined[hold], np.sort(combined[~hold]))
+        flagged += int(_new_fusion(config).decide(combined[hold], p_values, config.false_positive_rate).sum())
+    return flagged / len(combined)
+
+
+def _match(suspect: SuspectModel, document: Mapping[str, Any], digest: str) -> None:
+    """See to it that a bundle belongs to this model, and split the model where the bundle was fitted."""
+    weights = document["weights_digest"]
+    if weights is not None and weights != suspect.digest:
+        raise BundleError(
+            f"bundle {digest[:12]} was fitted for weights {weights[:12]}, the suspect model has {suspect.digest[:12]}. "
+            "Fit again for these weights."
+        )
+    points = document["split_points"]
+    if points is not None:
+        suspect.use_split_points(SplitPoints(points["split"], tuple(points["depths"])))
+
+
+def _below(arrays: Mapping[str, AnyArray], prefix: str) -> dict[str, AnyArray]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

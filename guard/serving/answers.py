@@ -1,0 +1,107 @@
+"""What the sender of one request sees of its outcome: status, headers, body. The same on every server."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from guard.errors import GuardError, InputRejectedError
+from guard.serving.runtime import Outcome
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Status, extra headers and body of one answer; `is_error` says that the guard wrote the body itself, as JSON."""
+
+    status: int
+    body: Any
+    headers: dict[str, str] = field(default_factory=dict)
+    is_error: bool = False
+
+
+def make_answer(outcome: Outcome, body: Any, digest: str, *, verdict_in_body: bool = False) -> Answer:
+    """Combine what the model's own handler answered with what the guard says.
+
+    Parameters
+    ----------
+    outcome : Outcome
+        The guard's.
+    body : object
+        The handler's own answer, passed on untouched unless the input is blocked, rejected or failed.
+    digest : str
+        Digest of the bundle that judged it.
+    verdict_in_body : bool
+        Also add the verdict to a JSON body: under the key `guard` of an object; any other JSON value becomes
+        `{"prediction": value, "guard": ...}`. A body that is no JSON is left alone.
+    """
+    verdict = outcome.verdict
+    if verdict is None:
+        if outcome.kind == "bypassed":
+            headers = {"Guard-Verdict": "bypassed", "Guard-Action": "none", "Guard-Bundle": digest}
+            told: dict[str, Any] = {"verdict": "bypassed", "p_value": None, "action": "none", "bundle": digest}
+            return Answer(200, _with_verdict(body, told) if verdict_in_body else body, headers)
+        if not outcome.message:  # the user's handler refused it, in its own words
+            return Answer(outcome.status, body)
+        kind = "InputRejected" if outcome.kind == "rejected" else "GuardFailed"
+        return Answer(outcome.status, error_body(outcome.status, kind, outcome.message), is_error=True)
+    action = verdict.action if verdict.is_poisoned else "none"
+    headers = {
+        "Guard-Verdict": outcome.kind,
+        "Guard-P-Value": f"{verdict.p_value:.6g}",
+        "Guard-Action": action,
+        "Guard-Bundle": digest,
+    }
+    if action == "block":
+        message = f"the input was judged poisoned and blocked: {verdict.reason}."
+        return Answer(422, error_body(422, "InputBlocked", message, p_value=verdict.p_value), headers, is_error=True)
+    if verdict_in_body:
+        told = {"verdict": outcome.kind, "p_value": verdict.p_value, "action": action, "bundle": digest}
+        body = _with_verdict(body, told)
+    return Answer(200, body, headers)
+
+
+def excuse(error: Exception, model_ran: bool) -> Outcome:
+    """Return the outcome of a request whose handler raised: its own fault until the model runs, the model's after.
+
+    An exception may bring a status of its own as `error_code`, as TorchServe's PredictionException does.
+    """
+    logger.warning("one request failed: %s", type(error).__name__)  # its text may quote the request: not for logs
+    text = str(error)[:300]
+    code = getattr(error, "error_code", None)
+    if isinstance(error, InputRejectedError):
+        return Outcome("rejected", status=error.status, message=text)
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return Outcome("rejected", status=413, message=f"the image is too large: {text}")
+    if isinstance(code, int) and 400 <= code < 600:
+        return Outcome("rejected" if code < 500 else "failed", status=code, message=text or "the handler refused it.")
+    if isinstance(error, MemoryError):
+        return Outcome("failed", status=507, message="out of memory.")
+    if model_ran or isinstance(error, GuardError):
+        return Outcome("failed", status=500, message=f"the model failed on this input: {type(error).__name__}.")
+    return Outcome("rejected", status=400, message=f"the input was refused: {type(error).__name__}: {text}")
+
+
+def error_body(status: int, kind: str, message: str, **more: Any) -> dict[str, Any]:
+    """Return the JSON body of an error, in the form that TorchServe's own errors have."""
+    return {"code": status, "type": kind, "message": message, **more}
+
+
+def _with_verdict(body: Any, told: dict[str, Any]) -> Any:
+    if isinstance(body, str | bytes | bytearray):
+        try:
+            parsed = json.loads(body)
+        except ValueError:
+            return body
+        text = json.dumps(_with_verdict(parsed, told), indent=2)
+        return text if isinstance(body, str) else text.encode()
+    if isinstance(body, dict):
+        return {**body, "guard": told}
+    if isinstance(body, list | int | float | None):
+        return {"prediction": body, "guard": told}
+    return body

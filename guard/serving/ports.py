@@ -1,0 +1,63 @@
+"""The five ports of one TorchServe, on loopback: asked for, or free ones."""
+
+from __future__ import annotations
+
+import random
+import socket
+from dataclasses import astuple, dataclass
+
+from guard.errors import ServerError
+
+LOOPBACK = "127.0.0.1"
+#: Below the range from which Linux takes the ports of outgoing connections.
+_FREE_PORTS = range(20_000, 32_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """The five ports of one instance; gRPC cannot be switched off in TorchServe 0.12."""
+
+    inference: int
+    management: int
+    metrics: int
+    grpc_inference: int
+    grpc_management: int
+
+
+def choose_ports(inference: int = 0, management: int = 0, metrics: int = 0) -> Ports:
+    """Return the ports asked for, and free ones for 0 and for gRPC.
+
+    Raises
+    ------
+    ServerError
+        If a port is out of range, named twice, or taken.
+    """
+    requested = {"inference": inference, "management": management, "metrics": metrics}
+    named = [port for port in requested.values() if port]
+    if len(set(named)) < len(named):
+        raise ServerError(f"the ports must differ, got {named}. Give others, or 0 for free ones.")
+    for name, port in requested.items():
+        if not 0 <= port <= 65535:
+            raise ServerError(f"{name} port must be in [0, 65535], got {port}. Give another, or 0 for a free one.")
+        if port and not port_is_free(port):
+            raise ServerError(f"{name} port {port} is taken by another program. Give another, or 0 for a free one.")
+    chosen = dict(requested, grpc_inference=0, grpc_management=0)
+    for name, port in chosen.items():
+        while not port:
+            candidate = random.SystemRandom().choice(_FREE_PORTS)
+            if candidate not in chosen.values() and port_is_free(candidate):
+                chosen[name] = port = candidate
+    ports = Ports(**chosen)
+    assert len(set(astuple(ports))) == 5
+    return ports
+
+
+def port_is_free(port: int) -> bool:
+    """Return whether a server could listen on this port of loopback now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: TIME_WAIT is no hindrance
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError:
+            return False
+    return True

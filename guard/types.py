@@ -1,0 +1,138 @@
+"""The nouns that every room of the package shares: activations and verdicts, and the names of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from guard.errors import DataError
+
+Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+FloatArray = npt.NDArray[np.floating[Any]]
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+AnyArray = npt.NDArray[Any]
+
+Action = Literal["observe", "flag", "relabel", "block"]
+
+#: Name under which detectors ask `Activations.at` for the split layer.
+FEATURES = "features"
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """What one forward pass of the suspect model left behind, one row per input, all float32.
+
+    Attributes
+    ----------
+    logits : ndarray of shape (n, n_classes)
+        Output of the suspect model before any softmax.
+    features : ndarray of shape (n, d)
+        Features at the split layer.
+    depths : mapping of str to ndarray of shape (n, d_k)
+        Pooled features at earlier layers, keyed by layer name, in the order of execution.
+    """
+
+    logits: Float32Array
+    features: Float32Array
+    depths: Mapping[str, Float32Array] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, array in self.items():
+            if not isinstance(array, np.ndarray) or array.ndim != 2:
+                raise DataError(f"activations: {name} must be a 2-D array, got shape {np.shape(array)}.")
+            if len(array) != len(self.logits):
+                raise DataError(f"activations: {name} has {len(array)} rows, logits have {len(self.logits)}.")
+        if FEATURES in self.depths:
+            raise DataError(f"activations: a depth must not be called {FEATURES!r}; that name means the split layer.")
+
+    def items(self) -> list[tuple[str, Float32Array]]:
+        """Return (name, array) of logits, features and every depth."""
+        return [("logits", self.logits), (FEATURES, self.features), *self.depths.items()]
+
+    def at(self, depth: str) -> Float32Array:
+        """Return the features at one depth; `"features"` means the split layer.
+
+        Raises
+        ------
+        DataError
+            If there is no such depth.
+        """
+        if depth == FEATURES:
+            return self.features
+        try:
+            return self.depths[depth]
+        except KeyError:
+            raise DataError(f"there is no depth {depth!r}: known are {[FEATURES, *self.depths]}.") from None
+
+    @property
+    def predicted_labels(self) -> IntArray:
+        """The suspect model's own answer per row, shape (n,), int64."""
+        labels: IntArray = self.logits.argmax(axis=1).astype(np.int64, copy=False)
+        return labels
+
+    def finite_rows(self) -> BoolArray:
+        """Return which rows hold only finite numbers, shape (n,)."""
+        finite = np.ones(len(self), dtype=bool)
+        for _, array in self.items():
+            finite &= np.isfinite(array).all(axis=1)
+        return finite
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def __getitem__(self, rows: slice | AnyArray) -> Activations:
+        """Return the chosen rows (a slice, an index array or a boolean mask) as new activations."""
+        return Activations(
+            self.logits[rows], self.features[rows], {name: array[rows] for name, array in self.depths.items()}
+        )
+
+    @classmethod
+    def concatenate(cls, parts: list[Activations]) -> Activations:
+        """Stack several activations of the same model, in order."""
+        if not parts:
+            raise DataError("nothing to concatenate: give at least one Activations.")
+        return cls(
+            np.concatenate([part.logits for part in parts]),
+            np.concatenate([part.features for part in parts]),
+            {name: np.concatenate([part.at(name) for part in parts]) for name in parts[0].depths},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the guard says of one input.
+
+    Attributes
+    ----------
+    label : int
+        The suspect model's own answer.
+    final_label : int
+        The answer after the guard's action; differs from `label` only under `relabel`.
+    is_poisoned : bool
+        True if the input is flagged.
+    p_value : float
+        Share of clean inputs at least as suspicious, in (0, 1]; small = suspicious.
+    score : float
+        Combined score before it became a p-value; no unit, higher = more suspicious.
+    action : {"observe", "flag", "relabel", "block"}
+        What is done with a flagged input; `"observe"` for one that is not flagged.
+    detector_scores : mapping of str to float
+        Raw score of every detector, higher = more suspicious.
+    reason : str
+        One line for a person.
+    """
+
+    label: int
+    final_label: int
+    is_poisoned: bool
+    p_value: float
+    score: float
+    action: Action
+    detector_scores: Mapping[str, float]
+    reason: str

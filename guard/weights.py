@@ -1,0 +1,246 @@
+"""Weights files from strangers: look before loading, load tensors only, and name what was loaded by its digest.
+
+Files are judged by their content, never by their name, and whatever is not recognised is refused. Nothing of a file
+is executed: archives are judged by the names of their members, pickles go through torch's tensors-only reader.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from guard.errors import SuspectModelError, UnsafeWeightsError
+
+CONVERT = (
+    "Convert it in a sandbox without network or secrets: build the architecture from code you trust, and save "
+    "model.state_dict() with safetensors.torch.save_file(...) or torch.save(...)."
+)
+
+#: Names that a checkpoint gives to the state dict inside it, and prefixes that wrappers put before every key.
+STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+#: All that torch.save writes into its zip archive, below one top folder.
+_STATE_DICT_MEMBER = re.compile(
+    r"[^/]+/(data\.pkl|data/\d+|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id)"
+)
+_ZIP = b"PK\x03\x04"
+_TORCH_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number that torch.save wrote before 1.6
+_MAX_SAFETENSORS_HEADER = 100_000_000  # bytes; the limit of the format
+
+#: (bytes, offset, what the file is): foreign formats worth a name of their own.
+_FOREIGN = (
+    (b"\x7fELF", 0, "a compiled library (ELF), which runs code when loaded"),
+    (b"MZ", 0, "a Windows program or library, which runs code when loaded"),
+    (b"\xcf\xfa\xed\xfe", 0, "a compiled library (Mach-O), which runs code when loaded"),
+    (b"\xca\xfe\xba\xbe", 0, "a compiled library (Mach-O), which runs code when loaded"),
+    (b"\x93NUMPY", 0, "a NumPy array, not a state dict"),
+    (b"\x89HDF", 0, "an HDF5 file (Keras), not a PyTorch state dict"),
+    (b"GGUF", 0, "a GGUF file, not a PyTorch state dict"),
+    (b"\x1f\x8b", 0, "a gzip archive; unpack it first"),
+    (b"7z\xbc\xaf\x27\x1c", 0, "a 7-Zip archive; unpack it first"),
+    (b"ustar", 257, "a tar archive, which torch.load reads with an unrestricted pickle"),
+    (b"version https://git-lfs", 0, "a Git LFS pointer, not the file itself; run git lfs pull"),
+    (b"\x80", 0, "a Python pickle that torch.save did not write; loading it could run code"),
+)
+
+
+def check_weights_file(path: str | Path) -> None:
+    """Look into a weights file and refuse it unless it holds tensors and nothing that could run.
+
+    Cheap: of a safetensors file or a zip archive made by `torch.save` no tensor is read. To be called before any other
+    loader touches the file.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file. Its extension is ignored.
+
+    Raises
+    ------
+    UnsafeWeightsError
+        If it is a whole-module pickle, TorchScript, `.pt2`, a library, an ONNX graph, or anything not recognised.
+    SuspectModelError
+        If it is missing, empty or truncated.
+    """
+    _read(Path(path), map_only=True)
+
+
+def load_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Load a state dict onto the CPU from a safetensors file or from what `torch.save(model.state_dict(), ...)` wrote.
+
+    A state dict nested under `"state_dict"`, `"model_state_dict"` or `"model"` is taken out, and a prefix `"module."`
+    or `"_orig_mod."` that every key carries is removed.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file. Its extension is ignored.
+
+    Returns
+    -------
+    state_dict : dict of str to Tensor
+        Parameters and buffers, on the CPU, in their own dtype.
+
+    Raises
+    ------
+    UnsafeWeightsError
+        If loading the file could run code, or it holds no state dict (see `check_weights_file`).
+    SuspectModelError
+        If it is missing, empty or truncated, or an entry is no dense tensor.
+    """
+    return _plain_state_dict(_read(Path(path), map_only=False), str(path))
+
+
+def weights_digest(weights: nn.Module | Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the weights themselves, whatever file, device or memory layout they come in.
+
+    Parameters
+    ----------
+    weights : Module or mapping of str to Tensor
+        A module stands for its parameters and persistent buffers.
+
+    Returns
+    -------
+    digest : str
+        64 hexadecimal digits over the sorted names, dtypes, shapes and little-endian bytes.
+    """
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name]
+        if not isinstance(tensor, Tensor):  # a module's own extra state is not part of its weights
+            continue
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+        content = flat.view(torch.uint8).numpy()  # shares memory: no copy of a contiguous CPU tensor
+        if sys.byteorder == "big" and flat.itemsize > 1:
+            content = content.reshape(-1, flat.itemsize)[:, ::-1].copy()
+        digest.update(content.data)
+    return digest.hexdigest()
+
+
+def _read(path: Path, map_only: bool) -> Any:
+    """Return what the file holds; with `map_only` the tensors' bytes are left on disk where the format allows it."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+        size = path.stat().st_size
+    except OSError as error:
+        raise SuspectModelError(f"cannot read weights file {path}: {error.strerror}. Check the path.") from None
+    if not head:
+        raise SuspectModelError(f"weights file {path} is empty. Fetch or save it again.")
+    header = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and header <= _MAX_SAFETENSORS_HEADER:
+        if header + 8 > size:
+            raise _damaged(path, "its header is longer than the file")
+        return _read_safetensors(path, map_only)
+    if head.startswith(_ZIP):
+        _check_zip_members(path)
+        return _read_torch(path, "meta" if map_only else "cpu")  # "meta": shapes without bytes
+    if head.startswith(_TORCH_PICKLE):
+        return _read_torch(path, "cpu")
+    for magic, offset, what in _FOREIGN:
+        if head.startswith(magic, offset):
+            raise UnsafeWeightsError(f"weights file {path} is {what}. {CONVERT}")
+    if head[0] == 0x08 and (b"onnx" in head or b"pytorch" in head or head[2:3] == b"\x12"):  # ir_version, producer
+        raise UnsafeWeightsError(f"weights file {path} is an ONNX graph, not a PyTorch state dict. {CONVERT}")
+    raise UnsafeWeightsError(f"weights file {path} is neither safetensors nor a PyTorch state dict. {CONVERT}")
+
+
+def _read_safetensors(path: Path, map_only: bool) -> dict[str, Tensor]:
+    try:
+        if not map_only:
+            return safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, framework="pt"):
+            return {}
+    except safetensors.SafetensorError as error:
+        raise _damaged(path, str(error)) from None
+
+
+def _check_zip_members(path: Path) -> None:
+    """Refuse every archive that is not laid out exactly as `torch.save` does it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise _damaged(path, str(error)) from None
+    what = None
+    if any(name.endswith(("/constants.pkl", "/model.json")) and "/models/" not in name for name in names) or any(
+        "/code/" in name for name in names
+    ):
+        what = "a TorchScript archive, which carries a program"
+    elif any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
+        what = "a torch.export archive (.pt2), which carries a program"
+    elif any(name.endswith(".npy") for name in names):
+        what = "a NumPy archive (.npz), not a state dict"
+    elif any(name.startswith("MAR-INF/") for name in names):
+        what = "a TorchServe model archive (.mar); name the weights file inside it"
+    elif strange := next((name for name in names if not _STATE_DICT_MEMBER.fullmatch(name)), None):
+        what = f"a zip archive with a member that torch.save does not write ({strange[:80]!r})"
+    elif len(set(names)) < len(names):  # readers disagree on which of two equal names they open
+        what = "a zip archive in which one name occurs twice"
+    elif sum(name.endswith("/data.pkl") for name in names) != 1:
+        what = "a zip archive without exactly one data.pkl"
+    if what:
+        raise UnsafeWeightsError(f"weights file {path} is {what}. {CONVERT}")
+
+
+def _read_torch(path: Path, device: str) -> Any:
+    try:
+        with path.open("rb") as file:  # given a path instead, torch.load would let the extension choose the reader
+            return torch.load(file, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UnsafeWeightsError(f"weights file {path} is {_name_pickle(str(error))}. {CONVERT}") from None
+    except Exception as error:  # whatever a damaged or hostile file makes the reader stumble over
+        raise _damaged(path, f"{type(error).__name__}: {error}") from None
+
+
+def _name_pickle(message: str) -> str:
+    """Say in words what torch's tensors-only reader refused."""
+    found = re.search(r"GLOBAL (\S+) was not an allowed|module (\S+) is blocked|load (\S+) without", message)
+    if found is None:
+        return "a pickle that holds more than tensors, and loading it could run code"
+    name = next(group for group in found.groups() if group)
+    if name.startswith("torch.nn.") or name.startswith("__main__."):
+        return f"a pickle of a whole module (it asks for {name}), and loading it could run code"
+    return f"a pickle that asks for {name}, and loading it could run code"
+
+
+def _damaged(path: Path, reason: str) -> SuspectModelError:
+    line = " ".join(reason.split())[:160].rstrip(".")
+    return SuspectModelError(f"weights file {path} is truncated or damaged ({line}). Fetch or save it again.")
+
+
+def _plain_state_dict(content: Any, path: str) -> dict[str, Tensor]:
+    for _ in range(2):  # {"model": {"state_dict": ...}} happens too
+        if isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
+            content = next((content[k] for k in STATE_DICT_KEYS if isinstance(content.get(k), Mapping)), content)
+    if not isinstance(content, Mapping) or not content:
+        raise SuspectModelError(
+            f"weights file {path} must hold a state dict, got {type(content).__name__} "
+            f"of {len(content) if isinstance(content, Mapping) else 'no'} entries. Save model.state_dict()."
+        )
+    state: dict[str, Tensor] = {}
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            raise SuspectModelError(
+                f"weights file {path}: entry {str(name)[:80]!r} must be a dense tensor, got {type(tensor).__name__}. "
+                "Save model.state_dict() alone."
+            )
+        state[name] = tensor.detach()
+    for prefix in WRAPPER_PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state

@@ -1,0 +1,149 @@
+"""A plain TorchServe handler for image classifiers: one image in, one label with probabilities out. No guard in it."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from ts.torch_handler.base_handler import BaseHandler
+
+DEFAULTS = {"mean": 0.0, "std": 1.0, "class_names": None, "scale": 255, "resize": False}
+REQUIRED = ["architecture", "input_shape"]
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow mode
+READABLE_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"}  # the others have more than 8 bits per channel
+MAX_PIXELS = 32_000_000
+LARGEST = 1e30  # far below the end of float32, so that scaling cannot overflow
+
+
+class ImageHandler(BaseHandler):  # type: ignore[misc]  # ts is untyped
+    """Serve the network that `image_handler.json` in the archive describes.
+
+    Keys: `architecture` ("module:factory"), `input_shape` ([channels, height, width]); optional `mean` and `std` (one
+    number, or one per channel), `scale` (pixel values are divided by it first, 255), `class_names`, `resize` (false:
+    an image of another size is refused). A request is PNG or JPEG bytes, their base64 text, or JSON: nested lists of
+    pixel values of the input shape, or {"data": ...} around any of these. What cannot be read gets status 422, alone.
+    """
+
+    def initialize(self, context: Any) -> None:
+        """Read the settings, build the network, load its weights without running any code of the weights file."""
+        from guard.weights import load_state_dict
+
+        folder = Path(context.system_properties["model_dir"])
+        self.settings = {**DEFAULTS, **json.loads((folder / "image_handler.json").read_text())}
+        if wrong := set(self.settings) ^ {*DEFAULTS, *REQUIRED}:
+            raise ValueError(f"image_handler.json: unknown or missing keys {sorted(wrong)}. Needed: {REQUIRED}.")
+        gpu = context.system_properties.get("gpu_id")
+        self.device = torch.device(f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu")
+        sys.path.insert(0, str(folder))
+        module, _, factory = self.settings["architecture"].partition(":")
+        self.model = getattr(importlib.import_module(module), factory)()
+        self.model.load_state_dict(load_state_dict(folder / context.manifest["model"]["serializedFile"]))
+        self.model.to(self.device).eval()
+        self.shape: tuple[int, int, int] = tuple(self.settings["input_shape"])
+        self.scale = np.float32(self.settings["scale"])
+        per_channel = (self.shape[0], 1, 1)
+        self.mean = np.broadcast_to(np.reshape(self.settings["mean"], (-1, 1, 1)), per_channel).astype(np.float32)
+        self.std = np.broadcast_to(np.reshape(self.settings["std"], (-1, 1, 1)), per_channel).astype(np.float32)
+        self.initialized = True
+
+    def handle(self, data: list[dict[str, Any]], context: Any) -> list[dict[str, Any]]:
+        """Answer a batch in order; an item that cannot be read gets a 422 and spoils no other."""
+        self.context = context
+        try:
+            return self.postprocess(self.inference(self.preprocess(data)))
+        except ValueError:
+            answers: list[dict[str, Any]] = []
+        for index, item in enumerate(data):
+            try:
+                image = self.preprocess([item])
+            except ValueError as error:
+                context.set_response_status(code=422, phrase="Unprocessable Entity", idx=index)
+                answers.append({"error": str(error)})
+            else:
+                answers += self.postprocess(self.inference(image))
+        return answers
+
+    def preprocess(self, data: list[dict[str, Any]]) -> torch.Tensor:
+        """Turn requests into float32 images of shape (n, channels, height, width); ValueError says what is wrong."""
+        images = np.empty((len(data), *self.shape), np.float32)
+        for index, item in enumerate(data):
+            body = item.get("body")
+            images[index] = self._pixels(item.get("data") if body is None else body)
+        images /= self.scale
+        images -= self.mean
+        images /= self.std
+        return torch.from_numpy(images)
+
+    def postprocess(self, data: torch.Tensor) -> list[dict[str, Any]]:
+        """Turn logits of shape (n, n_classes) into one answer per row."""
+        names = self.settings["class_names"]
+        probabilities = data.float().softmax(1)
+        return [
+            {"label": label, "class_name": names and names[label], "probabilities": [round(p, 6) for p in row]}
+            for label, row in zip(probabilities.argmax(1).tolist(), probabilities.tolist(), strict=True)
+        ]
+
+    def _pixels(self, body: Any) -> np.ndarray[Any, Any]:
+        if isinstance(body, (bytes, bytearray, str)):
+            body = parse(body)
+        if isinstance(body, dict):
+            body = body.get("data")
+            body = parse(body) if isinstance(body, str) else body
+        if isinstance(body, list):
+            return numbers(body, self.shape)
+        if isinstance(body, bytes):
+            return self._decode(body)
+        raise ValueError("a request must hold an image, its base64 text, or nested lists of numbers.")
+
+    def _decode(self, body: bytes) -> np.ndarray[Any, Any]:
+        channels, height, width = self.shape
+        try:
+            image = Image.open(io.BytesIO(body), formats=("PNG", "JPEG"))  # reads the header only
+            if image.mode not in READABLE_MODES or channels not in MODES:
+                raise ValueError(f"an image of mode {image.mode} does not fit a model with {channels} channels.")
+            if image.size != (width, height) and not self.settings["resize"]:
+                raise ValueError(f"image must be {width} x {height} pixels, got {image.width} x {image.height}.")
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"image must have at most {MAX_PIXELS} pixels, got {image.width * image.height}.")
+            pixels = image.convert(MODES[channels])  # decodes
+            if pixels.size != (width, height):
+                pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError("the image cannot be read: it must be a whole PNG or JPEG.") from error
+        return np.asarray(pixels).reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def parse(body: bytes | bytearray | str) -> Any:
+    """Return image bytes, or what the JSON in a body says."""
+    raw = body.encode() if isinstance(body, str) else bytes(body)
+    if raw.startswith((b"\x89PNG", b"\xff\xd8")):
+        return raw
+    if not (raw := raw.strip()):
+        raise ValueError("the request is empty: send an image.")
+    try:
+        if raw[:1] in b"[{":
+            return json.loads(raw)
+        return base64.b64decode(raw.removeprefix(b'"').removesuffix(b'"'), validate=True)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("the request is no PNG, no JPEG, no base64 text of one, and no JSON.") from error
+
+
+def numbers(values: list[Any], shape: tuple[int, int, int]) -> np.ndarray[Any, Any]:
+    """Return nested lists as an array of the model's input shape; a single channel may be left out."""
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"pixel values must have shape {list(shape)}, got lists of unequal length.") from error
+    if array.shape != shape and (1, *array.shape) != shape:
+        raise ValueError(f"pixel values must have shape {list(shape)}, got {list(array.shape)}.")
+    if array.dtype.kind not in "iuf" or not (np.abs(array) < LARGEST).all():  # not: NaN compares as false
+        raise ValueError("pixel values must be finite numbers.")
+    return array.reshape(shape)

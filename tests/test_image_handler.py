@@ -1,0 +1,229 @@
+"""The plain image handler, driven with TorchServe's own Context, without Java."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from guard.errors import UnsafeWeightsError
+from guard.resources import resource_path
+from guard.serving.launch import torchserve_home
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", ResourceWarning)  # ts leaves its version file open
+    from ts.context import Context, RequestProcessor
+    from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
+    from ts.utils.util import list_classes_from_module
+
+NETWORK = """
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Flatten(), nn.Linear({inputs}, 4))
+"""
+
+
+def load_handler_module() -> Any:
+    spec = importlib.util.spec_from_file_location("image_handler_under_test", resource_path("image_handler.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_context(folder: Path) -> Context:
+    declared = torchserve_home() / "ts" / "configs" / "metrics.yaml"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # ts leaves the file open
+        metrics = MetricsCacheYamlImpl(str(declared))
+        metrics.initialize_cache()
+    manifest = {"model": {"serializedFile": "weights.pt"}}
+    return Context("tiny", str(folder), manifest, 8, None, "0.12.0", metrics=metrics, model_yaml_config={})
+
+
+def set_requests(context: Context, count: int) -> None:
+    context.request_ids = {index: f"id-{index}" for index in range(count)}
+    context.request_processor = [RequestProcessor({}) for _ in range(count)]
+    context.metrics.request_ids = context.request_ids
+
+
+class Served:
+    """A handler with its context; `ask` sends bodies as one batch and returns (status, answer) per body."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        shape = settings.setdefault("input_shape", [1, 6, 5])
+        module = f"network_{folder.name}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{module}.py").write_text(NETWORK.format(inputs=int(np.prod(shape))))
+        linear = torch.nn.Linear(int(np.prod(shape)), 4)
+        torch.save({"1.weight": linear.weight.detach(), "1.bias": linear.bias.detach()}, folder / "weights.pt")
+        (folder / "image_handler.json").write_text(json.dumps({"architecture": f"{module}:make", **settings}))
+        self.handler = load_handler_module().ImageHandler()
+        self.context = make_context(folder)
+        self.handler.initialize(self.context)
+
+    def ask(self, *bodies: Any) -> list[tuple[int, dict[str, Any]]]:
+        set_requests(self.context, len(bodies))
+        answers = self.handler.handle([{"body": body} for body in bodies], self.context)
+        assert len(answers) == len(bodies)
+        return [(self.context.get_response_status(i)[0], answer) for i, answer in enumerate(answers)]
+
+    def pixels(self, body: Any) -> np.ndarray[Any, Any]:
+        result: np.ndarray[Any, Any] = self.handler.preprocess([{"body": body}])[0].numpy()
+        return result
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Served:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return Served(tmp_path / f"served_{abs(hash(tmp_path))}")
+
+
+def grey() -> np.ndarray[Any, Any]:
+    return np.arange(30, dtype=np.uint8).reshape(6, 5) * 8
+
+
+def encode(array: np.ndarray[Any, Any], kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, kind)
+    return stream.getvalue()
+
+
+def test_handler_module_defines_exactly_one_class() -> None:
+    classes = list_classes_from_module(load_handler_module())
+    assert [item.__name__ for item in classes] == ["ImageHandler"]
+
+
+def test_handler_reads_png_json_and_base64_alike(served: Served) -> None:
+    png, nested = encode(grey()), grey().tolist()
+    bodies = [
+        png,
+        bytearray(png),
+        base64.b64encode(png),
+        base64.b64encode(png).decode(),
+        nested,
+        [nested],
+        json.dumps(nested),
+        json.dumps({"data": nested}).encode(),
+        {"data": nested},
+        {"data": base64.b64encode(png).decode()},
+    ]
+    for body in bodies:
+        np.testing.assert_array_equal(served.pixels(body), grey()[None].astype(np.float32) / np.float32(255))
+    answers = served.ask(*bodies)
+    assert {status for status, _ in answers} == {200}
+    assert all(answer == answers[0][1] for _, answer in answers)
+
+
+def test_handler_reads_form_data_field(served: Served) -> None:
+    assert served.handler.preprocess([{"data": bytearray(encode(grey()))}]).shape == (1, 1, 6, 5)
+
+
+def test_answer_is_rounded_softmax_of_the_network(served: Served) -> None:
+    ((_, answer),) = served.ask(encode(grey()))
+    image = torch.from_numpy(grey()[None, None].astype(np.float32) / np.float32(255))
+    with torch.inference_mode():
+        expected = served.handler.model(image).softmax(1)[0]
+    assert answer["label"] == int(expected.argmax())
+    assert answer["class_name"] is None
+    assert answer["probabilities"] == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_handler_applies_scale_mean_std_and_class_names(tmp_path: Path) -> None:
+    names = ["a", "b", "c", "d"]
+    served = Served(
+        tmp_path / "scaled", input_shape=[3, 2, 2], scale=100, mean=[0, 1, 2], std=[1, 2, 4], class_names=names
+    )
+    pixels = served.pixels(np.full((3, 2, 2), 200).tolist())
+    assert pixels[:, 0, 0].tolist() == [2.0, 0.5, 0.0]
+    ((_, answer),) = served.ask(encode(np.full((2, 2, 3), 9, np.uint8)))
+    assert answer["class_name"] == names[answer["label"]]
+
+
+def test_handler_converts_colour_to_grey_and_grey_to_colour(served: Served, tmp_path: Path) -> None:
+    colour = np.repeat(grey()[..., None], 3, axis=2)
+    np.testing.assert_allclose(served.pixels(encode(colour)), grey()[None] / 255.0, rtol=1e-6)
+    three = Served(tmp_path / "three", input_shape=[3, 6, 5])
+    np.testing.assert_allclose(three.pixels(encode(grey())), np.repeat(grey()[None], 3, axis=0) / 255.0, rtol=1e-6)
+
+
+def test_handler_resizes_only_when_told(served: Served, tmp_path: Path) -> None:
+    wide = encode(np.zeros((6, 9), np.uint8))
+    with pytest.raises(ValueError, match=r"image must be 5 x 6 pixels, got 9 x 6\."):
+        served.pixels(wide)
+    assert Served(tmp_path / "resizing", resize=True).pixels(wide).shape == (1, 6, 5)
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (b"", "the request is empty"),
+        (None, "must hold an image"),
+        (7, "must hold an image"),
+        ({}, "must hold an image"),
+        (b"hello there", "no PNG, no JPEG"),
+        (b"[1, 2", "no PNG, no JPEG"),
+        (b"[" * 100_000, "no PNG, no JPEG"),
+        (base64.b64encode(b"GIF89a not an image"), "cannot be read"),
+        (encode(grey())[:40], "cannot be read"),
+        (encode(grey().astype(np.uint16)), "does not fit"),
+        ([[1, 2], [3]], "unequal length"),
+        ([1, 2, 3], r"shape \[1, 6, 5\], got \[3\]"),
+        (np.full((6, 5), np.nan).tolist(), "finite"),
+        (np.full((6, 5), np.inf).tolist(), "finite"),
+        (np.full((6, 5), 1e39).tolist(), "finite"),
+        ([[10**400] * 5] * 6, "finite"),
+        ([["1"] * 5] * 6, "finite numbers"),
+        ([[True] * 5] * 6, "finite numbers"),
+    ],
+    ids=range(18),  # bodies make unreadable names
+)
+def test_handler_refuses_what_it_cannot_read_with_422(served: Served, body: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        served.pixels(body)
+    (status, answer), (neighbour, _) = served.ask(body, encode(grey()))
+    assert status == 422
+    assert set(answer) == {"error"}
+    assert neighbour == 200
+
+
+def test_handler_error_text_never_repeats_the_request(served: Served) -> None:
+    ((_, answer),) = served.ask(b"[METRICS]forged.Count:1|#Level:Host")
+    assert "METRICS" not in answer["error"]
+
+
+def test_handler_ignores_the_describe_header(served: Served) -> None:
+    set_requests(served.context, 1)
+    served.context.request_processor = [RequestProcessor({"describe": "True", "explain": "True"})]
+    (answer,) = served.handler.handle([{"body": encode(grey())}], served.context)
+    assert "label" in answer
+
+
+def test_handler_refuses_unknown_and_missing_settings(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown or missing keys \['sise'\]"):
+        Served(tmp_path / "unknown", sise=3)
+    folder = tmp_path / "missing"
+    folder.mkdir()
+    (folder / "image_handler.json").write_text('{"architecture": "m:f"}')
+    with pytest.raises(ValueError, match=r"unknown or missing keys \['input_shape'\]"):
+        load_handler_module().ImageHandler().initialize(make_context(folder))
+
+
+def test_handler_refuses_weights_that_could_run_code(tmp_path: Path) -> None:
+    served = Served(tmp_path / "unsafe")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "unsafe" / "weights.pt")
+    with pytest.raises(UnsafeWeightsError):
+        load_handler_module().ImageHandler().initialize(served.context)

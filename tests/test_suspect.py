@@ -1,0 +1,483 @@
+import threading
+from collections import OrderedDict, namedtuple
+from types import SimpleNamespace
+
+import architectures as nets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from guard.errors import DataError, SuspectModelError, UnsafeWeightsError
+from guard.split_points import SplitPoints
+from guard.suspect import SuspectModel
+
+
+def images(shape=(1, 28, 28), n=5):
+    return np.random.default_rng(0).random((n, *shape), dtype=np.float32)
+
+
+def hooks_of(module):
+    return [hook for m in module.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+
+
+def assert_equal(got, wanted, atol=1e-5):
+    assert list(got.depths) == list(wanted.depths)
+    for (_, left), (_, right) in zip(got.items(), wanted.items(), strict=True):
+        np.testing.assert_allclose(left, right, atol=atol)
+
+
+@pytest.fixture
+def suspect():
+    torch.manual_seed(0)
+    return SuspectModel(nets.lenet())
+
+
+def test_activations_of_lenet_equal_hand_computation(suspect):
+    x = torch.from_numpy(images())
+    layers = suspect.module
+    with torch.no_grad():
+        conv1 = F.relu(layers[0](x))  # (5, 6, 24, 24)
+        pool1 = F.max_pool2d(conv1, 2)  # (5, 6, 12, 12)
+        conv2 = F.relu(layers[3](pool1))  # (5, 16, 8, 8)
+        features = F.max_pool2d(conv2, 2).flatten(1)  # (5, 256)
+        logits = layers[9](F.relu(layers[7](features)))
+
+    got = suspect.activations(images())
+
+    assert suspect.split_points == SplitPoints("7", ("1", "2", "4"))
+    assert list(got.depths) == ["1", "2", "4"]
+    for array, wanted in (
+        (got.logits, logits),
+        (got.features, features),
+        (got.depths["1"], F.adaptive_avg_pool2d(conv1, 9).flatten(1)),  # 6 * 9 * 9 = 486 columns
+        (got.depths["2"], F.adaptive_avg_pool2d(pool1, 9).flatten(1)),
+        (got.depths["4"], F.adaptive_avg_pool2d(conv2, 5).flatten(1)),  # 16 * 5 * 5 = 400 columns
+    ):
+        assert array.dtype == np.float32
+        np.testing.assert_allclose(array, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (nets.FunctionalNet, (1, 28, 28)),
+        (nets.Vgg, (3, 32, 32)),
+        (lambda: nets.ResNet("gated"), (3, 32, 32)),
+        (nets.DenseNet, (3, 32, 32)),
+        (nets.MobileNetV2, (3, 32, 32)),
+        (nets.nin, (3, 32, 32)),
+        (nets.VisionTransformer, (3, 32, 32)),
+        (nets.mlp, (1, 28, 28)),
+    ],
+)
+def test_activations_of_each_family_agree_for_batch_and_single_images(build, shape):
+    suspect = SuspectModel(build())
+    data = images(shape)
+
+    together = suspect.activations(data)
+    one_by_one = suspect.activations(torch.from_numpy(data), batch_size=1)
+
+    assert_equal(one_by_one, together)
+    with torch.no_grad():
+        np.testing.assert_allclose(together.logits, suspect.module(torch.from_numpy(data)), atol=1e-5)
+    assert together.finite_rows().all()
+    assert not suspect.module.training
+    assert not hooks_of(suspect.module)
+
+
+def test_activations_are_not_changed_by_later_in_place_operations():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 4, 3, stride=9)  # (n, 4, 3, 3): flattened without pooling, a view
+            self.fc = nn.Linear(36, 3)
+
+        def forward(self, x):
+            x.sub_(0.5)
+            features = self.conv(x).flatten(1)
+            logits = self.fc(features)
+            features.zero_()
+            return logits
+
+    suspect = SuspectModel(InPlace(), depths=["conv"])
+    data = images()
+    before = data.copy()
+    seen = []
+
+    got = suspect.activations(data)
+    with suspect.watch(lambda activations, _: seen.append(activations)), torch.no_grad():
+        suspect.module(torch.from_numpy(data.copy())).softmax(1).zero_()
+        suspect.module(torch.from_numpy(data.copy())).zero_()
+
+    np.testing.assert_array_equal(data, before)
+    with torch.no_grad():
+        conv = suspect.module.conv(torch.from_numpy(data - 0.5)).flatten(1)
+    for activations in (got, *seen):
+        np.testing.assert_allclose(activations.features, conv, atol=1e-6)
+        np.testing.assert_allclose(activations.depths["conv"], conv, atol=1e-6)
+        np.testing.assert_allclose(activations.logits, got.logits, atol=1e-6)
+        assert np.abs(activations.logits).min() > 0
+
+
+def test_activations_before_in_place_relu_keep_negative_values():
+    model = nets.Vgg()
+
+    got = SuspectModel(model, split="classifier.0:output", depths=["features.1"]).activations(images((3, 32, 32)))
+
+    assert got.features.min() < 0  # classifier.1 is an in-place ReLU
+    assert got.depths["features.1"].min() < 0
+
+
+def test_activations_take_no_gradients_and_reset_to_eval(suspect):
+    suspect.module.train()
+
+    suspect.activations(images())
+
+    assert not suspect.module.training
+    assert all(parameter.grad is None for parameter in suspect.module.parameters())
+
+
+def test_activations_report_progress_in_images(suspect):
+    done = []
+
+    suspect.activations(images(n=5), batch_size=2, progress=done.append)
+
+    assert done == [2, 4, 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_activations_of_other_float_models_are_float32(dtype):
+    got = SuspectModel(nets.mlp().to(dtype)).activations(images())
+
+    assert {array.dtype for _, array in got.items()} == {np.dtype(np.float32)}
+
+
+def test_activations_of_read_only_array_are_taken(suspect):
+    data = images()
+    data.flags.writeable = False
+
+    assert len(suspect.activations(data)) == 5
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        ([[1.0]], "ndarray or a Tensor, got list"),
+        (np.zeros((5, 28, 28), np.float32), r"got \(5, 28, 28\)"),
+        (np.zeros((0, 1, 28, 28), np.float32), "n >= 1"),
+        (np.zeros((5, 1, 28, 28), np.uint8), "float32, got uint8"),
+        (torch.zeros(5, 1, 28, 28, dtype=torch.float64), "float32, got torch.float64"),
+    ],
+)
+def test_activations_of_wrong_images_are_refused(suspect, data, match):
+    with pytest.raises(DataError, match=match):
+        suspect.activations(data)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("convert", [np.asarray, torch.from_numpy])
+def test_activations_name_the_first_image_that_is_not_finite(suspect, bad, convert):
+    data = images(n=300)
+    data[271, 0, 3, 4] = bad
+    data[280, 0, 0, 0] = bad
+
+    with pytest.raises(DataError, match="image 271 "):
+        suspect.activations(convert(data))
+
+
+def test_activations_remove_hooks_when_the_model_raises(suspect):
+    suspect.locate(images())
+
+    with pytest.raises(RuntimeError):
+        suspect.activations(images((3, 28, 28)))
+
+    assert not hooks_of(suspect.module)
+    assert len(suspect.activations(images())) == 5
+
+
+def test_activations_from_several_threads_do_not_mix(suspect):
+    suspect.locate(images())
+    wanted = [suspect.activations(images() + offset) for offset in range(4)]
+    got = [None] * 4
+
+    def work(offset):
+        for _ in range(5):
+            got[offset] = suspect.activations(images() + offset, batch_size=2)
+
+    threads = [threading.Thread(target=work, args=(offset,)) for offset in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    for left, right in zip(got, wanted, strict=True):
+        assert_equal(left, right)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nets.lenet()
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(self.net(x))
+
+
+Pair = namedtuple("Pair", ["logits", "auxiliary"])
+CONTAINERS = [
+    pytest.param(lambda y: y, lambda o: o, id="tensor"),
+    pytest.param(lambda y: (y, 1), lambda o: o[0], id="tuple"),
+    pytest.param(lambda y: [y, 1], lambda o: o[0], id="list"),
+    pytest.param(lambda y: Pair(y, 1), lambda o: o.logits, id="named-tuple"),
+    pytest.param(lambda y: OrderedDict(logits=y, other=1), lambda o: o["logits"], id="dict"),
+    pytest.param(lambda y: SimpleNamespace(logits=y, other=1), lambda o: o.logits, id="object"),
+]
+
+
+@pytest.mark.parametrize(("wrap", "unwrap"), CONTAINERS)
+def test_watch_replaces_logits_in_every_kind_of_output(wrap, unwrap):
+    suspect = SuspectModel(Wrapped(wrap))
+    data = images()
+    plain = suspect.activations(data)
+    seen = []
+
+    def replace(activations, inputs):
+        seen.append((activations, inputs))
+        return torch.full(activations.logits.shape, 7.0)
+
+    with suspect.watch(replace), torch.no_grad():
+        output = suspect.module(torch.from_numpy(data))
+
+    assert type(output) is type(wrap(torch.zeros(1)))
+    assert (unwrap(output) == 7).all()
+    assert_equal(seen[0][0], plain)
+    np.testing.assert_array_equal(seen[0][1], data)
+
+
+@pytest.mark.parametrize("wrap", [lambda y: None, lambda y: {"scores": y}, lambda y: y.argmax(1), lambda y: "cat"])
+def test_activations_of_model_without_logits_are_refused(wrap):
+    with pytest.raises(SuspectModelError, match=r"must return logits of shape \(n, n_classes\)"):
+        SuspectModel(Wrapped(wrap)).activations(images())
+
+
+def test_watch_calls_back_once_per_forward_and_leaves_the_answer_alone(suspect):
+    x = torch.from_numpy(images())
+    wanted = suspect.activations(images())
+    seen = []
+    unwatched = suspect.module(x)
+
+    with suspect.watch(lambda activations, _: seen.append(activations)):
+        outputs = [suspect.module(x), suspect.module(x[:1])]
+        outputs[0].sum().backward()  # gradients stay the caller's business
+    suspect.module(x)
+
+    assert torch.equal(outputs[0], unwatched)
+    assert [len(activations) for activations in seen] == [5, 1]
+    assert_equal(seen[0], wanted)
+    assert not hooks_of(suspect.module)
+
+
+def test_watch_passes_keyword_inputs_on(suspect):
+    suspect.locate(images())
+    x = torch.from_numpy(images())
+    seen = []
+
+    with suspect.watch(lambda _, inputs: seen.append(inputs)):
+        suspect.module(input=x)
+
+    assert seen[0] is x
+
+
+def test_watch_does_not_see_forward_passes_of_the_guard_itself(suspect):
+    x = torch.from_numpy(images())
+    seen = []
+
+    def look_again(activations, inputs):
+        seen.append(len(activations))
+        suspect.activations(images(n=2))
+        suspect.module(inputs)
+
+    with_points = suspect.activations(images())
+    with suspect.watch(look_again):
+        assert_equal(suspect.activations(images()), with_points)
+        suspect.module(x)
+
+    assert seen == [5]
+
+
+def test_watch_in_several_threads_calls_back_in_each(suspect):
+    suspect.locate(images())
+    wanted = {n: suspect.activations(images(n=n)) for n in (1, 2, 3, 4)}
+    seen = []
+
+    def work(n):
+        for _ in range(10):
+            suspect.module(torch.from_numpy(images(n=n)))
+
+    with suspect.watch(lambda activations, _: seen.append(activations)):
+        threads = [threading.Thread(target=work, args=(n,)) for n in wanted]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    assert sorted(len(activations) for activations in seen) == sorted(list(wanted) * 10)
+    for activations in seen:
+        assert_equal(activations, wanted[len(activations)])
+
+
+def test_watch_lets_an_error_of_the_callback_out_and_goes_on(suspect):
+    suspect.locate(images())
+    x = torch.from_numpy(images())
+    seen = []
+
+    def refuse(activations, _):
+        seen.append(len(activations))
+        raise ValueError("no")
+
+    with suspect.watch(refuse):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="no"):
+                suspect.module(x)
+
+    assert seen == [5, 5]
+    assert not hooks_of(suspect.module)
+
+
+def test_watch_never_mixes_in_what_a_failed_forward_left_behind():
+    class Moody(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.early = nn.Conv2d(1, 4, 3)
+            self.fc = nn.Linear(4, 3)
+            self.mood = "good"
+
+        def forward(self, x):
+            y = self.early(x) if self.mood != "skip" else x.expand(-1, 4, -1, -1)
+            if self.mood == "fail":
+                raise RuntimeError("failed")
+            return self.fc(y.mean((2, 3)))
+
+    suspect = SuspectModel(Moody(), depths=["early"])
+    suspect.locate(images())
+    x = torch.from_numpy(images())
+
+    with suspect.watch(lambda *_: None):
+        suspect.module.mood = "fail"
+        with pytest.raises(RuntimeError, match="failed"):
+            suspect.module(x)
+        suspect.module.mood = "skip"
+        with pytest.raises(SuspectModelError, match="layer 'early' gave no tensor"):
+            suspect.module(x)
+
+
+def test_watch_without_split_points_is_refused(suspect):
+    with pytest.raises(SuspectModelError, match="no split points"), suspect.watch(lambda *_: None):
+        pass
+
+
+def test_use_split_points_of_a_bundle_gives_the_same_activations(suspect):
+    wanted = suspect.activations(images())
+    other = SuspectModel(suspect.module)
+
+    other.use_split_points(suspect.split_points)
+
+    assert_equal(other.activations(images()), wanted)
+
+
+def test_use_split_points_of_another_model_is_refused(suspect):
+    with pytest.raises(SuspectModelError, match="no layer 'layer1'"):
+        suspect.use_split_points(SplitPoints("7", ("layer1",)))
+    assert suspect.split_points is None
+
+
+def test_locate_from_one_image_fixes_the_points(suspect):
+    assert suspect.split_points is None
+
+    points = suspect.locate(images(n=1))
+
+    assert suspect.split_points is points
+    assert points.split == "7"
+
+
+def test_suspect_model_scripted_or_compiled_is_refused():
+    with pytest.warns(DeprecationWarning, match="jit.script"):
+        scripted = torch.jit.script(nets.lenet())
+    compiled_in_place = nets.lenet()
+    compiled_in_place.compile(backend="eager")
+
+    for module, match in (
+        (scripted, "TorchScript"),
+        (nn.Sequential(scripted), "TorchScript"),
+        (torch.compile(nets.lenet(), backend="eager"), "torch.compile"),
+        (compiled_in_place, "torch.compile"),
+        (nn.DataParallel(nets.lenet()), "DataParallel"),
+        (len, "torch.nn.Module, got builtin"),
+    ):
+        with pytest.raises(SuspectModelError, match=match):
+            SuspectModel(module)
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file])
+def test_load_gives_the_same_model_from_every_format(suspect, tmp_path, save):
+    save(suspect.module.state_dict(), tmp_path / "w")
+
+    loaded = SuspectModel.load(tmp_path / "w", "architectures:lenet", depths=["1"])
+
+    assert loaded.digest == suspect.digest
+    np.testing.assert_array_equal(loaded.activations(images()).logits, suspect.activations(images()).logits)
+    assert loaded.split_points == SplitPoints("7", ("1",))
+    assert loaded.device == torch.device("cpu")
+
+
+def test_load_of_whole_module_is_refused(suspect, tmp_path):
+    torch.save(suspect.module, tmp_path / "w")
+
+    with pytest.raises(UnsafeWeightsError, match="whole module"):
+        SuspectModel.load(tmp_path / "w", "architectures:lenet")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "match"),
+    [
+        ("architectures", 'must be "package.module:factory"'),
+        ("architectures:", 'must be "package.module:factory"'),
+        ("no_such_package.x:y", "cannot be imported: ModuleNotFoundError"),
+        ("architectures:LeNet", "has no 'LeNet'"),
+        ("architectures:BasicBlock", "callable without arguments"),
+        ("builtins:dict", "must return a torch.nn.Module, got dict"),
+        ("math:pi", "callable without arguments"),
+    ],
+)
+def test_load_of_bad_architecture_says_what_is_wrong(suspect, tmp_path, architecture, match):
+    torch.save(suspect.module.state_dict(), tmp_path / "w")
+
+    with pytest.raises(SuspectModelError, match=match):
+        SuspectModel.load(tmp_path / "w", architecture)
+
+
+def test_load_of_weights_that_do_not_fit_counts_the_keys(suspect, tmp_path):
+    state = suspect.module.state_dict()
+    state["extra"] = torch.ones(1)
+    del state["0.bias"]
+    state["9.weight"] = torch.ones(43, 32)
+    torch.save(state, tmp_path / "w")
+
+    with pytest.raises(SuspectModelError) as caught:
+        SuspectModel.load(tmp_path / "w", "architectures:lenet")
+
+    assert "1 missing (0.bias); 1 unexpected (extra); 1 of another shape (9.weight (43, 32)" in str(caught.value)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_activations_on_cuda_equal_those_on_the_cpu(suspect):
+    wanted = suspect.activations(images())
+
+    on_gpu = SuspectModel(suspect.module, device="cuda")
+
+    assert_equal(on_gpu.activations(images()), wanted, atol=1e-3)

@@ -1,0 +1,239 @@
+import hashlib
+import io
+import os
+import pickle
+import tarfile
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from architectures import Vgg, lenet
+from safetensors.torch import save_file
+
+from guard.errors import SuspectModelError, UnsafeWeightsError
+from guard.weights import check_weights_file, load_state_dict, weights_digest
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return lenet().eval()
+
+
+def refused(path, match="sandbox"):
+    for read in (check_weights_file, load_state_dict):
+        with pytest.raises(UnsafeWeightsError, match=match) as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+
+
+def save_zip(model, path):
+    torch.save(model.state_dict(), path)
+
+
+def save_legacy(model, path):
+    torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False)
+
+
+def save_safetensors(model, path):
+    save_file(model.state_dict(), path)
+
+
+@pytest.mark.parametrize("save", [save_zip, save_legacy, save_safetensors])
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors", "weights"])
+def test_load_state_dict_of_every_format_and_extension_gives_the_tensors(model, tmp_path, save, name):
+    path = tmp_path / name
+    save(model, path)
+
+    check_weights_file(path)
+    state = load_state_dict(path)
+
+    assert sorted(state) == sorted(model.state_dict())
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_load_state_dict_of_nested_checkpoint_unwraps_it(model, tmp_path, key, prefix):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"epoch": 3, key: {prefix + name: value for name, value in model.state_dict().items()}}, path)
+
+    assert set(load_state_dict(path)) == set(model.state_dict())
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {}, {"weight": torch.ones(2), "epoch": 3}])
+def test_load_state_dict_without_state_dict_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "w.pt")
+
+    with pytest.raises(SuspectModelError, match=r"Save model.state_dict\(\)"):
+        load_state_dict(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_hostile_pickle_inside_torch_file_is_refused_and_does_not_run(tmp_path, legacy, nested):
+    path, trace = tmp_path / "w.pt", tmp_path / "trace"
+    content = {"weight": torch.ones(2), "x": Bomb(trace)} if nested else Bomb(trace)
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+
+    refused(path, "asks for (posix|nt)")
+
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_hostile_plain_pickle_is_refused_and_does_not_run(tmp_path, protocol):
+    path, trace = tmp_path / "w.pt", tmp_path / "trace"
+    path.write_bytes(pickle.dumps(Bomb(trace), protocol=protocol))
+
+    refused(path)
+
+    assert not trace.exists()
+
+
+def test_hostile_numpy_pickle_is_refused_and_does_not_run(tmp_path):
+    trace = tmp_path / "trace"
+    bombs = np.array([Bomb(trace)], dtype=object)
+    np.save(tmp_path / "w.npy", bombs, allow_pickle=True)
+    np.savez(tmp_path / "w.npz", a=bombs)
+
+    refused(tmp_path / "w.npy", "NumPy")
+    refused(tmp_path / "w.npz", "NumPy")
+
+    assert not trace.exists()
+
+
+def test_hostile_tar_is_refused_and_does_not_run(tmp_path):
+    path, trace = tmp_path / "w.pt", tmp_path / "trace"
+    content = pickle.dumps(Bomb(trace))
+    with tarfile.open(path, "w") as archive:
+        for name in ("storages", "tensors", "pickle"):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+    refused(path, "tar archive")
+
+    assert not trace.exists()
+
+
+def test_hostile_second_pickle_in_zip_is_refused(model, tmp_path):
+    path = tmp_path / "w.pt"
+    for name, match in (("w/data.pkl", "twice"), ("w/other.pkl", "other.pkl"), ("v/data.pkl", "exactly one")):
+        save_zip(model, path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # zipfile warns of duplicate names
+            with zipfile.ZipFile(path, "a") as archive:
+                archive.writestr(name, pickle.dumps(Bomb(tmp_path / "trace")))
+        refused(path, match)
+
+
+def test_whole_module_is_refused_with_its_class(model, tmp_path):
+    torch.save(model, tmp_path / "w.pt")
+    torch.save(model, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+
+    refused(tmp_path / "w.pt", "whole module .*Sequential")
+    refused(tmp_path / "old.pt", "whole module .*Sequential")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_is_refused(model, tmp_path):
+    torch.jit.script(model).save(str(tmp_path / "w.pt"))
+
+    refused(tmp_path / "w.pt", "TorchScript")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_export_archive_is_refused(model, tmp_path):
+    exported = torch.export.export(model, (torch.zeros(2, 1, 28, 28),))
+    torch.export.save(exported, str(tmp_path / "w.pt2"))
+    (tmp_path / "w.pt2").rename(tmp_path / "w.pt")
+
+    refused(tmp_path / "w.pt", "torch.export")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"\x7fELF\x02\x01\x01" + bytes(64), "ELF"),
+        (b"\x08\x07\x12\x07pytorch\x1a\x052.1.0:\x10", "ONNX"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(64), "HDF5"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"hello", "neither safetensors nor"),
+    ],
+)
+def test_foreign_file_is_refused_by_its_content(tmp_path, content, match):
+    (tmp_path / "w.safetensors").write_bytes(content)
+
+    refused(tmp_path / "w.safetensors", match)
+
+
+def test_model_archive_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "w.mar", "w") as archive:
+        archive.writestr("MAR-INF/MANIFEST.json", "{}")
+
+    refused(tmp_path / "w.mar", "model archive")
+
+
+@pytest.mark.parametrize("save", [save_zip, save_legacy, save_safetensors])
+@pytest.mark.parametrize("kept", [0.3, 0.9])
+def test_truncated_file_is_refused_in_one_line(model, tmp_path, save, kept):
+    path = tmp_path / "w"
+    save(model, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+
+    with pytest.raises(SuspectModelError, match="truncated or damaged") as caught:
+        load_state_dict(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_empty_file_are_refused(tmp_path):
+    (tmp_path / "empty").touch()
+
+    for name, match in (("absent", "cannot read"), ("empty", "is empty"), (".", "cannot read")):
+        with pytest.raises(SuspectModelError, match=match):
+            check_weights_file(tmp_path / name)
+
+
+def test_weights_digest_is_the_same_for_module_and_every_file(model, tmp_path):
+    expected = weights_digest(model)
+    for save in (save_zip, save_legacy, save_safetensors):
+        save(model, tmp_path / save.__name__)
+        assert weights_digest(load_state_dict(tmp_path / save.__name__)) == expected
+
+    assert weights_digest(model.to(memory_format=torch.channels_last)) == expected
+    assert len(expected) == 64
+
+
+def test_weights_digest_covers_parameters_buffers_names_and_dtypes():
+    state = {name: tensor.clone() for name, tensor in Vgg().state_dict().items()}
+    digests = {weights_digest(state)}
+    for name in ("features.0.weight", "features.1.running_mean", "features.1.num_batches_tracked"):
+        changed = {key: tensor.clone() for key, tensor in state.items()}
+        changed[name].view(-1)[0] += 1
+        digests.add(weights_digest(changed))
+    digests.add(weights_digest({name: tensor.half() for name, tensor in state.items()}))
+    digests.add(weights_digest({f"x{name}": tensor for name, tensor in state.items()}))
+
+    assert len(digests) == 6
+
+
+def test_weights_digest_of_known_tensors_equals_hand_computation():
+    state = {"b": torch.tensor([1.0, 2.0, 3.0])[::2], "a": torch.tensor(7)}
+    content = b"a\0torch.int64\0()\0" + (7).to_bytes(8, "little")
+    content += b"b\0torch.float32\0(2,)\0" + np.array([1, 3], dtype="<f4").tobytes()
+
+    assert weights_digest(state) == hashlib.sha256(content).hexdigest()
