@@ -156,15 +156,15 @@ class DecisionHead:
             raise DataError(
                 f"features have {features.shape[1]} columns, fit saw {weight.shape[0]}. Is the split layer the same?"
             )
-        hidden = features.astype(np.float32, copy=False) @ weight
+        hidden: Float32Array = features.astype(np.float32, copy=False) @ weight
         hidden += layers["bias_1"]
         np.maximum(hidden, 0, out=hidden)
         hidden = hidden @ layers["weight_2"]
         hidden += layers["bias_2"]
         np.maximum(hidden, 0, out=hidden)
-        logits: Float32Array = hidden @ layers["weight_3"]
-        logits += layers["bias_3"]
-        return logits
+        hidden = hidden @ layers["weight_3"]
+        hidden += layers["bias_3"]
+        return hidden
 
     def state(self) -> dict[str, AnyArray]:
         """Return the three layers as arrays."""

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -104,6 +104,10 @@ class GuardRuntime:
         self._embedded = embedded
         self._refused = ""  # digest that could not be loaded, so that it is tried and reported once
         self._closed = threading.Event()
+        self._turn = threading.Lock()
+        self._hooks = ExitStack()
+        self._watched: Guard | None = None
+        self._record: Record | None = None
         self.model_name = model_name
         self.metrics = MetricBuffer()
         self.current = self._first()
@@ -112,26 +116,44 @@ class GuardRuntime:
         threading.Thread(target=self._follow, name="guard-bundles", daemon=True).start()
 
     def close(self) -> None:
-        """Stop following ACTIVE."""
+        """Stop following ACTIVE, and take the hooks off the network."""
         self._closed.set()
+        with self._turn:
+            self._hooks.close()
+            self._watched = None
 
     @contextmanager
     def watching(self, guard: Guard) -> Iterator[Record]:
         """Judge every row of every forward pass made inside the block, all by the same guard.
 
         Under `relabel` the logits of flagged rows are replaced before the server sees them. Under `closed`, an input of
-        another shape than the guard was fitted on is refused before the model runs.
+        another shape than the guard was fitted on is refused before the model runs. One block at a time.
 
         Raises
         ------
         InputRejectedError
             From inside the block, out of the model's forward pass.
         """
-        record = Record()
+        with self._turn:
+            if guard is not self._watched:
+                self._watch(guard)
+            self._record = record = Record()
+            try:
+                yield record
+            finally:
+                self._record = None
+
+    def _watch(self, guard: Guard) -> None:
+        """Put hooks on the network for this guard, and leave them there: opening them per batch costs as much again."""
         suspect = guard.suspect
         assert suspect is not None  # a runtime loads guards with their model only
+        self._hooks.close()
+        self._watched = None
 
         def before(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            record = self._record
+            if record is None:
+                return
             if self.config.failure_mode == "closed" and inputs and isinstance(inputs[0], torch.Tensor):
                 message = _wrong_shape(guard, inputs[0])
                 if message:
@@ -139,6 +161,9 @@ class GuardRuntime:
             record.model_ran = True
 
         def after(activations: Activations, inputs: torch.Tensor) -> torch.Tensor | None:
+            record = self._record
+            if record is None:
+                return None
             started = time.perf_counter()
             outcomes = self.judge(guard, activations, inputs)
             record.rows += outcomes
@@ -146,12 +171,9 @@ class GuardRuntime:
             record.guard_seconds += time.perf_counter() - started
             return replaced
 
-        handle = self._module.register_forward_pre_hook(before)
-        try:
-            with suspect.watch(after):
-                yield record
-        finally:
-            handle.remove()
+        self._hooks.callback(self._module.register_forward_pre_hook(before).remove)
+        self._hooks.enter_context(suspect.watch(after))
+        self._watched = guard
 
     def judge(self, guard: Guard, activations: Activations, inputs: torch.Tensor) -> list[Outcome]:
         """Return one outcome per row; never raises, and an input that cannot be scored is never `clean`."""
