@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -88,14 +90,17 @@ def write_bundle(root: str | os.PathLike[str], document: Mapping[str, Any], arra
                 _write_durably(temporary / name, data)
             temporary.chmod(0o755)
             _sync_folder(temporary)
-            with suppress(FileExistsError):  # another process wrote the same bundle first
+            try:
                 temporary.rename(target)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another process wrote the same bundle first
+                    raise
             _sync_folder(root)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise BundleError(
-            f"bundle cannot be written to {root}: {error}. Is the folder writable, the disk full?"
+            f"bundle cannot be written to {root}: {error}. Is it a folder that can be written to, and is there room?"
         ) from error
     return target
 
@@ -106,7 +111,7 @@ def read_bundle(path: str | os.PathLike[str]) -> StoredBundle:
     Raises
     ------
     BundleError
-        If it is missing, damaged, renamed, holds files it should not, or was written by a newer version.
+        If it is missing, damaged, renamed, lists files it should not, or was written by a newer version.
     """
     path = Path(path)
     try:
@@ -189,18 +194,28 @@ class BundleStore:
             return None
 
     def active_path(self) -> Path:
-        """Return the folder of the active bundle."""
+        """Return the folder of the active bundle.
+
+        Raises
+        ------
+        BundleError
+            If none is active, or ACTIVE holds no digest.
+        """
         digest = self.active_digest()
         if digest is None:
             raise BundleError(
                 f"no bundle is active in {self.root}. Run `guard fit`, or `guard bundle activate DIGEST`."
+            )
+        if not re.fullmatch("[0-9a-f]{64}", digest):
+            raise BundleError(
+                f"{self.root / ACTIVE} is damaged: it holds no digest. Run `guard bundle activate DIGEST`."
             )
         return self.root / digest
 
     def activate(self, digest: str) -> None:
         """Verify a bundle and point ACTIVE at it."""
         read_bundle(self.root / digest)
-        history = self._history()
+        history = self._history(self.active_digest())
         if not history or history[-1] != digest:
             self._replace(HISTORY, "".join(f"{line}\n" for line in [*history, digest]))
         self._replace(ACTIVE, f"{digest}\n")
@@ -213,8 +228,8 @@ class BundleStore:
         BundleError
             If no other bundle was active before, or that one is damaged.
         """
-        history = self._history()
         active = self.active_digest()
+        history = self._history(active)
         while history and history[-1] == active:
             history.pop()
         if not history:
@@ -225,11 +240,15 @@ class BundleStore:
         self._replace(HISTORY, "".join(f"{line}\n" for line in history))
         return digest
 
-    def _history(self) -> list[str]:
+    def _history(self, active: str | None) -> list[str]:
+        """Return the lines of HISTORY up to the active bundle's last; a crash between the two files may leave more."""
         try:
-            return (self.root / HISTORY).read_text().split()
+            history = (self.root / HISTORY).read_text().split()
         except FileNotFoundError:
             return []
+        while active in history and history[-1] != active:
+            history.pop()
+        return history
 
     def _replace(self, name: str, text: str) -> None:
         try:

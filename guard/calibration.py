@@ -76,6 +76,16 @@ def stratified_folds(labels: IntArray, folds: int, seed: int) -> IntArray:
     return part
 
 
+def classes_with_own_map(predicted_labels: IntArray, n_classes: int, min_images: int) -> BoolArray:
+    """Return which predicted classes have clean images enough for a map of their own, shape (n_classes,).
+
+    Asked once, of all clean images: maps fitted on some of the folds must group classes as the final one does, or the
+    scores that they calibrate with are not the scores that new inputs get.
+    """
+    enough: BoolArray = np.bincount(predicted_labels, minlength=n_classes) >= min_images
+    return enough
+
+
 @dataclass(frozen=True)
 class SurpriseMap:
     """Turns the raw scores of several detectors into surprise: -log of an estimated p-value, per predicted class.
@@ -109,16 +119,19 @@ class SurpriseMap:
     shape: Float64Array
 
     @classmethod
-    def fit(cls, scores: Float64Array, predicted_labels: IntArray, n_classes: int, min_images: int) -> Self:
-        """Learn from clean out-of-fold scores, shape (n, n_detectors), and the suspect's labels, shape (n,)."""
+    def fit(cls, scores: Float64Array, predicted_labels: IntArray, own_map: BoolArray) -> Self:
+        """Learn from clean out-of-fold scores, shape (n, n_detectors), and the suspect's labels, shape (n,).
+
+        `own_map`, shape (n_classes,), says which classes get a map of their own; one without a score here is pooled.
+        """
         if len(scores) == 0:
             raise DataError("calibration needs at least one clean score, got none.")
         scores = np.clip(scores, -_HUGE, _HUGE)
-        group_of_class = np.zeros(n_classes, dtype=np.int64)
+        group_of_class = np.zeros(len(own_map), dtype=np.int64)
         groups: list[BoolArray] = [np.ones(len(scores), dtype=bool)]
-        for label in range(n_classes):
+        for label in np.flatnonzero(own_map):
             rows = predicted_labels == label
-            if rows.sum() >= min_images:
+            if rows.any():
                 group_of_class[label] = len(groups)
                 groups.append(rows)
         quantiles = np.linspace(0, TAIL_START, _BODY_KNOTS)
@@ -140,19 +153,20 @@ class SurpriseMap:
     def surprise(self, scores: Float64Array, predicted_labels: IntArray) -> Float64Array:
         """Return surprise per row and detector, shape (n, n_detectors), float64, >= 0; higher = more suspicious."""
         group = self.group_of_class[predicted_labels]
-        scores = np.minimum(scores, _HUGE)
-        knots = self.knots[group]  # (n, n_detectors, n_knots)
-        below = (knots <= scores[..., None]).sum(axis=2)
-        left = np.clip(below - 1, 0, len(self.levels) - 2)
-        low = np.take_along_axis(knots, left[..., None], axis=2)[..., 0]
-        high = np.take_along_axis(knots, left[..., None] + 1, axis=2)[..., 0]
-        width = np.maximum(high - low, 1e-300)
-        share = np.clip((scores - low) / width, 0.0, 1.0)
-        body = self.levels[left] + share * (self.levels[left + 1] - self.levels[left])
-        excess = np.maximum(scores - knots[..., -1], 0.0) / self.scale[group]
-        shape = np.maximum(self.shape[group], 1e-9)
+        knots = self.knots[group].reshape(scores.size, len(self.levels))  # (n * n_detectors, n_knots)
+        values = np.minimum(scores, _HUGE).ravel()
+        cells = np.arange(values.size)
+        left = (knots <= values[:, np.newaxis]).sum(axis=1) - 1
+        left = np.minimum(np.maximum(left, 0), len(self.levels) - 2)
+        low, level = knots[cells, left], self.levels[left]
+        left += 1
+        width = np.maximum(knots[cells, left] - low, 1e-300)
+        share = np.minimum(np.maximum((values - low) / width, 0.0), 1.0)
+        body = level + share * (self.levels[left] - level)
+        excess = np.maximum(values - knots[:, -1], 0.0) / self.scale[group].ravel()
+        shape = np.maximum(self.shape[group], 1e-9).ravel()
         result: Float64Array = body + np.log1p(shape * excess) / shape
-        return result
+        return result.reshape(scores.shape)
 
     def arrays(self) -> dict[str, AnyArray]:
         """Return the map as arrays."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -37,6 +37,8 @@ SERVING_SETTINGS = frozenset(
 )
 
 NormOrder = Literal["l0", "l1", "l2", "linf"]
+#: Environment variables are text, and 1 is a number.
+RowsPerRequest = Annotated[Literal[1, "any"], BeforeValidator(lambda value: 1 if value == "1" else value)]
 
 
 class GuardConfig(BaseModel):
@@ -55,7 +57,7 @@ class GuardConfig(BaseModel):
     #: `calibrated` combines all detectors at the requested rate; `paper` is eq. 13 of arXiv 2011.02526.
     mode: Literal["calibrated", "paper"] = "calibrated"
     #: Seeds the folds and the training of decision heads.
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     #: Neighbours of the local outlier factor.
     n_neighbors: int = Field(20, ge=1)
     #: Parts for cross-fitting: each is scored by detectors fitted on the others.
@@ -63,20 +65,20 @@ class GuardConfig(BaseModel):
     #: A class with at least this many clean images gets a calibration of its own.
     min_images_per_class: int = Field(50, ge=10)
     #: Norms that summarise a feature vector in `paper` mode.
-    norm_orders: tuple[NormOrder, ...] = ("l1", "l2", "linf")
-    #: A feature counts as non-zero for l0 above this absolute value.
-    l0_tolerance: float = Field(1e-3, ge=0)
+    norm_orders: tuple[NormOrder, ...] = Field(("l1", "l2", "linf"), min_length=1)
+    #: A feature counts as non-zero for l0 above this share of the largest one.
+    l0_tolerance: float = Field(1e-3, ge=0, lt=1)
     #: Standard deviation of Gaussian noise added to a second copy of the clean images while fitting; 0 = no copy.
-    image_noise_std: float = Field(0.0, ge=0)
+    image_noise_std: float = Field(0.0, ge=0, allow_inf_nan=False)
     #: Gaussian noise on decision-head inputs while training, in standard deviations of each feature.
-    feature_noise_std: float = Field(0.0, ge=0)
+    feature_noise_std: float = Field(0.0, ge=0, allow_inf_nan=False)
 
     #: What is done with a flagged input.
     action: Action = "flag"
     #: `closed`: an input that cannot be scored is an error. `open`: it is answered, and marked `bypassed`.
     failure_mode: Literal["closed", "open"] = "closed"
     #: 1 = one row of the forward pass per request; `any` = a request may make several, and is poisoned if any row is.
-    rows_per_request: Literal[1, "any"] = 1
+    rows_per_request: RowsPerRequest = 1
     #: Also put the verdict under the key `guard` of JSON answers.
     verdict_in_body: bool = False
     #: An image with more pixels than this is refused before it is decoded.
@@ -140,8 +142,8 @@ def load_settings(settings_file: Path | None = None, **flags: Any) -> dict[str, 
         raise ConfigError(f"settings file {settings_file} does not exist. Name another with --settings.")
     toml = settings_file or Path(SETTINGS_FILE)
     for name in os.environ:
-        key = name.removeprefix(ENVIRONMENT_PREFIX).lower()
-        if name.startswith(ENVIRONMENT_PREFIX) and key not in GuardConfig.model_fields:
+        key = name[len(ENVIRONMENT_PREFIX) :].lower()
+        if name.upper().startswith(ENVIRONMENT_PREFIX) and key not in GuardConfig.model_fields:
             raise ConfigError(f"environment variable {name}: {_unknown(key)}")
 
     class Sources(BaseSettings, GuardConfig):

@@ -158,7 +158,8 @@ def run_demo(
             "cases": [asdict(report) for report in reports],
         }
         (output / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
-        console.print(f"report  {output / 'report.json'}\npicture {output / 'verdicts.png'}\n{wall_seconds:.0f} s")
+        where = f"report  {output / 'report.json'}\npicture {output / 'verdicts.png'}\n{wall_seconds:.0f} s"
+        console.print(where, soft_wrap=True, highlight=False)
         if keep_serving:
             _keep(server, cases, output, console)
     return reports
@@ -291,7 +292,9 @@ def _print(reports: Sequence[CaseReport], requested: float, console: Console) ->
             f"{report.realised_false_positive_rate:.3f} of {requested:g}",
             f"{report.median_ms_unguarded:.2f} -> {report.median_ms_guarded:.2f}",
         )
-    console.print(table, width=max(console.width, 110) if not console.is_terminal else None)
+    if not console.is_terminal:  # a pipe or a file: never squeeze the table
+        console = Console(width=120, file=console.file)
+    console.print(table)
     same = "yes" if all(report.bodies_identical for report in reports) else "NO"
     agree = "yes" if all(report.counts_agree for report in reports) else "NO"
     console.print(
@@ -319,7 +322,7 @@ def _draw(cases: Sequence[_Case], shown: Sequence[Sequence[_Judged]], file: Path
             colour = "#b2182b" if is_flagged else "#2166ac"
             word = "poisoned" if is_flagged else "clean"
             axis.set_title(
-                f"says {judged.labels[index]}\n{word}, p {judged.p_values[index]:.3f}", fontsize=8, color=colour
+                f"says {judged.labels[index]}\n{word}, p {judged.p_values[index]:.2g}", fontsize=8, color=colour
             )
             for spine in axis.spines.values():
                 spine.set_edgecolor(colour)
@@ -333,7 +336,7 @@ def _keep(server: TorchServeInstance, cases: Sequence[_Case], output: Path, cons
     """Leave the server up until Ctrl-C, with images at hand to send."""
     import signal
 
-    from guard.cli import curl_line
+    from guard.cli.serving import curl_line
 
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

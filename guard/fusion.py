@@ -21,8 +21,11 @@ NOVELTY_OFFSET = 1.5
 class Fusion(Protocol):
     """Turns raw detector scores into one score per input, and says which inputs are poisoned."""
 
-    def fit(self, raw: Float64Array, predicted_labels: IntArray, n_classes: int) -> Self:
-        """Learn from clean out-of-fold scores, shape (n, n_detectors), and the suspect's labels, shape (n,)."""
+    def fit(self, raw: Float64Array, predicted_labels: IntArray, own_map: BoolArray) -> Self:
+        """Learn from clean out-of-fold scores, shape (n, n_detectors), and the suspect's labels, shape (n,).
+
+        `own_map`, shape (n_classes,), says which classes have clean images enough to be judged on their own.
+        """
 
     def surprise(self, raw: Float64Array, predicted_labels: IntArray) -> Float64Array:
         """Return how unusual each detector's score is, shape (n, n_detectors); comparable across detectors."""
@@ -48,30 +51,25 @@ class CalibratedFusion:
     root mean square over detectors. An unweighted sum (order 1, Fisher) is dragged down by weak detectors; the maximum
     (order infinity, Tippett) throws agreement away. Between the two, several mildly surprised detectors add up and a
     single strong one can still win. The order is a constant of the design, never tuned on a user's data.
-
-    Parameters
-    ----------
-    min_images_per_class : int
-        A class with at least this many clean scores gets a map of its own.
     """
 
-    min_images_per_class: int = 50
     surprise_map_: SurpriseMap | None = None
 
-    def fit(self, raw: Float64Array, predicted_labels: IntArray, n_classes: int) -> Self:
+    def fit(self, raw: Float64Array, predicted_labels: IntArray, own_map: BoolArray) -> Self:
         """See `Fusion.fit`."""
-        self.surprise_map_ = SurpriseMap.fit(raw, predicted_labels, n_classes, self.min_images_per_class)
+        self.surprise_map_ = SurpriseMap.fit(raw, predicted_labels, own_map)
         return self
 
     def surprise(self, raw: Float64Array, predicted_labels: IntArray) -> Float64Array:
         """See `Fusion.surprise`."""
         if self.surprise_map_ is None:
-            raise NotFittedError("CalibratedFusion is not fitted. Call fit(raw, predicted_labels, n_classes) first.")
+            raise NotFittedError("CalibratedFusion is not fitted. Call fit(raw, predicted_labels, own_map) first.")
         return self.surprise_map_.surprise(raw, predicted_labels)
 
     def combine(self, surprise: Float64Array) -> Float64Array:
         """See `Fusion.combine`: the root mean square over detectors."""
-        combined: Float64Array = (surprise**COMBINATION_ORDER).mean(axis=1) ** (1 / COMBINATION_ORDER)
+        total = (surprise**COMBINATION_ORDER).sum(axis=1)
+        combined: Float64Array = (total / surprise.shape[1]) ** (1 / COMBINATION_ORDER)
         return combined
 
     def decide(self, combined: Float64Array, p_values: Float64Array, false_positive_rate: float) -> BoolArray:
@@ -98,7 +96,7 @@ class PaperFusion:
     has no influence; that is how the paper has it.
     """
 
-    def fit(self, raw: Float64Array, predicted_labels: IntArray, n_classes: int) -> Self:
+    def fit(self, raw: Float64Array, predicted_labels: IntArray, own_map: BoolArray) -> Self:
         """Learn nothing: both thresholds are the paper's."""
         return self
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from guard.bundle import read_bundle, write_bundle
-from guard.calibration import check_rate, conformal_p_values, stratified_folds
+from guard.calibration import check_rate, classes_with_own_map, conformal_p_values, stratified_folds
 from guard.config import SERVING_SETTINGS, GuardConfig
 from guard.ensemble import Ensemble
 from guard.errors import BundleError, ConfigError, DataError
@@ -61,10 +61,12 @@ class Guard:
     input_shape : tuple of int or None
         Shape of one image, as in `fit`.
     class_names : tuple of str or None
+    preprocessing : str or None
+        What made the images of `fit` out of files, in words, where that was not this package; kept in the bundle.
     reference, reference_labels : Activations, ndarray of shape (n,)
         The clean data it was fitted on.
     realised_false_positive_rate : float
-        Share of clean images flagged, measured on folds that neither detectors nor calibration had seen.
+        Share of clean images flagged at the rate of `fit`, on folds that neither detectors nor calibration had seen.
     digest : str or None
         Digest of the bundle that it was saved to or loaded from.
     """
@@ -90,6 +92,7 @@ class Guard:
         self.class_names = class_names
         self.suspect: SuspectModel | None = None
         self.input_shape: tuple[int, ...] | None = None
+        self.preprocessing: str | None = None
         self.digest: str | None = None
         self._clean_scores = clean_scores  # combined, out of fold, ascending
 
@@ -179,6 +182,8 @@ class Guard:
         check_rate(config.false_positive_rate, len(labels))
         if len(labels) < 2 * config.folds:
             raise DataError(f"folds={config.folds} needs at least {2 * config.folds} clean images, got {len(labels)}.")
+        if noisy is not None and len(noisy) != len(labels):
+            raise DataError(f"noisy activations must have {len(labels)} rows, one per image, got {len(noisy)}.")
         if class_names is not None and len(class_names) != n_classes:
             raise DataError(f"the suspect model has {n_classes} classes, got {len(class_names)} class names.")
 
@@ -187,7 +192,10 @@ class Guard:
             if noisy is not None:
                 learn = Activations.concatenate([learn, noisy[rows]])
                 learn_labels = np.concatenate([learn_labels, learn_labels])
-            return Ensemble.for_mode(config, tuple(activations.depths)).fit(learn, learn_labels)
+            # As many fewer neighbours as images: with the same number among fewer, the factors of a fold would spread
+            # less than the final ones do (nearly all of a class are neighbours), and its scores calibrate too low.
+            scaled = config.replace(n_neighbors=max(1, round(config.n_neighbors * float(rows.mean()))))
+            return Ensemble.for_mode(scaled, tuple(activations.depths)).fit(learn, learn_labels)
 
         part = stratified_folds(labels, config.folds, config.seed)
         out_of_fold = []
@@ -201,11 +209,12 @@ class Guard:
         ensemble = fitted_ensemble(np.ones(len(labels), dtype=bool))
         report("calibrating", 0.97)
         predicted = activations.predicted_labels
-        combined = _cross_fitted_scores(config, raw, predicted, n_classes, part)
+        own_map = classes_with_own_map(predicted, n_classes, config.min_images_per_class)
+        combined = _cross_fitted_scores(config, raw, predicted, own_map, part)
         guard = cls(
             config=config,
             ensemble=ensemble,
-            fusion=_new_fusion(config).fit(raw, predicted, n_classes),
+            fusion=_new_fusion(config).fit(raw, predicted, own_map),
             clean_scores=np.sort(combined),
             reference=activations,
             reference_labels=labels,
@@ -300,7 +309,7 @@ class Guard:
         ConfigError, DataError
             If a setting breaks its rule or is fixed by fitting, or the clean images are too few for the rate.
         """
-        fixed = sorted(changes.keys() - SERVING_SETTINGS)
+        fixed = sorted((changes.keys() & GuardConfig.model_fields.keys()) - SERVING_SETTINGS)
         if fixed:
             raise ConfigError(f"{fixed[0]} is fixed when a guard is fitted. Fit again to change it.")
         other = copy.copy(self)
@@ -328,6 +337,7 @@ class Guard:
             "settings": self.config.model_dump(mode="json", exclude={"data_dir"}),
             "class_names": self.class_names,
             "input_shape": self.input_shape,
+            "preprocessing": self.preprocessing,
             "n_classes": self.reference.logits.shape[1],
             "weights_digest": self.suspect.digest if self.suspect is not None else None,
             "split_points": dataclasses.asdict(points) if points is not None else None,
@@ -383,8 +393,11 @@ class Guard:
                 class_names=tuple(document["class_names"]) if document["class_names"] else None,
             )
             guard.input_shape = tuple(document["input_shape"]) if document["input_shape"] else None
+            guard.preprocessing = document["preprocessing"]
         except (KeyError, TypeError) as error:
             raise BundleError(f"bundle {stored.digest[:12]} lacks {error}. Fit again with this version.") from error
+        except ConfigError as error:
+            raise BundleError(f"bundle {stored.digest[:12]} was fitted with other settings: {error}") from error
         guard.suspect = suspect
         guard.digest = stored.digest
         return guard
@@ -395,7 +408,7 @@ def _silent(_text: str, _share: float) -> None:
 
 
 def _new_fusion(config: GuardConfig) -> Fusion:
-    return PaperFusion() if config.mode == "paper" else CalibratedFusion(config.min_images_per_class)
+    return PaperFusion() if config.mode == "paper" else CalibratedFusion()
 
 
 def _checked_labels(activations: Activations, labels: IntArray) -> IntArray:
@@ -414,7 +427,7 @@ def _checked_labels(activations: Activations, labels: IntArray) -> IntArray:
 
 
 def _cross_fitted_scores(
-    config: GuardConfig, raw: Float64Array, predicted: IntArray, n_classes: int, part: IntArray
+    config: GuardConfig, raw: Float64Array, predicted: IntArray, own_map: BoolArray, part: IntArray
 ) -> Float64Array:
     """Return the combined score of every clean row under a fusion that was fitted on the other folds.
 
@@ -423,7 +436,7 @@ def _cross_fitted_scores(
     combined = np.empty(len(raw))
     for fold in range(config.folds):
         hold = part == fold
-        fusion = _new_fusion(config).fit(raw[~hold], predicted[~hold], n_classes)
+        fusion = _new_fusion(config).fit(raw[~hold], predicted[~hold], own_map)
         combined[hold] = fusion.combine(fusion.surprise(raw[hold], predicted[hold]))
     return combined
 

@@ -21,15 +21,15 @@ from ts.metrics.metric_type_enum import MetricTypes
 from ts.utils.util import list_classes_from_module
 
 from guard.config import load_settings
-from guard.errors import ArchiveError, InputRejectedError
+from guard.errors import ArchiveError, InputRejectedError, SuspectModelError
 from guard.pipeline import Guard
 from guard.serving.answers import excuse, make_answer
-from guard.serving.runtime import GuardRuntime, Outcome
+from guard.serving.runtime import GuardRuntime, Outcome, Record, merge
 from guard.telemetry import prometheus_names
 from guard.weights import check_weights_file
 
 _SWITCHES = ("describe", "explain")  # request headers that make a BaseHandler skip its model, for a whole batch
-_FLUSH_SECONDS = 1.0
+_Answered = list[tuple[Any, Outcome | None]]  # one body and outcome per request; no outcome = not an input at all
 
 
 class GuardHandler:
@@ -49,62 +49,70 @@ class GuardHandler:
             settings,
             bundles=Path(about["bundles"]) if about["bundles"] else None,
             embedded=folder / about["embedded"],
-            model_name=context.manifest["model"]["modelName"],
+            model_name=context.model_name,
         )
-        Image.MAX_IMAGE_PIXELS = self._runtime.config.max_image_pixels
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        if about.get("example"):
+            body, alone = (folder / about["example"]).read_bytes(), _alone(context, "example", {})
+            for answer, outcome in self._run([{"body": body}], alone, self._runtime.current) or []:
+                if outcome is None or outcome.verdict is None:
+                    raise ArchiveError(f"the example request got no verdict: {outcome and (outcome.message or answer)}")
         threading.Thread(target=_flush_forever, args=(self._runtime, context.metrics), daemon=True).start()
 
     def handle(self, data: list[dict[str, Any]], context: Context) -> list[Any]:
         """Return one answer per request, in order; a bad one spoils only itself."""
-        if len(data) == 1 and not any(data[0].values()) and any(context.get_request_header(0, s) for s in _SWITCHES):
-            return list(self._inner.handle(data, context))  # a question about the model that carries no input
-        for index in range(len(data)):
-            headers = context.get_all_request_header(index)
-            for name in [name for name in headers if name.lower() in _SWITCHES]:
-                del headers[name]
         guard = self._runtime.current  # once: no batch mixes two bundles
-        answered = None
-        if len(data) == 1 or self._runtime.config.rows_per_request == 1:
-            answered = self._run(data, context, guard)
+        Image.MAX_IMAGE_PIXELS = guard.config.max_image_pixels
+        for index, item in enumerate(data):
+            headers = context.get_all_request_header(index)
+            if len(data) > 1 or not _is_empty(item):  # alone and without input, it asks about the model
+                for name in [name for name in headers if name.lower() in _SWITCHES]:
+                    del headers[name]
+        answered = self._run(data, context, guard) if len(data) == 1 or guard.config.rows_per_request == 1 else None
         if answered is None:  # the batch failed as a whole: each request for itself
             answered = []
             for index, item in enumerate(data):
-                alone = _alone(context, index)
+                alone = _alone(context, context.get_request_id(index), context.get_all_request_header(index))
                 answered += self._run([item], alone, guard) or []
                 context.request_processor[index] = alone.request_processor[0]
         return [self._answer(context, index, guard, *pair) for index, pair in enumerate(answered)]
 
-    def _run(self, data: list[dict[str, Any]], context: Context, guard: Guard) -> list[tuple[Any, Outcome]] | None:
+    def _run(self, data: list[Any], context: Context, guard: Guard, *, watch: bool = True) -> _Answered | None:
         """Run the user's handler once; None if a batch fails or cannot be told apart into its requests."""
-        alone = len(data) == 1
-        started = time.perf_counter()
-        with self._runtime.watching(guard) as record:
-            try:
-                if alone and not any(data[0].values()):
-                    raise InputRejectedError("the request has no body.", 400)
-                bodies = self._inner.handle(data, context)
-                if not isinstance(bodies, list) or len(bodies) != len(data):
-                    raise ArchiveError(f"the handler must return a list with one answer per request ({len(data)}).")
-            except Exception as error:
-                return [(None, excuse(error, record.model_ran))] if alone else None
+        alone, empty = len(data) == 1, any(map(_is_empty, data))
+        asks = alone and empty and any(context.get_request_header(0, name) == "True" for name in _SWITCHES)
+        started, record = time.perf_counter(), Record()
+        try:
+            with self._runtime.watching(guard if watch else None) as record:
+                bodies = self._inner.handle(data, context) if asks or not empty else []
+            if empty and (record.model_ran or not asks):
+                raise InputRejectedError("the request has no body.", 400)
+            if not isinstance(bodies, list) or len(bodies) != len(data):
+                raise ArchiveError(f"the handler must return a list with one answer per request ({len(data)}).")
+        except Exception as error:
+            if alone and watch and isinstance(error, SuspectModelError) and guard.config.failure_mode == "open":
+                return self._run(data, context, guard, watch=False)  # nothing to see, so it is answered as bypassed
+            return [(None, excuse(error, record.model_ran))] if alone else None
+        if asks and context.get_response_status(0)[0] < 400:
+            return [(bodies[0], None)]
         self._runtime.time_stages(time.perf_counter() - started, record.guard_seconds)
-        if not alone:
-            return list(zip(bodies, record.rows, strict=True)) if len(record.rows) == len(data) else None
-        status = context.get_response_status(0)[0]
-        if not record.rows and status >= 400:  # the user's handler refused it, in its own words
-            return [(bodies[0], Outcome("rejected" if status < 500 else "failed", status=status))]
-        return [(bodies[0], self._runtime.merge(record.rows))]
+        if alone:
+            return [(bodies[0], merge(guard, record.rows, context.get_response_status(0)[0]))]
+        refused = any(context.get_response_status(index)[0] >= 400 for index in range(len(data)))
+        apart = record.passes == 1 and len(record.rows) == len(data)  # else nobody knows whose row is whose
+        return list(zip(bodies, record.rows, strict=True)) if apart and not refused else None
 
-    def _answer(self, context: Context, index: int, guard: Guard, body: Any, outcome: Outcome) -> Any:
+    def _answer(self, context: Context, index: int, guard: Guard, body: Any, outcome: Outcome | None) -> Any:
         """Set status and headers of one answer, count it, and return its body."""
-        in_body = self._runtime.config.verdict_in_body
-        answer = make_answer(outcome, body, str(guard.digest), verdict_in_body=in_body)
-        for name, value in answer.headers.items():
-            context.set_response_header(index, name, value)
+        if outcome is None:
+            return body
+        answer = make_answer(outcome, body, str(guard.digest), verdict_in_body=guard.config.verdict_in_body)
         if answer.is_error:
+            context.get_response_headers(index).clear()  # the user's own may tell what the body must not
             context.set_response_status(answer.status, "", index)
             context.set_response_content_type(index, "application/json")
+        for name, value in answer.headers.items():
+            context.set_response_header(index, name, value)
         self._runtime.count(outcome, context.get_response_status(index)[0])
         return answer.body
 
@@ -113,30 +121,29 @@ def _user_handler(name: str, folder: Path) -> Any:
     """Make the handler to wrap: a file of the archive that defines one class, or one that TorchServe ships."""
     if name.endswith(".py"):
         sys.path.insert(0, str(folder))
-        module = importlib.import_module(Path(name).stem)
-    else:
-        module = importlib.import_module(f"ts.torch_handler.{name}")
+    module = importlib.import_module(Path(name).stem if name.endswith(".py") else f"ts.torch_handler.{name}")
     classes = list_classes_from_module(module)
     if len(classes) != 1 or not hasattr(classes[0], "handle"):
         raise ArchiveError(f"handler {name} must define exactly one class with a handle method, got {len(classes)}.")
     return classes[0]()
 
 
-def _alone(context: Context, index: int) -> Context:
-    """Return a context for one request of a batch, as if it had come by itself."""
+def _is_empty(item: Any) -> bool:
+    return not any(item.values() if isinstance(item, dict) else [item])  # a service envelope hands over no dict
+
+
+def _alone(context: Context, request_id: str | None, headers: dict[str, Any]) -> Context:
+    """Return a context for one request, as if it had come by itself."""
     alone = copy.copy(context)
-    alone.request_ids = {0: context.get_request_id(index)}
-    alone.request_processor = [RequestProcessor(context.get_all_request_header(index))]
+    alone.request_ids, alone.request_processor = {0: request_id}, [RequestProcessor(headers)]
     return alone
 
 
 def _flush_forever(runtime: GuardRuntime, cache: Any) -> None:
     """Hand the counts to TorchServe once a second; a call per request would cost 0.17 ms each."""
-    metrics = {
-        name: cache.add_metric_to_cache(name, "Count", list(labels), MetricTypes(kind))
-        for name, kind, labels in prometheus_names()
-    }
+    add, series = cache.add_metric_to_cache, prometheus_names()
+    metrics = {name: add(name, "Count", list(labels), MetricTypes(kind)) for name, kind, labels in series}
     while True:
         for sample in runtime.metrics.drain():
             metrics[sample.name].add_or_update(sample.value, list(sample.labels))
-        time.sleep(_FLUSH_SECONDS)
+        time.sleep(1.0)

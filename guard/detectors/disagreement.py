@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from guard.errors import DataError
 from guard.heads.decision_head import DecisionHead
 from guard.types import FEATURES, Activations, AnyArray, Float32Array, Float64Array, IntArray
 
@@ -43,8 +44,22 @@ class HeadDisagreement:
         return self
 
     def score(self, activations: Activations) -> Float64Array:
-        """Return the log-ratio per row, shape (n,), float64; higher = more suspicious."""
-        return disagreement(self.logits(activations), activations.predicted_labels)
+        """Return the log-ratio per row, shape (n,), float64; higher = more suspicious.
+
+        Raises
+        ------
+        NotFittedError
+            If `fit` has not been called.
+        DataError
+            If the number of features or of classes differs from `fit`.
+        """
+        head_logits = self.logits(activations)
+        if head_logits.shape != activations.logits.shape:
+            raise DataError(
+                f"logits have {activations.logits.shape[1]} columns, fit saw {head_logits.shape[1]}."
+                " Is it the same suspect model?"
+            )
+        return disagreement(head_logits, activations.predicted_labels)
 
     def logits(self, activations: Activations) -> Float32Array:
         """Return the head's own logits, shape (n, n_classes)."""

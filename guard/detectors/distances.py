@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
 import numpy as np
 
 from guard.types import Float32Array, Float64Array, FloatArray, IntArray
@@ -16,6 +20,9 @@ SQUARED_ERROR = 1e-10
 #: Below this many, one matrix-vector product each beats a matrix product, for which BLAS rearranges its operands.
 FEW_QUERIES = 8
 
+#: Longer queries, in radii, have no square in float32.
+_TOO_LONG = 1e15
+_LARGEST_32 = float(np.finfo(np.float32).max)
 _HALF_EPSILON_32 = float(np.finfo(np.float32).eps) / 2
 _HALF_EPSILON_64 = float(np.finfo(np.float64).eps) / 2
 
@@ -32,6 +39,58 @@ def pair_distances(queries: Float64Array, rows: IntArray, references: FloatArray
     return squared
 
 
+class PairDistances:
+    """Squared distances of chosen pairs, in float64: the serving hot path.
+
+    By |x|^2 - 2 x.y + |y|^2; where that cancels, so that the error could exceed `SQUARED_ERROR`, and in few columns, by
+    differences.
+
+    Parameters
+    ----------
+    references : ndarray of shape (n, d)
+    """
+
+    def __init__(self, references: FloatArray) -> None:
+        self._references = references
+        self._few_columns = references.shape[1] <= FEW_COLUMNS
+        self._norms: Float64Array = np.einsum("ij,ij->i", references, references, dtype=np.float64)
+        self._largest_norm = float(self._norms.max(initial=0.0))
+        self._trusted = _trusted_share(references.shape[1])
+
+    def __call__(self, queries: Float64Array, rows: IntArray, columns: IntArray) -> Float64Array:
+        """Return |queries[rows[i]] - references[columns[i]]|^2 for each i, shape (n_pairs,); rows must ascend."""
+        if self._few_columns:
+            return pair_distances(queries, rows, self._references, columns)
+        norms = np.einsum("ij,ij->i", queries, queries)
+        squared = np.empty(len(columns))
+        bounds = [0, *rows.searchsorted(np.arange(1, len(queries))).tolist(), len(columns)]
+        for query, (first, last) in zip(queries, pairwise(bounds), strict=True):
+            chosen = self._references.take(columns[first:last], axis=0).astype(np.float64, copy=False)
+            chosen.dot(query, out=squared[first:last])
+        squared *= -2.0
+        squared += self._norms[columns]
+        squared += norms[rows]
+        doubtful = squared < self._trusted * (self._largest_norm + float(norms.max(initial=0.0)))
+        if doubtful.any():
+            squared[doubtful] = pair_distances(queries, rows[doubtful], self._references, columns[doubtful])
+        return squared
+
+    def of_one(self, query: Float64Array, columns: IntArray) -> Float64Array:
+        """Return the same for a single query of shape (d,): fewer calls, for a lone request."""
+        chosen = self._references.take(columns, axis=0).astype(np.float64, copy=False)
+        if not self._few_columns:
+            norm = float(query.dot(query))
+            squared: Float64Array = chosen.dot(query)
+            squared *= -2.0
+            squared += self._norms[columns]
+            squared += norm
+            if squared.min() >= self._trusted * (self._largest_norm + norm):
+                return squared
+        chosen -= query
+        by_differences: Float64Array = np.einsum("ij,ij->i", chosen, chosen)
+        return by_differences
+
+
 class Preselector:
     """Finds the few references that can be among the nearest, by one product in float32.
 
@@ -44,53 +103,90 @@ class Preselector:
     Parameters
     ----------
     references : ndarray of shape (n, d)
-        Clean references of one class.
+        Clean references, of one class or of several, all of a class together.
+    spans : sequence of (first, last), optional
+        Where each class stands; default is one class.
     """
 
-    def __init__(self, references: FloatArray) -> None:
-        self._centre: Float64Array = references.mean(axis=0, dtype=np.float64)
-        scaled = references - self._centre
-        radius = float(np.sqrt(np.einsum("ij,ij->i", scaled, scaled).max()))
-        self._per_radius = 1.0 / radius if radius > 1e-150 else 1.0
-        scaled *= self._per_radius
-        self._half_norms: Float32Array = (0.5 * np.einsum("ij,ij->i", scaled, scaled)).astype(np.float32)
-        self._scaled: Float32Array = scaled.astype(np.float32)
-        roundings = (references.shape[1] + 16) * _HALF_EPSILON_32
+    def __init__(self, references: FloatArray, spans: Sequence[tuple[int, int]] | None = None) -> None:
+        n_references, n_columns = references.shape
+        self._spans = [(0, n_references)] if spans is None else list(spans)
+        self._centres: Float64Array = np.empty((len(self._spans), n_columns))
+        self._per_radius: Float64Array = np.ones((len(self._spans), 1))
+        self._half_norms: Float32Array = np.empty(n_references, dtype=np.float32)
+        self._scaled: Float32Array = np.empty((n_references, n_columns), dtype=np.float32)
+        for place, (first, last) in enumerate(self._spans):
+            own = slice(first, last)
+            self._centres[place] = references[own].mean(axis=0, dtype=np.float64)
+            scaled = references[own] - self._centres[place]
+            radius = float(np.sqrt(np.einsum("ij,ij->i", scaled, scaled).max()))
+            if radius > 1e-150:
+                self._per_radius[place] = 1.0 / radius
+                scaled *= self._per_radius[place]
+            self._half_norms[own] = 0.5 * np.einsum("ij,ij->i", scaled, scaled)
+            self._scaled[own] = scaled
+        roundings = (n_columns + 16) * _HALF_EPSILON_32
         self._slack = 2.0 * roundings / (1.0 - roundings)
 
-    def __call__(self, queries: Float64Array, n_nearest: int, own: IntArray | None = None) -> tuple[IntArray, IntArray]:
+    def __call__(
+        self, queries: Float64Array, n_nearest: int, own: IntArray | None = None, places: IntArray | None = None
+    ) -> tuple[IntArray, IntArray]:
         """Return (rows, columns) of all pairs that can be among the nearest, ordered by row and then by column.
 
         Parameters
         ----------
         queries : ndarray of shape (m, d), float64
         n_nearest : int
-            Neighbours wanted per query.
+            Neighbours wanted per query, fewer than there are.
         own : ndarray of shape (m,), optional
             The column to leave out in each row, for queries that are references themselves.
+        places : ndarray of shape (m,), optional
+            Which of the spans each query is compared with, and columns are counted from; default is the first.
         """
-        scaled = (queries - self._centre) * self._per_radius
+        at = np.zeros(1, dtype=np.int64) if places is None else places
+        scaled = queries - self._centres[at]
+        scaled *= self._per_radius[at]
         lengths = np.sqrt(np.einsum("ij,ij->i", scaled, scaled))
-        if not lengths.max() < 1e15:  # too far away for float32: every reference stays a candidate
-            possible = np.ones((len(queries), len(self._scaled)), dtype=np.bool_)
-        else:
-            ranks = self._half_norms - self._products(scaled.astype(np.float32))  # (m, n)
-            if own is not None:
-                ranks[np.arange(len(own)), own] = np.inf
-            limits = np.partition(ranks, n_nearest - 1, axis=1)[:, n_nearest - 1] + self._slack * (1.0 + lengths)
-            possible = ranks <= limits.astype(np.float32)[:, np.newaxis]
+        if not lengths.max(initial=0.0) < _TOO_LONG:  # for float32: every reference stays a candidate
+            is_far = ~(lengths < _TOO_LONG)
+            scaled[is_far], lengths[is_far] = 0.0, _LARGEST_32
+        ranks = self._ranks(scaled.astype(np.float32), places)  # (m, most references of a class)
         if own is not None:
-            possible[np.arange(len(own)), own] = False
-        rows, columns = np.nonzero(possible)
+            ranks[np.arange(len(own)), own] = np.inf
+        limits = np.partition(ranks, n_nearest - 1, axis=1)[:, n_nearest - 1] + self._slack * (1.0 + lengths)
+        rows, columns = np.nonzero(ranks <= limits.astype(np.float32)[:, np.newaxis])
         return rows, columns
 
-    def _products(self, scaled: Float32Array) -> Float32Array:
-        products: Float32Array
-        if len(scaled) < FEW_QUERIES:
-            products = np.matmul(self._scaled, scaled[:, :, np.newaxis])[:, :, 0]
-        else:
-            products = scaled @ self._scaled.T
-        return products
+    def of_one(self, query: Float64Array, n_nearest: int, place: int) -> IntArray:
+        """Return the same columns, ascending, for a single query of shape (d,): fewer calls, for a lone request."""
+        scaled = query - self._centres[place]
+        scaled *= self._per_radius[place]
+        length = math.sqrt(scaled.dot(scaled))
+        first, last = self._spans[place]
+        if not length < _TOO_LONG:
+            return np.arange(last - first)
+        ranks = self._half_norms[first:last] - self._scaled[first:last].dot(scaled.astype(np.float32))  # (n,)
+        ordered = ranks.copy()
+        ordered.partition(n_nearest - 1)
+        return (ranks <= ordered.item(n_nearest - 1) + self._slack * (1.0 + length)).nonzero()[0]
+
+    def _ranks(self, scaled: Float32Array, places: IntArray | None) -> Float32Array:
+        """Return h for every query, shape (m, most references of a class); infinite where a class has no more."""
+        if places is None:
+            first, last = self._spans[0]
+            return self._half_norms[first:last] - _products(scaled, self._scaled[first:last])
+        spans = [self._spans[place] for place in places.tolist()]
+        ranks = np.full((len(scaled), max(last - first for first, last in spans)), np.inf, dtype=np.float32)
+        for query, row, (first, last) in zip(scaled, ranks, spans, strict=True):
+            np.subtract(self._half_norms[first:last], self._scaled[first:last].dot(query), out=row[: last - first])
+        return ranks
+
+
+def _products(queries: Float32Array, references: Float32Array) -> Float32Array:
+    if len(queries) >= FEW_QUERIES:
+        return queries @ references.T
+    products: Float32Array = np.matmul(references, queries[:, :, np.newaxis])[:, :, 0]
+    return products
 
 
 class AllDistances:
@@ -115,7 +211,7 @@ class AllDistances:
             self._centre = _centre_on_grid(references)
             self._centred: Float64Array = references - self._centre
             self._norms: Float64Array = np.einsum("ij,ij->i", self._centred, self._centred)
-        self._trusted = (references.shape[1] + 4) * _HALF_EPSILON_64 / SQUARED_ERROR
+        self._trusted = _trusted_share(references.shape[1])
 
     def __call__(self, queries: Float64Array) -> Float64Array:
         """Return squared distances of shape (m, n) for queries of shape (m, d), float64."""
@@ -141,6 +237,11 @@ class AllDistances:
             difference = queries[rows, :, np.newaxis] - self._columns  # (m, d, n)
             np.einsum("ijk,ijk->ik", difference, difference, out=squared[rows])
         return squared
+
+
+def _trusted_share(n_columns: int) -> float:
+    """Return the share of |x|^2 + |y|^2 from which |x|^2 - 2 x.y + |y|^2 has a relative error of `SQUARED_ERROR`."""
+    return (n_columns + 4) * _HALF_EPSILON_64 / SQUARED_ERROR
 
 
 def _centre_on_grid(references: FloatArray) -> Float64Array:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from guard.detectors.distances import AllDistances, Preselector, pair_distances
+from guard.detectors.distances import AllDistances, PairDistances, Preselector, pair_distances
 from guard.types import BoolArray, Float64Array, FloatArray, IntArray
 
 #: Added to every mean reachability distance, as scikit-learn does, so that duplicates have a finite density.
@@ -63,10 +63,14 @@ class ClassReferences:
         self.n_neighbors = n_neighbors
         self._sizes: IntArray = np.bincount(labels, minlength=n_classes)
         self._starts: IntArray = np.zeros(n_classes, dtype=np.int64)
-        present, first = np.unique(labels, return_index=True)
-        self._starts[present] = first
         self._n_nearest: IntArray = np.minimum(n_neighbors, self._sizes - 1)
-        self._has_large_class = bool(self._sizes.max(initial=0) > SMALL_CLASS)
+        self._place_of_large: IntArray = np.full(n_classes, -1)
+        self._large_spans: list[tuple[int, int]] = []
+        for first, last in _runs(labels):
+            self._starts[labels[first]] = first
+            if last - first > max(SMALL_CLASS, n_neighbors):
+                self._place_of_large[labels[first]] = len(self._large_spans)
+                self._large_spans.append((first, last))
 
     @classmethod
     def fit(cls, vectors: FloatArray, labels: IntArray, n_classes: int, n_neighbors: int) -> ClassReferences:
@@ -99,9 +103,13 @@ class ClassReferences:
         """
         factors = np.full(len(queries), np.inf)
         sizes = self._sizes[classes]
-        known = np.flatnonzero(sizes)
+        known = classes.argsort(kind="stable")  # one class after the other: its references are in the cache then
+        known = known[sizes[known] > 0]
         for rows in _portions(known, int(sizes.max(initial=0))):
-            factors[rows] = self._factors_of_known(queries[rows].astype(np.float64), classes[rows])
+            if len(rows) == 1:
+                factors[rows] = self._factor(queries[rows[0]].astype(np.float64), int(classes[rows[0]]))
+            else:
+                factors[rows] = self._factors_of_known(queries[rows].astype(np.float64), classes[rows])
         return factors
 
     def factors_of_all(self, queries: FloatArray) -> Float64Array:
@@ -125,46 +133,59 @@ class ClassReferences:
 
     def warm_up(self, every_class: bool) -> None:
         """Build what the first query would build: the blocks for one class each, or those for all classes."""
-        _ = (self._all_distances, self._groups) if every_class else self._preselectors
+        _ = (self._all_distances, self._groups) if every_class else (self._preselector, self._pair_distances)
+
+    def _factor(self, query: Float64Array, label: int) -> float:
+        """Return the factor of one query, shape (d,), against one class that has references."""
+        first, size, n_nearest = (int(counts[label]) for counts in (self._starts, self._sizes, self._n_nearest))
+        place = int(self._place_of_large[label])
+        nearest = self._preselector.of_one(query, n_nearest, place) if place >= 0 else np.arange(size)
+        nearest += first
+        squared = self._pair_distances.of_one(query, nearest)
+        if len(nearest) > n_nearest:  # of equally far references the first are taken
+            chosen = squared.argsort(kind="stable")[:n_nearest]
+            nearest, squared = nearest[chosen], squared[chosen]
+        reach = np.maximum(np.sqrt(squared), self.k_distances[nearest])
+        mean_density = float(self.densities[nearest].sum()) / n_nearest
+        return mean_density * (float(reach.sum()) / n_nearest + DENSITY_FLOOR)
 
     def _factors_of_known(self, queries: Float64Array, classes: IntArray) -> Float64Array:
         rows, columns = self._candidates(queries, classes)
-        squared = pair_distances(queries, rows, self.vectors, columns)
+        squared = self._pair_distances(queries, rows, columns)
         n_nearest = self._n_nearest[classes]
-        if len(queries) == 1:
-            chosen = squared.argsort(kind="stable")[: n_nearest[0]]
-        else:
+        lasts = n_nearest.cumsum()
+        if len(columns) > lasts[-1]:  # of equally far references the first are taken
             chosen = _first_of_each_row(np.lexsort((squared, rows)), rows, n_nearest)
-        neighbours = columns[chosen]
-        reach = np.maximum(np.sqrt(squared[chosen]), self.k_distances[neighbours])
-        firsts = np.cumsum(n_nearest) - n_nearest
-        mean_reach = np.add.reduceat(reach, firsts) / n_nearest
-        mean_density = np.add.reduceat(self.densities[neighbours], firsts) / n_nearest
+            columns, squared = columns[chosen], squared[chosen]
+        reach = np.maximum(np.sqrt(squared), self.k_distances[columns])
+        mean_reach = np.add.reduceat(reach, lasts - n_nearest) / n_nearest
+        mean_density = np.add.reduceat(self.densities[columns], lasts - n_nearest) / n_nearest
         factors: Float64Array = mean_density * (mean_reach + DENSITY_FLOOR)
         return factors
 
     def _candidates(self, queries: Float64Array, classes: IntArray) -> tuple[IntArray, IntArray]:
-        # Pairs of one row stand together, columns ascending: equal distances are then resolved by the column.
-        if not self._has_large_class:
+        """Return (rows, columns) of all pairs that can be among the nearest, ordered by row and then by column."""
+        is_large = self._place_of_large[classes] >= 0
+        if not is_large.any():
             return _whole_classes(np.arange(len(classes)), self._starts[classes], self._sizes[classes])
-        is_small = self._sizes[classes] <= SMALL_CLASS
-        small = np.flatnonzero(is_small)
-        parts = [_whole_classes(small, self._starts[classes[small]], self._sizes[classes[small]])] if len(small) else []
-        for label in set(classes[~is_small].tolist()):
-            of_label = np.flatnonzero(classes == label)
-            rows, columns = self._preselectors[label](queries[of_label], int(self._n_nearest[label]))
-            parts.append((of_label[rows], columns + self._starts[label]))
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate([rows for rows, _ in parts]), np.concatenate([columns for _, columns in parts])
+        if is_large.all():
+            rows, columns = self._preselector(queries, self.n_neighbors, places=self._place_of_large[classes])
+            columns += self._starts[classes[rows]]
+            return rows, columns
+        small, large = np.flatnonzero(~is_large), np.flatnonzero(is_large)
+        parts = [(part, *self._candidates(queries[part], classes[part])) for part in (small, large)]
+        rows = np.concatenate([part[rows] for part, rows, _ in parts])
+        columns = np.concatenate([columns for _, _, columns in parts])
+        order = rows.argsort(kind="stable")
+        return rows[order], columns[order]
 
     @cached_property
-    def _preselectors(self) -> dict[int, Preselector]:
-        return {
-            int(self.labels[first]): Preselector(self.vectors[first:last])
-            for first, last in _runs(self.labels)
-            if last - first > SMALL_CLASS
-        }
+    def _preselector(self) -> Preselector:
+        return Preselector(self.vectors, self._large_spans)
+
+    @cached_property
+    def _pair_distances(self) -> PairDistances:
+        return PairDistances(self.vectors)
 
     @cached_property
     def _all_distances(self) -> AllDistances:

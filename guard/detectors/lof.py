@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
@@ -202,7 +203,7 @@ class PerClassLof:
         return self._summarise(features)
 
     def _predicted_labels(self, activations: Activations) -> IntArray:
-        if not np.isfinite(activations.logits).all():
+        if not _all_finite(activations.logits):
             raise DataError("logits hold values that are not finite: such rows have no predicted class.")
         return activations.predicted_labels
 
@@ -212,7 +213,7 @@ class PerClassLof:
         return norm_summary(features, self.summary, self.l0_tolerance)
 
     def _check_finite(self, features: FloatArray) -> None:
-        if not np.isfinite(features).all():
+        if not _all_finite(features):
             n_bad = int((~np.isfinite(features).all(axis=1)).sum())
             raise DataError(f"{self.depth} must be finite, got {n_bad} of {len(features)} rows with NaN or infinity.")
 
@@ -227,6 +228,11 @@ class PerClassLof:
             raise ConfigError(f"compare must be one of {list(get_args(Compare))}, got {self.compare!r}.")
         if self.summary is not None:
             check_orders(self.summary, self.l0_tolerance)
+
+
+def _all_finite(array: FloatArray) -> bool:
+    """NaN and infinity survive a sum of squares, which is cheap; one that overflows is looked at closely."""
+    return math.isfinite(np.vdot(array, array)) or bool(np.isfinite(array).all())
 
 
 def _checked_labels(labels: IntArray, n_rows: int, n_classes: int) -> IntArray:

@@ -53,7 +53,7 @@ class DecisionHead:
 
     max_epochs: int = 60
     patience: int = 4
-    batch_size: int = 128
+    batch_size: int = 256
     learning_rate: float = 2e-3
     weight_decay: float = 1e-4
     noise_std: float = 0.0
@@ -90,7 +90,7 @@ class DecisionHead:
         spread = features.std(axis=0)
         scale = np.where(spread > 1e-6 * max(float(spread.max()), 1e-30), spread, 1.0).astype(np.float32)
         inputs = torch.from_numpy((features - mean) / scale)
-        targets = torch.from_numpy(np.asarray(labels, dtype=np.int64))
+        targets = torch.from_numpy(np.array(labels, dtype=np.int64))
         with _one_thread():
             weights = self._train(inputs, targets, n_classes)
         arrays = [tensor.detach().numpy() for tensor in weights]
@@ -156,13 +156,14 @@ class DecisionHead:
             raise DataError(
                 f"features have {features.shape[1]} columns, fit saw {weight.shape[0]}. Is the split layer the same?"
             )
-        hidden: Float32Array = features.astype(np.float32, copy=False) @ weight
+        # dot, not @: the same product, with half the overhead on one row
+        hidden: Float32Array = features.astype(np.float32, copy=False).dot(weight)
         hidden += layers["bias_1"]
         np.maximum(hidden, 0, out=hidden)
-        hidden = hidden @ layers["weight_2"]
+        hidden = hidden.dot(layers["weight_2"])
         hidden += layers["bias_2"]
         np.maximum(hidden, 0, out=hidden)
-        hidden = hidden @ layers["weight_3"]
+        hidden = hidden.dot(layers["weight_3"])
         hidden += layers["bias_3"]
         return hidden
 

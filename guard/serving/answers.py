@@ -82,7 +82,9 @@ def excuse(error: Exception, model_ran: bool) -> Outcome:
         return Outcome("rejected" if code < 500 else "failed", status=code, message=text or "the handler refused it.")
     if isinstance(error, MemoryError):
         return Outcome("failed", status=507, message="out of memory.")
-    if model_ran or isinstance(error, GuardError):
+    if isinstance(error, GuardError):
+        return Outcome("failed", status=500, message=text)
+    if model_ran:
         return Outcome("failed", status=500, message=f"the model failed on this input: {type(error).__name__}.")
     return Outcome("rejected", status=400, message=f"the input was refused: {type(error).__name__}: {text}")
 
@@ -96,7 +98,7 @@ def _with_verdict(body: Any, told: dict[str, Any]) -> Any:
     if isinstance(body, str | bytes | bytearray):
         try:
             parsed = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return body
         text = json.dumps(_with_verdict(parsed, told), indent=2)
         return text if isinstance(body, str) else text.encode()

@@ -92,7 +92,7 @@ def make_archive(
         raise ArchiveError(f"archive version must match {_NAME.pattern}, got {version!r}. Write it like 1.0.")
     archive = Path(model_store) / f"{name}.mar"
     if archive.exists() and not force:
-        raise ArchiveError(f"{archive} exists already. Name another model, or overwrite it with force.")
+        raise ArchiveError(f"{archive} exists already. Name another model, or replace it with --force.")
     singles = [file for file in (handler, weights, model_file, config_yaml) if file is not None]
     members = _collect([Path(path) for path in singles], [Path(path) for path in extra_files])
     manifest = _manifest(name, version, handler, weights, model_file, config_yaml)
@@ -129,7 +129,7 @@ def find_archives(model_store: Path, models: Mapping[str, str] | Literal["all"] 
     else:
         served = {name: _read_manifest(model_store / file) for name, file in models.items()}
     if not served:
-        raise ServerError(f"there is no model to serve in {model_store}. Make one with make_archive().")
+        raise ServerError(f"there is no model to serve in {model_store}. Make one with `guard archive`.")
     for name, archive in served.items():
         if not _NAME.fullmatch(name) or not _NAME.fullmatch(archive.file):
             raise ServerError(f"names must match {_NAME.pattern}, got {name!r} in {archive.file!r}. Rename the model.")
@@ -138,13 +138,13 @@ def find_archives(model_store: Path, models: Mapping[str, str] | Literal["all"] 
 
 def _read_manifest(file: Path) -> Archive:
     if not file.is_file():
-        raise ServerError(f"archive {file} does not exist. Make it with make_archive(), or name another.")
+        raise ServerError(f"archive {file} does not exist. Make it with `guard archive`, or name another.")
     try:
         with zipfile.ZipFile(file) as archive:
             model = json.loads(archive.read("MAR-INF/MANIFEST.json"))["model"]
         return Archive(file.name, str(model["modelName"]), str(model["modelVersion"]))
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise ServerError(f"archive {file} is damaged: {error}. Make it again with make_archive().") from error
+        raise ServerError(f"archive {file} is damaged: {error}. Make it again with `guard archive`.") from error
 
 
 def _collect(singles: list[Path], extra_files: list[Path]) -> dict[str, Path]:

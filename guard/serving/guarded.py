@@ -88,6 +88,7 @@ def make_guarded_archive(
     model_store: Path,
     bundles: Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    example: Path | None = None,
     force: bool = False,
 ) -> Path:
     """Write an archive that serves the model behind its guard.
@@ -104,6 +105,10 @@ def make_guarded_archive(
         Folder whose ACTIVE the server follows. Where it does not exist on the serving machine, the copy serves.
     settings : mapping, optional
         Serving settings that override those of the bundle; others are left out.
+    example : Path, optional
+        The body of one request. Every worker sends it through the handler when it starts, and does not start if it gets
+        no verdict, as when its forward pass makes several rows and `rows_per_request` is 1. Without an example that is
+        found out by the first request, which fails.
     force : bool
         Replace an archive of the same name.
 
@@ -120,6 +125,7 @@ def make_guarded_archive(
             "handler": handler if isinstance(handler, str) else handler.name,
             "bundles": str(bundles.absolute()) if bundles is not None else None,
             "embedded": bundle.name,
+            "example": example.name if example is not None else None,
         }
         (folder / "guard_archive.json").write_text(json.dumps(about, indent=2))
         chosen = {key: value for key, value in (settings or {}).items() if key in SERVING_SETTINGS}
@@ -136,6 +142,7 @@ def make_guarded_archive(
                 folder / "guard_archive.json",
                 folder / "guard.toml",
                 bundle,
+                *([example] if example is not None else []),
             ],
             version=model.version,
             force=force,

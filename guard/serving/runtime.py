@@ -26,6 +26,8 @@ from guard.types import Activations, BoolArray, Verdict
 logger = logging.getLogger(__name__)
 
 OutcomeKind = Literal["clean", "poisoned", "bypassed", "rejected", "failed"]
+#: Which row speaks for a request that made several. Errors come first: their answers show nothing of the model's.
+_GRAVITY = {"failed": 0, "rejected": 1, "poisoned": 2, "bypassed": 3, "clean": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +57,22 @@ class Outcome:
 
 @dataclass(slots=True)
 class Record:
-    """What the guard saw while a server ran the model: one outcome per row of the forward passes, in order."""
+    """What the guard saw while a server ran the model.
+
+    Attributes
+    ----------
+    rows : list of Outcome
+        One per row of the forward passes, in order.
+    passes : int
+        Forward passes that were judged. Only the rows of a single one are sure to be in the order of a batch.
+    model_ran : bool
+        Whether the model began to work on an input of the right shape.
+    guard_seconds : float
+        What the guard itself took.
+    """
 
     rows: list[Outcome] = field(default_factory=list)
+    passes: int = 0
     model_ran: bool = False
     guard_seconds: float = 0.0
 
@@ -102,7 +117,7 @@ class GuardRuntime:
         self._settings = {name: value for name, value in settings.items() if name in SERVING_SETTINGS}
         self._store = BundleStore(bundles) if bundles is not None else None
         self._embedded = embedded
-        self._refused = ""  # digest that could not be loaded, so that it is tried and reported once
+        self._refused: tuple[str, int] = ("", 0)  # what could not be loaded, so that it is tried and reported once
         self._closed = threading.Event()
         self._turn = threading.Lock()
         self._hooks = ExitStack()
@@ -111,7 +126,6 @@ class GuardRuntime:
         self.model_name = model_name
         self.metrics = MetricBuffer()
         self.current = self._first()
-        self.config = self.current.config
         self._declare_series()
         threading.Thread(target=self._follow, name="guard-bundles", daemon=True).start()
 
@@ -123,11 +137,12 @@ class GuardRuntime:
             self._watched = None
 
     @contextmanager
-    def watching(self, guard: Guard) -> Iterator[Record]:
-        """Judge every row of every forward pass made inside the block, all by the same guard.
+    def watching(self, guard: Guard | None) -> Iterator[Record]:
+        """Judge every row of every forward pass made inside the block, all by the same guard; None watches nothing.
 
-        Under `relabel` the logits of flagged rows are replaced before the server sees them. Under `closed`, an input of
-        another shape than the guard was fitted on is refused before the model runs. One block at a time.
+        Under `relabel` the logits of flagged rows are replaced before the server sees them; where a request may make
+        several rows, those of the whole forward pass. Under `closed`, an input of another shape than the guard was
+        fitted on is refused before the model runs. One block at a time.
 
         Raises
         ------
@@ -143,22 +158,24 @@ class GuardRuntime:
             finally:
                 self._record = None
 
-    def _watch(self, guard: Guard) -> None:
+    def _watch(self, guard: Guard | None) -> None:
         """Put hooks on the network for this guard, and leave them there: opening them per batch costs as much again."""
-        suspect = guard.suspect
-        assert suspect is not None  # a runtime loads guards with their model only
         self._hooks.close()
         self._watched = None
+        if guard is None:
+            return
+        suspect = guard.suspect
+        assert suspect is not None  # a runtime loads guards with their model only
 
-        def before(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             record = self._record
             if record is None:
                 return
-            if self.config.failure_mode == "closed" and inputs and isinstance(inputs[0], torch.Tensor):
-                message = _wrong_shape(guard, inputs[0])
-                if message:
-                    raise InputRejectedError(message)
-            record.model_ran = True
+            inputs = args[0] if args else next(iter(kwargs.values()), None)
+            message = _wrong_shape(guard, inputs) if isinstance(inputs, torch.Tensor) else ""
+            if message and guard.config.failure_mode == "closed":
+                raise InputRejectedError(message)
+            record.model_ran = record.model_ran or not message
 
         def after(activations: Activations, inputs: torch.Tensor) -> torch.Tensor | None:
             record = self._record
@@ -166,12 +183,13 @@ class GuardRuntime:
                 return None
             started = time.perf_counter()
             outcomes = self.judge(guard, activations, inputs)
+            record.passes += 1
             record.rows += outcomes
             replaced = self._relabelled(guard, activations, outcomes)
             record.guard_seconds += time.perf_counter() - started
             return replaced
 
-        self._hooks.callback(self._module.register_forward_pre_hook(before).remove)
+        self._hooks.callback(self._module.register_forward_pre_hook(before, with_kwargs=True).remove)
         self._hooks.enter_context(suspect.watch(after))
         self._watched = guard
 
@@ -180,32 +198,14 @@ class GuardRuntime:
         try:
             message = _wrong_shape(guard, inputs)
             if message:
-                return [self.unscored("shape", 422, message)] * len(activations)
-            if _surely_finite(activations):
+                return [unscored(guard, "shape", 422, message)] * len(activations)
+            # Infinity in the input may be gone from the activations: ReLU, pooling and clamping swallow it.
+            if _surely_finite(activations) and bool(inputs.sum().isfinite()):
                 return [_judged(verdict) for verdict in guard.decide(activations)]
             return self._judge_finite_rows(guard, activations, inputs)
         except Exception as error:
             logger.error("the guard failed on a batch: %s", type(error).__name__)  # no content of requests in logs
-            return [self.unscored("guard_error", 500, "the guard failed on this input.")] * len(activations)
-
-    def unscored(self, reason: str, status: int, message: str) -> Outcome:
-        """Return the outcome of an input that cannot be scored, as `failure_mode` has it."""
-        if self.config.failure_mode == "open":
-            return Outcome("bypassed", reason=reason, message=message)
-        return Outcome("rejected" if status < 500 else "failed", status=status, reason=reason, message=message)
-
-    def merge(self, rows: list[Outcome]) -> Outcome:
-        """Return the outcome of a request that made one or several rows; poisoned if any row is."""
-        if not rows:
-            return self.unscored("not_observed", 500, "the model's forward pass was not seen for this request.")
-        if len(rows) > 1 and self.config.rows_per_request == 1:
-            message = f"the forward pass made {len(rows)} rows for this request. Set rows_per_request to 'any'."
-            return self.unscored("rows", 500, message)
-        for kind in ("failed", "rejected", "bypassed"):
-            for row in rows:
-                if row.kind == kind:
-                    return row
-        return min(rows, key=lambda row: row.verdict.p_value if row.verdict else 1.0)
+            return [unscored(guard, "guard_error", 500, "the guard failed on this input.")] * len(activations)
 
     def count(self, outcome: Outcome, status: int) -> None:
         """Count one answered request."""
@@ -225,28 +225,33 @@ class GuardRuntime:
         self.metrics.observe(name, self.model_name, "guard", value=guard_seconds)
 
     def _judge_finite_rows(self, guard: Guard, activations: Activations, inputs: torch.Tensor) -> list[Outcome]:
+        input_finite = torch.isfinite(inputs).flatten(1).all(dim=1).cpu().numpy()
+        if len(input_finite) != len(activations):
+            raise SuspectModelError(f"the model made {len(activations)} rows of {len(input_finite)} inputs.")
         finite = activations.finite_rows()
-        judged = iter([_judged(verdict) for verdict in guard.decide(activations[finite])] if finite.any() else [])
-        input_finite = torch.isfinite(inputs).flatten(1).all(dim=1).tolist()
+        scored = finite & input_finite
+        judged = iter([_judged(verdict) for verdict in guard.decide(activations[scored])] if scored.any() else [])
         outcomes = []
         for row, is_finite in enumerate(finite.tolist()):
-            if is_finite:
+            if not input_finite[row]:
+                outcomes.append(unscored(guard, "not_finite", 422, "the input holds NaN or infinity."))
+            elif is_finite:
                 outcomes.append(next(judged))
-            elif input_finite[row]:
-                outcomes.append(self.unscored("not_finite", 500, "the model's activations are not finite."))
             else:
-                outcomes.append(self.unscored("not_finite", 422, "the input holds NaN or infinity."))
+                outcomes.append(unscored(guard, "not_finite", 500, "the model's activations are not finite."))
         return outcomes
 
     def _relabelled(self, guard: Guard, activations: Activations, outcomes: list[Outcome]) -> torch.Tensor | None:
-        if self.config.action != "relabel":
+        if guard.config.action != "relabel" or guard.suspect is None:
             return None
         flagged: BoolArray = np.array([outcome.kind == "poisoned" for outcome in outcomes])
         if not flagged.any():
             return None
+        if guard.config.rows_per_request == "any":  # one request made them all, and it is poisoned
+            flagged[:] = True
         logits = activations.logits.copy()
         logits[flagged] = guard.ensemble.replacement_logits(activations[flagged])
-        return torch.from_numpy(logits)
+        return torch.from_numpy(logits).to(guard.suspect.device)
 
     # -- following ACTIVE ---------------------------------------------------------------------------------------
 
@@ -266,34 +271,49 @@ class GuardRuntime:
         return self._load(self._embedded)
 
     def _follow(self) -> None:
-        while not self._closed.wait(self.config.bundle_poll_seconds):
+        complaint = ""
+        while not self._closed.wait(self.current.config.bundle_poll_seconds):
             try:
                 self.refresh()
+                complaint = ""
             except Exception as error:  # the old guard stays, whatever happens to the folder
-                logger.error("following ACTIVE failed: %s", type(error).__name__)
+                if complaint != (complaint := type(error).__name__):  # once, and not four times a second
+                    logger.error("following ACTIVE failed: %s", complaint)
 
     def refresh(self) -> None:
-        """Take the bundle that ACTIVE names, if it is another one and whole; else keep the one in use."""
+        """Take the bundle that ACTIVE names, if it is another one and whole; else keep the one in use.
+
+        A refused one is tried again when its folder changes, as when it is repaired, or comes later than ACTIVE.
+        """
         digest = self._store.active_digest() if self._store is not None else None
-        if self._store is None or digest is None or digest in (self.current.digest, self._refused):
+        if self._store is None or digest is None or digest == self.current.digest:
+            return
+        path = self._store.root / digest
+        attempt = (digest, path.stat().st_mtime_ns if path.is_dir() else 0)
+        if attempt == self._refused:
             return
         try:
-            guard = self._load(self._store.root / digest)
-        except GuardError as error:
-            self._refused = digest
+            guard = self._load(path)
+        except Exception as error:  # whatever is wrong with it
+            self._refused = attempt
             self.metrics.count("guard_bundle_swaps_total", self.model_name, "refused")
-            logger.error("new bundle refused, the old one stays: %s", error)
+            text = str(error) if isinstance(error, GuardError) else type(error).__name__
+            logger.error("new bundle refused, the old one stays: %s", text)
             return
-        old, self.current, self._refused = self.current.digest, guard, ""
+        old, self.current, self._refused = self.current.digest, guard, ("", 0)
         self.metrics.count("guard_bundle_swaps_total", self.model_name, "taken")
+        self._declare_verdicts()
         self.metrics.set("guard_bundle_info", self.model_name, str(old), value=0)
         self.metrics.set("guard_bundle_info", self.model_name, str(guard.digest), value=1)
         logger.info("bundle %s is in use", guard.digest)
 
-    def _declare_series(self) -> None:
+    def _declare_verdicts(self) -> None:
         for kind in OUTCOMES:
-            action = self.config.action if kind == "poisoned" else "none"
+            action = self.current.config.action if kind == "poisoned" else "none"
             self.metrics.count("guard_verdicts_total", self.model_name, kind, action, amount=0)
+
+    def _declare_series(self) -> None:
+        self._declare_verdicts()
         for reason in UNSCORED_REASONS:
             self.metrics.count("guard_bypassed_total", self.model_name, reason, amount=0)
         for outcome in ("taken", "refused"):
@@ -303,6 +323,43 @@ class GuardRuntime:
         for stage in ("handler", "guard"):
             self.metrics.declare_histogram("guard_stage_duration_seconds", self.model_name, stage)
         self.metrics.set("guard_bundle_info", self.model_name, str(self.current.digest), value=1)
+
+
+def unscored(guard: Guard, reason: str, status: int, message: str) -> Outcome:
+    """Return the outcome of an input that cannot be scored, as the guard's `failure_mode` has it."""
+    if guard.config.failure_mode == "open":
+        return Outcome("bypassed", reason=reason, message=message)
+    return Outcome(_error_kind(status), status=status, reason=reason, message=message)
+
+
+def merge(guard: Guard, rows: list[Outcome], status: int = 200) -> Outcome:
+    """Return the outcome of one request from all its rows; poisoned if any row is.
+
+    Parameters
+    ----------
+    guard : Guard
+        The one that judged the rows.
+    rows : list of Outcome
+        Of every forward pass that the request made.
+    status : int
+        What the user's own handler says. Where it answers an error, the request is `rejected` or `failed` in its own
+        words, whatever it let the model see; only `poisoned` is told all the same.
+    """
+    if not rows:
+        if status >= 400:
+            return Outcome(_error_kind(status), status=status)
+        return unscored(guard, "not_observed", 500, "the model's forward pass was not seen for this request.")
+    if len(rows) > 1 and guard.config.rows_per_request == 1:
+        message = f"the forward pass made {len(rows)} rows for this request. Set rows_per_request to 'any'."
+        rows = [*rows, unscored(guard, "rows", 500, message)]
+    outcome = min(rows, key=lambda row: (_GRAVITY[row.kind], row.verdict.p_value if row.verdict else 1.0))
+    if status >= 400 and outcome.kind in ("clean", "bypassed"):
+        return Outcome(_error_kind(status), status=status)
+    return outcome
+
+
+def _error_kind(status: int) -> OutcomeKind:
+    return "rejected" if status < 500 else "failed"
 
 
 def _wrong_shape(guard: Guard, inputs: torch.Tensor) -> str:

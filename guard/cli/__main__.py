@@ -1,0 +1,5 @@
+"""`python -m guard.cli` is `guard`."""
+
+from guard.cli import main
+
+main()

@@ -1,0 +1,212 @@
+"""The commands put together, with their errors and exit codes; bundles, the demo and the doctor."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from guard.cli.offline import fit, inspect
+from guard.cli.options import Bundles, Digest
+from guard.cli.output import (
+    console,
+    one_line,
+    plain_table,
+    print_error,
+    print_table,
+    print_warning,
+    say,
+    tell,
+    users_place,
+    what_failed,
+    write,
+)
+from guard.cli.serving import archive, serve
+from guard.errors import BundleError, ConfigError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # frames cut long options off, and cannot be copied
+    help="Guard a suspect image classifier at inference time.",
+    epilog="Status 0: done. 1: failed, or an image could not be judged. 2: the command or a setting is wrong. "
+    "Settings: flags over GUARD_* variables over guard.toml over defaults.",
+)
+bundle_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Look at bundles, and choose which one serves."
+)
+for command in (fit, inspect, archive, serve):
+    app.command()(command)
+app.add_typer(bundle_app, name="bundle")
+
+
+def main() -> None:
+    """Run the command line and leave with its status."""
+    sys.path.insert(0, str(Path.cwd()))  # so that --architecture finds a module of the working folder
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(run(sys.argv[1:]))
+
+
+#: What SIGTERM raises, so that what is open is closed in order.
+_terminated = SystemExit(128 + signal.SIGTERM)
+
+
+def _terminate(*_: object) -> None:
+    raise _terminated
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; every error is one line on stderr.
+
+    Returns
+    -------
+    status : int
+        0 done; 1 an expected failure; 2 a wrong command or setting; 130 interrupted.
+    """
+    try:
+        status = app(arguments, prog_name="guard", standalone_mode=False)
+    except typer.Abort:  # Ctrl-C in older versions of typer; newer ones return 130
+        return 130
+    except Exception as error:
+        if "--traceback" in arguments[:1]:
+            raise
+        if hasattr(error, "format_message"):  # typer's own kinds; it does not export their base class
+            return _usage_error(error)
+        print_error(one_line(error))
+        return 2 if isinstance(error, ConfigError) else 1
+    except SystemExit as error:
+        if error is _terminated or not users_place(error):
+            raise
+        print_error(f"{what_failed(error)} It must not end the program.")  # or a status of 0 would say "done"
+        return 1
+    return status if isinstance(status, int) else 0
+
+
+def _usage_error(error: Any) -> int:
+    message = error.format_message()
+    if "\n" in message:  # the help text of a command that was given nothing
+        tell(message)
+    else:
+        command = error.ctx.command_path if getattr(error, "ctx", None) else "guard"
+        print_error(f"{message} See `{command} --help`.")
+    return 2
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        say(f"backdoor-guard {version('backdoor-guard')}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Guard a suspect image classifier at inference time."""
+
+
+@bundle_app.command("list")
+def bundle_list(bundles: Bundles = Path("bundles")) -> None:
+    """List the bundles of a folder, newest first."""
+    from guard.bundle import BundleStore
+
+    store = BundleStore(bundles)
+    entries = store.entries()
+    damaged = sorted({folder.name for folder in bundles.glob("?" * 64)} - {entry.digest for entry in entries})
+    if not entries and not damaged:
+        raise BundleError(f"there is no bundle in {bundles}. Make one with `guard fit`, or name the folder: --bundles.")
+    table = plain_table("digest", "active", "mode", "rate", "realised", "images", "classes")
+    for entry in entries:
+        about = entry.document
+        table.add_row(
+            entry.digest[:12],
+            "yes" if entry.is_active else "",
+            about["settings"]["mode"],
+            f"{about['settings']['false_positive_rate']:g}",
+            f"{about['realised_false_positive_rate']:.4f}",
+            str(about["clean_images"]),
+            str(about["n_classes"]),
+        )
+    print_table(table)
+    for digest in damaged:
+        print_warning(f"bundle {digest[:12]} is damaged and left out. `guard bundle show {digest[:12]}` says why.")
+
+
+@bundle_app.command("show")
+def bundle_show(digest: Digest = "", bundles: Bundles = Path("bundles")) -> None:
+    """Verify a bundle and print it as JSON.
+
+    The active one if no digest is given.
+    """
+    from guard.bundle import BundleStore, read_bundle
+
+    store = BundleStore(bundles)
+    stored = read_bundle(store.resolve(digest) if digest else store.active_path())
+    write(json.dumps({"digest": stored.digest, **stored.document}, indent=2) + "\n")
+
+
+@bundle_app.command("activate")
+def bundle_activate(digest: Digest, bundles: Bundles = Path("bundles")) -> None:
+    """Make a bundle the active one.
+
+    Servers that follow this folder take it within two seconds.
+    """
+    from guard.bundle import BundleStore
+
+    store = BundleStore(bundles)
+    folder = store.resolve(digest)
+    store.activate(folder.name)
+    say(f"active: {folder.name}")
+
+
+@bundle_app.command("rollback")
+def bundle_rollback(bundles: Bundles = Path("bundles")) -> None:
+    """Go back to the bundle that was active before."""
+    from guard.bundle import BundleStore
+
+    say(f"active: {BundleStore(bundles).roll_back()}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the report, the picture and the artefacts.")] = Path(
+        "build/demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    false_positive_rate: Annotated[float, typer.Option(help="Share of clean inputs that may be flagged.")] = 0.05,
+    keep_serving: Annotated[
+        bool, typer.Option("--keep-serving", help="Leave the server up until Ctrl-C, and print curl lines.")
+    ] = False,
+) -> None:
+    """Plant backdoors, guard, serve, attack, count.
+
+    Backdoors networks on real images, guards and serves them, and prints what the guard catches over HTTP.
+    """
+    from guard.demo import run_demo
+
+    run_demo(output, seed=seed, false_positive_rate=false_positive_rate, keep_serving=keep_serving, console=console)
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine, and say how to mend what is missing."""
+    from guard.doctor import checks
+
+    bad = 0
+    for check in checks():
+        say(f"{'ok ' if check.ok else 'BAD'} {check.name}: {check.detail}")
+        if not check.ok:
+            bad += 1
+            say(f"    -> {check.remedy}")
+    if bad:
+        print_error(f"{bad} things are not in order: mend what is marked BAD.")
+        raise typer.Exit(1)

@@ -1,0 +1,254 @@
+"""The commands that need no server: `guard fit` and `guard inspect`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from guard.cli.options import (
+    Architecture,
+    Bundles,
+    Device,
+    ExtraFile,
+    Handler,
+    ModelFile,
+    Preprocess,
+    Rate,
+    Settings,
+    Weights,
+    handler_argument,
+)
+from guard.cli.output import (
+    OutputFormat,
+    formatted,
+    print_error,
+    print_table,
+    print_warning,
+    progress_bar,
+    say,
+    tell,
+    verdict_table,
+    what_failed,
+    write,
+)
+from guard.errors import ConfigError, DataError, SuspectModelError
+
+if TYPE_CHECKING:
+    from guard.cli.images import Convert
+    from guard.suspect import SuspectModel
+
+
+def fit(
+    weights: Weights,
+    images: Annotated[
+        Path, typer.Option(help="Clean labelled images: a .npz, or a folder with one sub-folder per class.")
+    ],
+    architecture: Architecture = None,
+    preprocess: Preprocess = None,
+    handler: Handler = None,
+    model_file: ModelFile = None,
+    extra_file: ExtraFile = None,
+    device: Device = "cpu",
+    class_names: Annotated[
+        str | None,
+        typer.Option(help="Class list in the model's order: names with commas, or a file with one per line."),
+    ] = None,
+    false_positive_rate: Rate = None,
+    mode: Annotated[str | None, typer.Option(help="calibrated or paper.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of folds and training.")] = None,
+    action: Annotated[str | None, typer.Option(help="observe, flag, relabel or block.")] = None,
+    image_noise_std: Annotated[float | None, typer.Option(help="Also learn from copies with this much noise.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Layer whose input is the split; found by itself if left out.")
+    ] = None,
+    depth: Annotated[
+        list[str] | None,
+        typer.Option(metavar="<str>", help="Earlier layer to watch as well; may be repeated, up to 3."),
+    ] = None,
+    bundles: Bundles = Path("bundles"),
+    activate: Annotated[bool, typer.Option(help="Make the new bundle the active one.")] = True,
+    settings: Settings = None,
+) -> None:
+    """Fit a guard on clean images and write it as a bundle."""
+    from guard.bundle import BundleStore
+    from guard.cli.images import find_images, read_all
+    from guard.config import load_config
+    from guard.pipeline import Guard
+
+    config = load_config(
+        settings,
+        false_positive_rate=false_positive_rate,
+        mode=mode,
+        seed=seed,
+        action=action,
+        image_noise_std=image_noise_std,
+    )
+    attribute = config.model_attribute
+    model = _open_model(
+        weights, architecture, preprocess, handler, model_file, extra_file, device, attribute, split, depth
+    )
+    with model as (suspect, convert), progress_bar("reading images") as report:
+        found = find_images(images, as_bytes=handler is not None, class_names=_class_list(class_names))
+        if found.labels is None:
+            raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
+        inputs = read_all(found, convert, report)
+        _try_once(suspect, inputs)
+        guard = Guard.fit(suspect, inputs, found.labels, config, class_names=found.class_names, progress=report)
+        guard.preprocessing = f"handler {handler}" if handler is not None else preprocess
+        folder = guard.save(bundles)
+    if activate:
+        BundleStore(bundles).activate(folder.name)
+    points = suspect.split_points
+    assert points is not None  # fit has located them
+    accuracy = float((guard.reference.predicted_labels == found.labels).mean())
+    say(f"bundle          {folder}{' (active)' if activate else ''}")
+    say(f"clean images    {len(found.labels)}, of which the suspect model gets {100 * accuracy:.1f} % right")
+    say(f"split           {points.split}; earlier depths: {', '.join(points.depths) or 'none'}")
+    say(
+        f"false positives {guard.realised_false_positive_rate:.4f} of clean images "
+        f"(asked for {config.false_positive_rate:g}, measured out of fold)"
+    )
+    _tell_passed_over(found.passed_over)
+    if accuracy < 0.5:
+        print_warning(
+            f"the suspect model gets only {100 * accuracy:.1f} % of these labels right, so the guard will be poor. "
+            "Are the classes in the model's order (--class-names), and the images preprocessed as it wants?"
+        )
+
+
+def inspect(
+    images: Annotated[Path, typer.Argument(help="A .npz, an image, or a folder of images.")],
+    weights: Weights,
+    architecture: Architecture = None,
+    preprocess: Preprocess = None,
+    handler: Handler = None,
+    model_file: ModelFile = None,
+    extra_file: ExtraFile = None,
+    device: Device = "cpu",
+    bundles: Bundles = Path("bundles"),
+    digest: Annotated[
+        str | None, typer.Option(help="Bundle to use, by the first digits of its digest; default ACTIVE.")
+    ] = None,
+    false_positive_rate: Rate = None,
+    output_format: Annotated[OutputFormat, typer.Option("--format", help="How to print.")] = OutputFormat.table,
+    output: Annotated[Path | None, typer.Option(help="File to write to; default is the terminal.")] = None,
+    settings: Settings = None,
+) -> None:
+    """Judge images offline: table, CSV or JSON.
+
+    An image that cannot be read or scored is listed as failed, the others keep their verdicts, and the status is 1.
+    """
+    from guard.bundle import BundleStore
+    from guard.cli.images import find_images, judge
+    from guard.config import SERVING_SETTINGS, load_config, load_settings
+    from guard.pipeline import Guard
+
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no folder {output.parent}. Make it first.")
+    chosen = load_settings(settings, false_positive_rate=false_positive_rate)
+    attribute = load_config(settings).model_attribute
+    store = BundleStore(bundles)
+    bundle = store.resolve(digest) if digest else store.active_path()
+    model = _open_model(weights, architecture, preprocess, handler, model_file, extra_file, device, attribute)
+    with model as (suspect, convert), progress_bar("reading images") as report:
+        guard = Guard.load(bundle, suspect)
+        guard = guard.with_config(**{name: value for name, value in chosen.items() if name in SERVING_SETTINGS})
+        channels = guard.input_shape[0] if guard.input_shape else None
+        found = find_images(images, as_bytes=handler is not None, channels=channels)
+        judged = judge(guard, found, convert, report)
+    if output is not None:
+        output.write_text(formatted(judged, output_format, guard.class_names), encoding="utf-8")
+    elif output_format is OutputFormat.table:
+        print_table(verdict_table(judged, guard.class_names))
+    else:
+        write(formatted(judged, output_format))
+    flagged = sum(item.verdict is not None and item.verdict.is_poisoned for item in judged)
+    failed = [item for item in judged if item.verdict is None]
+    tell(f"{len(judged)} images: {len(judged) - flagged - len(failed)} clean, {flagged} poisoned, {len(failed)} failed")
+    _tell_passed_over(found.passed_over)
+    if failed:
+        print_error(
+            f"{len(failed)} of {len(judged)} images have no verdict; the first: {failed[0].name}: {failed[0].error}"
+        )
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _open_model(
+    weights: Path,
+    architecture: str | None,
+    preprocess: str | None,
+    handler: str | None,
+    model_file: Path | None,
+    extra_file: list[Path] | None,
+    device: str,
+    model_attribute: str,
+    split: str | None = None,
+    depths: list[str] | None = None,
+) -> Iterator[tuple[SuspectModel, Convert]]:
+    """Load the suspect model, and yield it with what turns images into its inputs; the user's prints go to stderr."""
+    import torch
+
+    from guard.cli.images import preprocessing
+    from guard.serving.user_handler import open_user_handler
+    from guard.suspect import SuspectModel
+
+    if (architecture is None) == (handler is None):
+        raise ConfigError("give either --architecture or --handler: one of them says how the network is built.")
+    if handler is not None and preprocess is not None:
+        raise ConfigError("--preprocess does not go with --handler: the handler preprocesses. Leave one out.")
+    if handler is None and (model_file is not None or extra_file):
+        raise ConfigError("--model-file and --extra-file go with --handler only. Leave them out, or name the handler.")
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:
+        raise ConfigError(f"--device {device!r} cannot be used: {error}. Name cpu, cuda or cuda:N.") from error
+    with contextlib.redirect_stdout(sys.stderr):
+        if handler is None:
+            assert architecture is not None
+            convert = preprocessing(preprocess)
+            yield SuspectModel.load(weights, architecture, split=split, depths=depths or None, device=device), convert
+            return
+        with open_user_handler(
+            handler_argument(handler),
+            weights,
+            model_file=model_file,
+            extra_files=tuple(extra_file or ()),
+            model_attribute=model_attribute,
+            gpu=None if device == "cpu" else torch.device(device).index or 0,
+        ) as user:
+            yield SuspectModel(user.module, split=split, depths=depths or None, device=device), user.model_inputs
+
+
+def _class_list(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    if Path(text).is_file():
+        return [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [name.strip() for name in text.split(",")]
+
+
+def _try_once(suspect: SuspectModel, inputs: Any) -> None:
+    """Run the network on two images first, so that what does not fit is said in the user's words."""
+    from guard.errors import GuardError
+
+    try:
+        suspect.activations(inputs[:2])
+    except GuardError:
+        raise
+    except Exception as error:
+        raise SuspectModelError(
+            f"the suspect model fails on images of shape {inputs.shape[1:]}: {what_failed(error)} "
+            "Are they what it takes? See --preprocess and --handler."
+        ) from error
+
+
+def _tell_passed_over(number: int) -> None:
+    if number:
+        print_warning(f"{number} file(s) passed over: their names do not end in .png, .jpg or .jpeg.")

@@ -1,0 +1,37 @@
+"""Options that several commands share, so that they read the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Weights = Annotated[Path, typer.Option(help="Weights of the suspect model: safetensors, or a state dict.")]
+Architecture = Annotated[str | None, typer.Option(help="Function that builds the network, as package.module:factory.")]
+Handler = Annotated[
+    str | None,
+    typer.Option(help="Your TorchServe handler, a file or a shipped one's name; its preprocess is used."),
+]
+ModelFile = Annotated[Path | None, typer.Option(help="TorchServe's --model-file, for your handler.")]
+ExtraFile = Annotated[
+    list[Path] | None, typer.Option(metavar="<path>", help="File or folder your handler needs; may be repeated.")
+]
+Bundles = Annotated[Path, typer.Option(help="Folder of bundles.")]
+Settings = Annotated[
+    Path | None, typer.Option("--settings", help="Settings file; default is ./guard.toml if there is one.")
+]
+Rate = Annotated[float | None, typer.Option(help="Share of clean inputs that may be flagged.")]
+Preprocess = Annotated[
+    str | None,
+    typer.Option(
+        help="module:function that turns float32 images (n, channels, h, w) in [0, 1] into what the model takes."
+    ),
+]
+Device = Annotated[str, typer.Option(help="Where the suspect model runs: cpu, cuda or cuda:N.")]
+Digest = Annotated[str, typer.Argument(help="First digits of the digest (6 or more).")]
+
+
+def handler_argument(name: str) -> Path | str:
+    """Return a handler as a file, or as the name of one that TorchServe ships."""
+    return Path(name) if name.endswith(".py") else name

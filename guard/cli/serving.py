@@ -1,0 +1,187 @@
+"""The commands for a server: `guard archive` and `guard serve`."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from guard.cli.options import (
+    Architecture,
+    Bundles,
+    ExtraFile,
+    ModelFile,
+    Rate,
+    Settings,
+    Weights,
+    handler_argument,
+)
+from guard.cli.output import progress_bar, say
+from guard.errors import ConfigError, ServerError
+
+
+def archive(
+    name: Annotated[str, typer.Argument(help="Name under which the model will be served.")],
+    weights: Weights,
+    architecture: Architecture = None,
+    mean: Annotated[
+        str | None,
+        typer.Option(help="Image handler: subtracted after scaling to [0, 1]; one number, or one per channel."),
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="Image handler: divided by after that; likewise.")] = None,
+    resize: Annotated[bool, typer.Option(help="Image handler: resize other sizes instead of refusing them.")] = False,
+    handler: Annotated[
+        str | None, typer.Option(help="Your own handler file, or a TorchServe name; default: the image handler.")
+    ] = None,
+    model_file: ModelFile = None,
+    extra_file: ExtraFile = None,
+    bundles: Bundles = Path("bundles"),
+    model_store: Annotated[Path, typer.Option(help="Folder that archives go to.")] = Path("model_store"),
+    version: Annotated[str, typer.Option(help="Version of the model.")] = "1.0",
+    action: Annotated[str | None, typer.Option(help="observe, flag, relabel or block.")] = None,
+    false_positive_rate: Rate = None,
+    failure_mode: Annotated[str | None, typer.Option(help="closed or open.")] = None,
+    rows_per_request: Annotated[str | None, typer.Option(help="1 or any.")] = None,
+    verdict_in_body: Annotated[bool | None, typer.Option(help="Also put the verdict into JSON answers.")] = None,
+    pin: Annotated[bool, typer.Option("--pin", help="Serve the embedded bundle only; do not follow ACTIVE.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an archive of that name.")] = False,
+    settings: Settings = None,
+) -> None:
+    """Put the model and its guard into a TorchServe archive."""
+    from guard.bundle import BundleStore, read_bundle
+    from guard.config import load_settings
+    from guard.pipeline import Guard
+    from guard.serving.guarded import ServedModel, make_guarded_archive
+    from guard.suspect import SuspectModel
+    from guard.weights import check_weights_file
+
+    rows: Any = int(rows_per_request) if rows_per_request and rows_per_request.isdigit() else rows_per_request
+    chosen = load_settings(
+        settings,
+        action=action,
+        false_positive_rate=false_positive_rate,
+        failure_mode=failure_mode,
+        rows_per_request=rows,
+        verdict_in_body=verdict_in_body,
+    )
+    if handler is None and architecture is None:
+        raise ConfigError("give --architecture (for the image handler), or --handler with your own.")
+    image_settings = {"mean": _numbers("--mean", mean), "std": _numbers("--std", std), "resize": resize or None}
+    if handler is not None and any(value is not None for value in image_settings.values()):
+        raise ConfigError("--mean, --std and --resize are for the image handler. Leave them out with --handler.")
+    bundle = BundleStore(bundles).active_path()
+    document = read_bundle(bundle).document
+    if document["preprocessing"] and handler is None and mean is None and std is None:
+        raise ConfigError(
+            f"this bundle was fitted on images made by {document['preprocessing']}, and the image handler does not do "
+            "that. Name a --handler that does, or give --mean and --std if they are all of it."
+        )
+    if architecture is None:
+        check_weights_file(weights)
+    else:  # weights and bundle belong together: better said now than when the server starts
+        with contextlib.redirect_stdout(sys.stderr):
+            Guard.load(bundle, SuspectModel.load(weights, architecture))
+    model = ServedModel(
+        weights,
+        handler=None if handler is None else handler_argument(handler),
+        architecture=architecture,
+        input_shape=tuple(document["input_shape"] or ()),
+        image_settings={**image_settings, "class_names": document["class_names"]},
+        model_file=model_file,
+        extra_files=tuple(extra_file or ()),
+        version=version,
+    )
+    path = make_guarded_archive(
+        name,
+        model,
+        bundle,
+        model_store=model_store,
+        bundles=None if pin else bundles,
+        settings=chosen,
+        force=force,
+    )
+    say(str(path))
+
+
+def _numbers(flag: str, text: str | None) -> float | list[float] | None:
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{flag} must be one number, or one per channel with commas, got {text!r}.") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def serve(
+    models: Annotated[list[str] | None, typer.Argument(help="Archives to serve; default all.")] = None,
+    model_store: Annotated[Path, typer.Option(help="Folder of the archives.")] = Path("model_store"),
+    port: Annotated[
+        int, typer.Option(help="Inference port; management and metrics take the next two. 0 = any free ones.")
+    ] = 8080,
+    workers: Annotated[int, typer.Option(help="Worker processes per model.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Largest batch.")] = 8,
+    max_batch_delay_ms: Annotated[int, typer.Option(help="How long to wait for a batch to fill.")] = 1,
+    token: Annotated[bool, typer.Option("--token/--no-token", help="Ask callers for a key.")] = True,
+    work_dir: Annotated[Path | None, typer.Option(help="Folder of logs and keys; default: a temporary one.")] = None,
+    ready_timeout: Annotated[float, typer.Option(help="Seconds until the models must be ready.")] = 120.0,
+) -> None:
+    """Serve archives on loopback until Ctrl-C.
+
+    Starts TorchServe, waits until every model answers, prints a line to try it, and stops it on Ctrl-C or SIGTERM.
+    """
+    from guard.serving.torchserve import TorchServeInstance
+
+    names = [name.removesuffix(".mar") for name in models or ()]
+    if not any(model_store.glob("*.mar")):
+        raise ServerError(f"there is no archive in {model_store}. Make one with `guard archive`.")
+    instance = TorchServeInstance(
+        model_store,
+        {name: f"{name}.mar" for name in names} if names else "all",
+        work_dir=work_dir,
+        inference_port=port,
+        management_port=port and port + 1,
+        metrics_port=port and port + 2,
+        workers=workers,
+        batch_size=batch_size,
+        max_batch_delay_ms=max_batch_delay_ms,
+        token_authorization=token,
+    )
+    stopped = threading.Event()
+    is_ready = threading.Event()
+
+    def stop(number: int, _: FrameType | None) -> None:
+        is_first = not stopped.is_set()
+        stopped.set()
+        if is_first and not is_ready.is_set():  # a second signal does not disturb the stopping
+            raise typer.Exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    with instance:
+        with progress_bar("starting TorchServe", share_known=False):
+            seconds = instance.wait_ready(ready_timeout)
+        is_ready.set()
+        say(f"ready after {seconds:.0f} s on {instance.inference_url}; metrics on {instance.metrics_url}")
+        if token:
+            say(f"keys in {instance.work_dir / 'key_file.json'}")
+        for name in instance.models_served:
+            say(curl_line(instance.inference_url, name, instance.token()))
+        say("Ctrl-C stops it.")
+        sys.stdout.flush()
+        while not stopped.wait(0.5):
+            if not instance.is_alive():
+                raise ServerError("TorchServe has ended by itself. Start it with --work-dir, and look at its logs.")
+    say("stopped")
+
+
+def curl_line(url: str, model: str, token: str | None, file: str = "image.png") -> str:
+    """Return a command that asks for one prediction and shows the verdict's headers."""
+    key = f' -H "Authorization: Bearer {token}"' if token else ""
+    return f"curl -i{key} {url}/predictions/{model} -T {file}"

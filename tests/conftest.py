@@ -1,0 +1,88 @@
+"""Session fixtures that every test file may use: real MNIST images, one backdoored network, and a guard fitted to it.
+
+Nothing here is changed by a test: arrays are read-only, and a test that needs another guard makes a copy.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from guard import Activations, Guard, GuardConfig, SuspectModel
+from guard.attacks import DEMO_ATTACKS, AttackRecipe, MnistCnn, Poisoned, poisoned_test_set, train_badnet
+from guard.datasets import load_dataset, split_rows, to_tensor_images
+from guard.types import Float32Array, IntArray
+
+#: Rows of the shipped MNIST images: to train the network, to fit the guard, to test.
+SPLIT = (6000, 1000, 1000)
+
+
+class LabelledImages(NamedTuple):
+    """Images as the network takes them, (n, 1, 28, 28) float32 in [0, 1], and true labels (n,) int64."""
+
+    images: Float32Array
+    labels: IntArray
+
+
+class CleanSplit(NamedTuple):
+    """Clean MNIST images in three parts without an image in common."""
+
+    train: LabelledImages
+    validation: LabelledImages
+    test: LabelledImages
+
+
+@pytest.fixture(scope="session")
+def clean_split() -> CleanSplit:
+    data = load_dataset("mnist", "test")
+    images = to_tensor_images(data.images)
+    parts = []
+    for rows in split_rows(len(data), SPLIT, np.random.default_rng(0)):
+        part = LabelledImages(images[rows], data.labels[rows])
+        for array in part:
+            array.setflags(write=False)
+        parts.append(part)
+    return CleanSplit(*parts)
+
+
+@pytest.fixture(scope="session")
+def recipe() -> AttackRecipe:
+    """A pixel pattern in the corner; every triggered image is to become a 7."""
+    return next(one for one in DEMO_ATTACKS if one.name == "pattern")
+
+
+@pytest.fixture(scope="session")
+def badnet(recipe: AttackRecipe, clean_split: CleanSplit) -> MnistCnn:
+    """A network that carries the recipe's backdoor; about 6 s on one core."""
+    network, _, _ = train_badnet(recipe, *clean_split.train, seed=0)
+    return network
+
+
+@pytest.fixture(scope="session")
+def suspect(badnet: MnistCnn) -> SuspectModel:
+    return SuspectModel(badnet)
+
+
+@pytest.fixture(scope="session")
+def triggered(recipe: AttackRecipe, clean_split: CleanSplit) -> Poisoned:
+    """The test images with the trigger, without those whose true label is the attacker's."""
+    return poisoned_test_set(*clean_split.test, recipe.apply_trigger, recipe.target)
+
+
+@pytest.fixture(scope="session")
+def fitted_guard(suspect: SuspectModel, clean_split: CleanSplit) -> Guard:
+    """A guard in `calibrated` mode at a false-positive rate of 0.05, fitted on the 1,000 validation images."""
+    return Guard.fit(suspect, *clean_split.validation, GuardConfig(false_positive_rate=0.05))
+
+
+@pytest.fixture(scope="session")
+def clean_activations(fitted_guard: Guard, suspect: SuspectModel, clean_split: CleanSplit) -> Activations:
+    """Of the 1,000 clean test images."""
+    return suspect.activations(clean_split.test.images)
+
+
+@pytest.fixture(scope="session")
+def triggered_activations(fitted_guard: Guard, suspect: SuspectModel, triggered: Poisoned) -> Activations:
+    return suspect.activations(triggered.images)

@@ -1,0 +1,7 @@
+"""Model file for TorchServe: exactly one class, made without arguments."""
+
+from guard.attacks import MnistCnn
+
+
+class Network(MnistCnn):
+    """The network that the demo trains."""

@@ -1,0 +1,325 @@
+"""P-values, folds and surprise by hand; and the product's promise: the rate of false alarms is the one asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from guard import Activations, Guard, GuardConfig
+from guard.calibration import (
+    TAIL_START,
+    SurpriseMap,
+    check_rate,
+    classes_with_own_map,
+    conformal_p_values,
+    images_needed,
+    stratified_folds,
+)
+from guard.errors import DataError
+from guard.types import Float64Array, IntArray
+
+TAIL_SURPRISE = -np.log(1 - TAIL_START)
+
+
+def pooled_map(scores: Float64Array) -> SurpriseMap:
+    """A map of one detector and one class."""
+    return SurpriseMap.fit(scores[:, None], np.zeros(len(scores), dtype=np.int64), np.array([False]))
+
+
+def surprise_of(surprise_map: SurpriseMap, scores: Float64Array, label: int = 0) -> Float64Array:
+    scores = np.asarray(scores, dtype=np.float64)
+    return surprise_map.surprise(scores[:, None], np.full(len(scores), label))[:, 0]
+
+
+# --- conformal p-values and rates ---
+
+
+def test_conformal_p_values_by_hand():
+    clean = np.array([1.0, 2.0, 2.0, 3.0])
+    scores = np.array([0.0, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5])
+    expected = np.array([5, 5, 4, 4, 2, 2, 1]) / 5  # a tie counts as at least as high
+    np.testing.assert_array_equal(conformal_p_values(scores, clean), expected)
+
+
+def test_conformal_p_values_of_infinities_and_nan_stay_in_bounds_and_nan_is_never_clean():
+    p_values = conformal_p_values(np.array([-np.inf, np.inf, np.nan]), np.array([1.0, 2.0, np.inf]))
+    np.testing.assert_array_equal(p_values, [1.0, 2 / 4, 1 / 4])
+
+
+def test_conformal_p_values_equal_the_definition_counted_one_by_one():
+    rng = np.random.default_rng(0)
+    clean, scores = np.sort(rng.integers(0, 9, 37).astype(float)), rng.integers(-1, 11, 200).astype(float)
+    counted = [(1 + sum(c >= s for c in clean)) / (len(clean) + 1) for s in scores]
+    np.testing.assert_array_equal(conformal_p_values(scores, clean), counted)
+
+
+def test_conformal_p_values_without_clean_scores_are_one():
+    np.testing.assert_array_equal(conformal_p_values(np.array([0.0, 9.0]), np.empty(0)), [1.0, 1.0])
+
+
+def test_images_needed_is_exact_at_every_edge():
+    for n in range(1, 3000):
+        rate = 1 / (n + 1)
+        assert images_needed(rate) == n
+        assert images_needed(rate * (1 + 1e-6)) == n
+        assert images_needed(rate * (1 - 1e-6)) == n + 1
+        least = conformal_p_values(np.array([1.0]), np.zeros(n))[0]
+        assert least <= rate  # so the most suspicious input of all can be flagged
+
+
+@pytest.mark.parametrize(("rate", "needed"), [(0.01, 99), (0.05, 19), (0.1, 9), (0.001, 999), (0.5, 1), (0.3, 3)])
+def test_check_rate_accepts_the_number_needed_and_refuses_one_less(rate, needed):
+    check_rate(rate, needed)
+    with pytest.raises(DataError) as error:
+        check_rate(rate, needed - 1)
+    assert str(error.value) == (
+        f"false_positive_rate={rate:g} needs at least {needed} clean images, got {needed - 1}. "
+        "Raise the rate or add images."
+    )
+
+
+# --- folds ---
+
+
+@pytest.mark.parametrize("counts", [(50, 50, 50), (1, 2, 3, 4, 5, 6, 7), (3,) * 40, (100, 1)])
+def test_stratified_folds_spread_every_class_and_the_whole_evenly(counts):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    part = stratified_folds(labels, 5, seed=0)
+    assert set(part.tolist()) <= set(range(5))
+    assert np.ptp(np.bincount(part, minlength=5)) <= 1
+    for label in range(len(counts)):
+        assert np.ptp(np.bincount(part[labels == label], minlength=5)) <= 1
+
+
+def test_stratified_folds_follow_the_seed_and_nothing_else():
+    labels = np.arange(60) % 3
+    np.testing.assert_array_equal(stratified_folds(labels, 5, seed=1), stratified_folds(labels, 5, seed=1))
+    assert (stratified_folds(labels, 5, seed=1) != stratified_folds(labels, 5, seed=2)).any()
+
+
+# --- surprise ---
+
+
+def test_surprise_map_body_is_minus_log_of_the_share_above_at_every_knot():
+    scores = np.random.default_rng(0).normal(size=400)
+    quantiles = np.linspace(0, TAIL_START, 33)
+    surprise = surprise_of(pooled_map(scores), np.quantile(scores, quantiles))
+    np.testing.assert_allclose(surprise, -np.log(1 - quantiles), rtol=1e-12, atol=1e-12)
+
+
+def test_surprise_map_body_is_linear_between_knots():
+    scores = np.arange(1001.0)
+    knot = np.quantile(scores, TAIL_START * np.array([10, 11]) / 32)
+    surprise = surprise_of(pooled_map(scores), [knot[0], 0.25 * knot[1] + 0.75 * knot[0], knot[1]])
+    assert surprise[1] == pytest.approx(0.75 * surprise[0] + 0.25 * surprise[2])
+
+
+def test_surprise_map_tail_by_hand_is_exponential_where_few_scores_lie_in_it():
+    surprise_map = pooled_map(np.arange(51.0))  # 90 % quantile 45, excesses 1 to 5, mean 3
+    np.testing.assert_allclose(
+        surprise_of(surprise_map, [45.0, 48.0, 51.0]), TAIL_SURPRISE + np.array([0.0, 1.0, 2.0]), rtol=1e-7
+    )
+
+
+def test_surprise_map_tail_goes_on_where_the_body_ends():
+    scores = np.random.default_rng(1).exponential(size=500)
+    surprise_map = pooled_map(scores)
+    edge = np.quantile(scores, TAIL_START)
+    below, at, above = surprise_of(surprise_map, [edge - 1e-9, edge, edge + 1e-9])
+    assert at == pytest.approx(TAIL_SURPRISE, rel=1e-12)
+    assert below == pytest.approx(at, abs=1e-6)
+    assert above == pytest.approx(at, abs=1e-6)
+
+
+def test_surprise_map_tail_of_exponential_scores_has_shape_0_and_tells_minus_log_of_the_truth():
+    surprise_map = pooled_map(np.random.default_rng(0).exponential(size=20_000))
+    assert surprise_map.shape.item() < 0.08  # the estimate's own deviation is 0.026
+    np.testing.assert_allclose(surprise_of(surprise_map, [3.0, 5.0, 7.0]), [3.0, 5.0, 7.0], rtol=0.08)
+
+
+@pytest.mark.parametrize("shape", [0.2, 0.4])
+def test_surprise_map_tail_of_pareto_scores_finds_their_shape(shape):
+    uniform = np.random.default_rng(0).uniform(size=40_000)
+    scores = (uniform**-shape - 1) / shape  # generalised Pareto by inversion
+    assert pooled_map(scores).shape.item() == pytest.approx(shape, abs=0.1)
+
+
+def test_surprise_map_tail_of_very_heavy_scores_keeps_shape_below_one():
+    scores = np.random.default_rng(0).uniform(size=2000) ** -3.0
+    assert 0.5 < pooled_map(scores).shape.item() <= 0.9
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_surprise_map_rises_with_each_detectors_score(rounded):
+    rng = np.random.default_rng(2)
+    labels = rng.integers(0, 3, 300)
+    scores = rng.normal(size=(300, 2)) * [1.0, 30.0] + labels[:, None]
+    if rounded:  # many ties
+        scores = scores.round()
+    surprise_map = SurpriseMap.fit(scores, labels, np.array([True, True, False]))
+    for label in range(3):
+        for detector in range(2):
+            grid = np.tile(np.median(scores, axis=0), (2000, 1))
+            grid[:, detector] = np.linspace(scores[:, detector].min() - 1, 3 * scores[:, detector].max(), 2000)
+            surprise = surprise_map.surprise(grid, np.full(2000, label))
+            assert (np.diff(surprise[:, detector]) >= 0).all()
+            assert surprise[0, detector] == 0.0
+            assert np.ptp(surprise[:, 1 - detector]) == 0.0
+            tail = grid[:, detector] > scores[:, detector].max()
+            assert (np.diff(surprise[tail, detector]) > 0).all()
+
+
+@pytest.mark.parametrize("shape", [0.0, 0.3])
+def test_surprise_map_huge_and_infinite_scores_are_finite_and_most_surprising(shape):
+    uniform = np.random.default_rng(0).uniform(size=1000)
+    scores = -np.log(uniform) if shape == 0 else (uniform**-shape - 1) / shape
+    surprise = surprise_of(pooled_map(scores), [-np.inf, scores.max(), 1e6, 1e25, 1e30, np.inf])
+    assert np.isfinite(surprise).all()
+    assert surprise[0] == 0
+    assert (np.diff(surprise) >= 0).all()
+    assert surprise[-1] == surprise[-2] > surprise[-3] > surprise[1]
+
+
+def test_surprise_map_fits_clean_scores_that_are_infinite():
+    scores = np.concatenate([np.arange(30.0), [np.inf, -np.inf]])
+    surprise_map = pooled_map(scores)
+    assert all(np.isfinite(array).all() for array in surprise_map.arrays().values())
+    surprise = surprise_of(surprise_map, [0.0, 10.0, 29.0, np.inf])
+    assert np.isfinite(surprise).all()
+    assert (np.diff(surprise) > 0).all()
+
+
+@pytest.mark.parametrize("scores", [[3.0], [3.0, 4.0], [5.0] * 40])
+def test_surprise_map_few_or_equal_scores_still_call_a_higher_one_most_surprising(scores):
+    surprise = surprise_of(pooled_map(np.array(scores)), [min(scores) - 1, max(scores), max(scores) + 1])
+    assert np.isfinite(surprise).all()
+    assert surprise[0] == 0
+    assert surprise[2] > max(surprise[1], TAIL_SURPRISE)
+
+
+def test_surprise_map_without_scores_is_refused():
+    with pytest.raises(DataError, match=r"^calibration needs at least one clean score, got none\.$"):
+        pooled_map(np.empty(0))
+
+
+def test_classes_with_own_map_counts_predicted_labels_on_both_sides_of_the_edge():
+    predicted = np.repeat([0, 1, 3], [50, 49, 51])
+    np.testing.assert_array_equal(classes_with_own_map(predicted, 5, 50), [True, False, False, True, False])
+
+
+def test_surprise_map_class_with_own_map_is_judged_alone_and_the_others_by_all():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], [200, 40])
+    scores = np.where(labels == 0, 0.0, 10.0) + rng.normal(size=240)
+    surprise_map = SurpriseMap.fit(scores[:, None], labels, np.array([True, False, False]))
+    np.testing.assert_array_equal(surprise_map.group_of_class, [1, 0, 0])
+    alone, pooled = pooled_map(scores[labels == 0]), pooled_map(scores)
+    grid = np.linspace(-2, 12, 50)
+    body = grid <= np.quantile(scores[labels == 0], TAIL_START)
+    np.testing.assert_array_equal(surprise_of(surprise_map, grid, 0)[body], surprise_of(alone, grid)[body])
+    body = grid <= np.quantile(scores, TAIL_START)
+    for label in (1, 2):
+        np.testing.assert_array_equal(surprise_of(surprise_map, grid, label)[body], surprise_of(pooled, grid)[body])
+    high = surprise_of(surprise_map, [10.0], 0)[0]
+    assert high > TAIL_SURPRISE + 5 > surprise_of(surprise_map, [10.0], 1)[0]
+
+
+def test_surprise_map_class_with_own_map_and_no_score_here_is_pooled():
+    labels = np.zeros(30, dtype=np.int64)
+    surprise_map = SurpriseMap.fit(np.arange(30.0)[:, None], labels, np.array([True, True]))
+    np.testing.assert_array_equal(surprise_map.group_of_class, [1, 0])
+
+
+def test_surprise_map_arrays_roundtrip_gives_equal_surprise():
+    rng = np.random.default_rng(0)
+    labels, scores = rng.integers(0, 4, 300), rng.normal(size=(300, 3))
+    surprise_map = SurpriseMap.fit(scores, labels, np.array([True, False, True, True]))
+    restored = SurpriseMap.from_arrays({name: array.copy() for name, array in surprise_map.arrays().items()})
+    new = 3 * rng.normal(size=(100, 3))
+    np.testing.assert_array_equal(
+        restored.surprise(new, labels[:100]), surprise_map.surprise(new, labels[:100]), strict=True
+    )
+
+
+# --- the promise ---
+
+
+def clean_activations(per_class: tuple[int, ...], world: int, draw: int) -> tuple[Activations, IntArray]:
+    """Gaussian classes seen at two depths, and a suspect that answers with the nearest centre; about 1 % wrong."""
+    n_classes = len(per_class)
+    rng = np.random.default_rng(world)
+    centres, mixing = rng.normal(0, 1.0, (n_classes, 16)), rng.normal(size=(16, 8))
+    rng = np.random.default_rng((world, draw))
+    labels = rng.permutation(np.repeat(np.arange(n_classes), per_class))
+    features = centres[labels] + rng.normal(size=(len(labels), 16))
+    logits = -((features[:, None] - centres) ** 2).sum(axis=2) / 2
+    early = features @ mixing
+    return Activations(
+        *(array.astype(np.float32) for array in (logits, features)), {"early": np.float32(early)}
+    ), labels
+
+
+def realised_rates(per_class: tuple[int, ...], rates: tuple[float, ...], seeds: int) -> tuple[Float64Array, int]:
+    """Return the share of 4,000 or so new clean inputs flagged, by seed and rate; and how many there were."""
+    realised, n_new = np.empty((seeds, len(rates))), 0
+    for seed in range(seeds):
+        guard = Guard.fit_activations(
+            *clean_activations(per_class, seed, 0), GuardConfig(false_positive_rate=max(rates), seed=seed)
+        )
+        times = 1 + 4000 // sum(per_class)
+        new, _ = clean_activations(tuple(times * count for count in per_class), seed, 1)
+        n_new = len(new)
+        for column, rate in enumerate(rates):
+            flagged = guard.with_config(false_positive_rate=rate).scores(new).is_poisoned
+            realised[seed, column] = flagged.mean()
+    return realised, n_new
+
+
+def tolerance(rate: float, n_clean: int, n_new: int) -> float:
+    """Return 4 standard deviations of one guard's realised rate: of counting new inputs, and of the clean draw."""
+    return 4 * float(np.sqrt(rate * (1 - rate) * (1 / n_new + 1 / n_clean)))
+
+
+@pytest.mark.parametrize(
+    "per_class",
+    [
+        pytest.param((100,) * 10, id="100-each"),
+        pytest.param((50,) * 10, id="just-enough-for-own-maps"),
+        pytest.param((20, 35, 45, 49, 50, 51, 60, 70, 100, 150), id="some-with-own-maps"),
+    ],
+)
+def test_guard_realised_false_positive_rate_is_the_requested_one(per_class):
+    rates, n_clean = (0.01, 0.05, 0.1), sum(per_class)
+    realised, n_new = realised_rates(per_class, rates, seeds=5)
+    for column, rate in enumerate(rates):
+        exact = np.floor(rate * (n_clean + 1) + 1e-9) / (n_clean + 1)  # the highest p-value that is not above the rate
+        allowed = tolerance(exact, n_clean, n_new)
+        np.testing.assert_allclose(realised[:, column], exact, rtol=0, atol=allowed)
+        assert realised[:, column].mean() == pytest.approx(exact, abs=allowed / np.sqrt(len(realised)))
+
+
+@pytest.mark.parametrize("n_per_class", [25, 30])
+def test_guard_realised_false_positive_rate_on_real_images_with_few_per_class_is_not_above(
+    fitted_guard, clean_activations, n_per_class
+):
+    """Classes hardly larger than 20, the neighbours: detectors of four fifths must still speak for the final ones."""
+    clean, labels = fitted_guard.reference, fitted_guard.reference_labels
+    rng = np.random.default_rng(0)
+    for seed in range(2):
+        rows = np.concatenate([rng.permutation(np.flatnonzero(labels == label))[:n_per_class] for label in range(10)])
+        guard = Guard.fit_activations(clean[rows], labels[rows], GuardConfig(false_positive_rate=0.1, seed=seed))
+        p_values = guard.scores(clean_activations).p_values
+        for rate in (0.02, 0.05, 0.1):
+            realised = (p_values <= rate).mean()
+            assert 0.1 * rate < realised <= rate + tolerance(rate, len(rows), len(clean_activations))
+
+
+def test_guard_realised_false_positive_rate_with_nine_images_per_class_is_not_above_the_requested_one():
+    """Detectors of 7 images per class calibrate those of 9, which are less easily surprised: below is expected."""
+    rates, n_clean = (0.05, 0.1), 90
+    realised, n_new = realised_rates((9,) * 10, rates, seeds=8)
+    for column, rate in enumerate(rates):
+        exact = np.floor(rate * (n_clean + 1) + 1e-9) / (n_clean + 1)
+        allowed = tolerance(exact, n_clean, n_new)
+        assert realised[:, column].max() <= exact + allowed
+        assert 0.25 * exact <= realised[:, column].mean() <= exact + allowed / np.sqrt(len(realised))

@@ -1,0 +1,102 @@
+"""The detectors of one guard: made from settings, and stored as plain JSON and arrays."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from guard import Activations, GuardConfig
+from guard.detectors import DETECTORS
+from guard.detectors.disagreement import HeadDisagreement
+from guard.detectors.lof import PerClassLof
+from guard.ensemble import Ensemble, Member
+from guard.errors import BundleError, DataError
+
+
+@pytest.fixture(scope="module")
+def clean():
+    """Three classes of 40 clean inputs, seen at the split layer and one depth."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(120) % 3
+    features = rng.normal(0, 4, (3, 6))[labels] + rng.normal(size=(120, 6))
+    logits = np.eye(3)[labels] * 5
+    arrays = (array.astype(np.float32) for array in (logits, features))
+    return Activations(*arrays, {"early": features[:, :4].astype(np.float32)}), labels
+
+
+def test_ensemble_calibrated_mode_holds_every_detector_once_per_depth():
+    names = Ensemble.for_mode(GuardConfig(), ("conv1", "conv2")).names
+    assert names == tuple(f"{kind}:{depth}" for kind in DETECTORS for depth in ("features", "conv1", "conv2"))
+    assert len(set(names)) == len(names)
+
+
+def test_ensemble_calibrated_mode_takes_shared_settings_from_the_config():
+    ensemble = Ensemble.for_mode(GuardConfig(n_neighbors=7, seed=5, feature_noise_std=0.3), ("conv1",))
+    detectors = {member.name: member.detector for member in ensemble.members}
+    assert detectors["lof:conv1"] == PerClassLof(depth="conv1", n_neighbors=7)
+    assert detectors["lof:features"].depth == "features"
+    head = detectors["disagreement:conv1"]
+    assert (head.depth, head.seed, head.feature_noise_std) == ("conv1", 5, 0.3)
+
+
+def test_ensemble_paper_mode_holds_novelty_and_head_at_the_split_layer_in_the_order_of_the_fusion():
+    config = GuardConfig(mode="paper", n_neighbors=5, norm_orders=("l0", "l1"), l0_tolerance=0.1, seed=2)
+    novelty, head = Ensemble.for_mode(config, ("conv1",)).members
+    assert (novelty.name, head.name) == ("lof:norms", "disagreement:features")
+    assert novelty.detector == PerClassLof(n_neighbors=5, summary=("l0", "l1"), l0_tolerance=0.1, compare="any")
+    assert (head.detector.depth, head.detector.seed) == ("features", 2)
+
+
+def test_ensemble_score_has_one_column_per_detector(clean):
+    activations, labels = clean
+    ensemble = Ensemble.for_mode(GuardConfig(), tuple(activations.depths))
+    assert ensemble.fit(activations, labels) is ensemble
+    raw = ensemble.score(activations)
+    assert raw.shape == (120, len(ensemble.names))
+    assert raw.dtype == np.float64
+    for column, member in enumerate(ensemble.members):
+        np.testing.assert_array_equal(raw[:, column], member.detector.score(activations))
+
+
+@pytest.mark.parametrize("mode", ["calibrated", "paper"])
+def test_ensemble_roundtrip_through_json_and_arrays_scores_equal(clean, mode):
+    activations, labels = clean
+    ensemble = Ensemble.for_mode(GuardConfig(mode=mode), tuple(activations.depths)).fit(activations, labels)
+    description = json.loads(json.dumps(ensemble.describe()))
+    restored = Ensemble.restore(description, {name: array.copy() for name, array in ensemble.arrays().items()})
+    assert restored.names == ensemble.names
+    assert restored.describe() == ensemble.describe()
+    np.testing.assert_array_equal(restored.score(activations), ensemble.score(activations))
+    np.testing.assert_array_equal(restored.replacement_logits(activations), ensemble.replacement_logits(activations))
+
+
+def test_ensemble_arrays_of_more_than_ten_detectors_do_not_mix(clean):
+    activations, labels = clean
+    members = [Member(f"lof:{k}", "lof", PerClassLof(n_neighbors=k)) for k in range(1, 13)]  # positions 1 and 1x
+    ensemble = Ensemble(members).fit(activations, labels)
+    restored = Ensemble.restore(ensemble.describe(), ensemble.arrays())
+    np.testing.assert_array_equal(restored.score(activations), ensemble.score(activations))
+
+
+def test_ensemble_restore_unknown_kind_raises_bundle_error(clean):
+    entry = {"name": "oracle", "kind": "oracle", "settings": {}}
+    with pytest.raises(BundleError, match=r"^unknown detector 'oracle': known are \['disagreement', 'lof'.*Upgrade"):
+        Ensemble.restore([entry], {})
+
+
+def test_ensemble_replacement_logits_come_from_the_head_at_the_split_layer(clean):
+    activations, labels = clean
+    ensemble = Ensemble.for_mode(GuardConfig(), tuple(activations.depths)).fit(activations, labels)
+    head = HeadDisagreement().fit(activations, labels)
+    np.testing.assert_array_equal(ensemble.replacement_logits(activations), head.logits(activations))
+    assert (ensemble.replacement_logits(activations).argmax(axis=1) == labels).mean() > 0.95
+
+
+def test_ensemble_without_head_cannot_relabel(clean):
+    activations, labels = clean
+    for detector in (PerClassLof(), HeadDisagreement(depth="early")):
+        ensemble = Ensemble([Member("only", "any", detector)]).fit(activations, labels)
+        with pytest.raises(DataError, match=r"^this guard holds no replacement head; action 'relabel' needs one\.$"):
+            ensemble.replacement_logits(activations)

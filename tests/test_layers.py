@@ -1,0 +1,130 @@
+"""Who may import whom (the design's order), read from the source; and what an import really loads."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import guard
+
+PACKAGE = Path(guard.__file__).parent
+
+#: Rooms of the package, lowest first. A room imports rooms of earlier lines only; a new one gets a place here.
+ORDER: tuple[frozenset[str], ...] = tuple(
+    frozenset(line.split())
+    for line in (
+        "errors",
+        "types",
+        "resources weights split_points calibration evaluation heads backups attacks bundle",
+        "config recording datasets fusion detectors",
+        "suspect image_files ensemble",
+        "pipeline telemetry relabel",
+        "retraining assess",
+        "serving review",
+    )
+)
+#: The outer edge, above all of these: what people start. Its modules may import each other.
+EDGE = ("cli", "demo", "doctor")
+#: These know nothing of the guard but its nouns.
+NOUNS_ONLY = ("telemetry", "relabel")
+
+SERVERS = {"ts", "starlette", "fastapi", "uvicorn", "sqlalchemy", "alembic", "prometheus_client", "httpx", "psutil"}
+PEOPLE = {"typer", "rich", "matplotlib"}
+
+
+def rank(room: str) -> int:
+    for level, rooms in enumerate(ORDER):
+        if room in rooms:
+            return level
+    if room.split("_")[0] in EDGE:
+        return len(ORDER)
+    pytest.fail(f"guard.{room} has no place in ORDER of tests/test_layers.py. Give it one, as low as it can be.")
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def sources() -> list[Path]:
+    return sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
+
+
+def imported_modules(file: Path) -> Iterator[str]:
+    """Every absolute name that a file imports, wherever it does: at the top, in a function, for type checking."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            assert node.module is not None
+            yield node.module
+            if node.module == "guard":
+                yield from (f"guard.{alias.name}" for alias in node.names)
+
+
+def imported_rooms(file: Path) -> set[str]:
+    return {name.split(".")[1] for name in imported_modules(file) if name.startswith("guard.")}
+
+
+@pytest.mark.parametrize("file", sources(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_module_imports_lower_rooms_only(file):
+    room = room_of(file)
+    for other in imported_rooms(file) - {room}:
+        if rank(room) == rank(other) == len(ORDER):
+            continue
+        assert rank(other) < rank(room), f"{room} must not import {other}"
+
+
+def test_telemetry_and_relabel_import_nouns_only():
+    for file in sources():
+        if room_of(file) in NOUNS_ONLY:
+            assert imported_rooms(file) - {room_of(file)} <= {"errors", "types"}, file
+
+
+#: Runs a user's TorchServe handler where images are read from files, so it needs TorchServe itself; only when called.
+RUNS_HANDLERS = PACKAGE / "serving" / "user_handler.py"
+
+
+def test_torchserve_is_imported_by_one_module_and_only_when_called():
+    for file in sources():
+        imports_ts = "ts" in {name.split(".")[0] for name in imported_modules(file)}
+        assert not imports_ts or file == RUNS_HANDLERS, file
+    code = "import sys, guard.serving.user_handler; print('ts' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_servers_and_screens_are_imported_by_the_edge_only():
+    for file in sources():
+        names = {name.split(".")[0] for name in imported_modules(file)}
+        if rank(room_of(file)) < rank("serving") and room_of(file) not in ("relabel", "review"):
+            assert not names & SERVERS, file
+        if rank(room_of(file)) < len(ORDER):
+            assert not names & PEOPLE, file
+
+
+@pytest.mark.parametrize("module", ["guard.detectors", "guard.pipeline", "guard.evaluation", "guard.telemetry"])
+def test_import_in_a_fresh_interpreter_leaves_servers_and_screens_unloaded(module):
+    code = f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "guard" in loaded
+    assert not loaded & (SERVERS | PEOPLE)
+
+
+def test_import_guard_alone_loads_no_room():
+    code = "import sys, guard; print(*(name for name in sys.modules if name.startswith('guard.') or name == 'torch'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_public_names_are_all_there_and_an_unknown_one_is_not():
+    for name in guard.__all__:
+        assert getattr(guard, name).__name__ == name
+    with pytest.raises(AttributeError, match=r"^module 'guard' has no attribute 'Gard'$"):
+        guard.Gard  # noqa: B018

@@ -1,0 +1,96 @@
+"""The documents are held to the code: examples run, commands exist, and every setting and metric is told."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from guard import GuardConfig
+from guard.cli import run
+from guard.telemetry import METRICS
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("CONTRIBUTING.md")]
+TEXTS = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in DOCUMENTS}
+RUNNABLE = {name: text for name, text in TEXTS.items() if "<!-- run -->" in text}
+_RUN = re.compile(r"^<!-- run -->\n+```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_SHELL = re.compile(r"^```(?:console|bash|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_INLINE = re.compile(r"`guard ([a-z]+)")
+_LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+
+
+def shell_lines() -> list[str]:
+    """Every command line of every document, without its prompt, comment and continuation."""
+    lines = [
+        re.sub(r"\s+#.*", "", line.strip().removeprefix("$ "))
+        for text in TEXTS.values()
+        for block in _SHELL.findall(text)
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
+    return [line for line in lines if line]
+
+
+def test_readme_has_examples_to_run() -> None:
+    assert "README.md" in RUNNABLE
+    for name, text in RUNNABLE.items():
+        assert len(_RUN.findall(text)) == text.count("<!-- run -->"), f"{name}: a marked block is no python block"
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_readme_python_examples_run_in_order(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "example"}
+    for number, block in enumerate(_RUN.findall(RUNNABLE[name]), start=1):
+        exec(compile(block, f"{name}, block {number}", "exec"), names)
+
+
+def test_readme_python_blocks_compile() -> None:
+    for name, text in TEXTS.items():
+        for block in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            compile(block, name, "exec")
+
+
+@pytest.mark.parametrize("line", sorted({line for line in shell_lines() if line.startswith("guard ")}))
+def test_readme_guard_command_exists_with_its_options(line: str, capfd: pytest.CaptureFixture[str]) -> None:
+    words = line.split()[1:]
+    command = words[:2] if words[0] == "bundle" else words[:1]
+    assert run([*command, "--help"]) == 0, capfd.readouterr().err
+    shown = capfd.readouterr().out
+    for option in (word.split("=")[0] for word in words if word.startswith("--")):
+        assert re.search(rf"(?<![\w-]){option}(?![\w-])", shown), f"{line!r}: {option} is not in its --help"
+
+
+def test_readme_names_no_command_that_does_not_exist(capfd: pytest.CaptureFixture[str]) -> None:
+    run(["--help"])
+    known = set(re.findall(r"^  ([a-z]+) ", capfd.readouterr().out, re.MULTILINE))
+    used = {word for text in TEXTS.values() for word in _INLINE.findall(text)}
+    assert used <= known, used - known
+    assert {"fit", "inspect", "archive", "serve", "bundle", "demo", "doctor"} <= known
+
+
+def test_readme_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    used = {line.split()[1] for line in shell_lines() if re.match(r"make [a-z]", line)}
+    used |= {word for text in TEXTS.values() for word in re.findall(r"`make ([a-z]+)", text)}
+    assert "demo" in used
+    for target in used:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
+
+
+@pytest.mark.parametrize("setting", GuardConfig.model_fields)
+def test_docs_name_every_setting(setting: str) -> None:
+    assert any(f"`{setting}`" in text for text in TEXTS.values())
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_docs_name_every_metric(metric: str) -> None:
+    assert any(f"`{metric}`" in text for text in TEXTS.values())
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_docs_links_to_files_lead_somewhere(name: str) -> None:
+    for target in _LINK.findall(TEXTS[name]):
+        if not re.match(r"[a-z]+:", target):
+            assert ((ROOT / name).parent / target).exists(), f"{name} links to {target}"

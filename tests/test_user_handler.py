@@ -1,0 +1,136 @@
+"""The user's own handler outside a server: its preprocess runs on raw bytes; every way to fail is a clear error."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from guard.errors import ArchiveError, DataError, GuardError, SuspectModelError, UnsafeWeightsError
+from guard.serving.user_handler import open_user_handler
+
+HANDLER = """
+import os
+import torch
+from ts.torch_handler.base_handler import BaseHandler
+from helper import SCALE
+
+class Mine(BaseHandler):
+    def initialize(self, context):
+        super().initialize(context)
+        assert os.path.isfile(context.system_properties["model_dir"] + "/folder/inside.txt")
+        assert context.system_properties["gpu_id"] is None
+        context.metrics.add_counter("Loaded", 1)
+
+    def preprocess(self, data):
+        assert self.context.get_request_id(0) == "0"
+        assert all(isinstance(item["body"], bytearray) for item in data)
+        rows = [torch.tensor(list(item["body"]), dtype=torch.float32) * SCALE for item in data]
+        if any(len(row) == 2 for row in rows):
+            self.context.set_response_status(code=422, phrase="", idx=0)
+            rows = [row[:1] for row in rows]
+        return {RESULT}
+"""
+NETWORK = "from torch import nn\n\nclass Net(nn.Linear):\n    def __init__(self):\n        super().__init__(4, 3)\n"
+
+
+def write(folder: Path, result: str = "torch.stack(rows).reshape(len(rows), 1, 2, 2)", handler: str = HANDLER) -> None:
+    (folder / "mine.py").write_text(handler.replace("{RESULT}", result))
+    (folder / "network.py").write_text(NETWORK)
+    (folder / "helper.py").write_text("SCALE = 2.0\n")
+    (folder / "folder").mkdir(exist_ok=True)
+    (folder / "folder" / "inside.txt").write_text("x")
+    torch.save(torch.nn.Linear(4, 3).state_dict(), folder / "weights.pt")
+
+
+def open_mine(folder: Path, **more: object):  # type: ignore[no-untyped-def]
+    options: dict[str, object] = {
+        "model_file": folder / "network.py",
+        "extra_files": (folder / "helper.py", folder / "folder"),
+    }
+    return open_user_handler(folder / "mine.py", folder / "weights.pt", **(options | more))  # type: ignore[arg-type]
+
+
+def test_user_handler_preprocesses_raw_bytes_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    write(tmp_path)
+    before, modules = list(sys.path), set(sys.modules)
+    with open_mine(tmp_path) as user:
+        inputs = user.model_inputs([bytes([1, 2, 3, 4]), bytes([5, 6, 7, 8])])
+        assert isinstance(user.module, torch.nn.Linear)
+        scratch = Path(sys.modules["mine"].__file__ or "").parent
+    assert inputs.dtype == np.float32
+    np.testing.assert_array_equal(inputs[1, 0], [[10, 12], [14, 16]])
+    assert sys.path == before
+    assert {"mine", "helper", "network"}.isdisjoint(set(sys.modules) - modules)
+    assert not scratch.exists()
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ("rows", "got list"),
+        ("(torch.stack(rows).reshape(len(rows), 1, 2, 2), None)", "got tuple"),
+        ("torch.stack(rows)", r"got torch.float32 \(2, 4\)"),
+        ("torch.stack(rows).reshape(len(rows), 1, 2, 2).double()", "got torch.float64"),
+        ("torch.stack(rows * 5).reshape(-1, 1, 2, 2)", "one row per request here, got 10 for 2"),
+    ],
+)
+def test_user_handler_refuses_what_is_no_batch_of_images(tmp_path: Path, result: str, said: str) -> None:
+    write(tmp_path, result)
+    with open_mine(tmp_path) as user, pytest.raises(DataError, match=said):
+        user.model_inputs([b"1234", b"5678"])
+
+
+def test_user_handler_that_refuses_an_input_is_believed(tmp_path: Path) -> None:
+    write(tmp_path, "torch.zeros(len(rows), 1, 2, 2)")
+    with open_mine(tmp_path) as user, pytest.raises(DataError, match="refused the input with status 422"):
+        user.model_inputs([b"12"])
+
+
+def test_user_handler_weights_are_looked_into_before_the_handler_runs(tmp_path: Path) -> None:
+    write(tmp_path, handler="raise SystemExit('the handler ran')")
+    torch.save(torch.nn.Linear(4, 3), tmp_path / "weights.pt")
+    with pytest.raises(UnsafeWeightsError, match="whole module"), open_mine(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "said"),
+    [
+        ({"extra_files": ()}, ArchiveError, "mine.py cannot be imported: ModuleNotFoundError.*helper"),
+        ({"model_file": None}, SuspectModelError, "mine.py failed in initialize: .*--model-file"),
+        ({"model_attribute": "net"}, SuspectModelError, "its attribute 'net' must be a torch.nn.Module, got NoneType"),
+        ({"model_file": Path("no_such_file.py")}, ArchiveError, "no_such_file.py does not exist"),
+    ],
+)
+def test_user_handler_that_does_not_start_says_what_it_needs(
+    tmp_path: Path, options: dict[str, object], kind: type[GuardError], said: str
+) -> None:
+    write(tmp_path)
+    with pytest.raises(kind, match=said), open_mine(tmp_path, **options):
+        pass
+    assert "mine" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "text", ["x = 1\n", "class A:\n    pass\n", "class A:\n    preprocess = None\nclass B:\n    pass\n"]
+)
+def test_user_handler_must_be_one_class_with_preprocess(tmp_path: Path, text: str) -> None:
+    write(tmp_path, handler=text)
+    with (
+        pytest.raises(ArchiveError, match="must define exactly one class, with a preprocess method"),
+        open_mine(tmp_path),
+    ):
+        pass
+
+
+def test_user_handler_by_the_name_of_a_shipped_one(tmp_path: Path) -> None:
+    write(tmp_path)
+    files = {"model_file": tmp_path / "network.py"}
+    with open_user_handler("base_handler", tmp_path / "weights.pt", **files) as user:  # type: ignore[arg-type]
+        assert user.module.out_features == 3
+    with pytest.raises(ArchiveError, match="handler no_such cannot be imported"):
+        open_user_handler("no_such", tmp_path / "weights.pt").__enter__()
