@@ -121,3 +121,8 @@ class PaperFusion:
     def restore(self, arrays: Mapping[str, AnyArray]) -> Self:
         """Nothing to take back."""
         return self
+
+
+def new_fusion(mode: str) -> Fusion:
+    """Return the unfitted fusion of a mode, `"calibrated"` or `"paper"`."""
+    return PaperFusion() if mode == "paper" else CalibratedFusion()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,17 +13,15 @@ from typing import Any, Self
 import numpy as np
 
 from guard.bundle import read_bundle, write_bundle
-from guard.calibration import check_rate, classes_with_own_map, conformal_p_values, stratified_folds
+from guard.calibration import check_rate, conformal_p_values
 from guard.config import SERVING_SETTINGS, GuardConfig
+from guard.cross_fitting import Progress, cross_fit
 from guard.ensemble import Ensemble
 from guard.errors import BundleError, ConfigError, DataError
-from guard.fusion import CalibratedFusion, Fusion, PaperFusion
+from guard.fusion import Fusion, new_fusion
 from guard.split_points import SplitPoints
 from guard.suspect import SuspectModel
 from guard.types import FEATURES, Activations, AnyArray, BoolArray, Float32Array, Float64Array, IntArray, Verdict
-
-#: Called with a line for a person and the share done, in [0, 1].
-Progress = Callable[[str, float], None]
 
 _CLEAN = "no more suspicious than clean images"
 
@@ -176,7 +174,6 @@ class Guard:
             If a value is not finite, shapes do not agree, or the images are too few for the requested rate.
         """
         config = config or GuardConfig()
-        report = progress or _silent
         labels = _checked_labels(activations, labels)
         n_classes = activations.logits.shape[1]
         check_rate(config.false_positive_rate, len(labels))
@@ -187,42 +184,17 @@ class Guard:
         if class_names is not None and len(class_names) != n_classes:
             raise DataError(f"the suspect model has {n_classes} classes, got {len(class_names)} class names.")
 
-        def fitted_ensemble(rows: BoolArray) -> Ensemble:
-            learn, learn_labels = activations[rows], labels[rows]
-            if noisy is not None:
-                learn = Activations.concatenate([learn, noisy[rows]])
-                learn_labels = np.concatenate([learn_labels, learn_labels])
-            # As many fewer neighbours as images: with the same number among fewer, the factors of a fold would spread
-            # less than the final ones do (nearly all of a class are neighbours), and its scores calibrate too low.
-            scaled = config.replace(n_neighbors=max(1, round(config.n_neighbors * float(rows.mean()))))
-            return Ensemble.for_mode(scaled, tuple(activations.depths)).fit(learn, learn_labels)
-
-        part = stratified_folds(labels, config.folds, config.seed)
-        out_of_fold = []
-        for fold in range(config.folds):
-            report(f"cross-fitting, part {fold + 1} of {config.folds}", 0.1 + 0.7 * fold / config.folds)
-            out_of_fold.append(fitted_ensemble(part != fold).score(activations[part == fold]))
-        raw = np.empty((len(labels), out_of_fold[0].shape[1]))
-        for fold, scores in enumerate(out_of_fold):
-            raw[part == fold] = scores
-        report("fitting the detectors on all clean images", 0.8)
-        ensemble = fitted_ensemble(np.ones(len(labels), dtype=bool))
-        report("calibrating", 0.97)
-        predicted = activations.predicted_labels
-        own_map = classes_with_own_map(predicted, n_classes, config.min_images_per_class)
-        combined = _cross_fitted_scores(config, raw, predicted, own_map, part)
-        guard = cls(
+        fitted = cross_fit(config, activations, labels, noisy, progress or _silent)
+        return cls(
             config=config,
-            ensemble=ensemble,
-            fusion=_new_fusion(config).fit(raw, predicted, own_map),
-            clean_scores=np.sort(combined),
+            ensemble=fitted.ensemble,
+            fusion=fitted.fusion,
+            clean_scores=fitted.clean_scores,
             reference=activations,
             reference_labels=labels,
-            realised_false_positive_rate=_realised_rate(config, combined, part),
+            realised_false_positive_rate=fitted.realised_false_positive_rate,
             class_names=tuple(class_names) if class_names is not None else None,
         )
-        report("fitted", 1.0)
-        return guard
 
     def inspect(self, images: Float32Array) -> list[Verdict]:
         """Return one verdict per image, in order.
@@ -383,7 +355,7 @@ class Guard:
             guard = cls(
                 config=config,
                 ensemble=Ensemble.restore(document["detectors"], _below(stored.arrays, "detector.")),
-                fusion=_new_fusion(config).restore(_below(stored.arrays, "fusion.")),
+                fusion=new_fusion(config.mode).restore(_below(stored.arrays, "fusion.")),
                 clean_scores=stored.arrays["clean_scores"],
                 reference=Activations(
                     reference["logits"], reference[FEATURES], {name: reference[name] for name in document["depths"]}
@@ -407,10 +379,6 @@ def _silent(_text: str, _share: float) -> None:
     """Report nothing."""
 
 
-def _new_fusion(config: GuardConfig) -> Fusion:
-    return PaperFusion() if config.mode == "paper" else CalibratedFusion()
-
-
 def _checked_labels(activations: Activations, labels: IntArray) -> IntArray:
     labels = np.asarray(labels)
     if labels.shape != (len(activations),):
@@ -424,31 +392,6 @@ def _checked_labels(activations: Activations, labels: IntArray) -> IntArray:
     if not finite.all():
         raise DataError(f"activations of clean image {int(np.argmin(finite))} are not finite. Is the model damaged?")
     return labels.astype(np.int64)
-
-
-def _cross_fitted_scores(
-    config: GuardConfig, raw: Float64Array, predicted: IntArray, own_map: BoolArray, part: IntArray
-) -> Float64Array:
-    """Return the combined score of every clean row under a fusion that was fitted on the other folds.
-
-    Ranking new inputs among scores whose own fusion had seen them would flag more clean inputs than asked for.
-    """
-    combined = np.empty(len(raw))
-    for fold in range(config.folds):
-        hold = part == fold
-        fusion = _new_fusion(config).fit(raw[~hold], predicted[~hold], own_map)
-        combined[hold] = fusion.combine(fusion.surprise(raw[hold], predicted[hold]))
-    return combined
-
-
-def _realised_rate(config: GuardConfig, combined: Float64Array, part: IntArray) -> float:
-    """Return the share of clean rows flagged when each fold is ranked among the others."""
-    flagged = 0
-    for fold in range(config.folds):
-        hold = part == fold
-        p_values = conformal_p_values(combined[hold], np.sort(combined[~hold]))
-        flagged += int(_new_fusion(config).decide(combined[hold], p_values, config.false_positive_rate).sum())
-    return flagged / len(combined)
 
 
 def _match(suspect: SuspectModel, document: Mapping[str, Any], digest: str) -> None:

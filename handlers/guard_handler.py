@@ -6,7 +6,6 @@ The archive carries `guard_archive.json` (which handler to wrap, where the bundl
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import sys
 import threading
@@ -18,13 +17,13 @@ from typing import Any
 from PIL import Image
 from ts.context import Context, RequestProcessor
 from ts.metrics.metric_type_enum import MetricTypes
-from ts.utils.util import list_classes_from_module
 
 from guard.config import load_settings
 from guard.errors import ArchiveError, InputRejectedError, SuspectModelError
 from guard.pipeline import Guard
 from guard.serving.answers import excuse, make_answer
 from guard.serving.runtime import GuardRuntime, Outcome, Record, merge
+from guard.serving.user_handler import handler_class
 from guard.telemetry import prometheus_names
 from guard.weights import check_weights_file
 
@@ -42,7 +41,8 @@ class GuardHandler:
         settings = load_settings(folder / "guard.toml")
         if "serializedFile" in context.manifest["model"]:
             check_weights_file(folder / context.manifest["model"]["serializedFile"])
-        self._inner = _user_handler(about["handler"], folder)
+        sys.path.insert(0, str(folder))
+        self._inner = handler_class(about["handler"], "handle")()
         self._inner.initialize(context)
         self._runtime = GuardRuntime(
             getattr(self._inner, settings.get("model_attribute", "model"), None),
@@ -115,17 +115,6 @@ class GuardHandler:
             context.set_response_header(index, name, value)
         self._runtime.count(outcome, context.get_response_status(index)[0])
         return answer.body
-
-
-def _user_handler(name: str, folder: Path) -> Any:
-    """Make the handler to wrap: a file of the archive that defines one class, or one that TorchServe ships."""
-    if name.endswith(".py"):
-        sys.path.insert(0, str(folder))
-    module = importlib.import_module(Path(name).stem if name.endswith(".py") else f"ts.torch_handler.{name}")
-    classes = list_classes_from_module(module)
-    if len(classes) != 1 or not hasattr(classes[0], "handle"):
-        raise ArchiveError(f"handler {name} must define exactly one class with a handle method, got {len(classes)}.")
-    return classes[0]()
 
 
 def _is_empty(item: Any) -> bool:

@@ -549,12 +549,15 @@ def test_start_refuses_a_bundle_of_other_weights_and_a_handler_without_a_network
         workshop.guarded("stock", rows_per_request=2)
 
 
-def test_start_refuses_a_handler_file_with_two_classes(workshop: Workshop, tmp_path: Path) -> None:
+def test_start_refuses_a_handler_file_with_two_classes(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     worker = workshop.guarded("stock")
     module = sys.modules[type(worker.handler).__module__]
     (tmp_path / "twins.py").write_text("class A:\n    handle = 1\n\nclass B:\n    handle = 1\n")
-    with pytest.raises(ArchiveError, match="exactly one class with a handle method, got 2"):
-        module._user_handler("twins.py", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ArchiveError, match="exactly one class, with a handle method; it defines 2"):
+        handler_class("twins.py", "handle")
     assert len(list_classes_from_module(module)) == 1
     assert {file.name for file in HANDLERS.glob("*.py")} >= {"stock_handler.py", "mnist_network.py"}
 

@@ -23,6 +23,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "resources weights split_points calibration evaluation heads backups attacks bundle",
         "config recording datasets fusion detectors",
         "suspect image_files ensemble",
+        "cross_fitting",
         "pipeline telemetry relabel",
         "retraining assess",
         "serving review",

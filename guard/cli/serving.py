@@ -49,6 +49,9 @@ def archive(
     failure_mode: Annotated[str | None, typer.Option(help="closed or open.")] = None,
     rows_per_request: Annotated[str | None, typer.Option(help="1 or any.")] = None,
     verdict_in_body: Annotated[bool | None, typer.Option(help="Also put the verdict into JSON answers.")] = None,
+    example: Annotated[
+        Path | None, typer.Option(help="Body of one request: each worker tries it when it starts, or does not start.")
+    ] = None,
     pin: Annotated[bool, typer.Option("--pin", help="Serve the embedded bundle only; do not follow ACTIVE.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an archive of that name.")] = False,
     settings: Settings = None,
@@ -104,6 +107,7 @@ def archive(
         model_store=model_store,
         bundles=None if pin else bundles,
         settings=chosen,
+        example=example,
         force=force,
     )
     say(str(path))

@@ -69,26 +69,28 @@ class PairDistances:
             chosen.dot(query, out=squared[first:last])
         squared *= -2.0
         squared += self._norms[columns]
-        squared += norms[rows]
-        doubtful = squared < self._trusted * (self._largest_norm + float(norms.max(initial=0.0)))
+        norms = norms[rows]
+        squared += norms
+        doubtful = squared < self._trusted * (self._largest_norm + norms)
         if doubtful.any():
             squared[doubtful] = pair_distances(queries, rows[doubtful], self._references, columns[doubtful])
         return squared
 
     def of_one(self, query: Float64Array, columns: IntArray) -> Float64Array:
         """Return the same for a single query of shape (d,): fewer calls, for a lone request."""
+        if self._few_columns:
+            return pair_distances(query[np.newaxis], columns, self._references, columns)  # one query: rows are not read
         chosen = self._references.take(columns, axis=0).astype(np.float64, copy=False)
-        if not self._few_columns:
-            norm = float(query.dot(query))
-            squared: Float64Array = chosen.dot(query)
-            squared *= -2.0
-            squared += self._norms[columns]
-            squared += norm
-            if squared.min() >= self._trusted * (self._largest_norm + norm):
-                return squared
-        chosen -= query
-        by_differences: Float64Array = np.einsum("ij,ij->i", chosen, chosen)
-        return by_differences
+        norm = float(query.dot(query))
+        squared: Float64Array = chosen.dot(query)
+        squared *= -2.0
+        squared += self._norms[columns]
+        squared += norm
+        doubtful = squared < self._trusted * (self._largest_norm + norm)
+        if doubtful.any():
+            again = columns[doubtful]
+            squared[doubtful] = pair_distances(query[np.newaxis], again, self._references, again)  # as above
+        return squared
 
 
 class Preselector:
@@ -168,7 +170,9 @@ class Preselector:
         ranks = self._half_norms[first:last] - self._scaled[first:last].dot(scaled.astype(np.float32))  # (n,)
         ordered = ranks.copy()
         ordered.partition(n_nearest - 1)
-        return (ranks <= ordered.item(n_nearest - 1) + self._slack * (1.0 + length)).nonzero()[0]
+        limit = ordered.item(n_nearest - 1) + self._slack * (1.0 + length)
+        possible: IntArray = (ranks <= limit).nonzero()[0]
+        return possible
 
     def _ranks(self, scaled: Float32Array, places: IntArray | None) -> Float32Array:
         """Return h for every query, shape (m, most references of a class); infinite where a class has no more."""

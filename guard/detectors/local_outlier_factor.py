@@ -137,10 +137,9 @@ class ClassReferences:
 
     def _factor(self, query: Float64Array, label: int) -> float:
         """Return the factor of one query, shape (d,), against one class that has references."""
-        first, size, n_nearest = (int(counts[label]) for counts in (self._starts, self._sizes, self._n_nearest))
-        place = int(self._place_of_large[label])
-        nearest = self._preselector.of_one(query, n_nearest, place) if place >= 0 else np.arange(size)
-        nearest += first
+        n_nearest, place = int(self._n_nearest[label]), int(self._place_of_large[label])
+        nearest = self._preselector.of_one(query, n_nearest, place) if place >= 0 else np.arange(self._sizes[label])
+        nearest += self._starts[label]
         squared = self._pair_distances.of_one(query, nearest)
         if len(nearest) > n_nearest:  # of equally far references the first are taken
             chosen = squared.argsort(kind="stable")[:n_nearest]

@@ -129,7 +129,6 @@ def _initialised(name: str, folder: Path, gpu: int | None) -> tuple[Any, Any]:
             warnings.simplefilter("ignore", ResourceWarning)  # it leaves its own files open
             from ts.context import Context
             from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
-            from ts.utils.util import list_classes_from_module
 
             metrics = MetricsCacheYamlImpl(config_file_path=str(resource_path("metrics.yaml")))
             metrics.initialize_cache()
@@ -138,26 +137,47 @@ def _initialised(name: str, folder: Path, gpu: int | None) -> tuple[Any, Any]:
     importlib.invalidate_caches()
     manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())
     context = Context(_NAME, str(folder), manifest, 1, gpu, "0.12.0", metrics=metrics, model_yaml_config={})
+    handler = handler_class(name, "preprocess")
     try:
-        module = importlib.import_module(Path(name).stem if name.endswith(".py") else f"ts.torch_handler.{name}")
-        classes = list_classes_from_module(module)
-    except Exception as error:  # importing runs the user's code
-        raise ArchiveError(
-            f"handler {name} cannot be imported: {_short(error)}. Add what it needs with --extra-file."
-        ) from error
-    if len(classes) != 1 or not callable(getattr(classes[0], "preprocess", None)):
-        raise ArchiveError(
-            f"handler {name} must define exactly one class, with a preprocess method; it defines {len(classes)}. "
-            "Without one, use --architecture and --preprocess."
-        )
-    try:
-        inner = classes[0]()
+        inner = handler()
         inner.initialize(context)
     except Exception as error:
         raise SuspectModelError(
             f"handler {name} failed in initialize: {_short(error)}. Does it need a --model-file or an --extra-file?"
         ) from error
     return inner, context
+
+
+def handler_class(name: str, method: str) -> type:
+    """Return the one class of a TorchServe handler, which must have a method; its module is imported.
+
+    Parameters
+    ----------
+    name : str
+        File name of a module on `sys.path` (`"my_handler.py"`), or the name of one that TorchServe ships.
+    method : str
+        What the class must be able to do.
+
+    Raises
+    ------
+    ArchiveError
+        If it cannot be imported, or is not exactly one class with that method.
+    """
+    from ts.utils.util import list_classes_from_module
+
+    try:
+        module = importlib.import_module(Path(name).stem if name.endswith(".py") else f"ts.torch_handler.{name}")
+        classes: list[type] = list_classes_from_module(module)
+    except Exception as error:  # importing runs the user's code
+        raise ArchiveError(
+            f"handler {name} cannot be imported: {_short(error)}. Add what it needs with --extra-file."
+        ) from error
+    if len(classes) != 1 or not callable(getattr(classes[0], method, None)):
+        raise ArchiveError(
+            f"handler {name} must define exactly one class, with a {method} method; it defines {len(classes)}. "
+            "See TorchServe's custom handlers with a class."
+        )
+    return classes[0]
 
 
 def _model_inputs(inner: Any, context: Any, bodies: Sequence[bytes]) -> Float32Array:
