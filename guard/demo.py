@@ -278,9 +278,7 @@ def _counts_agree(server: TorchServeInstance, model: str, flagged: BoolArray) ->
 
 
 def _print(reports: Sequence[CaseReport], requested: float, console: Console) -> None:
-    table = Table(
-        title="Share of requests over HTTP; attack success = triggered, answered with the attacker's label, not flagged"
-    )
+    table = Table(title="Requests over HTTP, without -> with the guard")
     for heading in ("attack", "clean accuracy", "attack success", "detected (TPR)", "false alarms", "median ms"):
         table.add_column(heading, justify="left" if heading == "attack" else "right")
     for report in reports:

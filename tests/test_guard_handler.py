@@ -26,6 +26,7 @@ from guard.attacks import MnistCnn, Poisoned
 from guard.bundle import BundleStore
 from guard.errors import ArchiveError, BundleError, ConfigError, SuspectModelError, UnsafeWeightsError
 from guard.resources import resource_path
+from guard.serving.user_handler import handler_class
 from guard.telemetry import OUTCOMES
 
 
