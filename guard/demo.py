@@ -296,7 +296,8 @@ def _print(reports: Sequence[CaseReport], requested: float, console: Console) ->
     same = "yes" if all(report.bodies_identical for report in reports) else "NO"
     agree = "yes" if all(report.counts_agree for report in reports) else "NO"
     console.print(
-        f"without -> with the guard. Bodies identical: {same}. Prometheus counted the same verdicts: {agree}."
+        "Attack success: triggered, answered with the attacker's label, and not flagged.\n"
+        f"Bodies identical: {same}. Prometheus counted the same verdicts: {agree}."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ Action = Literal["observe", "flag", "relabel", "block"]
 FEATURES = "features"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Activations:
     """What one forward pass of the suspect model left behind, one row per input, all float32.
 
@@ -70,9 +71,9 @@ class Activations:
         except KeyError:
             raise DataError(f"there is no depth {depth!r}: known are {[FEATURES, *self.depths]}.") from None
 
-    @property
+    @cached_property
     def predicted_labels(self) -> IntArray:
-        """The suspect model's own answer per row, shape (n,), int64."""
+        """The suspect model's own answer per row, shape (n,), int64; computed once, as every detector asks for it."""
         labels: IntArray = self.logits.argmax(axis=1).astype(np.int64, copy=False)
         return labels
 

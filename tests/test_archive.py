@@ -116,7 +116,7 @@ def test_archive_refuses_odd_names(parts: dict[str, Any], name: str) -> None:
 def test_archive_refuses_to_overwrite_without_force(parts: dict[str, Any]) -> None:
     archive = make_archive("tiny", **parts)
     parts["weights"].write_text("new")
-    with pytest.raises(ArchiveError, match=r"tiny\.mar exists already\. Name another model, or overwrite it"):
+    with pytest.raises(ArchiveError, match=r"tiny\.mar exists already\. Name another model, or replace it"):
         make_archive("tiny", **parts)
     assert contents(archive)["weights.pt"] == b"content of weights.pt"
     make_archive("tiny", **parts, force=True)
