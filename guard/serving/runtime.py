@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -200,7 +201,7 @@ class GuardRuntime:
             if message:
                 return [unscored(guard, "shape", 422, message)] * len(activations)
             # Infinity in the input may be gone from the activations: ReLU, pooling and clamping swallow it.
-            if _surely_finite(activations) and bool(inputs.sum().isfinite()):
+            if _surely_finite(activations) and math.isfinite(inputs.sum().item()):
                 return [_judged(verdict) for verdict in guard.decide(activations)]
             return self._judge_finite_rows(guard, activations, inputs)
         except Exception as error:
@@ -374,4 +375,4 @@ def _judged(verdict: Verdict) -> Outcome:
 
 def _surely_finite(activations: Activations) -> bool:
     """Return False if a value is, or may be, not finite: a sum is cheap, and NaN and infinity survive it."""
-    return all(bool(np.isfinite(array.sum())) for _, array in activations.items())
+    return all(math.isfinite(np.add.reduce(array, axis=None)) for _, array in activations.items())
