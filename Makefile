@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-export OMP_NUM_THREADS ?= 2
+# Threads that wait for each other stall on a busy machine, and nothing here is large enough to gain from two.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup demo test lint types bench clean help
 

@@ -24,7 +24,7 @@ from guard.errors import BundleError
 from guard.types import AnyArray
 
 SCHEMA_VERSION = 1
-DOCUMENT, ARRAYS, BACKUPS, SUMS = "guard.json", "arrays.safetensors", "backups", "SHA256SUMS"
+DOCUMENT, ARRAYS, SUMS = "guard.json", "arrays.safetensors", "SHA256SUMS"
 ACTIVE, HISTORY = "ACTIVE", "HISTORY"
 _SHORT = 12  # digits of a digest that are shown to people
 
