@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,28 +20,9 @@ from guard.errors import BundleError, ConfigError, DataError
 from guard.fusion import Fusion, new_fusion
 from guard.split_points import SplitPoints
 from guard.suspect import SuspectModel
-from guard.types import FEATURES, Activations, AnyArray, BoolArray, Float32Array, Float64Array, IntArray, Verdict
+from guard.types import FEATURES, Activations, AnyArray, Float32Array, Float64Array, IntArray, Scores, Verdict
 
 _CLEAN = "no more suspicious than clean images"
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """Everything the guard computed for a batch, before any action.
-
-    Attributes
-    ----------
-    raw, surprise : ndarray of shape (n, n_detectors), float64
-        Each detector's score, and how unusual that score is; higher = more suspicious.
-    combined, p_values : ndarray of shape (n,), float64
-    is_poisoned : ndarray of shape (n,), bool
-    """
-
-    raw: Float64Array
-    surprise: Float64Array
-    combined: Float64Array
-    p_values: Float64Array
-    is_poisoned: BoolArray
 
 
 class Guard:

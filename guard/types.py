@@ -1,4 +1,4 @@
-"""The nouns that every room of the package shares: activations and verdicts, and the names of arrays."""
+"""The nouns that every room of the package shares: activations, scores and verdicts, and the names of arrays."""
 
 from __future__ import annotations
 
@@ -103,6 +103,25 @@ class Activations:
             np.concatenate([part.features for part in parts]),
             {name: np.concatenate([part.at(name) for part in parts]) for name in parts[0].depths},
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Everything the guard computed for a batch, before any action.
+
+    Attributes
+    ----------
+    raw, surprise : ndarray of shape (n, n_detectors), float64
+        Each detector's score, and how unusual that score is; higher = more suspicious.
+    combined, p_values : ndarray of shape (n,), float64
+    is_poisoned : ndarray of shape (n,), bool
+    """
+
+    raw: Float64Array
+    surprise: Float64Array
+    combined: Float64Array
+    p_values: Float64Array
+    is_poisoned: BoolArray
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 _LINE = re.compile(r"\S+ \[(\w+) *\] (\S+)(?: \S+)? - (.*)")  # time [level] thread (logger) - text
 _NOT_LOADED = re.compile(r"Load model failed: ([^,]+), error:")
@@ -11,6 +12,41 @@ _EXCEPTION = re.compile(r"[A-Za-z_][\w.$]*(?:Error|Exception|Exit|Interrupt|Warn
 #: What TorchServe says after the exception that tells more.
 _AFTERTHOUGHT = re.compile(r"RuntimeError: \d{3} - |ModuleNotFoundError: No module named 'ts\.torch_handler\.")
 _FRAME = re.compile(r'\s*File "(?:.*/)?([^"/]+)", line (\d+)(?:, in (\S+))?')
+
+_LOGS = ("console.log", "ts_log.log", "model_log.log")
+
+
+class ServerLogs:
+    """The logs of one run, from where they stood when it began.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the server writes them; may hold those of earlier runs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        files = {name: folder / name for name in _LOGS}
+        self._starts = {name: file.stat().st_size if file.exists() else 0 for name, file in files.items()}
+
+    def lines(self, name: str) -> list[str]:
+        """Return one log's lines; none if it cannot be read."""
+        try:
+            with (self._folder / name).open("rb") as file:
+                file.seek(self._starts[name])
+                return file.read().decode("utf-8", "replace").splitlines()
+        except OSError:
+            return []
+
+    def tail(self, lines: int) -> str:
+        """Return the last lines of every log, for a person."""
+        tails = {name: self.lines(name)[-lines:] for name in _LOGS}
+        return "\n".join("\n".join([f"--- {name}", *tail]) for name, tail in tails.items() if tail)
+
+    def last_warning(self) -> str:
+        """Return the last thing that the server itself complained of, in one line."""
+        return last_warning(self.lines("ts_log.log"), self.lines("console.log"))
 
 
 def failed_model(server_log: Sequence[str]) -> tuple[str, str] | None:

@@ -25,7 +25,7 @@ from guard.serving.archive import Archive, find_archives
 from guard.serving.client import NO_REPLY, Client
 from guard.serving.launch import format_properties, java_command, server_environment, server_settings
 from guard.serving.ports import LOOPBACK, Ports, choose_ports
-from guard.serving.server_log import failed_model, last_warning, worker_exception
+from guard.serving.server_log import ServerLogs, failed_model, worker_exception
 
 #: After SIGTERM, before SIGKILL; TorchServe was seen to end within 2.5 s.
 GRACE_SECONDS = 10.0
@@ -111,7 +111,7 @@ class TorchServeInstance:
         self._java_pid = 0
         self._served: dict[str, Archive] = {}
         self._seen: dict[int, psutil.Process] = {}
-        self._logs_start: dict[str, int] = {}
+        self._logs: ServerLogs | None = None  # known after start
         self._owner_pid = os.getpid()
 
     def start(self) -> TorchServeInstance:
@@ -288,11 +288,7 @@ class TorchServeInstance:
 
     def log_tail(self, lines: int = 20) -> str:
         """Return the last lines of every log of this run, for a person."""
-        parts = []
-        for name in ("console.log", "ts_log.log", "model_log.log"):
-            if tail := self._log_lines(name)[-lines:]:
-                parts.append("\n".join([f"--- {name}", *tail]))
-        return "\n".join(parts)
+        return self._logs.tail(lines) if self._logs is not None else ""
 
     def __enter__(self) -> TorchServeInstance:
         return self.start() if self._process is None else self
@@ -323,9 +319,7 @@ class TorchServeInstance:
             raise ServerError(
                 f"the temporary folder's path is too long for a socket: {self._temp_dir}. Shorten TMPDIR."
             )
-        for name in ("console.log", "ts_log.log", "model_log.log"):
-            file = self._work_dir / "logs" / name
-            self._logs_start[name] = file.stat().st_size if file.exists() else 0
+        self._logs = ServerLogs(self._work_dir / "logs")
 
     def _write_settings(self) -> None:
         settings = server_settings(
@@ -384,7 +378,9 @@ class TorchServeInstance:
         for name in self._served:
             status, workers = self._describe(name)
             if status == 404:  # models are registered before the port opens: it will not come
-                raise self._failure(f"model {name!r} was not loaded: {self._last_warning()}. Look at its archive.")
+                assert self._logs is not None
+                warning = self._logs.last_warning()
+                raise self._failure(f"model {name!r} was not loaded: {warning}. Look at its archive.")
             if status != 200 or sum(worker["status"] == "READY" for worker in workers) < self.workers:
                 return False
         try:
@@ -407,15 +403,16 @@ class TorchServeInstance:
         return 200, [worker for version in versions for worker in version.get("workers", [])]
 
     def _raise_if_failed(self) -> None:
-        if self._process is None:
+        if self._process is None or self._logs is None:
             raise ServerError("this TorchServe does not run. Call start() first.")
         self._record_processes()
         if (status := self._process.poll()) is not None:
-            raise self._failure(f"TorchServe ended with status {status} while it started: {self._last_warning()}.")
-        if (failed := failed_model(self._log_lines("ts_log.log"))) is not None:
+            warning = self._logs.last_warning()
+            raise self._failure(f"TorchServe ended with status {status} while it started: {warning}.")
+        if (failed := failed_model(self._logs.lines("ts_log.log"))) is not None:
             time.sleep(0.3)  # let the rest of the traceback arrive in the log
             model, thread = failed
-            reason = worker_exception(self._log_lines("model_log.log"), thread)
+            reason = worker_exception(self._logs.lines("model_log.log"), thread)
             reason = reason or "its worker process ended without a word, as when it is killed or memory runs out"
             raise self._failure(f"model {model!r} did not load: {reason}. Mend its handler or files, then start again.")
 
@@ -424,17 +421,6 @@ class TorchServeInstance:
         if tail := self.log_tail():
             error.add_note(tail)
         return error
-
-    def _last_warning(self) -> str:
-        return last_warning(self._log_lines("ts_log.log"), self._log_lines("console.log"))
-
-    def _log_lines(self, name: str) -> list[str]:
-        try:
-            with (self.work_dir / "logs" / name).open("rb") as file:
-                file.seek(self._logs_start.get(name, 0))
-                return file.read().decode("utf-8", "replace").splitlines()
-        except (OSError, ServerError):
-            return []
 
     def _record_processes(self, process: subprocess.Popen[bytes] | None = None) -> None:
         process = process or self._process
