@@ -35,7 +35,9 @@ types: setup
 	$(BIN)/mypy --strict guard handlers
 
 bench: setup
+	$(BIN)/python benchmarks/detection.py
 	$(BIN)/python benchmarks/lof_speed.py
+	$(BIN)/python benchmarks/guard_time.py
 	$(BIN)/python benchmarks/serving_overhead.py
 
 clean:
