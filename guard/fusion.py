@@ -50,7 +50,7 @@ class CalibratedFusion:
     Each detector's score becomes surprise (-log of its estimated p-value among clean inputs); the combination is the
     root mean square over detectors. An unweighted sum (order 1, Fisher) is dragged down by weak detectors; the maximum
     (order infinity, Tippett) throws agreement away. Between the two, several mildly surprised detectors add up and a
-    single strong one can still win. The order is a constant of the design (docs/detection.md says what it was compared with).
+    single strong one can still win. The order is a constant; docs/detection.md says what it was compared with.
     """
 
     surprise_map_: SurpriseMap | None = None
