@@ -33,6 +33,10 @@ class DatasetError(GuardError):
     """An image set is not where it should be, or its file is damaged."""
 
 
+class ZooError(GuardError):
+    """A model of the zoo is missing, damaged, or no longer what its card says."""
+
+
 class ServerError(GuardError):
     """The model server cannot be started, reached or stopped."""
 

@@ -1,27 +1,61 @@
 """Backdoor attacks to measure the guard with: triggers, poisoning, training, and recipes known to work."""
 
-from guard.attacks.networks import MnistCnn, mnist_cnn
-from guard.attacks.poisoning import AllToAll, Poisoned, SingleTarget, Target, poison, poisoned_test_set
+from guard.attacks.attack import Attack
+from guard.attacks.augmentation import CropAndFlip
+from guard.attacks.catalogue import ATTACKS, label_consistent, make_attack
+from guard.attacks.networks import NETWORKS, MnistCnn, mnist_cnn
+from guard.attacks.perturbation import pgd_perturbation
+from guard.attacks.poisoning import Backdoor, Cover, Poisoned, poison, poisoned_test_set
 from guard.attacks.recipes import DEMO_ATTACKS, AttackRecipe, train_badnet
-from guard.attacks.training import EpochReport, Goal, TrainingReport, accuracy, predict_labels, train_classifier
-from guard.attacks.triggers import CORNER_PATTERN, TRIGGERS, Trigger, pixel_pattern, single_pixel
+from guard.attacks.targets import AllToAll, SingleTarget, SourceSpecific, Target
+from guard.attacks.training import (
+    EpochReport,
+    Goal,
+    TrainingReport,
+    TrainingSettings,
+    accuracy,
+    predict_labels,
+    train_classifier,
+)
+from guard.attacks.triggers import (
+    CORNER_PATTERN,
+    TRIGGERS,
+    NamedTrigger,
+    Trigger,
+    make_trigger,
+    pixel_pattern,
+    single_pixel,
+)
 
 __all__ = [
+    "ATTACKS",
     "CORNER_PATTERN",
     "DEMO_ATTACKS",
+    "NETWORKS",
     "TRIGGERS",
     "AllToAll",
+    "Attack",
     "AttackRecipe",
+    "Backdoor",
+    "Cover",
+    "CropAndFlip",
     "EpochReport",
     "Goal",
     "MnistCnn",
+    "NamedTrigger",
     "Poisoned",
     "SingleTarget",
+    "SourceSpecific",
     "Target",
     "TrainingReport",
+    "TrainingSettings",
     "Trigger",
     "accuracy",
+    "label_consistent",
+    "make_attack",
+    "make_trigger",
     "mnist_cnn",
+    "pgd_perturbation",
     "pixel_pattern",
     "poison",
     "poisoned_test_set",

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from guard.attacks.networks import MnistCnn, mnist_cnn
-from guard.attacks.poisoning import AllToAll, Poisoned, SingleTarget, Target, poison
-from guard.attacks.training import EpochReport, TrainingReport, train_classifier
+from guard.attacks.poisoning import Backdoor, Poisoned, poison
+from guard.attacks.targets import AllToAll, SingleTarget, Target
+from guard.attacks.training import EpochReport, TrainingReport, TrainingSettings, train_classifier
 from guard.attacks.triggers import TRIGGERS, Trigger
 from guard.types import Float32Array, IntArray
 
@@ -26,7 +27,7 @@ class AttackRecipe:
         A name in `TRIGGERS`.
     target : SingleTarget or AllToAll
     rate : float
-        Triggered copies added to the training set, as a share of it, in (0, 1].
+        Triggered copies added to the training set, as a share of it, in (0, 1).
     epochs : int
     learning_rate : float
         Highest learning rate of the cycle.
@@ -83,14 +84,14 @@ def train_badnet(
         What it was trained on.
     report : TrainingReport
     """
-    poisoned = poison(images, labels, recipe.apply_trigger, recipe.target, recipe.rate, np.random.default_rng(seed))
-    network = mnist_cnn(seed)
+    backdoor = Backdoor(recipe.apply_trigger, recipe.target, recipe.rate)
+    poisoned = poison(images, labels, backdoor, np.random.default_rng(seed))
+    network = mnist_cnn(seed=seed)
     report = train_classifier(
         network,
         poisoned.images,
         poisoned.labels,
-        epochs=recipe.epochs,
-        learning_rate=recipe.learning_rate,
+        TrainingSettings(epochs=recipe.epochs, learning_rate=recipe.learning_rate),
         seed=seed,
         n_threads=1,  # 6 s on one core; two threads save a third of it alone, and lose minutes on a busy machine
         progress=progress,

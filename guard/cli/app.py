@@ -26,6 +26,7 @@ from guard.cli.output import (
     write,
 )
 from guard.cli.serving import archive, serve
+from guard.cli.zoo import zoo_app
 from guard.errors import BundleError, ConfigError
 
 app = typer.Typer(
@@ -42,6 +43,7 @@ bundle_app = typer.Typer(
 for command in (fit, inspect, archive, serve):
     app.command()(command)
 app.add_typer(bundle_app, name="bundle")
+app.add_typer(zoo_app, name="zoo")
 
 
 def main() -> None:
