@@ -4,17 +4,82 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from guard.calibration import classes_with_own_map, conformal_p_values, stratified_folds
 from guard.config import GuardConfig
 from guard.ensemble import Ensemble
+from guard.errors import DataError
 from guard.fusion import Fusion, new_fusion
-from guard.types import Activations, BoolArray, Float64Array, IntArray
+from guard.types import Activations, AnyArray, BoolArray, Float64Array, IntArray
 
 #: Called with a line for a person and the share done, in [0, 1].
 Progress = Callable[[str, float], None]
+
+
+class LabelledCounts(NamedTuple):
+    """How many labelled inputs a guard has learned from."""
+
+    poisoned: int
+    false_alarms: int
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Inputs that the guard flagged and a person has looked at, one row each; there may be none.
+
+    Attributes
+    ----------
+    activations : Activations of n inputs
+        Finite, of the guarded model at the guard's own depths.
+    true_labels : ndarray of shape (n,), integers in [0, n_classes)
+        What each input really shows, poisoned or not.
+    is_poisoned : ndarray of shape (n,), bool
+        False for a false alarm.
+
+    Raises
+    ------
+    DataError
+        If shapes, types or labels break a rule, or a value is not finite.
+    """
+
+    activations: Activations
+    true_labels: IntArray
+    is_poisoned: BoolArray
+
+    def __post_init__(self) -> None:
+        labels, is_poisoned = np.asarray(self.true_labels), np.asarray(self.is_poisoned)
+        shape = (len(self.activations),)
+        for name, array in (("true_labels", labels), ("is_poisoned", is_poisoned)):
+            if array.shape != shape:
+                raise DataError(f"{name} must have shape {shape}, one per labelled input, got {array.shape}.")
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise DataError(f"true_labels must be integers, got {labels.dtype}.")
+        if is_poisoned.dtype != np.bool_:
+            raise DataError(f"is_poisoned must be bool, got {is_poisoned.dtype}.")
+        n_classes = self.activations.logits.shape[1]
+        if len(labels) and (labels.min() < 0 or labels.max() >= n_classes):
+            raise DataError(f"true_labels must be in [0, {n_classes}), got {labels.min()} to {labels.max()}.")
+        finite = self.activations.finite_rows()
+        if not finite.all():
+            raise DataError(f"activations of labelled input {int(np.argmin(finite))} are not finite. Leave it out.")
+        object.__setattr__(self, "true_labels", labels.astype(np.int64))
+        object.__setattr__(self, "is_poisoned", is_poisoned.copy())
+
+    @property
+    def counts(self) -> LabelledCounts:
+        """How many are poisoned, and how many false alarms."""
+        poisoned = int(self.is_poisoned.sum())
+        return LabelledCounts(poisoned, len(self) - poisoned)
+
+    def __len__(self) -> int:
+        return len(self.activations)
+
+    def __getitem__(self, rows: AnyArray) -> Labelled:
+        """Return the chosen rows (an index array or a boolean mask)."""
+        return Labelled(self.activations[rows], self.true_labels[rows], self.is_poisoned[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +105,13 @@ class CrossFit:
 
 
 def cross_fit(
-    config: GuardConfig, activations: Activations, labels: IntArray, noisy: Activations | None, report: Progress
+    config: GuardConfig,
+    activations: Activations,
+    labels: IntArray,
+    *,
+    noisy: Activations | None = None,
+    labelled: Labelled | None = None,
+    progress: Progress | None = None,
 ) -> CrossFit:
     """Fit and calibrate the detectors of a mode.
 
@@ -51,20 +122,24 @@ def cross_fit(
         Of clean inputs, finite.
     labels : ndarray of shape (n,), int64
         True labels.
-    noisy : Activations or None
+    noisy : Activations, optional
         Of the same inputs with noise; learned from together with their own row, never scored.
-    report : callable
+    labelled : Labelled, optional
+        Further inputs to learn from, in every fold; never scored. See `guard.retraining.retrain`.
+    progress : callable, optional
         Called with a line of text and the share done.
     """
+    report = progress or _silent
     part = stratified_folds(labels, config.folds, config.seed)
     predicted = activations.predicted_labels
     raw = np.empty((len(labels), len(Ensemble.for_mode(config, tuple(activations.depths)).names)))
     for fold in range(config.folds):
         report(f"cross-fitting, part {fold + 1} of {config.folds}", 0.1 + 0.7 * fold / config.folds)
         learn, hold = part != fold, part == fold
-        raw[hold] = _fitted_ensemble(config, activations, labels, noisy, learn).score(activations[hold])
+        raw[hold] = _fitted_ensemble(config, activations, labels, noisy, labelled, learn).score(activations[hold])
     report("fitting the detectors on all clean images", 0.8)
-    ensemble = _fitted_ensemble(config, activations, labels, noisy, np.ones(len(labels), dtype=bool))
+    everything = np.ones(len(labels), dtype=bool)
+    ensemble = _fitted_ensemble(config, activations, labels, noisy, labelled, everything)
     report("calibrating", 0.97)
     own_map = classes_with_own_map(predicted, activations.logits.shape[1], config.min_images_per_class)
     fusion = new_fusion(config.mode).fit(raw, predicted, own_map)
@@ -74,17 +149,33 @@ def cross_fit(
     return CrossFit(ensemble, fusion, np.sort(combined), rate)
 
 
+def _silent(_text: str, _share: float) -> None:
+    """Report nothing."""
+
+
 def _fitted_ensemble(
-    config: GuardConfig, activations: Activations, labels: IntArray, noisy: Activations | None, rows: BoolArray
+    config: GuardConfig,
+    activations: Activations,
+    labels: IntArray,
+    noisy: Activations | None,
+    labelled: Labelled | None,
+    rows: BoolArray,
 ) -> Ensemble:
-    learn, learn_labels = activations[rows], labels[rows]
-    if noisy is not None:
-        learn = Activations.concatenate([learn, noisy[rows]])
-        learn_labels = np.concatenate([learn_labels, learn_labels])
+    """Fit on the chosen rows of the clean inputs, their noisy copies, and all labelled inputs."""
+    clean = [activations] if noisy is None else [activations, noisy]
+    parts, part_labels = [one[rows] for one in clean], [labels[rows]] * len(clean)
+    is_poisoned = np.zeros(len(clean) * int(rows.sum()), dtype=bool)
+    if labelled is not None:
+        parts.append(labelled.activations)
+        part_labels.append(labelled.true_labels)
+        is_poisoned = np.concatenate([is_poisoned, labelled.is_poisoned])
     # As many fewer neighbours as images: with the same number among fewer, the factors of a fold would spread less than
     # the final ones do (nearly all of a class are neighbours), and its scores would calibrate too low.
-    scaled = config.replace(n_neighbors=max(1, round(config.n_neighbors * float(rows.mean()))))
-    return Ensemble.for_mode(scaled, tuple(activations.depths)).fit(learn, learn_labels)
+    n_seen = int((~is_poisoned).sum())
+    share = n_seen / (n_seen + len(clean) * int((~rows).sum()))
+    scaled = config.replace(n_neighbors=max(1, round(config.n_neighbors * share)))
+    ensemble = Ensemble.for_mode(scaled, tuple(activations.depths))
+    return ensemble.fit(Activations.concatenate(parts), np.concatenate(part_labels), is_poisoned)
 
 
 def _cross_fitted_scores(

@@ -14,7 +14,7 @@ from guard.detectors import DETECTORS, Detector
 from guard.detectors.disagreement import HeadDisagreement
 from guard.detectors.lof import PerClassLof
 from guard.errors import BundleError, DataError
-from guard.types import FEATURES, Activations, AnyArray, Float32Array, Float64Array, IntArray
+from guard.types import FEATURES, Activations, AnyArray, BoolArray, Float32Array, Float64Array, IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +58,25 @@ class Ensemble:
                 members.append(Member(f"{kind}:{depth}" if depth else kind, kind, detector_class(**chosen)))
         return cls(members)
 
-    def fit(self, activations: Activations, labels: IntArray) -> Self:
-        """Fit every detector on clean activations and true labels, shape (n,)."""
+    def fit(self, activations: Activations, labels: IntArray, is_poisoned: BoolArray | None = None) -> Self:
+        """Fit every detector on what it may see.
+
+        Parameters
+        ----------
+        activations : Activations of n inputs
+        labels : ndarray of shape (n,), int
+            True labels.
+        is_poisoned : ndarray of shape (n,), bool, optional
+            Rows that only detectors which learn from poisoned inputs are given; None = all are clean.
+        """
+        clean, clean_labels = activations, labels
+        if is_poisoned is not None and is_poisoned.any():
+            clean, clean_labels = activations[~is_poisoned], labels[~is_poisoned]
         for member in self.members:
-            member.detector.fit(activations, labels)
+            if member.detector.learns_from_poisoned:
+                member.detector.fit(activations, labels)
+            else:
+                member.detector.fit(clean, clean_labels)
         return self
 
     def score(self, activations: Activations) -> Float64Array:

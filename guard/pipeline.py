@@ -14,7 +14,7 @@ import numpy as np
 from guard.bundle import read_bundle, write_bundle
 from guard.calibration import check_rate, conformal_p_values
 from guard.config import SERVING_SETTINGS, GuardConfig
-from guard.cross_fitting import Progress, cross_fit
+from guard.cross_fitting import LabelledCounts, Progress, cross_fit
 from guard.ensemble import Ensemble
 from guard.errors import BundleError, ConfigError, DataError
 from guard.fusion import Fusion, new_fusion
@@ -43,6 +43,10 @@ class Guard:
         What made the images of `fit` out of files, in words, where that was not this package; kept in the bundle.
     reference, reference_labels : Activations, ndarray of shape (n,)
         The clean data it was fitted on.
+    noisy_reference : Activations or None
+        Of the same inputs with noise added, if the detectors learned from such copies.
+    retrained_with : LabelledCounts or None
+        How many labelled inputs it learned from; None if it was never retrained.
     realised_false_positive_rate : float
         Share of clean images flagged at the rate of `fit`, on folds that neither detectors nor calibration had seen.
     digest : str or None
@@ -60,6 +64,7 @@ class Guard:
         reference_labels: IntArray,
         realised_false_positive_rate: float,
         class_names: tuple[str, ...] | None = None,
+        noisy_reference: Activations | None = None,
     ) -> None:
         self.config = config
         self.ensemble = ensemble
@@ -68,6 +73,8 @@ class Guard:
         self.reference_labels = reference_labels
         self.realised_false_positive_rate = realised_false_positive_rate
         self.class_names = class_names
+        self.noisy_reference = noisy_reference
+        self.retrained_with: LabelledCounts | None = None
         self.suspect: SuspectModel | None = None
         self.input_shape: tuple[int, ...] | None = None
         self.preprocessing: str | None = None
@@ -164,7 +171,7 @@ class Guard:
         if class_names is not None and len(class_names) != n_classes:
             raise DataError(f"the suspect model has {n_classes} classes, got {len(class_names)} class names.")
 
-        fitted = cross_fit(config, activations, labels, noisy, progress or _silent)
+        fitted = cross_fit(config, activations, labels, noisy=noisy, progress=progress)
         return cls(
             config=config,
             ensemble=fitted.ensemble,
@@ -174,6 +181,7 @@ class Guard:
             reference_labels=labels,
             realised_false_positive_rate=fitted.realised_false_positive_rate,
             class_names=tuple(class_names) if class_names is not None else None,
+            noisy_reference=noisy,
         )
 
     def inspect(self, images: Float32Array) -> list[Verdict]:
@@ -297,10 +305,12 @@ class Guard:
             "detectors": self.ensemble.describe(),
             "clean_images": len(self.reference_labels),
             "realised_false_positive_rate": self.realised_false_positive_rate,
+            "retrained_with": self.retrained_with._asdict() if self.retrained_with is not None else None,
         }
         arrays: dict[str, AnyArray] = {"clean_scores": self._clean_scores, "labels": self.reference_labels}
         for prefix, part in (
             ("reference", dict(self.reference.items())),
+            ("noisy_reference", dict(self.noisy_reference.items()) if self.noisy_reference is not None else {}),
             ("detector", self.ensemble.arrays()),
             ("fusion", self.fusion.arrays()),
         ):
@@ -330,22 +340,24 @@ class Guard:
         try:
             if suspect is not None:
                 _match(suspect, document, stored.digest)
-            reference = _below(stored.arrays, "reference.")
+            depths = document["depths"]
+            noisy = _below(stored.arrays, "noisy_reference.")
             config = GuardConfig(**document["settings"])
             guard = cls(
                 config=config,
                 ensemble=Ensemble.restore(document["detectors"], _below(stored.arrays, "detector.")),
                 fusion=new_fusion(config.mode).restore(_below(stored.arrays, "fusion.")),
                 clean_scores=stored.arrays["clean_scores"],
-                reference=Activations(
-                    reference["logits"], reference[FEATURES], {name: reference[name] for name in document["depths"]}
-                ),
+                reference=_activations(_below(stored.arrays, "reference."), depths),
+                noisy_reference=_activations(noisy, depths) if noisy else None,
                 reference_labels=stored.arrays["labels"],
                 realised_false_positive_rate=document["realised_false_positive_rate"],
                 class_names=tuple(document["class_names"]) if document["class_names"] else None,
             )
             guard.input_shape = tuple(document["input_shape"]) if document["input_shape"] else None
             guard.preprocessing = document["preprocessing"]
+            retrained_with = document.get("retrained_with")
+            guard.retrained_with = LabelledCounts(**retrained_with) if retrained_with is not None else None
         except (KeyError, TypeError) as error:
             raise BundleError(f"bundle {stored.digest[:12]} lacks {error}. Fit again with this version.") from error
         except ConfigError as error:
@@ -353,10 +365,6 @@ class Guard:
         guard.suspect = suspect
         guard.digest = stored.digest
         return guard
-
-
-def _silent(_text: str, _share: float) -> None:
-    """Report nothing."""
 
 
 def _checked_labels(activations: Activations, labels: IntArray) -> IntArray:
@@ -385,6 +393,10 @@ def _match(suspect: SuspectModel, document: Mapping[str, Any], digest: str) -> N
     points = document["split_points"]
     if points is not None:
         suspect.use_split_points(SplitPoints(points["split"], tuple(points["depths"])))
+
+
+def _activations(arrays: Mapping[str, AnyArray], depths: Sequence[str]) -> Activations:
+    return Activations(arrays["logits"], arrays[FEATURES], {name: arrays[name] for name in depths})
 
 
 def _below(arrays: Mapping[str, AnyArray], prefix: str) -> dict[str, AnyArray]:

@@ -82,7 +82,7 @@ def record(
         taken, slots.taken = slots.taken, None
         if taken is None:
             return None
-        activations = _activations(points, _logits_of(output), taken)
+        activations = _activations(points, logits_of(output), taken)
         turn.owner, before = slots, turn.owner  # nobody's turn
         try:
             answer = on_forward(activations, args[0] if args else next(iter(kwargs.values()), None))
@@ -124,7 +124,14 @@ def _activations(points: SplitPoints, logits: Tensor, taken: Sequence[Tensor | N
     return Activations(arrays[0], arrays[1], dict(zip(points.depths, arrays[2:], strict=True)))
 
 
-def _logits_of(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """Return the logits, (n, n_classes), of what a classifier returned: a tensor, a container's first, or `logits`.
+
+    Raises
+    ------
+    SuspectModelError
+        If there are none of that shape.
+    """
     found = getattr(output, "logits", None)
     if found is None:
         found = output.get("logits") if isinstance(output, Mapping) else first_tensor(output)

@@ -22,7 +22,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "types",
         "resources weights split_points calibration evaluation heads backups attacks bundle",
         "config recording datasets fusion detectors",
-        "suspect image_files ensemble",
+        "suspect image_files ensemble zoo",
         "cross_fitting",
         "pipeline telemetry relabel",
         "retraining assess",

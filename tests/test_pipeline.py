@@ -432,7 +432,7 @@ def test_load_without_suspect_inspects_activations_only(bundle, clean_split, cle
 
 
 def test_load_for_other_weights_is_refused_with_both_digests(bundle, suspect):
-    other = SuspectModel(mnist_cnn(1))
+    other = SuspectModel(mnist_cnn(seed=1))
     with pytest.raises(BundleError) as error:
         Guard.load(bundle, other)
     assert str(error.value) == (

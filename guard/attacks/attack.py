@@ -14,6 +14,9 @@ from guard.attacks.triggers import NamedTrigger, Trigger, make_trigger
 from guard.errors import DataError
 from guard.types import Float32Array, IntArray
 
+_BACKDOOR_KEYS = ("trigger", "target", "rate", "train_trigger", "clean_label", "perturbed")
+_COVER_KEYS = ("trigger", "rate", "classes")
+
 
 @dataclass(frozen=True, slots=True)
 class Attack:

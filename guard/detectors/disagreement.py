@@ -1,10 +1,10 @@
-"""Graded disagreement between the suspect model and a decision head trained on clean features."""
+"""Graded disagreement between the suspect model and a decision head trained on true labels."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -31,13 +31,15 @@ class HeadDisagreement:
         See `DecisionHead.seed`.
     """
 
+    learns_from_poisoned: ClassVar[bool] = True
+
     depth: str = FEATURES
     feature_noise_std: float = 0.0
     seed: int = 0
     head_: DecisionHead = field(default_factory=DecisionHead, init=False, repr=False)
 
     def fit(self, activations: Activations, labels: IntArray) -> Self:
-        """Train the head on clean activations and true labels, shape (n,)."""
+        """Train the head on activations and true labels, shape (n,)."""
         self.head_ = DecisionHead(noise_std=self.feature_noise_std, seed=self.seed).fit(
             activations.at(self.depth), labels, activations.logits.shape[1]
         )

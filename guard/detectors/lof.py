@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 
@@ -62,6 +62,8 @@ class PerClassLof:
     .. [2] Fu et al. (2020), Detecting Backdoors in Neural Networks Using Novel Feature-Based Anomaly Detection,
        arXiv 2011.02526.
     """
+
+    learns_from_poisoned: ClassVar[bool] = False
 
     depth: str = FEATURES
     n_neighbors: int = 20

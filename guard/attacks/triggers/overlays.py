@@ -74,7 +74,8 @@ def sig(images: Float32Array, *, periods: float = 6, amplitude: float = 20 / 255
         raise DataError(f"periods must be > 0, got {periods}.")
     width = images.shape[3]
     wave = amplitude * np.sin(2 * np.pi * np.arange(width) * periods / width)
-    return np.clip(images + wave.astype(np.float32), 0.0, 1.0)
+    triggered: Float32Array = np.clip(images + wave.astype(np.float32), 0.0, 1.0)
+    return triggered
 
 
 def adaptive_blend(
