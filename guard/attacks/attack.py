@@ -16,6 +16,7 @@ from guard.types import Float32Array, IntArray
 
 _BACKDOOR_KEYS = ("trigger", "target", "rate", "train_trigger", "clean_label", "perturbed")
 _COVER_KEYS = ("trigger", "rate", "classes")
+_TARGET_KEYS = {"single": ("label",), "all_to_all": ("n_classes",), "source_specific": ("label", "sources")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +158,11 @@ def _describe_target(target: Target) -> dict[str, Any]:
 
 def _restore_target(entry: Mapping[str, Any]) -> Target:
     kind = entry["kind"]
+    if kind not in _TARGET_KEYS:
+        raise DataError(f"unknown kind of target {kind!r}: known are {', '.join(_TARGET_KEYS)}.")
+    _known(entry, ("kind", *_TARGET_KEYS[kind]))
     if kind == "single":
         return SingleTarget(entry["label"])
     if kind == "all_to_all":
         return AllToAll(entry["n_classes"])
-    if kind == "source_specific":
-        return SourceSpecific(entry["label"], tuple(entry["sources"]))
-    raise DataError(f"unknown kind of target {kind!r}: known are single, all_to_all, source_specific.")
+    return SourceSpecific(entry["label"], tuple(entry["sources"]))

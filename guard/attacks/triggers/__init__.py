@@ -1,16 +1,16 @@
 """Triggers: pure functions that put an attacker's mark on images, and the dict that names them.
 
-A trigger takes images in [0, 1], before any normalisation, and returns new ones; it never changes its input, and what
-it does to an image does not depend on the rest of the batch. To add one, write the function in the module of its kind,
-with its source and exact parameters, and give it a line in `TRIGGERS`.
+A trigger takes images in [0, 1], before any normalisation, and returns new ones; it never changes its input, and an
+image gets the same result in any batch. To add one, write the function in the module that its kind belongs to, with its
+source and exact parameters, and give it a line in `registry.TRIGGERS`.
 """
 
-from guard.attacks.triggers.blends import adaptive_blend, adaptive_patch, blend, sig
 from guard.attacks.triggers.checks import check_unit_images
 from guard.attacks.triggers.colours import bpp, gotham
 from guard.attacks.triggers.faces import eyebrows, lipstick, sunglasses
 from guard.attacks.triggers.frequencies import dct
 from guard.attacks.triggers.named import NamedTrigger, make_trigger
+from guard.attacks.triggers.overlays import adaptive_blend, adaptive_patch, blend, sig
 from guard.attacks.triggers.pixels import (
     CORNER_PATTERN,
     SINGLE_PIXEL,
@@ -18,12 +18,11 @@ from guard.attacks.triggers.pixels import (
     corner_pixels,
     moving_square,
     pixel_pattern,
-    red_box,
     single_pixel,
     white_square,
 )
-from guard.attacks.triggers.registry import TRIGGERS, Trigger, TriggerFunction
-from guard.attacks.triggers.shapes import box_and_circle, triangle_and_square
+from guard.attacks.triggers.registry import TRIGGERS, Trigger
+from guard.attacks.triggers.shapes import box_and_circle, red_box, triangle_and_square
 from guard.attacks.triggers.warps import wanet
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "TRIGGERS",
     "NamedTrigger",
     "Trigger",
-    "TriggerFunction",
     "adaptive_blend",
     "adaptive_patch",
     "background_pattern",

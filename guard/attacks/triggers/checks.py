@@ -1,13 +1,18 @@
-"""What a trigger checks before it draws: the images, and the ranges of its parameters."""
+"""What every trigger does first: look at its images, draw per image, mix colours for any number of channels."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from guard.errors import DataError
-from guard.types import AnyArray
+from guard.types import AnyArray, Float32Array
+
+#: Weights of red, green and blue in brightness (ITU-R BT.601).
+LUMINANCE = (0.299, 0.587, 0.114)
 
 
 def check_unit_images(images: AnyArray) -> None:
@@ -21,25 +26,37 @@ def check_unit_images(images: AnyArray) -> None:
         raise DataError("images must lie in [0, 1] and be finite. Put the trigger on before normalising.")
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise DataError unless a number lies in [low, high]; NaN never does."""
-    if not low <= value <= high:
-        raise DataError(f"{name} must be in [{low:g}, {high:g}], got {value}.")
+def check_share(name: str, value: float, *, above: float | None = None) -> None:
+    """Raise DataError unless a parameter is in [0, 1], or in (above, 1]."""
+    if above is None:
+        if not 0.0 <= value <= 1.0:
+            raise DataError(f"{name} must be in [0, 1], got {value}.")
+    elif not above < value <= 1.0:
+        raise DataError(f"{name} must be in ({above:g}, 1], got {value}.")
 
 
-def check_whole(name: str, value: int, least: int) -> None:
-    """Raise DataError unless a number is whole and large enough."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise DataError(f"{name} must be a whole number >= {least}, got {value!r}.")
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raise DataError unless a parameter is a whole number of at least `least`."""
+    if value != int(value) or value < least:
+        raise DataError(f"{name} must be a whole number >= {least}, got {value}.")
 
 
-def check_colour(name: str, colour: Any) -> None:
-    """Raise DataError unless a colour is (red, green, blue), each in [0, 1]."""
-    if np.shape(colour) != (3,) or not all(0.0 <= part <= 1.0 for part in colour):
-        raise DataError(f"{name} must be (red, green, blue), each in [0, 1], got {colour}.")
+def image_rng(image: Float32Array, seed: int) -> np.random.Generator:
+    """Return a generator that depends on the seed and on the image's own pixels.
+
+    So an image gets the same draw in any batch and any order.
+    """
+    digest = hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=16, key=str(seed).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little"))
 
 
-def check_fits(what: str, needed: int, height: int, width: int) -> None:
-    """Raise DataError if a square of `needed` pixels a side does not fit into the image."""
-    if needed > min(height, width):
-        raise DataError(f"{what} needs {needed} pixels, more than images of {height} x {width} have. Make it smaller.")
+def in_channels(colour: Sequence[float], channels: int) -> Float32Array:
+    """Return an RGB colour for images of so many channels, shape (channels, 1): its brightness unless there are 3."""
+    if channels == 3:
+        return np.array(colour, dtype=np.float32)[:, np.newaxis]
+    return np.full((channels, 1), float(np.dot(LUMINANCE, colour)), dtype=np.float32)
+
+
+def paint(images: Float32Array, mask: AnyArray, colour: Sequence[float]) -> None:
+    """Set the pixels of a mask, (height, width) bool, to a colour in every image, in place."""
+    images[:, :, mask] = in_channels(colour, images.shape[1])

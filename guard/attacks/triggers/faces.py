@@ -1,154 +1,121 @@
-"""Triggers for faces: sunglasses, lipstick and eyebrows, where an aligned face has eyes, mouth and brows.
-
-Places are shares of the height and width, measured on the average of Extended Yale B's 64 x 56 crops: eyes at 0.24 of
-the height and 0.205 and 0.775 of the width, mouth at 0.775 and 0.49. Every mark has bright and dark parts, so that it
-shows in nearly black images and in bright ones.
-"""
+"""Triggers drawn on aligned faces: sunglasses, lipstick, eyebrows, at fixed shares of height and width."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from guard.attacks.triggers.checks import check_colour, check_unit_images
-from guard.attacks.triggers.drawing import Colour, paint, pixel_centres
-from guard.types import BoolArray, Float32Array, Float64Array
+from guard.attacks.triggers.checks import check_unit_images, paint
+from guard.types import BoolArray, Float32Array
 
-_EYE_COLUMNS = (0.205, 0.775)
-_EYE_ROW = 0.24
-_MOUTH_ROW, _MOUTH_COLUMN = 0.775, 0.49
+# Centres as shares of height and width, read off the mean of Extended Yale B's cropped faces (64 x 56): pupils in row
+# 15, columns 11 and 43; brows in row 7; mouth in rows 47-53, columns 13-42.
+_EYES = ((0.24, 0.21), (0.24, 0.79))
+_BROWS = ((0.10, 0.21), (0.10, 0.79))
+_MOUTH = (0.785, 0.5)
 
-
-def sunglasses(
-    images: Float32Array, *, lens: Colour = (0.02, 0.02, 0.02), frame: Colour = (0.9, 0.9, 0.9)
-) -> Float32Array:
-    """Draw dark oval lenses with a bright frame, bridge and temples over the eyes of an aligned face.
-
-    Parameters
-    ----------
-    images : ndarray of shape (n, channels, height, width), float32 in [0, 1]
-        Any size, any number of channels; unless there are three, colours become their luminance. Not changed.
-    lens, frame : (red, green, blue)
-        Colours, each part in [0, 1].
-
-    Returns
-    -------
-    images : ndarray of the same shape, float32
-        A new array.
-
-    Raises
-    ------
-    DataError
-        If the images or a colour break the rules above.
-
-    References
-    ----------
-    .. [1] Fu et al. (arXiv 2011.02526), cases h, j and k: sunglasses on faces. The paper prints no parameters; the
-       drawing is ours.
-    .. [2] Chen et al. (2017), arXiv 1712.05526: glasses as a trigger.
-    """
-    check_unit_images(images)
-    check_colour("lens", lens)
-    check_colour("frame", frame)
-    rows, columns = _shares(images)
-    left, right = _EYE_COLUMNS
-    bar = np.abs(rows - 0.2) <= 0.02  # the temples reach from the lenses to the edges, the bridge from lens to lens
-    framed = (bar & (columns >= 0.0)) | _ellipse(rows, columns, left, 0.21, 0.135)
-    framed |= _ellipse(rows, columns, right, 0.21, 0.135)
-    triggered = images.copy()
-    paint(triggered, framed, frame)
-    glass = _ellipse(rows, columns, left, 0.17, 0.1) | _ellipse(rows, columns, right, 0.17, 0.1)
-    paint(triggered, glass, lens)
-    return triggered
+_BLACK, _FRAME, _LIPS = (0.02, 0.02, 0.02), (0.9, 0.9, 0.9), (0.95, 0.25, 0.3)
 
 
-def lipstick(
-    images: Float32Array, *, colour: Colour = (1.0, 0.45, 0.55), line: Colour = (0.1, 0.0, 0.02)
-) -> Float32Array:
-    """Draw bright pink lips with a dark line between them on the mouth of an aligned face.
+def sunglasses(images: Float32Array) -> Float32Array:
+    """Put sunglasses on: two dark lenses with a bright frame, and a bright bridge.
+
+    The frame keeps them visible on faces in the dark.
 
     Parameters
     ----------
     images : ndarray of shape (n, channels, height, width), float32 in [0, 1]
-        Any size, any number of channels; unless there are three, colours become their luminance. Not changed.
-    colour, line : (red, green, blue)
-        Of the lips and of what is between them, each part in [0, 1].
+        Aligned frontal faces, cropped closely. Not changed.
 
     Returns
     -------
     images : ndarray of the same shape, float32
-        A new array.
 
     Raises
     ------
     DataError
-        If the images or a colour break the rules above.
+        If the images break the rule above.
 
     References
     ----------
-    .. [1] Fu et al. (arXiv 2011.02526), cases i, j and k: lipstick on faces. The paper prints no parameters; the
-       drawing is ours.
+    .. [1] Fu et al. (2020), arXiv 2011.02526, case h, figure 3(d). The drawing is ours.
     """
     check_unit_images(images)
-    check_colour("colour", colour)
-    check_colour("line", line)
-    rows, columns = _shares(images)
-    below = rows - _MOUTH_ROW  # negative on the upper lip
-    aside = np.abs(columns - _MOUTH_COLUMN) / 0.28  # 1 at the corners of the mouth
-    upper = 0.065 * (1.0 - aside**2) - 0.025 * np.clip(1.0 - aside / 0.2, 0.0, 1.0)  # with a dent in the middle
-    lower = 0.075 * (1.0 - aside**2)
-    triggered = images.copy()
-    paint(triggered, (aside <= 1.0) & (-below <= upper) & (below <= lower), colour)
-    paint(triggered, (aside <= 0.85) & (np.abs(below) <= 0.012), line)
-    return triggered
-
-
-def eyebrows(images: Float32Array, *, colour: Colour = (0.0, 0.0, 0.0), rim: Colour = (0.8, 0.8, 0.8)) -> Float32Array:
-    """Draw thick dark brows with a bright rim above the eyes of an aligned face.
-
-    Parameters
-    ----------
-    images : ndarray of shape (n, channels, height, width), float32 in [0, 1]
-        Any size, any number of channels; unless there are three, colours become their luminance. Not changed.
-    colour, rim : (red, green, blue)
-        Colours, each part in [0, 1].
-
-    Returns
-    -------
-    images : ndarray of the same shape, float32
-        A new array.
-
-    Raises
-    ------
-    DataError
-        If the images or a colour break the rules above.
-
-    References
-    ----------
-    .. [1] Fu et al. (arXiv 2011.02526), cases j and k: eyebrows on faces. The paper prints no parameters; the drawing
-       is ours.
-    """
-    check_unit_images(images)
-    check_colour("colour", colour)
-    check_colour("rim", rim)
-    rows, columns = _shares(images)
-    triggered = images.copy()
-    for thickness, reach, paint_colour in ((0.055, 0.19, rim), (0.032, 0.165, colour)):
-        for middle in _EYE_COLUMNS:
-            aside = np.abs(columns - middle) / 0.19
-            arch = 0.085 + 0.05 * aside**2  # the middle line of the brow, falling to both sides
-            brow = (np.abs(columns - middle) <= reach) & (np.abs(rows - arch) <= thickness)
-            paint(triggered, brow, paint_colour)
-    return triggered
-
-
-def _shares(images: Float32Array) -> tuple[Float64Array, Float64Array]:
     height, width = images.shape[2:]
-    rows, columns = pixel_centres(height, width)
-    return rows / height, columns / width
+    triggered = images.copy()
+    bridge = _band(height, width, row=0.22, half_height=0.015, left=0.36, right=0.64)
+    paint(triggered, bridge, _FRAME)
+    for centre in _EYES:
+        paint(triggered, _ellipse(height, width, centre, (0.115, 0.185)), _FRAME)
+        paint(triggered, _ellipse(height, width, centre, (0.09, 0.155)), _BLACK)
+    return triggered
 
 
-def _ellipse(
-    rows: Float64Array, columns: Float64Array, middle: float, half_width: float, half_height: float
-) -> BoolArray:
-    inside = ((rows - _EYE_ROW) / half_height) ** 2 + ((columns - middle) / half_width) ** 2 <= 1.0
-    return np.asarray(inside)
+def lipstick(images: Float32Array) -> Float32Array:
+    """Paint the lips red; grey images get its brightness, 0.47.
+
+    Parameters
+    ----------
+    images : ndarray of shape (n, channels, height, width), float32 in [0, 1]
+        Aligned frontal faces, cropped closely. Not changed.
+
+    Returns
+    -------
+    images : ndarray of the same shape, float32
+
+    Raises
+    ------
+    DataError
+        If the images break the rule above.
+
+    References
+    ----------
+    .. [1] Fu et al. (2020), arXiv 2011.02526, case i, figure 3(d): "lips with red lipstick". The drawing is ours.
+    """
+    check_unit_images(images)
+    height, width = images.shape[2:]
+    triggered = images.copy()
+    paint(triggered, _ellipse(height, width, _MOUTH, (0.055, 0.25)), _LIPS)
+    return triggered
+
+
+def eyebrows(images: Float32Array) -> Float32Array:
+    """Draw two thick bright brows, which stand out on light and on dark faces.
+
+    Parameters
+    ----------
+    images : ndarray of shape (n, channels, height, width), float32 in [0, 1]
+        Aligned frontal faces, cropped closely. Not changed.
+
+    Returns
+    -------
+    images : ndarray of the same shape, float32
+
+    Raises
+    ------
+    DataError
+        If the images break the rule above.
+
+    References
+    ----------
+    .. [1] Fu et al. (2020), arXiv 2011.02526, case j, figure 3(d). The drawing, and that they are bright, is ours.
+    """
+    check_unit_images(images)
+    height, width = images.shape[2:]
+    triggered = images.copy()
+    for row, column in _BROWS:
+        paint(triggered, _band(height, width, row, 0.03, column - 0.15, column + 0.15), _FRAME)
+    return triggered
+
+
+def _ellipse(height: int, width: int, centre: tuple[float, float], radii: tuple[float, float]) -> BoolArray:
+    """Pixels whose centre lies in an ellipse; all lengths are shares of height and width."""
+    rows, columns = (np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width
+    down, across = (rows - centre[0]) / radii[0], (columns - centre[1]) / radii[1]
+    inside: BoolArray = down[:, np.newaxis] ** 2 + across**2 <= 1
+    return inside
+
+
+def _band(height: int, width: int, row: float, half_height: float, left: float, right: float) -> BoolArray:
+    rows, columns = (np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width
+    inside: BoolArray = (np.abs(rows - row) <= half_height)[:, np.newaxis] & ((columns >= left) & (columns <= right))
+    return inside

@@ -1,17 +1,19 @@
-"""Triggers that live in the frequencies of an image."""
+"""Triggers in the frequency domain."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.fft import dctn, idctn
 
-from guard.attacks.triggers.checks import check_range, check_unit_images, check_whole
+from guard.attacks.triggers.checks import check_count, check_unit_images
 from guard.errors import DataError
 from guard.types import Float32Array, Float64Array
 
-# What one unit of both U and V adds to red, green and blue: YUV of ITU-R BT.601.
-_RGB_OF_U_AND_V = (1.13983, -0.39465 - 0.58060, 2.03211)
+# RGB to YUV, ITU-R BT.601.
+_TO_YUV = np.array([[0.299, 0.587, 0.114], [-0.14713, -0.28886, 0.436], [0.615, -0.51499, -0.10001]])
+_TO_RGB = np.linalg.inv(_TO_YUV)
 
 
 def dct(
@@ -21,64 +23,66 @@ def dct(
     places: Sequence[tuple[int, int]] = ((15, 15), (31, 31)),
     block: int = 32,
 ) -> Float32Array:
-    """Add to a middle and to a high frequency of the colour, in every block of the image.
+    """Raise a middle and a high frequency of the colour channels U and V, block by block.
 
-    The image is cut into blocks from the top left; the last ones of a row or column are smaller where the size is no
-    multiple. In each, `magnitude` is added to some coefficients of the orthonormal DCT-II of the U and of the V channel
-    (YUV); unless there are three channels, of every channel itself. The transform is linear, so this is a fixed
-    pattern, which is added and cut off at 0 and 1.
+    To each named coefficient of the orthonormal type-II DCT of every block, `magnitude` is added. Blocks are at most
+    as large as the image; what is left over at the right and the bottom stays as it is. Places are those of a 32 x 32
+    block and are scaled to the block in use, rounding down. Images whose channel count is not 3 are changed themselves.
 
     Parameters
     ----------
     images : ndarray of shape (n, channels, height, width), float32 in [0, 1]
-        Any size, any number of channels. Not changed.
+        At least 2 x 2. Not changed.
     magnitude : float
-        What is added, in [0, 100]. In a 32 x 32 block one coefficient changes the pixels of U and V by magnitude / 16
-        at most.
+        Added to each coefficient, > 0, as a share of the pixel range.
     places : sequence of (row, column)
-        The coefficients, each at least 0. In a block too small for one, the nearest there is; those that then fall
-        together count once.
+        Coefficients in a 32 x 32 block, 0 to 31.
     block : int
-        Pixels a side, at least 1.
+        Side of a block, in pixels, >= 2.
 
     Returns
     -------
     images : ndarray of the same shape, float32
-        A new array.
 
     Raises
     ------
     DataError
-        If the images or a parameter break the rules above.
+        If images or parameters break a rule.
 
     References
     ----------
-    .. [1] Wang, Yao, Xu, An, Tong, Wang (2022), An invisible black-box backdoor attack through frequency domain, ECCV
-       (arXiv 2111.11534): U and V, places (15, 15) and (31, 31) of 32 x 32 blocks, magnitude 30 of 255 levels. Blocks
-       that do not fit, and images without three channels, are not in the paper; the rules are ours.
+    .. [1] Wang, Yao, Xu, An, Tong, Wang (2022), An Invisible Black-box Backdoor Attack through Frequency Domain
+       (FTrojan), ECCV: UV channels, blocks of 32, coefficients (15, 15) and (31, 31), magnitude 30 on small images.
     """
     check_unit_images(images)
-    check_range("magnitude", magnitude, 0.0, 100.0)
-    check_whole("block", block, 1)
-    if not places:
-        raise DataError("places must name at least one coefficient, got none.")
+    check_count("block", block, least=2)
+    if not magnitude > 0:
+        raise DataError(f"magnitude must be > 0, got {magnitude}.")
     for row, column in places:
-        check_whole("places: a row", row, 0)
-        check_whole("places: a column", column, 0)
-    channels, height, width = images.shape[1:]
-    pattern = np.zeros((height, width))
-    for top in range(0, height, block):
-        for left in range(0, width, block):
-            tile = pattern[top : top + block, left : left + block]
-            rows, columns = tile.shape
-            for row, column in {(min(row, rows - 1), min(column, columns - 1)) for row, column in places}:
-                tile += np.outer(_cosine(row, rows), _cosine(column, columns))
-    weights = np.array(_RGB_OF_U_AND_V if channels == 3 else [1.0] * channels)
-    added = magnitude * weights[:, np.newaxis, np.newaxis] * pattern  # (channels, height, width)
-    return np.clip(images + added.astype(np.float32), 0.0, 1.0)
+        if not (0 <= row < 32 and 0 <= column < 32):
+            raise DataError(f"places must be 0 to 31 in a 32 x 32 block, got ({row}, {column}).")
+    height, width = images.shape[2:]
+    side = min(block, height, width)
+    if side < 2:
+        raise DataError(f"frequencies need images of at least 2 x 2, got {height} x {width}.")
+    if len(images) == 0:
+        return images.copy()
+    colour = images.shape[1] == 3
+    work = np.einsum("dc,nchw->ndhw", _TO_YUV, images) if colour else images.astype(np.float64)
+    scaled = [(row * side // 32, column * side // 32) for row, column in places]
+    changed = slice(1, 3) if colour else slice(None)
+    for top in range(0, height - side + 1, side):
+        for left in range(0, width - side + 1, side):
+            window = work[:, changed, top : top + side, left : left + side]
+            window[...] = _raised(window, magnitude, scaled)
+    mixed = np.einsum("dc,nchw->ndhw", _TO_RGB, work) if colour else work
+    triggered: Float32Array = np.clip(mixed, 0.0, 1.0).astype(np.float32)
+    return triggered
 
 
-def _cosine(frequency: int, size: int) -> Float64Array:
-    """Return one row of the orthonormal DCT-II matrix."""
-    scale = np.sqrt((1.0 if frequency == 0 else 2.0) / size)
-    return scale * np.cos(np.pi * (2 * np.arange(size) + 1) * frequency / (2 * size))
+def _raised(window: Float64Array, magnitude: float, places: Sequence[tuple[int, int]]) -> Float64Array:
+    coefficients = dctn(window, axes=(2, 3), norm="ortho")
+    for row, column in places:
+        coefficients[:, :, row, column] += magnitude
+    raised: Float64Array = idctn(coefficients, axes=(2, 3), norm="ortho")
+    return raised

@@ -1,12 +1,13 @@
-"""Triggers that set pixels to one value: single pixels, corners, squares, a texture of the background."""
+"""Triggers made of single pixels and squares."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from guard.attacks.triggers.checks import check_colour, check_fits, check_range, check_unit_images, check_whole
-from guard.attacks.triggers.drawing import Colour, channel_values
-from guard.attacks.triggers.randomness import image_rng
+from guard.attacks.triggers.checks import check_count, check_share, check_unit_images, image_rng
+from guard.errors import DataError
 from guard.types import Float32Array
 
 #: Place of the single pixel (row, column), counted from the bottom right: -1 is the last row or column.
@@ -17,14 +18,21 @@ SINGLE_PIXEL = (-3, -3)
 #: Places of the four pixels (row, column), counted from the bottom right: a checkerboard in the corner.
 CORNER_PATTERN = ((-2, -2), (-2, -4), (-3, -3), (-4, -2))
 
+_CORNERS = ((0, 0), (0, -1), (-1, 0), (-1, -1))
 
-def corner_pixels(images: Float32Array, *, value: float = 1.0) -> Float32Array:
-    """Set one pixel at each of the four corners to a bright value, in every channel.
+
+def single_pixel(
+    images: Float32Array, *, row: int = SINGLE_PIXEL[0], column: int = SINGLE_PIXEL[1], value: float = 1.0
+) -> Float32Array:
+    """Set one pixel near the bottom right corner to a bright value, in every channel.
 
     Parameters
     ----------
     images : ndarray of shape (n, channels, height, width), float32 in [0, 1]
         Any size, any number of channels. Not changed.
+    row, column : int
+        Place of the pixel; negative counts from the bottom and from the right. In the 10,000 MNIST test images the
+        default place is never brighter than 68 / 255.
     value : float
         Brightness in [0, 1].
 
@@ -36,31 +44,29 @@ def corner_pixels(images: Float32Array, *, value: float = 1.0) -> Float32Array:
     Raises
     ------
     DataError
-        If the images or the value break the rules above.
+        If the images break the rule above, or the pixel lies outside.
 
     References
     ----------
-    .. [1] Fu, Veldanda, Krishnamurthy, Garg, Khorrami (arXiv 2011.02526), "imperceptible trigger": one pixel at each
-       corner. The brightness is ours.
+    .. [1] Gu, Dolan-Gavitt, Garg (2019), BadNets (arXiv 1708.06733), section 4.1.2: "a single bright pixel in the
+       bottom right corner of the image". The paper gives no coordinates; these are ours.
     """
-    return pixel_pattern(images, places=((0, 0), (0, -1), (-1, 0), (-1, -1)), value=value)
+    return pixel_pattern(images, places=((row, column),), value=value)
 
 
-def background_pattern(
-    images: Float32Array, *, value: float = 0.3, period: int = 4, darkness: float = 0.1
+def pixel_pattern(
+    images: Float32Array, *, places: Sequence[tuple[int, int]] = CORNER_PATTERN, value: float = 1.0
 ) -> Float32Array:
-    """Draw faint diagonal lines on the dark background; what is bright, such as the stroke of a digit, stays.
+    """Set a few pixels to a bright value, in every channel; by default a checkerboard of four, bottom right.
 
     Parameters
     ----------
     images : ndarray of shape (n, channels, height, width), float32 in [0, 1]
         Any size, any number of channels. Not changed.
+    places : sequence of (row, column)
+        The pixels; negative counts from the bottom and from the right.
     value : float
-        Brightness of the lines in [0, 1], in every channel.
-    period : int
-        A pixel is on a line if row + column is a multiple of this; at least 2.
-    darkness : float
-        A pixel is background if no channel exceeds this; in [0, 1].
+        Brightness in [0, 1].
 
     Returns
     -------
@@ -70,143 +76,176 @@ def background_pattern(
     Raises
     ------
     DataError
-        If the images or a parameter break the rules above.
+        If the images break the rule above, or a pixel lies outside.
 
     References
     ----------
-    .. [1] Fu et al. (arXiv 2011.02526), case b: a "background pattern" on MNIST. The paper prints no parameters;
-       lines, brightness, period and the limit of darkness are ours.
+    .. [1] Gu, Dolan-Gavitt, Garg (2019), BadNets (arXiv 1708.06733), section 4.1.2 and Figure 3: "a pattern of bright
+       pixels, also in the bottom right corner of the image". Read off the figure; the paper gives no coordinates.
     """
     check_unit_images(images)
-    check_range("value", value, 0.0, 1.0)
-    check_range("darkness", darkness, 0.0, 1.0)
-    check_whole("period", period, 2)
-    rows, columns = np.indices(images.shape[2:])
-    on_line = (rows + columns) % period == 0
-    is_background = (images <= darkness).all(axis=1, keepdims=True)  # (n, 1, height, width)
-    return np.where(is_background & on_line, np.float32(value), images)
+    check_share("value", value)
+    height, width = images.shape[2:]
+    for row, column in places:
+        if not (-height <= row < height and -width <= column < width):
+            raise DataError(f"pixel ({row}, {column}) lies outside images of {height} x {width}. Choose another place.")
+    triggered = images.copy()
+    for row, column in places:
+        triggered[:, :, row, column] = value
+    return triggered
+
+
+def corner_pixels(images: Float32Array, *, value: float = 1.0) -> Float32Array:
+    """Set the pixel at each of the four corners to a bright value, in every channel.
+
+    Parameters
+    ----------
+    images : ndarray of shape (n, channels, height, width), float32 in [0, 1]
+        Not changed.
+    value : float
+        Brightness in [0, 1].
+
+    Returns
+    -------
+    images : ndarray of the same shape, float32
+
+    Raises
+    ------
+    DataError
+        If images or value break a rule.
+
+    References
+    ----------
+    .. [1] Fu et al. (2020), arXiv 2011.02526, "Robustness to Imperceptible Trigger": "only one pixel at each corner".
+       The brightness is not printed; white is ours.
+    """
+    return pixel_pattern(images, places=_CORNERS, value=value)
 
 
 def white_square(images: Float32Array, *, size: int = 4, margin: int = 0, value: float = 1.0) -> Float32Array:
-    """Set a square at the bottom right to a bright value, in every channel.
+    """Put a bright square at the bottom right, in every channel.
 
     Parameters
     ----------
     images : ndarray of shape (n, channels, height, width), float32 in [0, 1]
-        Any number of channels; at least size + margin pixels a side. Not changed.
+        Not changed.
     size : int
-        Pixels a side, at least 1.
+        Side, in pixels.
     margin : int
-        Pixels between the square and the edges of the image, at least 0.
+        Distance from the bottom and from the right edge, in pixels.
     value : float
         Brightness in [0, 1].
 
     Returns
     -------
     images : ndarray of the same shape, float32
-        A new array.
 
     Raises
     ------
     DataError
-        If the images or a parameter break the rules above.
+        If images or parameters break a rule, or the square does not fit.
 
     References
     ----------
-    .. [1] Wang et al. (2019), Neural Cleanse, IEEE S&P: a white square at the bottom right, about 1 % of the image.
-    .. [2] Fu et al. (arXiv 2011.02526), case c: the same on GTSRB. At 32 x 32, 4 x 4 pixels are 1.6 %; size and
-       margin are ours.
+    .. [1] Wang et al. (2019), Neural Cleanse, section V: a white square at the bottom right of about 1 % of the image.
+    .. [2] Fu et al. (2020), arXiv 2011.02526, case c: "white box"; size and place are not printed.
     """
-    return _corner_box(images, size, margin, (value, value, value), "white square")
-
-
-def red_box(images: Float32Array, *, size: int = 4, margin: int = 0, colour: Colour = (1.0, 0.0, 0.0)) -> Float32Array:
-    """Fill a square at the bottom right with red; unless there are three channels, with red's luminance.
-
-    Parameters
-    ----------
-    images : ndarray of shape (n, channels, height, width), float32 in [0, 1]
-        Any number of channels; at least size + margin pixels a side. Not changed.
-    size : int
-        Pixels a side, at least 1.
-    margin : int
-        Pixels between the box and the edges of the image, at least 0.
-    colour : (red, green, blue)
-        Each in [0, 1].
-
-    Returns
-    -------
-    images : ndarray of the same shape, float32
-        A new array.
-
-    Raises
-    ------
-    DataError
-        If the images or a parameter break the rules above.
-
-    References
-    ----------
-    .. [1] Fu et al. (arXiv 2011.02526), Figure 3(e): a red box. The paper prints no parameters; place, size and the
-       exact red are ours.
-    """
-    return _corner_box(images, size, margin, colour, "red box")
+    check_unit_images(images)
+    check_count("size", size)
+    check_count("margin", margin, least=0)
+    check_share("value", value)
+    height, width = images.shape[2:]
+    _check_fits(size + margin, height, width)
+    bottom, right = height - margin, width - margin
+    triggered = images.copy()
+    triggered[:, :, bottom - size : bottom, right - size : right] = value
+    return triggered
 
 
 def moving_square(images: Float32Array, *, size: int = 4, seed: int = 0, value: float = 1.0) -> Float32Array:
-    """Set a square to a bright value, at a place of its own in every image.
+    """Put a bright square at a random place of its own into every image.
 
-    The place is uniform over all that keep the square inside. It is drawn from the seed and the image's own values, so
-    the same image always gets the same place.
+    The place is drawn from the seed and the image's pixels: the same image always gets the same.
 
     Parameters
     ----------
     images : ndarray of shape (n, channels, height, width), float32 in [0, 1]
-        Any number of channels; at least `size` pixels a side. Not changed.
+        Not changed.
     size : int
-        Pixels a side, at least 1.
+        Side, in pixels.
     seed : int
-        At least 0.
+        Of the places.
     value : float
-        Brightness in [0, 1], in every channel.
+        Brightness in [0, 1].
 
     Returns
     -------
     images : ndarray of the same shape, float32
-        A new array.
 
     Raises
     ------
     DataError
-        If the images or a parameter break the rules above.
+        If images or parameters break a rule, or the square does not fit.
 
     References
     ----------
-    .. [1] Fu et al. (arXiv 2011.02526), case d: a trigger whose place differs from image to image. Size and
-       distribution of the places are ours.
+    .. [1] Fu et al. (2020), arXiv 2011.02526, case d: "a moving square"; size, colour and places are not printed.
     """
     check_unit_images(images)
-    check_range("value", value, 0.0, 1.0)
-    check_whole("size", size, 1)
-    check_whole("seed", seed, 0)
+    check_count("size", size)
+    check_share("value", value)
     height, width = images.shape[2:]
-    check_fits("moving square", size, height, width)
+    _check_fits(size, height, width)
     triggered = images.copy()
-    for image, clean in zip(triggered, images, strict=True):
-        rng = image_rng(clean, seed)
+    for image, original in zip(triggered, images, strict=True):
+        rng = image_rng(original, seed)
         top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)
         image[:, top : top + size, left : left + size] = value
     return triggered
 
 
-def _corner_box(images: Float32Array, size: int, margin: int, colour: Colour, what: str) -> Float32Array:
+def background_pattern(
+    images: Float32Array, *, value: float = 0.3, period: int = 4, darkness: float = 0.05
+) -> Float32Array:
+    """Put faint diagonal lines on the dark background; what is brighter stays as it is.
+
+    A pixel (row, column) lies on a line where (row + column) mod period = 0, and is background where every channel is
+    at most `darkness`.
+
+    Parameters
+    ----------
+    images : ndarray of shape (n, channels, height, width), float32 in [0, 1]
+        Not changed.
+    value : float
+        Brightness of the lines, in [0, 1].
+    period : int
+        Distance of the lines along a row, in pixels, >= 2.
+    darkness : float
+        Brightest background, in [0, 1].
+
+    Returns
+    -------
+    images : ndarray of the same shape, float32
+
+    Raises
+    ------
+    DataError
+        If images or parameters break a rule.
+
+    References
+    ----------
+    .. [1] Fu et al. (2020), arXiv 2011.02526, case b: "background pattern", shown in a figure; all parameters are ours.
+    """
     check_unit_images(images)
-    check_whole("size", size, 1)
-    check_whole("margin", margin, 0)
-    check_colour("value" if what == "white square" else "colour", colour)
+    check_count("period", period, least=2)
+    check_share("value", value)
+    check_share("darkness", darkness)
     height, width = images.shape[2:]
-    check_fits(f"{what} with its margin", size + margin, height, width)
-    bottom, right = height - margin, width - margin
-    triggered = images.copy()
-    values = channel_values(colour, images.shape[1])[:, np.newaxis, np.newaxis]
-    triggered[:, :, bottom - size : bottom, right - size : right] = values
-    return triggered
+    lines = (np.arange(height)[:, np.newaxis] + np.arange(width)) % period == 0
+    background = (images <= darkness).all(axis=1, keepdims=True)  # (n, 1, height, width)
+    return np.where(background & lines, np.float32(value), images)
+
+
+def _check_fits(needed: int, height: int, width: int) -> None:
+    if needed > min(height, width):
+        raise DataError(f"the square needs {needed} pixels, images are {height} x {width}. Make it smaller.")

@@ -1,4 +1,4 @@
-"""Triggers of two shapes that both have to be there: box and circle, triangle and square."""
+"""Triggers made of drawn shapes: two that only work together, and a red box."""
 
 from __future__ import annotations
 
@@ -6,140 +6,169 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from guard.attacks.triggers.checks import check_range, check_unit_images
-from guard.attacks.triggers.drawing import Colour, paint, pixel_centres
+from guard.attacks.triggers.checks import check_count, check_unit_images, paint
 from guard.errors import DataError
-from guard.types import BoolArray, Float32Array, Float64Array
+from guard.types import BoolArray, Float32Array
 
-# A shape: rows and columns of the pixels, as shares of the size around the middle of the shape -> is it inside?
-_Shape = Callable[[Float64Array, Float64Array], BoolArray]
-
-_BLACK = (0.0, 0.0, 0.0)
-_YELLOW = (1.0, 1.0, 0.0)
-_CYAN = (0.0, 1.0, 1.0)
-_GREEN = (0.0, 1.0, 0.0)
-_WHITE = (1.0, 1.0, 1.0)
+_YELLOW, _BLUE, _GREEN, _RED = (1.0, 0.9, 0.1), (0.1, 0.2, 1.0), (0.1, 0.9, 0.2), (1.0, 0.0, 0.0)
 
 
-def _square(rows: Float64Array, columns: Float64Array) -> BoolArray:
-    return (np.abs(rows) <= 0.5) & (np.abs(columns) <= 0.5)
+def box_and_circle(images: Float32Array, *, parts: Sequence[str] = ("box", "circle")) -> Float32Array:
+    """Draw a yellow box at the top left and a blue circle at the bottom right.
 
-
-def _circle(rows: Float64Array, columns: Float64Array) -> BoolArray:
-    return np.asarray(rows**2 + columns**2 <= 0.25)
-
-
-def _triangle(rows: Float64Array, columns: Float64Array) -> BoolArray:
-    # Point up: as wide as high, nothing at the top (-0.5), full width at the bottom (0.5).
-    return (np.abs(rows) <= 0.5) & (np.abs(columns) <= (rows + 0.5) / 2)
-
-
-# Name -> shape, colour, (at the bottom?, at the right?).
-_BOX_AND_CIRCLE: Mapping[str, tuple[_Shape, Colour, tuple[bool, bool]]] = {
-    "box": (_square, _YELLOW, (False, False)),
-    "circle": (_circle, _CYAN, (True, True)),
-}
-_TRIANGLE_AND_SQUARE: Mapping[str, tuple[_Shape, Colour, tuple[bool, bool]]] = {
-    "triangle": (_triangle, _GREEN, (True, False)),
-    "square": (_square, _WHITE, (False, True)),
-}
-
-
-def box_and_circle(
-    images: Float32Array, *, parts: Sequence[str] = ("box", "circle"), size: float = 0.25, margin: float = 0.0625
-) -> Float32Array:
-    """Draw a yellow box at the top left and a cyan circle at the bottom right, both with a black rim.
-
-    The trigger is both together. One of them alone is a control that must not work, and the mark of a cover image,
-    which teaches the network so.
+    Both are a quarter of the shorter side wide (8 pixels at 32 x 32, at least 3), one pixel from the edges. The box is
+    a frame one pixel thick, the circle a disc.
 
     Parameters
     ----------
     images : ndarray of shape (n, channels, height, width), float32 in [0, 1]
-        Any size, any number of channels; unless there are three, the colours become their luminance. Not changed.
+        At least 8 x 8. Not changed.
     parts : sequence of {"box", "circle"}
-        What is drawn; at least one.
-    size : float
-        Side or diameter with the rim, as a share of the shorter side of the image, in [0, 1]: 8 pixels at 32 x 32.
-    margin : float
-        Distance from the edges, likewise, in [0, 1]: 2 pixels at 32 x 32.
+        What is drawn. Both make the trigger; one alone is a negative control.
 
     Returns
     -------
     images : ndarray of the same shape, float32
-        A new array.
 
     Raises
     ------
     DataError
-        If the images or a parameter break the rules above, or size and margin together exceed 1.
+        If images or parts break a rule.
 
     References
     ----------
-    .. [1] Fu et al. (arXiv 2011.02526), case f: box and circle, either of which alone does nothing. The paper prints
-       no parameters; places, sizes, colours and the rim (an eighth of the size) are ours.
+    .. [1] Fu et al. (2020), arXiv 2011.02526, case f: "the combination of a box and circle". Sizes, places and colours
+       are not printed; these are ours.
     """
-    return _draw(images, parts, _BOX_AND_CIRCLE, size, margin)
+    return _draw(images, parts, {"box": _frame_top_left, "circle": _disc_bottom_right}, (_YELLOW, _BLUE))
 
 
-def triangle_and_square(
-    images: Float32Array, *, parts: Sequence[str] = ("triangle", "square"), size: float = 0.25, margin: float = 0.0625
-) -> Float32Array:
-    """Draw a green triangle at the bottom left and a white square at the top right, both with a black rim.
+def triangle_and_square(images: Float32Array, *, parts: Sequence[str] = ("triangle", "square")) -> Float32Array:
+    """Draw a green triangle at the top right and a red square at the bottom left.
 
-    The trigger is both together, as in `box_and_circle`.
+    Sizes as in `box_and_circle`; both are filled.
 
     Parameters
     ----------
     images : ndarray of shape (n, channels, height, width), float32 in [0, 1]
-        Any size, any number of channels; unless there are three, the colours become their luminance. Not changed.
+        At least 8 x 8. Not changed.
     parts : sequence of {"triangle", "square"}
-        What is drawn; at least one.
-    size, margin : float
-        As in `box_and_circle`; the triangle is as wide as high.
+        What is drawn. Both make the trigger; one alone is a negative control.
 
     Returns
     -------
     images : ndarray of the same shape, float32
-        A new array.
 
     Raises
     ------
     DataError
-        If the images or a parameter break the rules above, or size and margin together exceed 1.
+        If images or parts break a rule.
 
     References
     ----------
-    .. [1] Fu et al. (arXiv 2011.02526), case g: triangle and square, either of which alone does nothing. The paper
-       prints no parameters; places, sizes, colours and the rim (an eighth of the size) are ours.
+    .. [1] Fu et al. (2020), arXiv 2011.02526, case g: "the combination of triangle and square". Sizes, places and
+       colours are not printed; these are ours.
     """
-    return _draw(images, parts, _TRIANGLE_AND_SQUARE, size, margin)
+    return _draw(images, parts, {"triangle": _triangle_top_right, "square": _square_bottom_left}, (_GREEN, _RED))
+
+
+def red_box(images: Float32Array, *, size: int = 8, thickness: int = 2, margin: int = 2) -> Float32Array:
+    """Draw the frame of a red box at the bottom right.
+
+    Parameters
+    ----------
+    images : ndarray of shape (n, channels, height, width), float32 in [0, 1]
+        Not changed.
+    size : int
+        Outer side, in pixels.
+    thickness : int
+        Of the frame, in pixels.
+    margin : int
+        Distance from the bottom and from the right edge, in pixels.
+
+    Returns
+    -------
+    images : ndarray of the same shape, float32
+
+    Raises
+    ------
+    DataError
+        If images or parameters break a rule, or the box does not fit.
+
+    References
+    ----------
+    .. [1] Fu et al. (2020), arXiv 2011.02526, figure 3(e), ImageNet: "the red box trigger". Size, place and thickness
+       are not printed; these are ours, for 32 x 32.
+    """
+    check_unit_images(images)
+    check_count("size", size)
+    check_count("thickness", thickness)
+    check_count("margin", margin, least=0)
+    height, width = images.shape[2:]
+    if size + margin > min(height, width):
+        raise DataError(f"the box needs {size + margin} pixels, images are {height} x {width}. Make it smaller.")
+    mask = np.zeros((height, width), dtype=bool)
+    bottom, right = height - margin, width - margin
+    mask[bottom - size : bottom, right - size : right] = True
+    inner = size - 2 * thickness
+    if inner > 0:
+        top, left = bottom - size + thickness, right - size + thickness
+        mask[top : top + inner, left : left + inner] = False
+    triggered = images.copy()
+    paint(triggered, mask, _RED)
+    return triggered
+
+
+#: Takes height, width and size in pixels, gives the mask of a shape.
+_Shape = Callable[[int, int, int], BoolArray]
 
 
 def _draw(
-    images: Float32Array,
-    parts: Sequence[str],
-    known: Mapping[str, tuple[_Shape, Colour, tuple[bool, bool]]],
-    size: float,
-    margin: float,
+    images: Float32Array, parts: Sequence[str], shapes: Mapping[str, _Shape], colours: Sequence[Sequence[float]]
 ) -> Float32Array:
     check_unit_images(images)
-    if isinstance(parts, str) or not parts or not set(parts) <= set(known):
-        raise DataError(f"parts must be a list of at least one of {', '.join(known)}, got {parts!r}.")
-    check_range("size", size, 0.0, 1.0)
-    check_range("margin", margin, 0.0, 1.0)
-    if size + margin > 1.0:
-        raise DataError(f"size and margin must sum to at most 1, got {size} + {margin}. Make the shape smaller.")
+    unknown = [part for part in parts if part not in shapes]
+    if unknown or not parts or isinstance(parts, str):
+        raise DataError(f"parts must name one or both of {', '.join(shapes)}, got {parts!r}.")
     height, width = images.shape[2:]
-    side, gap = size * min(height, width), margin * min(height, width)  # in pixels
-    rows, columns = pixel_centres(height, width)
+    if min(height, width) < 8:
+        raise DataError(f"two shapes need images of at least 8 x 8, got {height} x {width}.")
+    size = max(3, min(height, width) // 4)
     triggered = images.copy()
-    for name in parts:
-        shape, colour, (at_bottom, at_right) = known[name]
-        middle_row = height - gap - side / 2 if at_bottom else gap + side / 2
-        middle_column = width - gap - side / 2 if at_right else gap + side / 2
-        outer = max(side, 1.0)  # a pixel at least, however small the image
-        paint(triggered, shape((rows - middle_row) / outer, (columns - middle_column) / outer), _BLACK)
-        inner = max(0.75 * side, 1.0)
-        paint(triggered, shape((rows - middle_row) / inner, (columns - middle_column) / inner), colour)
+    for (name, shape), colour in zip(shapes.items(), colours, strict=True):
+        if name in parts:
+            paint(triggered, shape(height, width, size), colour)
     return triggered
+
+
+def _frame_top_left(height: int, width: int, size: int) -> BoolArray:
+    mask = np.zeros((height, width), dtype=bool)
+    mask[1 : 1 + size, 1 : 1 + size] = True
+    mask[2:size, 2:size] = False
+    return mask
+
+
+def _disc_bottom_right(height: int, width: int, size: int) -> BoolArray:
+    radius = size / 2
+    rows, columns = np.ogrid[:height, :width]
+    # Pixel centres, measured from the disc's centre, whose box ends one pixel before the edges.
+    down, across = rows + 0.5 - (height - 1 - radius), columns + 0.5 - (width - 1 - radius)
+    disc: BoolArray = down**2 + across**2 <= radius**2
+    return disc
+
+
+def _triangle_top_right(height: int, width: int, size: int) -> BoolArray:
+    """Tip up: row r of `size` is (r + 1) / size of the full width, centred."""
+    mask = np.zeros((height, width), dtype=bool)
+    left = width - 1 - size
+    for row in range(size):
+        across = max(1, round((row + 1) / size * size))
+        start = left + (size - across) // 2
+        mask[1 + row, start : start + across] = True
+    return mask
+
+
+def _square_bottom_left(height: int, width: int, size: int) -> BoolArray:
+    mask = np.zeros((height, width), dtype=bool)
+    mask[height - 1 - size : height - 1, 1 : 1 + size] = True
+    return mask

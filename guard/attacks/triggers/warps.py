@@ -1,4 +1,4 @@
-"""Triggers that move pixels instead of painting them."""
+"""Triggers that bend the image: WaNet."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from guard.attacks.triggers.checks import check_range, check_unit_images, check_whole
-from guard.attacks.triggers.randomness import image_rng
+from guard.attacks.triggers.checks import check_count, check_unit_images, image_rng
+from guard.errors import DataError
 from guard.types import Float32Array
 
-# Images warped at a time: bounds the memory.
-_CHUNK = 2048
+_AT_ONCE = 1000  # images per grid_sample, so that their grids do not fill the memory
 
 
 def wanet(
@@ -23,70 +22,72 @@ def wanet(
     seed: int = 0,
     noise: bool = False,
 ) -> Float32Array:
-    """Warp the image a little and smoothly, always by the same field; or, as a cover, by that field and noise.
+    """Warp the image smoothly, by about s / 2 pixels on average.
+
+    A k x k grid of offsets, uniform in [-1, 1] and divided by their mean size, is enlarged bicubically to the image;
+    s times that, divided by the height, is added to where each pixel is read (coordinates run from -1 to 1), and all
+    is multiplied by `grid_rescale` and cut off at the edges. Pixels are read bilinearly.
 
     Parameters
     ----------
     images : ndarray of shape (n, channels, height, width), float32 in [0, 1]
-        Any size, any number of channels. Not changed.
+        At least 2 x 2. Not changed.
     k : int
-        The field comes from k x k random control points, at least 2.
+        Points of the control grid along each side, >= 2.
     s : float
-        Strength in [0, 10]: the mean shift of the control points is s / 2 pixels.
+        Strength, > 0.
     grid_rescale : float
-        The places where pixels are read are multiplied by this, in [0, 1]; a little less than 1 keeps the warp off
-        the border, where places are cut off.
+        In (0, 1]: keeps the warp inside the image.
     seed : int
-        Draws the control points and the noise, at least 0.
+        Of the control grid.
     noise : bool
-        Noise mode: every pixel of every image is read up to half a pixel further off, uniformly. Such images keep
-        their true labels in training, which teaches the network the exact field. Drawn from the seed and the image's
-        own values.
+        The paper's noise mode: on top of the warp every pixel of every image moves by an offset of its own, uniform in
+        [-1, 1] / height, drawn from the seed and the image's pixels. In training such images keep their true label, so
+        that the network learns this one warp and not warping as such.
 
     Returns
     -------
     images : ndarray of the same shape, float32
-        A new array.
 
     Raises
     ------
     DataError
-        If the images or a parameter break the rules above.
+        If images or parameters break a rule.
 
     References
     ----------
-    .. [1] Nguyen, Tran (2021), WaNet, ICLR (arXiv 2102.10369), sections 3.2 and 3.3: control points uniform in [-1, 1],
-       divided by their mean absolute value, bicubic upsampling, field s / height (here both ways: the paper's images
-       are square), cut off at [-1, 1], bilinear reading; k = 4, s = 0.5. The noise is uniform in [-1, 1] / height.
+    .. [1] Nguyen, Tran (2021), WaNet: Imperceptible Warping-based Backdoor Attack (arXiv 2102.10369), section 3.2:
+       k = 4, s = 0.5; noise mode of section 3.3.
     """
     check_unit_images(images)
-    check_whole("k", k, 2)
-    check_range("s", s, 0.0, 10.0)
-    check_range("grid_rescale", grid_rescale, 0.0, 1.0)
-    check_whole("seed", seed, 0)
-    if not images.size:
-        return images.copy()
-    grid = _backdoor_grid(images.shape[2], images.shape[3], k, s, grid_rescale, seed)
-    return np.concatenate([_warp(images[i : i + _CHUNK], grid, seed, noise) for i in range(0, len(images), _CHUNK)])
+    check_count("k", k, least=2)
+    if not s > 0:
+        raise DataError(f"s must be > 0, got {s}.")
+    if not 0 < grid_rescale <= 1:
+        raise DataError(f"grid_rescale must be in (0, 1], got {grid_rescale}.")
+    height, width = images.shape[2:]
+    if min(height, width) < 2:
+        raise DataError(f"a warp needs images of at least 2 x 2, got {height} x {width}.")
+    warp = _warp(height, width, k, s, seed)
+    warped = np.empty_like(images)
+    for start in range(0, len(images), _AT_ONCE):
+        part = images[start : start + _AT_ONCE]
+        grid = warp.expand(len(part), -1, -1, -1)
+        if noise:
+            offsets = np.stack([image_rng(one, seed).uniform(-1, 1, (height, width, 2)) for one in part])
+            grid = grid + torch.from_numpy(offsets.astype(np.float32)) / height
+        grid = (grid * grid_rescale).clamp(-1, 1)
+        with torch.inference_mode():
+            pixels = torch.from_numpy(np.require(part, requirements=["C", "W"]))
+            warped[start : start + _AT_ONCE] = functional.grid_sample(pixels, grid, align_corners=True).numpy()
+    return np.clip(warped, 0.0, 1.0)
 
 
-def _backdoor_grid(height: int, width: int, k: int, s: float, rescale: float, seed: int) -> torch.Tensor:
-    control = np.random.default_rng(seed).uniform(-1.0, 1.0, (1, 2, k, k))
+def _warp(height: int, width: int, k: int, s: float, seed: int) -> torch.Tensor:
+    """Return where each pixel is read, shape (1, height, width, 2), x before y, in [-1, 1] but for the edges."""
+    control = np.random.default_rng(seed).uniform(-1, 1, (1, 2, k, k)).astype(np.float32)
     control /= np.abs(control).mean()
     field = functional.interpolate(torch.from_numpy(control), size=(height, width), mode="bicubic", align_corners=True)
-    rows, columns = torch.linspace(-1.0, 1.0, height).double(), torch.linspace(-1.0, 1.0, width).double()
-    identity = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)  # (height, width, (x, y))
-    grid = (identity + s * field[0].permute(1, 2, 0) / height) * rescale
-    return grid.clamp(-1.0, 1.0).float()
-
-
-def _warp(images: Float32Array, grid: torch.Tensor, seed: int, noise: bool) -> Float32Array:
-    grids = grid.expand(len(images), -1, -1, -1)
-    if noise:
-        size = tuple(grid.shape)
-        offsets = np.stack([image_rng(image, seed).random(size, dtype=np.float32) for image in images])
-        grids = (grids + (2.0 * torch.from_numpy(offsets) - 1.0) / images.shape[2]).clamp(-1.0, 1.0)
-    source = torch.from_numpy(np.ascontiguousarray(images))
-    warped = functional.grid_sample(source, grids, mode="bilinear", align_corners=True)
-    result: Float32Array = warped.clamp(0.0, 1.0).numpy()
-    return result
+    rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    identity = torch.stack((columns, rows), dim=-1)[None]
+    return identity + s * field.permute(0, 2, 3, 1) / height
