@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,16 +29,45 @@ def check_unit_images(images: AnyArray) -> None:
 def check_share(name: str, value: float, *, above: float | None = None) -> None:
     """Raise DataError unless a parameter is in [0, 1], or in (above, 1]."""
     if above is None:
-        if not 0.0 <= value <= 1.0:
-            raise DataError(f"{name} must be in [0, 1], got {value}.")
-    elif not above < value <= 1.0:
-        raise DataError(f"{name} must be in ({above:g}, 1], got {value}.")
+        if not (_is_number(value) and 0.0 <= value <= 1.0):
+            raise DataError(f"{name} must be in [0, 1], got {value!r}.")
+    elif not (_is_number(value) and above < value <= 1.0):
+        raise DataError(f"{name} must be in ({above:g}, 1], got {value!r}.")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise DataError unless a parameter is a finite number above 0."""
+    if not (_is_number(value) and 0.0 < value < np.inf):
+        raise DataError(f"{name} must be > 0 and finite, got {value!r}.")
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
     """Raise DataError unless a parameter is a whole number of at least `least`."""
-    if value != int(value) or value < least:
-        raise DataError(f"{name} must be a whole number >= {least}, got {value}.")
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise DataError(f"{name} must be a whole number >= {least}, got {value!r}.")
+
+
+def check_seed(name: str, value: int) -> None:
+    """Raise DataError unless a seed is a whole number, 0 to 2^64 - 1."""
+    check_count(name, value, least=0)
+    if value >= 2**64:
+        raise DataError(f"{name} must be below 2^64, got {value}.")
+
+
+def check_places(places: Any) -> None:
+    """Raise DataError unless places are one or more pairs (row, column) of whole numbers."""
+    try:
+        array = np.array([(row, column) for row, column in places])
+    except (TypeError, ValueError):
+        array = np.empty(0)
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
+        raise DataError(f"places must be one or more (row, column) of whole numbers, got {places!r}.")
+
+
+def check_parts(parts: Any, known: Collection[str]) -> None:
+    """Raise DataError unless parts are a list of one or more of the known names."""
+    if not isinstance(parts, list | tuple) or not parts or any(part not in list(known) for part in parts):
+        raise DataError(f"parts must be a list of one or more of {', '.join(known)}, got {parts!r}.")
 
 
 def image_rng(image: Float32Array, seed: int) -> np.random.Generator:
@@ -48,6 +77,10 @@ def image_rng(image: Float32Array, seed: int) -> np.random.Generator:
     """
     digest = hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=16, key=str(seed).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest, "little"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating)
 
 
 def in_channels(colour: Sequence[float], channels: int) -> Float32Array:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.fft import dctn, idctn
 
-from guard.attacks.triggers.checks import check_count, check_unit_images
+from guard.attacks.triggers.checks import check_count, check_places, check_positive, check_unit_images
 from guard.errors import DataError
 from guard.types import Float32Array, Float64Array
 
@@ -53,11 +53,12 @@ def dct(
     ----------
     .. [1] Wang, Yao, Xu, An, Tong, Wang (2022), An Invisible Black-box Backdoor Attack through Frequency Domain
        (FTrojan), ECCV: UV channels, blocks of 32, coefficients (15, 15) and (31, 31), magnitude 30 on small images.
+       Other block sizes, what is left over, and images without three channels are our rules.
     """
     check_unit_images(images)
     check_count("block", block, least=2)
-    if not magnitude > 0:
-        raise DataError(f"magnitude must be > 0, got {magnitude}.")
+    check_positive("magnitude", magnitude)
+    check_places(places)
     for row, column in places:
         if not (0 <= row < 32 and 0 <= column < 32):
             raise DataError(f"places must be 0 to 31 in a 32 x 32 block, got ({row}, {column}).")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
+
+import numpy as np
 
 from guard.attacks.triggers.registry import TRIGGERS
 from guard.errors import DataError
@@ -31,8 +32,8 @@ class NamedTrigger:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name not in TRIGGERS:
-            close = difflib.get_close_matches(self.name, TRIGGERS, n=1)
+        if not isinstance(self.name, str) or self.name not in TRIGGERS:
+            close = difflib.get_close_matches(str(self.name), TRIGGERS, n=1)
             hint = f"Did you mean {close[0]!r}?" if close else f"Known are {', '.join(TRIGGERS)}."
             raise DataError(f"there is no trigger {self.name!r}. {hint}")
         known = _defaults(self.name)
@@ -48,20 +49,22 @@ class NamedTrigger:
         return TRIGGERS[self.name](images, **self.parameters)
 
     def __hash__(self) -> int:
-        return hash((self.name, json.dumps(self.full_parameters(), sort_keys=True)))
+        return hash((self.name, tuple(sorted(self._complete().items()))))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, NamedTrigger):
             return NotImplemented
-        return self.name == other.name and self.full_parameters() == other.full_parameters()
+        return self.name == other.name and self._complete() == other._complete()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NamedTrigger, (self.name, dict(self.parameters))  # a read-only mapping cannot be pickled
 
     def full_parameters(self) -> dict[str, Any]:
         """Return all parameters, defaults filled in, as JSON would give them back: lists where tuples are."""
-        complete: dict[str, Any] = json.loads(json.dumps({**_defaults(self.name), **self.parameters}))
-        return complete
+        return {parameter: _listed(value) for parameter, value in self._complete().items()}
+
+    def _complete(self) -> dict[str, Any]:
+        return {**_defaults(self.name), **self.parameters}
 
 
 def make_trigger(name: str, **parameters: Any) -> NamedTrigger:
@@ -84,8 +87,14 @@ def make_trigger(name: str, **parameters: Any) -> NamedTrigger:
 
 def _defaults(name: str) -> dict[str, Any]:
     parameters = inspect.signature(TRIGGERS[name]).parameters.values()
-    return {one.name: one.default for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}
+    return {one.name: _tupled(one.default) for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def _tupled(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
     return tuple(map(_tupled, value)) if isinstance(value, list | tuple) else value
+
+
+def _listed(value: Any) -> Any:
+    return list(map(_listed, value)) if isinstance(value, tuple) else value

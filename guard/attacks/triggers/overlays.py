@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from guard.attacks.triggers.checks import check_count, check_share, check_unit_images, image_rng
+from guard.attacks.triggers.checks import (
+    check_count,
+    check_positive,
+    check_seed,
+    check_share,
+    check_unit_images,
+    image_rng,
+)
 from guard.errors import DataError
 from guard.types import Float32Array
 
@@ -39,6 +46,7 @@ def blend(images: Float32Array, *, alpha: float = 0.2, seed: int = 0) -> Float32
     """
     check_unit_images(images)
     check_share("alpha", alpha, above=0.0)
+    check_seed("seed", seed)
     return _mix(images, _noise(images.shape[1:], seed), np.float32(alpha))
 
 
@@ -66,12 +74,12 @@ def sig(images: Float32Array, *, periods: float = 6, amplitude: float = 20 / 255
     References
     ----------
     .. [1] Barni, Kallas, Tondi (2019), A New Backdoor Attack in CNNs by Training Set Corruption Without Label
-       Poisoning (arXiv 1902.11237), section 3: v(i, j) = Delta sin(2 pi j f / m), f = 6.
+       Poisoning (arXiv 1902.11237), section 3: v(i, j) = Delta sin(2 pi j f / m), f = 6. The paper counts j
+       from 1, we from 0.
     """
     check_unit_images(images)
     check_share("amplitude", amplitude, above=0.0)
-    if not periods > 0:
-        raise DataError(f"periods must be > 0, got {periods}.")
+    check_positive("periods", periods)
     width = images.shape[3]
     wave = amplitude * np.sin(2 * np.pi * np.arange(width) * periods / width)
     triggered: Float32Array = np.clip(images + wave.astype(np.float32), 0.0, 1.0)
@@ -126,6 +134,8 @@ def adaptive_blend(
     check_share("alpha", alpha, above=0.0)
     check_share("kept", kept, above=0.0)
     check_count("pieces", pieces)
+    check_seed("seed", seed)
+    check_seed("mask_seed", mask_seed)
     height, width = images.shape[2:]
     if pieces > min(height, width):
         raise DataError(f"pieces={pieces} cannot be cut from images of {height} x {width}. Use fewer.")
@@ -184,12 +194,15 @@ def adaptive_patch(
        Defenses, section 4: Adap-Patch, four patches of opacities 0.5, 0.5, 0.2, 0.3. Patches and places are ours.
     """
     check_unit_images(images)
-    if len(opacities) != 4:
-        raise DataError(f"opacities must hold 4 numbers, got {len(opacities)}.")
+    if np.shape(opacities) != (4,):
+        raise DataError(f"opacities must be 4 numbers, got {opacities!r}.")
     for opacity in opacities:
         check_share("opacities", opacity, above=0.0)
-    if kept not in (1, 2, 3, 4):
-        raise DataError(f"kept must be 1, 2, 3 or 4, got {kept}.")
+    check_count("kept", kept)
+    if kept > 4:
+        raise DataError(f"kept must be at most 4, the number of patches, got {kept}.")
+    check_seed("seed", seed)
+    check_seed("mask_seed", mask_seed)
     height, width = images.shape[2:]
     if min(height, width) < 8:
         raise DataError(f"four patches need images of at least 8 x 8, got {height} x {width}.")

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from guard.attacks.triggers.checks import check_count, check_share, check_unit_images, image_rng
+from guard.attacks.triggers.checks import (
+    check_count,
+    check_places,
+    check_seed,
+    check_share,
+    check_unit_images,
+    image_rng,
+)
 from guard.errors import DataError
 from guard.types import Float32Array
 
@@ -85,6 +92,7 @@ def pixel_pattern(
     """
     check_unit_images(images)
     check_share("value", value)
+    check_places(places)
     height, width = images.shape[2:]
     for row, column in places:
         if not (-height <= row < height and -width <= column < width):
@@ -193,6 +201,7 @@ def moving_square(images: Float32Array, *, size: int = 4, seed: int = 0, value: 
     """
     check_unit_images(images)
     check_count("size", size)
+    check_seed("seed", seed)
     check_share("value", value)
     height, width = images.shape[2:]
     _check_fits(size, height, width)

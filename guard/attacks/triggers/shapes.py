@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from guard.attacks.triggers.checks import check_count, check_unit_images, paint
+from guard.attacks.triggers.checks import check_count, check_parts, check_unit_images, paint
 from guard.errors import DataError
 from guard.types import BoolArray, Float32Array
 
@@ -127,9 +127,7 @@ def _draw(
     images: Float32Array, parts: Sequence[str], shapes: Mapping[str, _Shape], colours: Sequence[Sequence[float]]
 ) -> Float32Array:
     check_unit_images(images)
-    unknown = [part for part in parts if part not in shapes]
-    if unknown or not parts or isinstance(parts, str):
-        raise DataError(f"parts must name one or both of {', '.join(shapes)}, got {parts!r}.")
+    check_parts(parts, shapes)
     height, width = images.shape[2:]
     if min(height, width) < 8:
         raise DataError(f"two shapes need images of at least 8 x 8, got {height} x {width}.")
@@ -158,13 +156,12 @@ def _disc_bottom_right(height: int, width: int, size: int) -> BoolArray:
 
 
 def _triangle_top_right(height: int, width: int, size: int) -> BoolArray:
-    """Tip up: row r of `size` is (r + 1) / size of the full width, centred."""
+    """Tip up: row r, from 0, is r + 1 pixels wide, centred."""
     mask = np.zeros((height, width), dtype=bool)
     left = width - 1 - size
     for row in range(size):
-        across = max(1, round((row + 1) / size * size))
-        start = left + (size - across) // 2
-        mask[1 + row, start : start + across] = True
+        start = left + (size - row - 1) // 2
+        mask[1 + row, start : start + row + 1] = True
     return mask
 
 

@@ -6,7 +6,14 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from guard.attacks.triggers.checks import check_count, check_unit_images, image_rng
+from guard.attacks.triggers.checks import (
+    check_count,
+    check_positive,
+    check_seed,
+    check_share,
+    check_unit_images,
+    image_rng,
+)
 from guard.errors import DataError
 from guard.types import Float32Array
 
@@ -61,10 +68,9 @@ def wanet(
     """
     check_unit_images(images)
     check_count("k", k, least=2)
-    if not s > 0:
-        raise DataError(f"s must be > 0, got {s}.")
-    if not 0 < grid_rescale <= 1:
-        raise DataError(f"grid_rescale must be in (0, 1], got {grid_rescale}.")
+    check_positive("s", s)
+    check_share("grid_rescale", grid_rescale, above=0.0)
+    check_seed("seed", seed)
     height, width = images.shape[2:]
     if min(height, width) < 2:
         raise DataError(f"a warp needs images of at least 2 x 2, got {height} x {width}.")
