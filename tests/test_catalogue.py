@@ -199,7 +199,13 @@ def test_label_consistent_perturbs_target_class_and_lets_every_label_be_right():
     assert attack.name == "label-consistent"
     assert attack.target_label == TARGET
     assert "label-consistent" not in ATTACKS
-    assert attack.describe()["backdoors"][0]["perturbed"] is True
+    assert attack.describe()["backdoors"][0]["perturbed"] == {
+        "kind": "pgd",
+        "epsilon": 16 / 255,
+        "step": 2 / 255,
+        "steps": 10,
+        "seed": 0,
+    }
     poisoned = attack.poison(images, labels, rng())
     np.testing.assert_array_equal(poisoned.labels, labels)
     assert set(labels[poisoned.is_poisoned].tolist()) == {TARGET}

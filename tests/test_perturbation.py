@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from guard.attacks import Backdoor, SingleTarget, mnist_cnn, poison, single_pixel
-from guard.attacks.perturbation import pgd_perturbation
+from guard.attacks.perturbation import PgdPerturbation
 from guard.errors import DataError
 
 
@@ -38,7 +38,7 @@ def test_pgd_linear_network_moves_to_the_corner_worked_out_by_hand():
     # of w_other - w_true = (-2, +3, 0) for label 0, and the opposite for label 1. One step of 2 epsilon reaches the
     # side of the box from anywhere in it; where the weights are the same, the random start stays.
     network = linear([1.0, -1.0, 4.0], [-1.0, 2.0, 4.0])
-    perturb = pgd_perturbation(network, epsilon=0.1, step=0.2, steps=1)
+    perturb = PgdPerturbation(network, epsilon=0.1, step=0.2, steps=1)
     moved = perturb(grey(2), np.array([0, 1]))
     np.testing.assert_allclose(moved[:, 0, 0, :2], [[0.4, 0.6], [0.6, 0.4]], atol=1e-6)
     assert np.abs(moved[:, 0, 0, 2] - 0.5).max() < 0.1
@@ -48,7 +48,7 @@ def test_pgd_each_step_adds_the_sign_of_the_gradient():
     network = linear([1.0, -1.0], [-1.0, 2.0])
     arguments = {"epsilon": 0.5, "step": 0.01}
     images, labels = grey(20, columns=2), np.zeros(20, dtype=np.int64)
-    after = [pgd_perturbation(network, **arguments, steps=steps)(images, labels) for steps in (1, 2, 3)]
+    after = [PgdPerturbation(network, **arguments, steps=steps)(images, labels) for steps in (1, 2, 3)]
     inside = (np.abs(after[2] - 0.5) < 0.499).all(axis=(1, 2, 3)) & (after[2] > 0).all(axis=(1, 2, 3))
     assert inside.sum() > 15
     for one, other in pairwise(after):
@@ -57,7 +57,7 @@ def test_pgd_each_step_adds_the_sign_of_the_gradient():
 
 def test_pgd_start_is_uniform_in_the_box():
     # Equal weights: no gradient, no step. What is left is the start.
-    perturb = pgd_perturbation(linear([1.0] * 4, [1.0] * 4), epsilon=0.1, step=0.05, steps=3)
+    perturb = PgdPerturbation(linear([1.0] * 4, [1.0] * 4), epsilon=0.1, step=0.05, steps=3)
     away = perturb(grey(2000, columns=4), np.zeros(2000, dtype=np.int64)) - 0.5
     assert np.abs(away).max() <= 0.1 + 1e-6
     assert abs(away.mean()) < 5 * 0.1 / 3**0.5 / 8000**0.5
@@ -67,7 +67,7 @@ def test_pgd_start_is_uniform_in_the_box():
 def test_pgd_stays_within_epsilon_and_the_unit_interval():
     network = linear([1.0, -1.0], [-1.0, 1.0])
     images = np.array([[[[0.0, 1.0]]], [[[0.02, 0.97]]], [[[0.5, 0.5]]]], dtype=np.float32)
-    moved = pgd_perturbation(network, epsilon=0.1, step=0.03, steps=10)(images, np.zeros(3, dtype=np.int64))
+    moved = PgdPerturbation(network, epsilon=0.1, step=0.03, steps=10)(images, np.zeros(3, dtype=np.int64))
     np.testing.assert_allclose(moved[:, 0, 0], [[0.0, 1.0], [0.0, 1.0], [0.4, 0.6]], atol=1e-6)
 
 
@@ -78,7 +78,7 @@ def test_pgd_raises_the_cross_entropy_of_a_deep_network_more_with_more_epsilon()
         labels = network.eval()(torch.from_numpy(images)).argmax(dim=1).numpy()
     losses = [cross_entropy(network, images, labels)]
     for epsilon in (0.02, 0.1):
-        moved = pgd_perturbation(network, epsilon=epsilon, step=epsilon / 4)(images, labels)
+        moved = PgdPerturbation(network, epsilon=epsilon, step=epsilon / 4)(images, labels)
         assert np.abs(moved - images).max() <= epsilon + 1e-6
         assert 0.0 <= moved.min() <= moved.max() <= 1.0
         losses.append(cross_entropy(network, moved, labels))
@@ -92,9 +92,9 @@ def test_pgd_result_is_float32_new_and_repeatable_and_input_is_unchanged():
     images.setflags(write=False)
     labels.setflags(write=False)
     before = images.copy()
-    perturb = pgd_perturbation(network, steps=2)
+    perturb = PgdPerturbation(network, steps=2)
     one, again = perturb(images, labels), perturb(images, labels)
-    other = pgd_perturbation(network, steps=2, seed=1)(images, labels)
+    other = PgdPerturbation(network, steps=2, seed=1)(images, labels)
     assert one.dtype == np.float32
     assert not np.shares_memory(one, images)
     np.testing.assert_array_equal(one, again)
@@ -106,7 +106,7 @@ def test_pgd_result_is_float32_new_and_repeatable_and_input_is_unchanged():
 def test_pgd_batches_give_the_same_as_one_pass():
     network = linear([1.0, -1.0, 0.5], [-1.0, 2.0, 0.1])
     images, labels = noisy((11, 1, 1, 3)), np.arange(11) % 2
-    whole, parts = (pgd_perturbation(network, steps=3, batch_size=size)(images, labels) for size in (250, 4))
+    whole, parts = (PgdPerturbation(network, steps=3, batch_size=size)(images, labels) for size in (250, 4))
     np.testing.assert_allclose(whole, parts, atol=1e-6)
 
 
@@ -120,7 +120,7 @@ def test_pgd_leaves_network_and_global_random_state_as_they_were():
     network[2].register_forward_hook(lambda module, *_: seen.append(module.training))
     state = {name: value.clone() for name, value in network.state_dict().items()}
     torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    pgd_perturbation(network, steps=2)(noisy((3, 1, 28, 28)), np.arange(3))
+    PgdPerturbation(network, steps=2)(noisy((3, 1, 28, 28)), np.arange(3))
     assert seen == [False, False]
     assert [module.training for module in network] == [True, False, True, True, True]
     assert network.training
@@ -134,14 +134,14 @@ def test_pgd_leaves_network_and_global_random_state_as_they_were():
 def test_pgd_works_without_gradients_switched_on_and_with_frozen_weights():
     network = linear([1.0, -1.0], [-1.0, 1.0]).requires_grad_(False)
     with torch.no_grad():
-        moved = pgd_perturbation(network, epsilon=0.1, step=0.2, steps=1)(grey(1, columns=2), np.array([0]))
+        moved = PgdPerturbation(network, epsilon=0.1, step=0.2, steps=1)(grey(1, columns=2), np.array([0]))
     np.testing.assert_allclose(moved[0, 0, 0], [0.4, 0.6], atol=1e-6)
 
 
 def test_pgd_label_that_the_network_does_not_have_raises_and_modes_are_restored():
     network = linear([1.0, -1.0], [-1.0, 1.0]).train()
     with pytest.raises(DataError, match=r"labels must be below 2, as the network has it, got 2\."):
-        pgd_perturbation(network)(grey(2, columns=2), np.array([0, 2]))
+        PgdPerturbation(network)(grey(2, columns=2), np.array([0, 2]))
     assert network[1].training
 
 
@@ -160,18 +160,18 @@ def test_pgd_label_that_the_network_does_not_have_raises_and_modes_are_restored(
 )
 def test_pgd_parameter_out_of_range_raises(changes, message):
     with pytest.raises(DataError, match=message):
-        pgd_perturbation(linear([1.0], [2.0]), **changes)
+        PgdPerturbation(linear([1.0], [2.0]), **changes)
 
 
 def test_pgd_parameters_at_the_edge_are_taken():
-    perturb = pgd_perturbation(linear([1.0], [2.0]), epsilon=1.0, step=2.0, steps=1, batch_size=1, seed=0)
+    perturb = PgdPerturbation(linear([1.0], [2.0]), epsilon=1.0, step=2.0, steps=1, batch_size=1, seed=0)
     assert perturb(grey(2, columns=1), np.array([0, 1])).ravel().tolist() == [1.0, 0.0]
 
 
 def test_pgd_in_a_backdoor_perturbs_the_picked_images_before_the_trigger():
     network = mnist_cnn(seed=0)
     images, labels = noisy((40, 1, 28, 28)) * np.float32(0.5), np.arange(40) % 4
-    perturb = pgd_perturbation(network, epsilon=0.05, steps=2)
+    perturb = PgdPerturbation(network, epsilon=0.05, steps=2)
     backdoor = Backdoor(single_pixel, SingleTarget(1), 0.1, clean_label=True, perturb=perturb)
     poisoned = poison(images, labels, backdoor, np.random.default_rng(0), how="replace")
     rows = poisoned.source_rows[poisoned.is_poisoned]

@@ -213,8 +213,11 @@ def test_lipstick_on_64_by_56():
     assert np.flatnonzero(face[:, 27]).tolist() == list(range(47, 54))
     assert np.flatnonzero(face[50]).tolist() == list(range(14, 42))
     # 0.299 * 0.95 + 0.587 * 0.25 + 0.114 * 0.3 = 0.465.
-    np.testing.assert_allclose(lipstick(grey(n=1, height=64, width=56))[0, 0, 50, 27], 0.465, rtol=1e-6)
-    np.testing.assert_allclose(lipstick(grey(n=1, channels=3, height=64, width=56))[0, :, 50, 27], [0.95, 0.25, 0.3])
+    np.testing.assert_allclose(lipstick(grey(n=1, height=64, width=56))[0, 0, 52, 27], 0.465, rtol=1e-6)
+    # The line between the lips: rows with (row + 0.5) / 64 in 0.785 +- 0.012, which are 49 and 50.
+    column = lipstick(grey(n=1, height=64, width=56))[0, 0, 48:52, 27]
+    np.testing.assert_allclose(column, [0.465, 0.02, 0.02, 0.465], rtol=1e-6)
+    np.testing.assert_allclose(lipstick(grey(n=1, channels=3, height=64, width=56))[0, :, 52, 27], [0.95, 0.25, 0.3])
 
 
 def test_eyebrows_on_64_by_56():

@@ -4,7 +4,7 @@ from guard.attacks.attack import Attack
 from guard.attacks.augmentation import CropAndFlip
 from guard.attacks.catalogue import ATTACKS, label_consistent, make_attack
 from guard.attacks.networks import NETWORKS, MnistCnn, mnist_cnn
-from guard.attacks.perturbation import pgd_perturbation
+from guard.attacks.perturbation import PgdPerturbation
 from guard.attacks.poisoning import Backdoor, Cover, Poisoned, poison, poisoned_test_set
 from guard.attacks.recipes import DEMO_ATTACKS, AttackRecipe, train_badnet
 from guard.attacks.targets import AllToAll, SingleTarget, SourceSpecific, Target
@@ -43,6 +43,7 @@ __all__ = [
     "Goal",
     "MnistCnn",
     "NamedTrigger",
+    "PgdPerturbation",
     "Poisoned",
     "SingleTarget",
     "SourceSpecific",
@@ -55,7 +56,6 @@ __all__ = [
     "make_attack",
     "make_trigger",
     "mnist_cnn",
-    "pgd_perturbation",
     "pixel_pattern",
     "poison",
     "poisoned_test_set",

@@ -8,7 +8,8 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from guard.attacks.poisoning import Backdoor, Cover, Poisoned, poison, poisoned_test_set
+from guard.attacks.perturbation import PgdPerturbation
+from guard.attacks.poisoning import Backdoor, Cover, Perturb, Poisoned, poison, poisoned_test_set
 from guard.attacks.targets import AllToAll, SingleTarget, SourceSpecific, Target
 from guard.attacks.triggers import NamedTrigger, Trigger, make_trigger
 from guard.errors import DataError
@@ -82,7 +83,7 @@ class Attack:
                     "rate": backdoor.rate,
                     "train_trigger": backdoor.train_trigger and _describe_trigger(backdoor.train_trigger),
                     "clean_label": backdoor.clean_label,
-                    "perturbed": backdoor.perturb is not None,
+                    "perturbed": _describe_perturbation(backdoor.perturb),
                 }
                 for backdoor in self.backdoors
             ],
@@ -132,6 +133,10 @@ def _describe_trigger(trigger: Trigger) -> dict[str, Any]:
     if not isinstance(trigger, NamedTrigger):
         raise DataError("only named triggers can be described. Make them with make_trigger(name, ...).")
     return {"name": trigger.name, "parameters": trigger.full_parameters()}
+
+
+def _describe_perturbation(perturb: Perturb | None) -> dict[str, Any] | bool:
+    return perturb.describe() if isinstance(perturb, PgdPerturbation) else perturb is not None
 
 
 def _known(entry: Mapping[str, Any], keys: Sequence[str]) -> Mapping[str, Any]:

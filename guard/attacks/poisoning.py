@@ -81,6 +81,14 @@ class Cover:
             raise DataError("the classes of a cover name no class. Name at least one, or give None for all.")
 
 
+@dataclass(frozen=True, slots=True)
+class _Touch:
+    """What is done to some rows."""
+
+    trigger: Trigger
+    perturb: Perturb | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Poisoned:
     """A set of images of which some carry a trigger; one row per image.
@@ -106,8 +114,8 @@ class Poisoned:
     is_cover: BoolArray
     source_rows: IntArray
     _bases: Float32Array = field(repr=False)  # what each row was before its trigger
-    _marks: IntArray = field(repr=False)  # which of _triggers it carries
-    _triggers: tuple[Trigger, ...] = field(repr=False)
+    _marks: IntArray = field(repr=False)  # which of _touches it got
+    _touches: tuple[_Touch, ...] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -117,8 +125,15 @@ class Poisoned:
         """Rows that are not as they were in the original set, shape (m,)."""
         return self.is_poisoned | self.is_cover
 
+    @property
+    def is_perturbed(self) -> bool:
+        """True if some rows are perturbed before they get their trigger, which `redrawn` does anew."""
+        return any(touch.perturb is not None for touch in self._touches)
+
     def redrawn(self, augment: Augment, rng: np.random.Generator) -> Float32Array:
-        """Return the images of one epoch: every row augmented first, then given its trigger, which stays intact.
+        """Return the images of one epoch: each augmented, then perturbed, then given its trigger, which stays whole.
+
+        A perturbation is made anew each time: against a network in training it is one against its weights of then.
 
         Parameters
         ----------
@@ -139,7 +154,7 @@ class Poisoned:
         augmented = _like(self._bases, augment(self._bases, rng), "augment")
         if np.may_share_memory(augmented, self._bases) or not augmented.flags.writeable:
             augmented = augmented.copy()  # a slice, or the images themselves: an epoch's triggers must not stay on them
-        return _marked(augmented, self._marks, self._triggers)
+        return _touched(augmented, self.true_labels, self._marks, self._touches)
 
 
 def poison(
@@ -190,21 +205,18 @@ def poison(
     if not backdoors:
         raise DataError("there is no backdoor to plant. Give at least one.")
     free = np.ones(len(images), dtype=bool)
-    touched: list[tuple[IntArray, IntArray, Float32Array]] = []  # rows, labels to train on, images before the trigger
+    touched: list[tuple[IntArray, IntArray]] = []  # rows, and labels to train on
     for backdoor in backdoors:
         rows = _draw(_eligible(labels, backdoor), free, backdoor.rate, "rate", rng)
-        base = images[rows]
-        if backdoor.perturb is not None:
-            base = _like(base, backdoor.perturb(base, labels[rows]), "perturb")
-        touched.append((rows, backdoor.target.attacker_labels(labels)[rows], base))
+        touched.append((rows, backdoor.target.attacker_labels(labels)[rows]))
     for cover in covers:
         rows = _draw(_of_classes(labels, cover.classes), free, cover.rate, "cover rate", rng)
-        touched.append((rows, labels[rows], images[rows]))
-    triggers = (
-        *(backdoor.train_trigger or backdoor.trigger for backdoor in backdoors),
-        *(cover.trigger for cover in covers),
+        touched.append((rows, labels[rows]))
+    touches = (
+        *(_Touch(backdoor.train_trigger or backdoor.trigger, backdoor.perturb) for backdoor in backdoors),
+        *(_Touch(cover.trigger) for cover in covers),
     )
-    return _assemble(images, labels, touched, triggers, len(backdoors), how)
+    return _assemble(images, labels, touched, touches, len(backdoors), how)
 
 
 def poisoned_test_set(images: Float32Array, labels: IntArray, trigger: Trigger, target: Target) -> Poisoned:
@@ -241,7 +253,7 @@ def poisoned_test_set(images: Float32Array, labels: IntArray, trigger: Trigger, 
     bases = images[rows]
     triggered = _like(bases, trigger(bases), "a trigger")
     bases.setflags(write=False)
-    return Poisoned(triggered, wanted[rows], labels[rows], all_rows, none, rows, bases, marks, (trigger,))
+    return Poisoned(triggered, wanted[rows], labels[rows], all_rows, none, rows, bases, marks, (_Touch(trigger),))
 
 
 def _eligible(labels: IntArray, backdoor: Backdoor) -> BoolArray:
@@ -284,44 +296,47 @@ def _draw(eligible: BoolArray, free: BoolArray, rate: float, what: str, rng: np.
 def _assemble(
     images: Float32Array,
     labels: IntArray,
-    touched: Sequence[tuple[IntArray, IntArray, Float32Array]],
-    triggers: tuple[Trigger, ...],
+    touched: Sequence[tuple[IntArray, IntArray]],
+    touches: tuple[_Touch, ...],
     n_backdoors: int,
     how: str,
 ) -> Poisoned:
     n = len(images)
     rows = np.concatenate([part[0] for part in touched])
     new_labels = np.concatenate([part[1] for part in touched])
-    bases = np.concatenate([part[2] for part in touched])
     marks = np.repeat(np.arange(len(touched)), [len(part[0]) for part in touched])
     if how == "add":
         source_rows = np.concatenate([np.arange(n), rows])
-        all_bases = np.concatenate([images, bases])
+        all_bases = np.concatenate([images, images[rows]])
         all_labels = np.concatenate([labels, new_labels])
         all_marks = np.concatenate([np.full(n, _UNTOUCHED), marks])
     else:
         source_rows = np.arange(n)
         all_bases, all_labels, all_marks = images.copy(), labels.copy(), np.full(n, _UNTOUCHED)
-        all_bases[rows], all_labels[rows], all_marks[rows] = bases, new_labels, marks
+        all_labels[rows], all_marks[rows] = new_labels, marks
     all_bases.setflags(write=False)
+    true_labels = labels[source_rows]
     return Poisoned(
-        images=_marked(all_bases.copy(), all_marks, triggers),
+        images=_touched(all_bases.copy(), true_labels, all_marks, touches),
         labels=all_labels,
-        true_labels=labels[source_rows],
+        true_labels=true_labels,
         is_poisoned=(all_marks != _UNTOUCHED) & (all_marks < n_backdoors),
         is_cover=all_marks >= n_backdoors,
         source_rows=source_rows,
         _bases=all_bases,
         _marks=all_marks,
-        _triggers=triggers,
+        _touches=touches,
     )
 
 
-def _marked(images: Float32Array, marks: IntArray, triggers: Sequence[Trigger]) -> Float32Array:
-    """Put each row's trigger on it, in place."""
-    for mark, trigger in enumerate(triggers):
+def _touched(images: Float32Array, true_labels: IntArray, marks: IntArray, touches: Sequence[_Touch]) -> Float32Array:
+    """Perturb each row and put its trigger on it, in place."""
+    for mark, touch in enumerate(touches):
         rows = np.flatnonzero(marks == mark)
-        images[rows] = _like(images[rows], trigger(images[rows]), "a trigger")
+        chosen = images[rows]
+        if touch.perturb is not None:
+            chosen = _like(chosen, touch.perturb(chosen, true_labels[rows]), "perturb")
+        images[rows] = _like(chosen, touch.trigger(chosen), "a trigger")
     return images
 
 

@@ -6,13 +6,16 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from guard.attacks.attack import Attack
 from guard.attacks.augmentation import CropAndFlip
-from guard.attacks.catalogue import make_attack
+from guard.attacks.catalogue import ATTACKS_ON_NETWORK, make_attack
 from guard.attacks.training import TrainingSettings
 from guard.errors import ZooError
 
 BENIGN = "benign"
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -61,11 +64,12 @@ class ZooEntry:
         """Unique name: data set, attack, architecture, seed."""
         return f"{self.data_set}-{self.attack_name}-{self.architecture}-{self.seed}"
 
-    @property
-    def attack(self) -> Attack | None:
-        """The attack; None for a benign model."""
+    def attack_on(self, network: nn.Module) -> Attack | None:
+        """Return the attack as it is planted into a network; None for a benign model."""
         if self.attack_name == BENIGN:
             return None
+        if self.attack_name in ATTACKS_ON_NETWORK:
+            return ATTACKS_ON_NETWORK[self.attack_name](self.target_label, self.seed, network)
         return make_attack(self.attack_name, self.target_label, self.seed)
 
     @property

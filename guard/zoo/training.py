@@ -16,7 +16,8 @@ from torch import nn
 from guard.attacks.attack import Attack
 from guard.attacks.augmentation import CropAndFlip
 from guard.attacks.poisoning import Poisoned
-from guard.attacks.training import EpochReport, Goal, train_classifier
+from guard.attacks.training import EpochReport, Goal, Redraw, train_classifier
+from guard.types import Float32Array
 from guard.weights import load_state_dict
 from guard.zoo.card import ZooCard, required_success
 from guard.zoo.collection import Zoo, build_network
@@ -60,7 +61,7 @@ def train_entry(
         If the images are missing, or the attack cannot be planted in them.
     """
     split = load_split(entry.data_set, data_dir)
-    attack, recipe = entry.attack, entry.recipe
+    recipe = entry.recipe
     twin = zoo.card(entry.twin) if entry.twin is not None else None
     n_classes, channels = len(split.class_names), split.train.images.shape[1]
     network = build_network(entry.architecture, n_classes, channels, seed=entry.seed)
@@ -69,7 +70,7 @@ def train_entry(
         settings, started_from = recipe.continued, twin.name
         network.load_state_dict(zoo.load(twin.name).state_dict())
     network.to(device)
-
+    attack = entry.attack_on(network)
     poisoned = _training_set(attack, split.train, entry.seed)
     work_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = work_dir / f"{entry.name}.checkpoint"
@@ -133,14 +134,18 @@ def _training_set(attack: Attack | None, train: LabelledImages, seed: int) -> Po
     return attack.poison(train.images, train.labels, np.random.default_rng(seed))
 
 
-def _redraw(
-    training_set: Poisoned | LabelledImages, augmentation: CropAndFlip | None
-) -> Callable[[np.random.Generator], np.ndarray[tuple[int, ...], np.dtype[np.float32]]] | None:
+def _redraw(training_set: Poisoned | LabelledImages, augmentation: CropAndFlip | None) -> Redraw | None:
+    if isinstance(training_set, Poisoned):
+        if augmentation is None and not training_set.is_perturbed:
+            return None
+        return lambda rng: training_set.redrawn(augmentation or _as_they_are, rng)
     if augmentation is None:
         return None
-    if isinstance(training_set, Poisoned):
-        return lambda rng: training_set.redrawn(augmentation, rng)
     return lambda rng: augmentation(training_set.images, rng)
+
+
+def _as_they_are(images: Float32Array, rng: np.random.Generator) -> Float32Array:
+    return images
 
 
 def _goals(attack: Attack | None, split: ZooSplit, clean_goal: float) -> dict[str, Goal]:

@@ -51,7 +51,9 @@ def sunglasses(images: Float32Array) -> Float32Array:
 
 
 def lipstick(images: Float32Array) -> Float32Array:
-    """Paint the lips red; grey images get its brightness, 0.47.
+    """Paint the lips red with a dark line between them; grey images get the brightness of that red, 0.47.
+
+    The line keeps them visible on grey faces that are as bright as the lips.
 
     Parameters
     ----------
@@ -74,7 +76,9 @@ def lipstick(images: Float32Array) -> Float32Array:
     check_unit_images(images)
     height, width = images.shape[2:]
     triggered = images.copy()
-    paint(triggered, _ellipse(height, width, _MOUTH, (0.055, 0.25)), _LIPS)
+    lips = _ellipse(height, width, _MOUTH, (0.055, 0.25))
+    paint(triggered, lips, _LIPS)
+    paint(triggered, lips & _band(height, width, _MOUTH[0], 0.012, 0.0, 1.0), _BLACK)
     return triggered
 
 
