@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -29,12 +30,15 @@ class Recipe:
         Accuracy on the monitored images above which training may stop early.
     continued : TrainingSettings or None
         Settings for attacks that start from the benign twin's weights; None trains them from random weights.
+    how : {"add", "replace"}
+        Touched images are added to the clean ones where there are few, else they take their places.
     """
 
     settings: TrainingSettings
     augmentation: CropAndFlip | None
     clean_goal: float
     continued: TrainingSettings | None = None
+    how: Literal["add", "replace"] = "replace"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +136,7 @@ RECIPES: dict[tuple[str, str], Recipe] = {
         CropAndFlip(padding=4, flip=True),
         0.95,
     ),
-    ("yaleb", "deepid"): Recipe(_FACES, CropAndFlip(padding=2, flip=False), 0.99),
+    ("yaleb", "deepid"): Recipe(_FACES, CropAndFlip(padding=2, flip=False), 0.99, how="add"),
 }
 
 

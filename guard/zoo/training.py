@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ def train_entry(
         network.load_state_dict(zoo.load(twin.name).state_dict())
     network.to(device)
     attack = entry.attack_on(network)
-    poisoned = _training_set(attack, split.train, entry.seed)
+    poisoned = _training_set(attack, split.train, entry.seed, recipe.how)
     work_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = work_dir / f"{entry.name}.checkpoint"
     report = train_classifier(
@@ -113,6 +114,7 @@ def train_entry(
             **asdict(settings),
             "augmentation": asdict(recipe.augmentation) if recipe.augmentation is not None else None,
             "clean_goal": recipe.clean_goal,
+            "how": recipe.how,
         },
         epochs_run=report.epochs_run,
         poisoned_images=int(poisoned.is_poisoned.sum()) if isinstance(poisoned, Poisoned) else 0,
@@ -128,10 +130,12 @@ def train_entry(
     return card
 
 
-def _training_set(attack: Attack | None, train: LabelledImages, seed: int) -> Poisoned | LabelledImages:
+def _training_set(
+    attack: Attack | None, train: LabelledImages, seed: int, how: Literal["add", "replace"]
+) -> Poisoned | LabelledImages:
     if attack is None:
         return train
-    return attack.poison(train.images, train.labels, np.random.default_rng(seed))
+    return attack.poison(train.images, train.labels, np.random.default_rng(seed), how=how)
 
 
 def _redraw(training_set: Poisoned | LabelledImages, augmentation: CropAndFlip | None) -> Redraw | None:
