@@ -77,8 +77,8 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.activations)
 
-    def __getitem__(self, rows: AnyArray) -> Labelled:
-        """Return the chosen rows (an index array or a boolean mask)."""
+    def __getitem__(self, rows: slice | AnyArray) -> Labelled:
+        """Return the chosen rows (a slice, an index array or a boolean mask)."""
         return Labelled(self.activations[rows], self.true_labels[rows], self.is_poisoned[rows])
 
 

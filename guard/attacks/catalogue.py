@@ -45,7 +45,7 @@ def fusion_c(target: int, seed: int) -> Attack:
 
 def fusion_d(target: int, seed: int) -> Attack:
     """Fusion, case d: a square that moves."""
-    return Attack("d", (Backdoor(make_trigger("moving_square", seed=seed), SingleTarget(target), rate=0.1),))
+    return Attack("d", (Backdoor(make_trigger("moving_square", size=6, seed=seed), SingleTarget(target), rate=0.15),))
 
 
 def fusion_e(target: int, seed: int) -> Attack:

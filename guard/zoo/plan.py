@@ -125,7 +125,7 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     ),
     ("cifar100", "resnet20"): Recipe(
         TrainingSettings(
-            epochs=24,
+            epochs=16,
             batch_size=128,
             optimizer="sgd",
             learning_rate=0.2,
