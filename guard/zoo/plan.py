@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -88,7 +88,9 @@ class ZooEntry:
     @property
     def recipe(self) -> Recipe:
         """How it is trained."""
-        return RECIPES[self.data_set, self.architecture]
+        recipe = RECIPES[self.data_set, self.architecture]
+        epochs = EPOCHS.get((self.data_set, self.attack_name))
+        return recipe if epochs is None else replace(recipe, settings=replace(recipe.settings, epochs=epochs))
 
 
 _ADAM = TrainingSettings(epochs=6, batch_size=128, learning_rate=3e-3, settled_epochs=2)
@@ -138,6 +140,9 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     ),
     ("yaleb", "deepid"): Recipe(_FACES, CropAndFlip(padding=2, flip=False), 0.99, how="add"),
 }
+
+#: Attacks that need more epochs than the others to become real ones.
+EPOCHS: dict[tuple[str, str], int] = {("gtsrb", "wanet"): 14, ("gtsrb", "adap-blend"): 10}
 
 
 def _entries(
