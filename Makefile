@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Threads that wait for each other stall on a busy machine, and nothing here is large enough to gain from two.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint types bench clean help
+.PHONY: setup demo test lint types bench bench-badnets bench-fusion clean help
 
 help:
 	@echo "make demo   set up, backdoor a network on real images, guard it, serve it, print the verdicts"
@@ -39,6 +39,16 @@ bench: setup
 	$(BIN)/python benchmarks/lof_speed.py
 	$(BIN)/python benchmarks/guard_time.py
 	$(BIN)/python benchmarks/serving_overhead.py
+
+# Needs MNIST's training images (GUARD_DATA_DIR). About half an hour on one free core; an interrupted run goes on.
+bench-badnets: setup
+	$(BIN)/python benchmarks/badnets/single_target.py
+	$(BIN)/python benchmarks/badnets/all_to_all.py
+	$(BIN)/python benchmarks/badnets/poison_rate.py
+
+# Tables of the Fusion paper from the zoo (benchmarks/zoo) and the image sets (GUARD_DATA_DIR). Two processes.
+bench-fusion: setup
+	$(BIN)/python benchmarks/fusion/run_all.py $(ARGS)
 
 clean:
 	rm -rf build dist model_store/*.mar .pytest_cache .mypy_cache .ruff_cache

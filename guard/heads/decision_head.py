@@ -1,4 +1,4 @@
-"""The replacement decision head: a small classifier on the suspect model's features, trained on clean data only."""
+"""The replacement decision head: a small classifier on the suspect model's features, trained on right labels."""
 
 from __future__ import annotations
 

@@ -137,6 +137,7 @@ RECIPES: dict[tuple[str, str], Recipe] = {
         ),
         CropAndFlip(padding=4, flip=True),
         0.95,
+        how="add",
     ),
     ("yaleb", "deepid"): Recipe(_FACES, CropAndFlip(padding=2, flip=False), 0.99, how="add"),
 }
