@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from guard.calibration import classes_with_own_map
 from guard.config import GuardConfig
 from guard.detectors.disagreement import HeadDisagreement
 from guard.ensemble import Ensemble
@@ -80,13 +79,13 @@ def make_guard(classes: int, per_class: int, n_features: int) -> tuple[Guard, Ac
             member.detector.head_ = head.fit(clean.at(member.detector.depth), labels, classes)
         else:
             member.detector.fit(clean, labels)
-    raw, predicted = ensemble.score(held_out), held_out.predicted_labels
-    fusion = CalibratedFusion().fit(raw, predicted, classes_with_own_map(predicted, classes, 50))
+    raw = ensemble.score(held_out)
+    fusion = CalibratedFusion().fit(raw)
     guard = Guard(
         config=config,
         ensemble=ensemble,
         fusion=fusion,
-        clean_scores=np.sort(fusion.combine(fusion.surprise(raw, predicted))),
+        clean_scores=np.sort(fusion.combine(fusion.surprise(raw))),
         reference=clean,
         reference_labels=labels,
         realised_false_positive_rate=config.false_positive_rate,
@@ -105,7 +104,7 @@ def parts_of(guard: Guard) -> dict[str, Callable[[Activations, Float64Array], ob
         "decide": lambda batch, _: guard.decide(batch),
         "lof": lambda batch, _: [detector.score(batch) for detector in by_kind["lof"]],
         "disagreement": lambda batch, _: [detector.score(batch) for detector in by_kind["disagreement"]],
-        "surprise": lambda batch, raw: fusion.combine(fusion.surprise(raw, batch.predicted_labels)),
+        "surprise": lambda _, raw: fusion.combine(fusion.surprise(raw)),
     }
 
 

@@ -23,7 +23,7 @@ from safetensors.numpy import save as save_safetensors
 from guard.errors import BundleError
 from guard.types import AnyArray
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DOCUMENT, ARRAYS, SUMS = "guard.json", "arrays.safetensors", "SHA256SUMS"
 ACTIVE, HISTORY = "ACTIVE", "HISTORY"
 _SHORT = 12  # digits of a digest that are shown to people

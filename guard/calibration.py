@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 
 from guard.errors import DataError
-from guard.types import AnyArray, BoolArray, Float64Array, IntArray
+from guard.types import AnyArray, Float64Array, IntArray
 
 #: Quantile from which a score's tail is described by a generalised Pareto distribution.
 TAIL_START = 0.9
@@ -76,35 +76,26 @@ def stratified_folds(labels: IntArray, folds: int, seed: int) -> IntArray:
     return part
 
 
-def classes_with_own_map(predicted_labels: IntArray, n_classes: int, min_images: int) -> BoolArray:
-    """Return which predicted classes have clean images enough for a map of their own, shape (n_classes,).
-
-    Asked once, of all clean images: maps fitted on some of the folds must group classes as the final one does, or the
-    scores that they calibrate with are not the scores that new inputs get.
-    """
-    enough: BoolArray = np.bincount(predicted_labels, minlength=n_classes) >= min_images
-    return enough
-
-
 @dataclass(frozen=True)
 class SurpriseMap:
-    """Turns the raw scores of several detectors into surprise: -log of an estimated p-value, per predicted class.
+    """Turns the raw scores of several detectors into surprise: -log of an estimated p-value.
 
-    A class with enough clean scores has a map of its own, the others share the pooled one. Up to the 90 % quantile the
-    map is the empirical distribution (linear between knots); beyond it a generalised Pareto tail, whose shape is
-    pooled over classes. So a score far outside the clean sample is more surprising than one just outside, which ranks
-    cannot say, and one strong detector can win. Only an ordering is taken from it: validity comes from the conformal
-    rank of the combined score.
+    Up to the 90 % quantile the map is the empirical distribution (linear between knots); beyond it a generalised Pareto
+    tail. So a score far outside the clean sample is more surprising than one just outside, which ranks cannot say, and
+    one strong detector can win. Only an ordering is taken from it: validity comes from the conformal rank of the
+    combined score.
+
+    All classes share the map of a detector. One per predicted class would let the attacker's class set its own bar:
+    in a backdoored network clean inputs near that class are unusual too, its clean scores reach higher, and what is
+    normalised by them hides the attack (docs/detection.md has the figures).
 
     Attributes
     ----------
-    group_of_class : ndarray of shape (n_classes,), int64
-        Row of the other arrays for each predicted class; 0 = pooled.
-    knots : ndarray of shape (n_groups, n_detectors, n_knots), float64
+    knots : ndarray of shape (n_detectors, n_knots), float64
         Scores at the quantile levels, ascending.
     levels : ndarray of shape (n_knots,), float64
         Surprise at the knots, from 0 to -log(1 - 0.9).
-    scale, shape : ndarray of shape (n_groups, n_detectors), float64
+    scale, shape : ndarray of shape (n_detectors,), float64
         Generalised Pareto tail above the last knot.
 
     References
@@ -112,76 +103,47 @@ class SurpriseMap:
     .. [1] Hosking, Wallis (1987), Parameter and quantile estimation for the generalized Pareto distribution.
     """
 
-    group_of_class: IntArray
     knots: Float64Array
     levels: Float64Array
     scale: Float64Array
     shape: Float64Array
 
     @classmethod
-    def fit(cls, scores: Float64Array, predicted_labels: IntArray, own_map: BoolArray) -> Self:
-        """Learn from clean out-of-fold scores, shape (n, n_detectors), and the suspect's labels, shape (n,).
-
-        `own_map`, shape (n_classes,), says which classes get a map of their own; one without a score here is pooled.
-        """
+    def fit(cls, scores: Float64Array) -> Self:
+        """Learn from clean out-of-fold scores, shape (n, n_detectors)."""
         if len(scores) == 0:
             raise DataError("calibration needs at least one clean score, got none.")
         scores = np.clip(scores, -_HUGE, _HUGE)
-        group_of_class = np.zeros(len(own_map), dtype=np.int64)
-        groups: list[BoolArray] = [np.ones(len(scores), dtype=bool)]
-        for label in np.flatnonzero(own_map):
-            rows = predicted_labels == label
-            if rows.any():
-                group_of_class[label] = len(groups)
-                groups.append(rows)
         quantiles = np.linspace(0, TAIL_START, _BODY_KNOTS)
-        knots = np.stack([np.quantile(scores[rows], quantiles, axis=0).T for rows in groups])
-        mean_excess = np.empty(knots.shape[:2])
-        relative: list[list[Float64Array]] = [[] for _ in range(scores.shape[1])]
-        for group, rows in enumerate(groups):
-            for detector in range(scores.shape[1]):
-                excess = scores[rows, detector] - knots[group, detector, -1]
-                excess = excess[excess > 0]
-                spread = knots[group, detector, -1] - knots[group, detector, 0]
-                mean_excess[group, detector] = excess.mean() if len(excess) else max(spread * 0.1, 1e-9)
-                if group > 0 or len(groups) == 1:
-                    relative[detector].append(excess / mean_excess[group, detector])
-        pooled = np.array([_pareto_shape(np.concatenate(parts)) for parts in relative])
-        shape = np.broadcast_to(pooled, mean_excess.shape).copy()
-        return cls(group_of_class, knots, -np.log1p(-quantiles), mean_excess * (1 - shape), shape)
+        knots = np.quantile(scores, quantiles, axis=0).T
+        scale, shape = np.empty(len(knots)), np.empty(len(knots))
+        for detector, (first, *_, last) in enumerate(knots):
+            excess = scores[:, detector] - last
+            excess = excess[excess > 0]
+            mean_excess = excess.mean() if len(excess) else max((last - first) * 0.1, 1e-9)
+            shape[detector] = _pareto_shape(excess / mean_excess)
+            scale[detector] = mean_excess * (1 - shape[detector])
+        return cls(knots, -np.log1p(-quantiles), scale, shape)
 
-    def surprise(self, scores: Float64Array, predicted_labels: IntArray) -> Float64Array:
+    def surprise(self, scores: Float64Array) -> Float64Array:
         """Return surprise per row and detector, shape (n, n_detectors), float64, >= 0; higher = more suspicious."""
-        group = self.group_of_class[predicted_labels]
-        knots = self.knots[group].reshape(scores.size, len(self.levels))  # (n * n_detectors, n_knots)
-        values = np.minimum(scores, _HUGE).ravel()
-        cells = np.arange(values.size)
-        left = (knots <= values[:, np.newaxis]).sum(axis=1) - 1
-        left = np.minimum(np.maximum(left, 0), len(self.levels) - 2)
-        low, level = knots[cells, left], self.levels[left]
-        left += 1
-        width = np.maximum(knots[cells, left] - low, 1e-300)
-        share = np.minimum(np.maximum((values - low) / width, 0.0), 1.0)
-        body = level + share * (self.levels[left] - level)
-        excess = np.maximum(values - knots[:, -1], 0.0) / self.scale[group].ravel()
-        shape = np.maximum(self.shape[group], 1e-9).ravel()
-        result: Float64Array = body + np.log1p(shape * excess) / shape
-        return result.reshape(scores.shape)
+        result = np.empty(scores.shape)
+        for detector, knots in enumerate(self.knots):
+            values = np.minimum(scores[:, detector], _HUGE)
+            body = np.interp(values, knots, self.levels)
+            excess = np.maximum(values - knots[-1], 0.0) / self.scale[detector]
+            shape = max(self.shape[detector], 1e-9)
+            result[:, detector] = body + np.log1p(shape * excess) / shape
+        return result
 
     def arrays(self) -> dict[str, AnyArray]:
         """Return the map as arrays."""
-        return {
-            "group_of_class": self.group_of_class,
-            "knots": self.knots,
-            "levels": self.levels,
-            "scale": self.scale,
-            "shape": self.shape,
-        }
+        return {"knots": self.knots, "levels": self.levels, "scale": self.scale, "shape": self.shape}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, AnyArray]) -> Self:
         """Return the map from what `arrays` returned."""
-        return cls(**{name: arrays[name] for name in ("group_of_class", "knots", "levels", "scale", "shape")})
+        return cls(**{name: arrays[name] for name in ("knots", "levels", "scale", "shape")})
 
 
 def _pareto_shape(relative_excess: Float64Array) -> float:

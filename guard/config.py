@@ -62,8 +62,6 @@ class GuardConfig(BaseModel):
     n_neighbors: int = Field(20, ge=1)
     #: Parts for cross-fitting: each is scored by detectors fitted on the others.
     folds: int = Field(5, ge=2)
-    #: A class with at least this many clean images gets a calibration of its own.
-    min_images_per_class: int = Field(50, ge=10)
     #: Norms that summarise a feature vector in `paper` mode.
     norm_orders: tuple[NormOrder, ...] = Field(("l1", "l2", "linf"), min_length=1)
     #: A feature counts as non-zero for l0 above this share of the largest one.

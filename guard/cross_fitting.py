@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from guard.calibration import classes_with_own_map, conformal_p_values, stratified_folds
+from guard.calibration import conformal_p_values, stratified_folds
 from guard.config import GuardConfig
 from guard.ensemble import Ensemble
 from guard.errors import DataError
@@ -131,7 +131,6 @@ def cross_fit(
     """
     report = progress or _silent
     part = stratified_folds(labels, config.folds, config.seed)
-    predicted = activations.predicted_labels
     raw = np.empty((len(labels), len(Ensemble.for_mode(config, tuple(activations.depths)).names)))
     for fold in range(config.folds):
         report(f"cross-fitting, part {fold + 1} of {config.folds}", 0.1 + 0.7 * fold / config.folds)
@@ -141,9 +140,8 @@ def cross_fit(
     everything = np.ones(len(labels), dtype=bool)
     ensemble = _fitted_ensemble(config, activations, labels, noisy, labelled, everything)
     report("calibrating", 0.97)
-    own_map = classes_with_own_map(predicted, activations.logits.shape[1], config.min_images_per_class)
-    fusion = new_fusion(config.mode).fit(raw, predicted, own_map)
-    combined = _cross_fitted_scores(config, raw, predicted, own_map, part)
+    fusion = new_fusion(config.mode).fit(raw)
+    combined = _cross_fitted_scores(config, raw, part)
     rate = _realised_rate(config, fusion, combined, part)
     report("fitted", 1.0)
     return CrossFit(ensemble, fusion, np.sort(combined), rate)
@@ -178,9 +176,7 @@ def _fitted_ensemble(
     return ensemble.fit(Activations.concatenate(parts), np.concatenate(part_labels), is_poisoned)
 
 
-def _cross_fitted_scores(
-    config: GuardConfig, raw: Float64Array, predicted: IntArray, own_map: BoolArray, part: IntArray
-) -> Float64Array:
+def _cross_fitted_scores(config: GuardConfig, raw: Float64Array, part: IntArray) -> Float64Array:
     """Return the combined score of every clean row under a fusion that was fitted on the other folds.
 
     Ranking new inputs among scores whose own fusion had seen them would flag more clean inputs than asked for.
@@ -188,8 +184,8 @@ def _cross_fitted_scores(
     combined = np.empty(len(raw))
     for fold in range(config.folds):
         hold = part == fold
-        fusion = new_fusion(config.mode).fit(raw[~hold], predicted[~hold], own_map)
-        combined[hold] = fusion.combine(fusion.surprise(raw[hold], predicted[hold]))
+        fusion = new_fusion(config.mode).fit(raw[~hold])
+        combined[hold] = fusion.combine(fusion.surprise(raw[hold]))
     return combined
 
 

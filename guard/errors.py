@@ -45,6 +45,42 @@ class ArchiveError(GuardError):
     """A model archive cannot be made."""
 
 
+class QueueError(GuardError):
+    """The queue of flagged inputs refuses: its schema is newer, a name is unknown, its history was changed."""
+
+
+class LeaseExpired(QueueError):  # noqa: N818
+    """The item is not, or no longer, claimed by this reviewer."""
+
+
+class AlreadyDecided(QueueError):  # noqa: N818
+    """The item, or the decision to be replaced, was answered already."""
+
+
+class ItemGone(QueueError):  # noqa: N818
+    """There is no such item, or its images were removed."""
+
+
+class UnknownLabel(QueueError):  # noqa: N818
+    """The true label is none of the model's classes."""
+
+
+class BodyTooLarge(QueueError):  # noqa: N818
+    """A request's body is larger than the queue takes; `positions` says which of the inputs."""
+
+    def __init__(self, message: str, positions: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.positions = positions
+
+
+class QueueKeyError(QueueError):
+    """The encryption key is missing, malformed, or another than the queue was written with."""
+
+
+class QueueUnavailable(QueueError):  # noqa: N818
+    """The queue cannot be reached or written now (locked, disk full, database gone); nothing was acknowledged."""
+
+
 class InputRejectedError(GuardError):
     """One request's input cannot be scored; carries the HTTP status that its sender should see."""
 

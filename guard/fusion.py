@@ -10,7 +10,7 @@ import numpy as np
 
 from guard.calibration import SurpriseMap
 from guard.errors import NotFittedError
-from guard.types import AnyArray, BoolArray, Float64Array, IntArray
+from guard.types import AnyArray, BoolArray, Float64Array
 
 #: Exponent of the calibrated combination: 1 is Fisher's sum, infinity lets the most surprised detector decide alone.
 COMBINATION_ORDER = 2.0
@@ -21,13 +21,10 @@ NOVELTY_OFFSET = 1.5
 class Fusion(Protocol):
     """Turns raw detector scores into one score per input, and says which inputs are poisoned."""
 
-    def fit(self, raw: Float64Array, predicted_labels: IntArray, own_map: BoolArray) -> Self:
-        """Learn from clean out-of-fold scores, shape (n, n_detectors), and the suspect's labels, shape (n,).
+    def fit(self, raw: Float64Array) -> Self:
+        """Learn from clean out-of-fold scores, shape (n, n_detectors)."""
 
-        `own_map`, shape (n_classes,), says which classes have clean images enough to be judged on their own.
-        """
-
-    def surprise(self, raw: Float64Array, predicted_labels: IntArray) -> Float64Array:
+    def surprise(self, raw: Float64Array) -> Float64Array:
         """Return how unusual each detector's score is, shape (n, n_detectors); comparable across detectors."""
 
     def combine(self, surprise: Float64Array) -> Float64Array:
@@ -55,16 +52,16 @@ class CalibratedFusion:
 
     surprise_map_: SurpriseMap | None = None
 
-    def fit(self, raw: Float64Array, predicted_labels: IntArray, own_map: BoolArray) -> Self:
+    def fit(self, raw: Float64Array) -> Self:
         """See `Fusion.fit`."""
-        self.surprise_map_ = SurpriseMap.fit(raw, predicted_labels, own_map)
+        self.surprise_map_ = SurpriseMap.fit(raw)
         return self
 
-    def surprise(self, raw: Float64Array, predicted_labels: IntArray) -> Float64Array:
+    def surprise(self, raw: Float64Array) -> Float64Array:
         """See `Fusion.surprise`."""
         if self.surprise_map_ is None:
-            raise NotFittedError("CalibratedFusion is not fitted. Call fit(raw, predicted_labels, own_map) first.")
-        return self.surprise_map_.surprise(raw, predicted_labels)
+            raise NotFittedError("CalibratedFusion is not fitted. Call fit(raw) first.")
+        return self.surprise_map_.surprise(raw)
 
     def combine(self, surprise: Float64Array) -> Float64Array:
         """See `Fusion.combine`: the root mean square over detectors."""
@@ -96,11 +93,11 @@ class PaperFusion:
     has no influence; that is how the paper has it.
     """
 
-    def fit(self, raw: Float64Array, predicted_labels: IntArray, own_map: BoolArray) -> Self:
+    def fit(self, raw: Float64Array) -> Self:
         """Learn nothing: both thresholds are the paper's."""
         return self
 
-    def surprise(self, raw: Float64Array, predicted_labels: IntArray) -> Float64Array:
+    def surprise(self, raw: Float64Array) -> Float64Array:
         """Return novelty less 1.5, and disagreement as it is."""
         beyond: Float64Array = raw - np.array([NOVELTY_OFFSET, 0.0])
         return beyond

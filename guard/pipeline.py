@@ -255,7 +255,7 @@ class Guard:
     def scores(self, activations: Activations) -> Scores:
         """Return all scores of a batch as arrays; one row per input."""
         raw = self.ensemble.score(activations)
-        surprise = self.fusion.surprise(raw, activations.predicted_labels)
+        surprise = self.fusion.surprise(raw)
         combined = self.fusion.combine(surprise)
         p_values = conformal_p_values(combined, self._clean_scores)
         is_poisoned = self.fusion.decide(combined, p_values, self.config.false_positive_rate)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save as save_safetensors
 
-from guard.bundle import BundleStore, read_bundle, write_bundle
+from guard.bundle import SCHEMA_VERSION, BundleStore, read_bundle, write_bundle
 from guard.errors import BundleError
 
 DOCUMENT = {"settings": {"seed": 0}, "class_names": None}
@@ -58,7 +58,7 @@ def bundle(tmp_path: Path) -> Path:
 
 def test_write_bundle_then_read_gives_back_document_and_arrays(bundle):
     stored = read_bundle(bundle)
-    assert stored.document == {"schema_version": 1, **DOCUMENT}
+    assert stored.document == {"schema_version": SCHEMA_VERSION, **DOCUMENT}
     assert stored.arrays.keys() == arrays().keys()
     for name, array in arrays().items():
         np.testing.assert_array_equal(stored.arrays[name], array, strict=True)
@@ -253,7 +253,7 @@ def test_read_bundle_sums_that_leave_a_file_out_are_refused(bundle):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("guard.json", b'{"schema_version": 2}', r"has schema version 2, this program reads 1\. Upgrade"),
+        ("guard.json", b'{"schema_version": 1}', r"has schema version 1, this program reads 2\. Upgrade"),
         ("guard.json", b"{}", r"guard\.json has no schema_version or is no JSON\.$"),
         ("guard.json", b"not json", r"guard\.json has no schema_version or is no JSON\.$"),
         ("guard.json", b"\xff\xfe\x00", r"guard\.json has no schema_version or is no JSON\.$"),

@@ -10,7 +10,6 @@ from guard.calibration import (
     TAIL_START,
     SurpriseMap,
     check_rate,
-    classes_with_own_map,
     conformal_p_values,
     images_needed,
     stratified_folds,
@@ -21,14 +20,13 @@ from guard.types import Float64Array, IntArray
 TAIL_SURPRISE = -np.log(1 - TAIL_START)
 
 
-def pooled_map(scores: Float64Array) -> SurpriseMap:
-    """A map of one detector and one class."""
-    return SurpriseMap.fit(scores[:, None], np.zeros(len(scores), dtype=np.int64), np.array([False]))
+def map_of(scores: Float64Array) -> SurpriseMap:
+    """A map of one detector."""
+    return SurpriseMap.fit(scores[:, None])
 
 
-def surprise_of(surprise_map: SurpriseMap, scores: Float64Array, label: int = 0) -> Float64Array:
-    scores = np.asarray(scores, dtype=np.float64)
-    return surprise_map.surprise(scores[:, None], np.full(len(scores), label))[:, 0]
+def surprise_of(surprise_map: SurpriseMap, scores: Float64Array) -> Float64Array:
+    return surprise_map.surprise(np.asarray(scores, dtype=np.float64)[:, None])[:, 0]
 
 
 # --- conformal p-values and rates ---
@@ -103,19 +101,19 @@ def test_stratified_folds_follow_the_seed_and_nothing_else():
 def test_surprise_map_body_is_minus_log_of_the_share_above_at_every_knot():
     scores = np.random.default_rng(0).normal(size=400)
     quantiles = np.linspace(0, TAIL_START, 33)
-    surprise = surprise_of(pooled_map(scores), np.quantile(scores, quantiles))
+    surprise = surprise_of(map_of(scores), np.quantile(scores, quantiles))
     np.testing.assert_allclose(surprise, -np.log(1 - quantiles), rtol=1e-12, atol=1e-12)
 
 
 def test_surprise_map_body_is_linear_between_knots():
     scores = np.arange(1001.0)
     knot = np.quantile(scores, TAIL_START * np.array([10, 11]) / 32)
-    surprise = surprise_of(pooled_map(scores), [knot[0], 0.25 * knot[1] + 0.75 * knot[0], knot[1]])
+    surprise = surprise_of(map_of(scores), [knot[0], 0.25 * knot[1] + 0.75 * knot[0], knot[1]])
     assert surprise[1] == pytest.approx(0.75 * surprise[0] + 0.25 * surprise[2])
 
 
 def test_surprise_map_tail_by_hand_is_exponential_where_few_scores_lie_in_it():
-    surprise_map = pooled_map(np.arange(51.0))  # 90 % quantile 45, excesses 1 to 5, mean 3
+    surprise_map = map_of(np.arange(51.0))  # 90 % quantile 45, excesses 1 to 5, mean 3
     np.testing.assert_allclose(
         surprise_of(surprise_map, [45.0, 48.0, 51.0]), TAIL_SURPRISE + np.array([0.0, 1.0, 2.0]), rtol=1e-7
     )
@@ -123,7 +121,7 @@ def test_surprise_map_tail_by_hand_is_exponential_where_few_scores_lie_in_it():
 
 def test_surprise_map_tail_goes_on_where_the_body_ends():
     scores = np.random.default_rng(1).exponential(size=500)
-    surprise_map = pooled_map(scores)
+    surprise_map = map_of(scores)
     edge = np.quantile(scores, TAIL_START)
     below, at, above = surprise_of(surprise_map, [edge - 1e-9, edge, edge + 1e-9])
     assert at == pytest.approx(TAIL_SURPRISE, rel=1e-12)
@@ -132,7 +130,7 @@ def test_surprise_map_tail_goes_on_where_the_body_ends():
 
 
 def test_surprise_map_tail_of_exponential_scores_has_shape_0_and_tells_minus_log_of_the_truth():
-    surprise_map = pooled_map(np.random.default_rng(0).exponential(size=20_000))
+    surprise_map = map_of(np.random.default_rng(0).exponential(size=20_000))
     assert surprise_map.shape.item() < 0.08  # the estimate's own deviation is 0.026
     np.testing.assert_allclose(surprise_of(surprise_map, [3.0, 5.0, 7.0]), [3.0, 5.0, 7.0], rtol=0.08)
 
@@ -141,39 +139,37 @@ def test_surprise_map_tail_of_exponential_scores_has_shape_0_and_tells_minus_log
 def test_surprise_map_tail_of_pareto_scores_finds_their_shape(shape):
     uniform = np.random.default_rng(0).uniform(size=40_000)
     scores = (uniform**-shape - 1) / shape  # generalised Pareto by inversion
-    assert pooled_map(scores).shape.item() == pytest.approx(shape, abs=0.1)
+    assert map_of(scores).shape.item() == pytest.approx(shape, abs=0.1)
 
 
 def test_surprise_map_tail_of_very_heavy_scores_keeps_shape_below_one():
     scores = np.random.default_rng(0).uniform(size=2000) ** -3.0
-    assert 0.5 < pooled_map(scores).shape.item() <= 0.9
+    assert 0.5 < map_of(scores).shape.item() <= 0.9
 
 
 @pytest.mark.parametrize("rounded", [False, True])
 def test_surprise_map_rises_with_each_detectors_score(rounded):
     rng = np.random.default_rng(2)
-    labels = rng.integers(0, 3, 300)
-    scores = rng.normal(size=(300, 2)) * [1.0, 30.0] + labels[:, None]
+    scores = rng.normal(size=(300, 2)) * [1.0, 30.0] + rng.integers(0, 3, 300)[:, None]
     if rounded:  # many ties
         scores = scores.round()
-    surprise_map = SurpriseMap.fit(scores, labels, np.array([True, True, False]))
-    for label in range(3):
-        for detector in range(2):
-            grid = np.tile(np.median(scores, axis=0), (2000, 1))
-            grid[:, detector] = np.linspace(scores[:, detector].min() - 1, 3 * scores[:, detector].max(), 2000)
-            surprise = surprise_map.surprise(grid, np.full(2000, label))
-            assert (np.diff(surprise[:, detector]) >= 0).all()
-            assert surprise[0, detector] == 0.0
-            assert np.ptp(surprise[:, 1 - detector]) == 0.0
-            tail = grid[:, detector] > scores[:, detector].max()
-            assert (np.diff(surprise[tail, detector]) > 0).all()
+    surprise_map = SurpriseMap.fit(scores)
+    for detector in range(2):
+        grid = np.tile(np.median(scores, axis=0), (2000, 1))
+        grid[:, detector] = np.linspace(scores[:, detector].min() - 1, 3 * scores[:, detector].max(), 2000)
+        surprise = surprise_map.surprise(grid)
+        assert (np.diff(surprise[:, detector]) >= 0).all()
+        assert surprise[0, detector] == 0.0
+        assert np.ptp(surprise[:, 1 - detector]) == 0.0
+        tail = grid[:, detector] > scores[:, detector].max()
+        assert (np.diff(surprise[tail, detector]) > 0).all()
 
 
 @pytest.mark.parametrize("shape", [0.0, 0.3])
 def test_surprise_map_huge_and_infinite_scores_are_finite_and_most_surprising(shape):
     uniform = np.random.default_rng(0).uniform(size=1000)
     scores = -np.log(uniform) if shape == 0 else (uniform**-shape - 1) / shape
-    surprise = surprise_of(pooled_map(scores), [-np.inf, scores.max(), 1e6, 1e25, 1e30, np.inf])
+    surprise = surprise_of(map_of(scores), [-np.inf, scores.max(), 1e6, 1e25, 1e30, np.inf])
     assert np.isfinite(surprise).all()
     assert surprise[0] == 0
     assert (np.diff(surprise) >= 0).all()
@@ -182,7 +178,7 @@ def test_surprise_map_huge_and_infinite_scores_are_finite_and_most_surprising(sh
 
 def test_surprise_map_fits_clean_scores_that_are_infinite():
     scores = np.concatenate([np.arange(30.0), [np.inf, -np.inf]])
-    surprise_map = pooled_map(scores)
+    surprise_map = map_of(scores)
     assert all(np.isfinite(array).all() for array in surprise_map.arrays().values())
     surprise = surprise_of(surprise_map, [0.0, 10.0, 29.0, np.inf])
     assert np.isfinite(surprise).all()
@@ -191,7 +187,7 @@ def test_surprise_map_fits_clean_scores_that_are_infinite():
 
 @pytest.mark.parametrize("scores", [[3.0], [3.0, 4.0], [5.0] * 40])
 def test_surprise_map_few_or_equal_scores_still_call_a_higher_one_most_surprising(scores):
-    surprise = surprise_of(pooled_map(np.array(scores)), [min(scores) - 1, max(scores), max(scores) + 1])
+    surprise = surprise_of(map_of(np.array(scores)), [min(scores) - 1, max(scores), max(scores) + 1])
     assert np.isfinite(surprise).all()
     assert surprise[0] == 0
     assert surprise[2] > max(surprise[1], TAIL_SURPRISE)
@@ -199,46 +195,15 @@ def test_surprise_map_few_or_equal_scores_still_call_a_higher_one_most_surprisin
 
 def test_surprise_map_without_scores_is_refused():
     with pytest.raises(DataError, match=r"^calibration needs at least one clean score, got none\.$"):
-        pooled_map(np.empty(0))
-
-
-def test_classes_with_own_map_counts_predicted_labels_on_both_sides_of_the_edge():
-    predicted = np.repeat([0, 1, 3], [50, 49, 51])
-    np.testing.assert_array_equal(classes_with_own_map(predicted, 5, 50), [True, False, False, True, False])
-
-
-def test_surprise_map_class_with_own_map_is_judged_alone_and_the_others_by_all():
-    rng = np.random.default_rng(0)
-    labels = np.repeat([0, 1], [200, 40])
-    scores = np.where(labels == 0, 0.0, 10.0) + rng.normal(size=240)
-    surprise_map = SurpriseMap.fit(scores[:, None], labels, np.array([True, False, False]))
-    np.testing.assert_array_equal(surprise_map.group_of_class, [1, 0, 0])
-    alone, pooled = pooled_map(scores[labels == 0]), pooled_map(scores)
-    grid = np.linspace(-2, 12, 50)
-    body = grid <= np.quantile(scores[labels == 0], TAIL_START)
-    np.testing.assert_array_equal(surprise_of(surprise_map, grid, 0)[body], surprise_of(alone, grid)[body])
-    body = grid <= np.quantile(scores, TAIL_START)
-    for label in (1, 2):
-        np.testing.assert_array_equal(surprise_of(surprise_map, grid, label)[body], surprise_of(pooled, grid)[body])
-    high = surprise_of(surprise_map, [10.0], 0)[0]
-    assert high > TAIL_SURPRISE + 5 > surprise_of(surprise_map, [10.0], 1)[0]
-
-
-def test_surprise_map_class_with_own_map_and_no_score_here_is_pooled():
-    labels = np.zeros(30, dtype=np.int64)
-    surprise_map = SurpriseMap.fit(np.arange(30.0)[:, None], labels, np.array([True, True]))
-    np.testing.assert_array_equal(surprise_map.group_of_class, [1, 0])
+        map_of(np.empty(0))
 
 
 def test_surprise_map_arrays_roundtrip_gives_equal_surprise():
     rng = np.random.default_rng(0)
-    labels, scores = rng.integers(0, 4, 300), rng.normal(size=(300, 3))
-    surprise_map = SurpriseMap.fit(scores, labels, np.array([True, False, True, True]))
+    surprise_map = SurpriseMap.fit(rng.normal(size=(300, 3)))
     restored = SurpriseMap.from_arrays({name: array.copy() for name, array in surprise_map.arrays().items()})
     new = 3 * rng.normal(size=(100, 3))
-    np.testing.assert_array_equal(
-        restored.surprise(new, labels[:100]), surprise_map.surprise(new, labels[:100]), strict=True
-    )
+    np.testing.assert_array_equal(restored.surprise(new), surprise_map.surprise(new), strict=True)
 
 
 # --- the promise ---

@@ -175,7 +175,7 @@ def test_adaptive_attack_shows_less_in_training_than_in_the_attack(name):
     np.testing.assert_array_equal(
         poisoned.images[poisoned.is_touched], backdoor.train_trigger(images[poisoned.is_touched])
     )
-    assert poisoned.is_cover.sum() == {"adap-blend": 8, "adap-patch": 16}[name]
+    assert poisoned.is_cover.sum() == {"adap-blend": 12, "adap-patch": 16}[name]
     (tested,) = attack.test_sets(images, labels)
     np.testing.assert_array_equal(tested.images, backdoor.trigger(images[tested.source_rows]))
 

@@ -153,7 +153,7 @@ def error_line(printed: str) -> str:
 # --- help and usage
 
 
-@pytest.mark.parametrize("command", ["fit", "inspect", "archive", "serve", "demo", "doctor", "bundle"])
+@pytest.mark.parametrize("command", ["fit", "inspect", "assess", "archive", "serve", "demo", "doctor", "bundle"])
 def test_help_names_every_option_in_full_at_80_columns(
     guard: Run, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,7 +167,7 @@ def test_help_names_every_option_in_full_at_80_columns(
 def test_guard_without_a_command_prints_the_help_and_fails(guard: Run) -> None:
     status, _, shown = guard()
     assert status == 2
-    for command in ("fit", "inspect", "archive", "serve", "bundle", "demo", "doctor"):
+    for command in ("fit", "inspect", "assess", "archive", "serve", "bundle", "demo", "doctor"):
         assert f"  {command} " in shown
 
 
@@ -202,7 +202,7 @@ def test_wrong_command_or_setting_is_one_line_and_status_2(guard: Run, arguments
 
 
 def test_cli_loads_torch_late_and_torchserve_never() -> None:
-    modules = "guard.cli, guard.cli.offline, guard.cli.serving"
+    modules = "guard.cli, guard.cli.assess, guard.cli.offline, guard.cli.serving"
     late = f"import sys, {modules}; assert not {{'torch', 'ts', 'sklearn'}} & set(sys.modules)"
     modules = "guard.cli.images, guard.serving.user_handler, guard.doctor, guard.demo"
     never = f"import sys, {modules}; assert 'ts' not in sys.modules"

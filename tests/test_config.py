@@ -140,7 +140,6 @@ def test_config_bad_value_is_one_line_with_key_rule_and_value(settings, message)
         ("seed", (0, 2**63 - 1), (-1, 2**63)),
         ("n_neighbors", (1,), (0,)),
         ("folds", (2,), (1,)),
-        ("min_images_per_class", (10,), (9,)),
         ("norm_orders", (("l0",),), ((),)),
         ("l0_tolerance", (0.0, 0.999), (-1e-9, 1.0)),
         ("image_noise_std", (0.0, 3.0), (-1e-9, float("inf"), float("nan"))),

@@ -31,30 +31,30 @@ def test_calibrated_fusion_decide_flags_up_to_the_rate_inclusive():
 def test_calibrated_fusion_strong_member_wins_over_silent_ones():
     rng = np.random.default_rng(0)
     clean = rng.normal(size=(500, 8))
-    fusion = CalibratedFusion().fit(clean, np.zeros(500, dtype=np.int64), np.array([False]))
+    fusion = CalibratedFusion().fit(clean)
     one_strong = np.zeros((1, 8))
     one_strong[0, 3] = 12.0
-    combined = fusion.combine(fusion.surprise(np.concatenate([clean, one_strong]), np.zeros(501, dtype=np.int64)))
+    combined = fusion.combine(fusion.surprise(np.concatenate([clean, one_strong])))
     assert combined[-1] > combined[:-1].max()
 
 
 def test_calibrated_fusion_unfitted_raises_not_fitted_error():
     with pytest.raises(NotFittedError, match=r"^CalibratedFusion is not fitted\. Call fit\("):
-        CalibratedFusion().surprise(np.zeros((1, 2)), np.zeros(1, dtype=np.int64))
+        CalibratedFusion().surprise(np.zeros((1, 2)))
 
 
 def test_calibrated_fusion_arrays_roundtrip_gives_equal_surprise():
     rng = np.random.default_rng(0)
-    raw, predicted = rng.normal(size=(200, 3)), rng.integers(0, 2, 200)
-    fusion = CalibratedFusion().fit(raw, predicted, np.array([True, False]))
+    raw = rng.normal(size=(200, 3))
+    fusion = CalibratedFusion().fit(raw)
     restored = CalibratedFusion().restore(fusion.arrays())
-    np.testing.assert_array_equal(restored.surprise(raw, predicted), fusion.surprise(raw, predicted))
+    np.testing.assert_array_equal(restored.surprise(raw), fusion.surprise(raw))
 
 
 def test_paper_fusion_by_hand_flags_beyond_either_threshold_only():
     raw = np.array([[1.5, 0.0], [1.6, -9.0], [1.0, 0.1], [1.5, -0.1], [9.0, 4.0]])
-    fusion = PaperFusion().fit(raw, np.zeros(5, dtype=np.int64), np.array([False]))
-    combined = fusion.combine(fusion.surprise(raw, np.zeros(5, dtype=np.int64)))
+    fusion = PaperFusion().fit(raw)
+    combined = fusion.combine(fusion.surprise(raw))
     np.testing.assert_allclose(combined, [0.0, 0.1, 0.1, 0.0, 7.5], atol=1e-12)
     for rate in (0.001, 0.9):  # no influence
         np.testing.assert_array_equal(fusion.decide(combined, np.ones(5), rate), [False, True, True, False, True])

@@ -100,7 +100,9 @@ def test_retrain_separates_held_out_inputs_no_worse(
     poisoned = triggered_activations[triggered.source_rows >= SEEN]
     both = Activations.concatenate([clean_activations[SEEN:], poisoned])
     is_poisoned = np.arange(len(both)) >= len(clean_activations) - SEEN
-    assert auroc(retrained.scores(both).combined, is_poisoned) > auroc(guard.scores(both).combined, is_poisoned)
+    before = auroc(guard.scores(both).combined, is_poisoned)
+    standard_error = np.sqrt(before * (1 - before) / is_poisoned.sum())  # at most: Birnbaum's bound
+    assert auroc(retrained.scores(both).combined, is_poisoned) > before - standard_error
 
 
 def test_retrain_keeps_the_requested_share_of_held_out_clean_images(guard, retrained, clean_activations):

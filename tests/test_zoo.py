@@ -316,7 +316,7 @@ def test_shipped_model_attack_is_that_of_the_plan(name):
 def test_readme_lines_load_a_model_without_this_project(tmp_path):
     readme = (SHIPPED.folder / "README.md").read_text()
     code = re.search(r"```python\n(.+?)```", readme, re.DOTALL).group(1)
-    assert len(code.strip().splitlines()) <= 5
+    assert len([line for line in code.splitlines() if line.strip()]) <= 5
     name = re.search(r'"([\w-]+)\.json"', code).group(1)
     for path in (SHIPPED.card_path(name), SHIPPED.weights_path(name), checkout_root() / "guard/attacks/networks.py"):
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -107,8 +107,14 @@ def find_images(
     return NamedImages(names, lambda index: _read_image(files[index], in_colour), labels, class_names, passed_over)
 
 
-def read_all(images: NamedImages, convert: Convert, report: Report) -> Float32Array:
-    """Return every image as the model takes it.
+def read_all(
+    images: NamedImages,
+    convert: Convert,
+    report: Report,
+    *,
+    remedy: str = "Resize them, or name a --preprocess that does.",
+) -> Float32Array:
+    """Return every image as the model takes it; `remedy` says what to do about images of several sizes.
 
     Raises
     ------
@@ -123,7 +129,7 @@ def read_all(images: NamedImages, convert: Convert, report: Report) -> Float32Ar
             if rows and row.shape != rows[0].shape:
                 raise DataError(
                     f"all images must have the same shape, got {rows[0].shape} and {row.shape} "
-                    f"({images.names[index]}). Resize them, or name a --preprocess that does."
+                    f"({images.names[index]}). {remedy}"
                 )
             rows.append(row)
         report(f"reading: {len(rows)} of {len(images.names)} images", len(rows) / len(images.names))

@@ -90,15 +90,15 @@ def fit(
         image_noise_std=image_noise_std,
     )
     attribute = config.model_attribute
-    model = _open_model(
+    model = open_model(
         weights, architecture, preprocess, handler, model_file, extra_file, device, attribute, split, depth
     )
     with model as (suspect, convert), progress_bar("reading images") as report:
-        found = find_images(images, as_bytes=handler is not None, class_names=_class_list(class_names))
+        found = find_images(images, as_bytes=handler is not None, class_names=class_list(class_names))
         if found.labels is None:
             raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
         inputs = read_all(found, convert, report)
-        _try_once(suspect, inputs)
+        try_once(suspect, inputs)
         guard = Guard.fit(suspect, inputs, found.labels, config, class_names=found.class_names, progress=report)
         guard.preprocessing = f"handler {handler}" if handler is not None else preprocess
         folder = guard.save(bundles)
@@ -114,7 +114,7 @@ def fit(
         f"false positives {guard.realised_false_positive_rate:.4f} of clean images "
         f"(asked for {config.false_positive_rate:g}, measured out of fold)"
     )
-    _tell_passed_over(found.passed_over)
+    tell_passed_over(found.passed_over)
     if accuracy < 0.5:
         print_warning(
             f"the suspect model gets only {100 * accuracy:.1f} % of these labels right, so the guard will be poor. "
@@ -155,7 +155,7 @@ def inspect(
     attribute = load_config(settings).model_attribute
     store = BundleStore(bundles)
     bundle = store.resolve(digest) if digest else store.active_path()
-    model = _open_model(weights, architecture, preprocess, handler, model_file, extra_file, device, attribute)
+    model = open_model(weights, architecture, preprocess, handler, model_file, extra_file, device, attribute)
     with model as (suspect, convert), progress_bar("reading images") as report:
         guard = Guard.load(bundle, suspect)
         guard = guard.with_config(**{name: value for name, value in chosen.items() if name in SERVING_SETTINGS})
@@ -171,7 +171,7 @@ def inspect(
     flagged = sum(item.verdict is not None and item.verdict.is_poisoned for item in judged)
     failed = [item for item in judged if item.verdict is None]
     tell(f"{len(judged)} images: {len(judged) - flagged - len(failed)} clean, {flagged} poisoned, {len(failed)} failed")
-    _tell_passed_over(found.passed_over)
+    tell_passed_over(found.passed_over)
     if failed:
         print_error(
             f"{len(failed)} of {len(judged)} images have no verdict; the first: {failed[0].name}: {failed[0].error}"
@@ -180,7 +180,7 @@ def inspect(
 
 
 @contextmanager
-def _open_model(
+def open_model(
     weights: Path,
     architecture: str | None,
     preprocess: str | None,
@@ -226,7 +226,8 @@ def _open_model(
             yield SuspectModel(user.module, split=split, depths=depths or None, device=device), user.model_inputs
 
 
-def _class_list(text: str | None) -> list[str] | None:
+def class_list(text: str | None) -> list[str] | None:
+    """Return the names that --class-names gives, in a file or with commas."""
     if text is None:
         return None
     if Path(text).is_file():
@@ -234,7 +235,7 @@ def _class_list(text: str | None) -> list[str] | None:
     return [name.strip() for name in text.split(",")]
 
 
-def _try_once(suspect: SuspectModel, inputs: Any) -> None:
+def try_once(suspect: SuspectModel, inputs: Any) -> None:
     """Run the network on two images first, so that what does not fit is said in the user's words."""
     from guard.errors import GuardError
 
@@ -249,6 +250,7 @@ def _try_once(suspect: SuspectModel, inputs: Any) -> None:
         ) from error
 
 
-def _tell_passed_over(number: int) -> None:
+def tell_passed_over(number: int) -> None:
+    """Warn of files that are no images by their suffix."""
     if number:
         print_warning(f"{number} file(s) passed over: their names do not end in .png, .jpg or .jpeg.")

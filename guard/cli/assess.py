@@ -1,0 +1,194 @@
+"""`guard assess`: what would the guard catch on this model?"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import typer
+from PIL import Image
+
+from guard.cli.offline import class_list, open_model, tell_passed_over, try_once
+from guard.cli.options import Architecture, Device, ExtraFile, Handler, ModelFile, Preprocess, Rate, Settings, Weights
+from guard.cli.output import plain_table, print_table, print_warning, progress_bar, say, tell
+from guard.errors import ConfigError, DataError, GuardError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from guard.assess import AssessmentReport
+    from guard.cli.images import Convert
+    from guard.types import Float32Array
+
+_TRIGGER_HELP = (
+    "Trigger to plant; may be repeated. Default: pattern, white-square, blend, sig, wanet, gotham; others: "
+    "single-pixel, corner-pixels, moving-square, box-and-circle, bpp, frequency, adap-blend, all-to-all."
+)
+
+
+def assess(
+    weights: Weights,
+    images: Annotated[
+        Path, typer.Option(help="Clean labelled images: a .npz, or a folder with one sub-folder per class.")
+    ],
+    architecture: Architecture = None,
+    preprocess: Preprocess = None,
+    handler: Handler = None,
+    model_file: ModelFile = None,
+    extra_file: ExtraFile = None,
+    device: Device = "cpu",
+    class_names: Annotated[
+        str | None,
+        typer.Option(help="Class list in the model's order: names with commas, or a file with one per line."),
+    ] = None,
+    false_positive_rate: Rate = None,
+    mode: Annotated[str | None, typer.Option(help="calibrated or paper.")] = None,
+    trigger: Annotated[
+        list[str] | None,
+        typer.Option(metavar="<str>", help=_TRIGGER_HELP),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How often everything is drawn anew.")] = 3,
+    seed: Annotated[int | None, typer.Option(help="The first seed.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Of the first fine-tuning; two more have 3 times as many.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the report and the picture.")] = Path("build/assess"),
+    settings: Settings = None,
+) -> None:
+    """Estimate what the guard would catch on your model.
+
+    Plants known triggers in copies of it, fits a guard to each copy, and counts what it catches. The model itself is
+    never changed. Real attackers may use other triggers: an estimate, not a promise.
+    """
+    from guard.assess import CAVEAT, DEFAULT_ATTACKS, PlantingSettings, check_names
+    from guard.assess import assess as assess_model
+    from guard.cli.assess_picture import draw
+    from guard.cli.images import find_images, preprocessing, read_all
+    from guard.config import load_config
+
+    config = load_config(settings, false_positive_rate=false_positive_rate, mode=mode, seed=seed)
+    names = tuple(trigger or DEFAULT_ATTACKS)
+    check_names(names)
+    _check_folder(output)
+    model = open_model(
+        weights, architecture, preprocess, handler, model_file, extra_file, device, config.model_attribute
+    )
+    with model as (suspect, convert), progress_bar("reading images") as report:
+        found = find_images(images, class_names=class_list(class_names))
+        if found.labels is None:
+            raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
+        same_size = "A trigger goes on before the preprocessing, so resize them first."
+        pixels = read_all(found, preprocessing(None), report, remedy=same_size)
+        _check_pixels(images, pixels)
+        prepare = _png_to_inputs(convert) if handler is not None else _to_inputs(convert)
+        try_once(suspect, prepare(pixels[:2]))
+        result = assess_model(
+            suspect,
+            pixels,
+            found.labels,
+            config,
+            attacks=names,
+            seeds=range(config.seed, config.seed + seeds),
+            planting=PlantingSettings() if epochs is None else PlantingSettings(epochs=epochs),
+            preprocess=prepare,
+            progress=report,
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "report.json").write_text(json.dumps(result.as_dict(), indent=2, allow_nan=False) + "\n")
+    (output / "report.csv").write_text(_csv(result))
+    draw(result, output / "assess.png")
+    print_table(_table(result))
+    split = result.split
+    say("")
+    say(
+        f"{result.clean_images} clean images, of which the model gets {100 * result.clean_accuracy:.1f} % right; "
+        f"per seed {split.planting + split.monitoring} plant, {split.fitting} fit the guard, {split.testing} test"
+    )
+    say(f"caught: share of triggered images that are flagged; false alarms asked for: {config.false_positive_rate:g}")
+    say("odd: share of the same images flagged where no trigger was planted")
+    say(CAVEAT)
+    for name in ("report.json", "report.csv", "assess.png"):
+        say(f"wrote {output / name}")
+    tell_passed_over(found.passed_over)
+    for name, why in result.skipped.items():
+        tell(f"{name} left out: {why}")
+    for line in result.warnings:
+        print_warning(line)
+    for trial in result.trials:
+        if trial.why_not:
+            print_warning(f"{trial.attack}, seed {trial.seed}: not planted, so it says nothing: {trial.why_not}.")
+    if not any(trial.planted for trial in result.trials):
+        raise GuardError(
+            "no trigger could be planted in any copy, so nothing is known of what the guard would catch. "
+            "Raise --epochs, or give more images."
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse what can be no folder, before the long work."""
+    first = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not first.is_dir():
+        raise ConfigError(f"--output {folder}: {first} is no folder. Name another.")
+
+
+def _check_pixels(path: Path, pixels: Float32Array) -> None:
+    if not (pixels.min() >= 0.0 and pixels.max() <= 1.0):  # so written, NaN is refused too
+        raise DataError(
+            f"{path}: images must lie in [0, 1], got {pixels.min():g} to {pixels.max():g}. A trigger goes on pixels: "
+            "give them as uint8, and name what normalises them with --preprocess."
+        )
+
+
+def _to_inputs(convert: Convert) -> Callable[[Float32Array], Float32Array]:
+    return lambda pixels: convert(list(pixels))
+
+
+def _png_to_inputs(convert: Convert) -> Callable[[Float32Array], Float32Array]:
+    """Return what feeds images to a handler as the PNG files that a client would send."""
+    return lambda pixels: convert([_png(image) for image in pixels])
+
+
+def _png(image: Float32Array) -> bytes:
+    values = np.rint(image * 255).astype(np.uint8)  # (channels, height, width)
+    buffer = io.BytesIO()
+    Image.fromarray(values[0] if len(values) == 1 else values.transpose(1, 2, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _csv(result: AssessmentReport) -> str:
+    rows = [trial.row() for trial in result.trials]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: round(v, 6) if isinstance(v, float) else v for key, v in row.items()} for row in rows)
+    return buffer.getvalue()
+
+
+def _table(result: AssessmentReport) -> Table:
+    table = plain_table(
+        "trigger", "planted", "attack success", "with guard", "caught", "AUROC", "odd", "false alarms", "clean accuracy"
+    )
+    for one in result.summaries():
+        table.add_row(
+            "none (control)" if one.is_control else one.attack,
+            "" if one.is_control else f"{one.planted} of {one.trials}",
+            _rate(one.attack_success_unguarded),
+            _rate(one.attack_success_guarded, one.worst_attack_success_guarded),
+            _rate(one.true_positive_rate, one.worst_true_positive_rate),
+            _rate(one.auroc, one.worst_auroc),
+            _rate(one.flagged_without_backdoor),
+            _rate(one.realised_false_positive_rate, one.worst_false_positive_rate),
+            f"{one.clean_accuracy_before:.3f} -> {one.clean_accuracy_after:.3f}",
+        )
+    return table
+
+
+def _rate(mean: float | None, worst: float | None = None) -> str:
+    if mean is None:
+        return ""
+    return f"{mean:.3f}" if worst is None else f"{mean:.3f} ({worst:.3f})"
