@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Threads that wait for each other stall on a busy machine, and nothing here is large enough to gain from two.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint types bench bench-badnets bench-fusion clean help
+.PHONY: setup demo test lint types bench bench-badnets bench-fusion bench-loop clean help
 
 help:
 	@echo "make demo   set up, backdoor a network on real images, guard it, serve it, print the verdicts"
@@ -39,6 +39,12 @@ bench: setup
 	$(BIN)/python benchmarks/lof_speed.py
 	$(BIN)/python benchmarks/guard_time.py
 	$(BIN)/python benchmarks/serving_overhead.py
+	$(BIN)/python benchmarks/queue_speed.py
+
+# What a person's answers change, from the zoo (GUARD_DATA_DIR), and what live requests notice of a retraining.
+bench-loop: setup
+	$(BIN)/python benchmarks/loop/stream.py $(ARGS)
+	$(BIN)/python benchmarks/loop/serving_during_retraining.py
 
 # Needs MNIST's training images (GUARD_DATA_DIR). About half an hour on one free core; an interrupted run goes on.
 bench-badnets: setup

@@ -36,7 +36,8 @@ from safetensors.torch import save_file
 from guard.attacks.recipes import DEMO_ATTACKS, train_badnet
 from guard.config import GuardConfig
 from guard.datasets import load_dataset, split_rows, to_tensor_images
-from guard.demo import ARCHITECTURE, SPLIT, png
+from guard.demo import ARCHITECTURE, SPLIT
+from guard.demo_loop import png
 from guard.pipeline import Guard
 from guard.serving.client import Reply, run_load
 from guard.serving.guarded import ServedModel, make_guarded_archive, make_plain_archive

@@ -33,8 +33,12 @@ SERVING_SETTINGS = frozenset(
         "max_image_pixels",
         "bundle_poll_seconds",
         "model_attribute",
+        "queue_url",
     }
 )
+
+#: Variables of other parts of the program: secrets, which are no settings, so that no file keeps them.
+OTHER_VARIABLES = frozenset({"GUARD_QUEUE_KEY"})
 
 NormOrder = Literal["l0", "l1", "l2", "linf"]
 #: Environment variables are text, and 1 is a number.
@@ -85,6 +89,9 @@ class GuardConfig(BaseModel):
     bundle_poll_seconds: float = Field(0.25, gt=0, le=2)
     #: Attribute of the user's handler that holds the network.
     model_attribute: str = Field("model", min_length=1)
+
+    #: Database of the queue that flagged inputs go to for review, `sqlite:///file` or `postgresql+psycopg://...`.
+    queue_url: str | None = None
 
     #: Folder of the image sets.
     data_dir: Path | None = None
@@ -141,6 +148,8 @@ def load_settings(settings_file: Path | None = None, **flags: Any) -> dict[str, 
     toml = settings_file or Path(SETTINGS_FILE)
     for name in os.environ:
         key = name[len(ENVIRONMENT_PREFIX) :].lower()
+        if name.upper() in OTHER_VARIABLES:
+            continue
         if name.upper().startswith(ENVIRONMENT_PREFIX) and key not in GuardConfig.model_fields:
             raise ConfigError(f"environment variable {name}: {_unknown(key)}")
 

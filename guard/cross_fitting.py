@@ -111,6 +111,7 @@ def cross_fit(
     *,
     noisy: Activations | None = None,
     labelled: Labelled | None = None,
+    anomalies: Activations | None = None,
     progress: Progress | None = None,
 ) -> CrossFit:
     """Fit and calibrate the detectors of a mode.
@@ -126,19 +127,24 @@ def cross_fit(
         Of the same inputs with noise; learned from together with their own row, never scored.
     labelled : Labelled, optional
         Further inputs to learn from, in every fold; never scored. See `guard.retraining.retrain`.
+    anomalies : Activations, optional
+        If there are any, a demarcation joins the detectors of `calibrated` mode and tells them from clean inputs.
     progress : callable, optional
         Called with a line of text and the share done.
     """
     report = progress or _silent
     part = stratified_folds(labels, config.folds, config.seed)
-    raw = np.empty((len(labels), len(Ensemble.for_mode(config, tuple(activations.depths)).names)))
+    anomalies = anomalies if anomalies is not None and len(anomalies) else None
+    depths = tuple(activations.depths)
+    raw = np.empty((len(labels), len(Ensemble.for_mode(config, depths, demarcation=anomalies is not None).names)))
     for fold in range(config.folds):
         report(f"cross-fitting, part {fold + 1} of {config.folds}", 0.1 + 0.7 * fold / config.folds)
         learn, hold = part != fold, part == fold
-        raw[hold] = _fitted_ensemble(config, activations, labels, noisy, labelled, learn).score(activations[hold])
+        fitted = _fitted_ensemble(config, activations, labels, noisy, labelled, anomalies, learn)
+        raw[hold] = fitted.score(activations[hold])
     report("fitting the detectors on all clean images", 0.8)
     everything = np.ones(len(labels), dtype=bool)
-    ensemble = _fitted_ensemble(config, activations, labels, noisy, labelled, everything)
+    ensemble = _fitted_ensemble(config, activations, labels, noisy, labelled, anomalies, everything)
     report("calibrating", 0.97)
     fusion = new_fusion(config.mode).fit(raw)
     combined = _cross_fitted_scores(config, raw, part)
@@ -157,6 +163,7 @@ def _fitted_ensemble(
     labels: IntArray,
     noisy: Activations | None,
     labelled: Labelled | None,
+    anomalies: Activations | None,
     rows: BoolArray,
 ) -> Ensemble:
     """Fit on the chosen rows of the clean inputs, their noisy copies, and all labelled inputs."""
@@ -172,8 +179,8 @@ def _fitted_ensemble(
     n_seen = int((~is_poisoned).sum())
     share = n_seen / (n_seen + len(clean) * int((~rows).sum()))
     scaled = config.replace(n_neighbors=max(1, round(config.n_neighbors * share)))
-    ensemble = Ensemble.for_mode(scaled, tuple(activations.depths))
-    return ensemble.fit(Activations.concatenate(parts), np.concatenate(part_labels), is_poisoned)
+    ensemble = Ensemble.for_mode(scaled, tuple(activations.depths), demarcation=anomalies is not None)
+    return ensemble.fit(Activations.concatenate(parts), np.concatenate(part_labels), is_poisoned, anomalies)
 
 
 def _cross_fitted_scores(config: GuardConfig, raw: Float64Array, part: IntArray) -> Float64Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import threading
 import time
@@ -11,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -23,9 +21,11 @@ from guard.attacks.recipes import DEMO_ATTACKS, AttackRecipe, train_badnet
 from guard.bundle import BundleStore
 from guard.config import GuardConfig
 from guard.datasets import load_dataset, split_rows, to_tensor_images
+from guard.demo_loop import Traffic, png, print_loop, run_loop
 from guard.errors import ServerError
 from guard.evaluation import attack_success_rate, clean_accuracy, false_positive_rate, true_positive_rate
 from guard.pipeline import Guard
+from guard.relabel.address import queue_url
 from guard.serving.client import Reply, run_load
 from guard.serving.guarded import ServedModel, make_guarded_archive, make_plain_archive
 from guard.serving.torchserve import TorchServeInstance
@@ -36,6 +36,8 @@ ARCHITECTURE = "guard.attacks.networks:mnist_cnn"
 #: Of the 10,000 shipped images: to train the suspect model, to fit the guard, to test both.
 SPLIT = (6000, 2000, 2000)
 CLEAN_REQUESTS, TRIGGERED_REQUESTS, CLIENTS = 1000, 500, 4
+#: The attack whose flagged inputs are reviewed: the one that the guard has most to learn about.
+REVIEWED = DEMO_ATTACKS[-1]
 _SHOWN = 5  # images of each kind per attack in the picture
 
 
@@ -95,7 +97,10 @@ def run_demo(
     data = load_dataset("mnist", "test")
     train, validate, test = split_rows(len(data), SPLIT, np.random.default_rng(seed))
     images, labels = to_tensor_images(data.images), data.labels
-    store = output / "model_store"
+    store, queue = output / "model_store", output / "queue.db"
+    for file in (queue, queue.with_name("queue.db-wal"), queue.with_name("queue.db-shm")):
+        file.unlink(missing_ok=True)  # of an earlier demo
+    url = queue_url(str(queue))
     config = GuardConfig(false_positive_rate=false_positive_rate, seed=seed)
     cases: list[_Case] = []
     console.print(
@@ -133,9 +138,17 @@ def run_demo(
             settings = {"class_names": list(data.class_names)}
             model = ServedModel(weights, None, ARCHITECTURE, (1, 28, 28), settings)
             make_plain_archive(_plain(recipe), model, model_store=store, force=True)
-            make_guarded_archive(recipe.name, model, bundle, model_store=store, bundles=folder / "bundles", force=True)
+            make_guarded_archive(
+                recipe.name,
+                model,
+                bundle,
+                model_store=store,
+                bundles=folder / "bundles",
+                settings={"queue_url": url} if recipe is REVIEWED else {},
+                force=True,
+            )
             bar.update(task, completed=1.0, description=f"{recipe.name}: ready")
-            cases.append(_case(recipe, images[test], labels[test]))
+            cases.append(_case(recipe, images[test][:CLEAN_REQUESTS], labels[test][:CLEAN_REQUESTS]))
     names = [name for case in cases for name in (case.recipe.name, _plain(case.recipe))]
     with TorchServeInstance(store, {name: f"{name}.mar" for name in names}, batch_size=8) as server:
         with console.status("starting TorchServe with three models, each without and with the guard"):
@@ -148,14 +161,26 @@ def run_demo(
                 reports.append(report)
                 shown.append(judged)
                 bar.advance(task)
-        wall_seconds = time.perf_counter() - started
         _print(reports, false_positive_rate, console)
         _draw(cases, shown, output / "verdicts.png")
+        later = _case(REVIEWED, images[test][CLEAN_REQUESTS:], labels[test][CLEAN_REQUESTS:])
+        loop = run_loop(
+            server,
+            REVIEWED.name,
+            queue_url=url,
+            bundles=output / REVIEWED.name / "bundles",
+            seen=_traffic(cases[DEMO_ATTACKS.index(REVIEWED)]),
+            fresh=_traffic(later),
+            console=console,
+        )
+        print_loop(loop, console)
+        wall_seconds = time.perf_counter() - started
         summary = {
             "seed": seed,
             "requested_false_positive_rate": false_positive_rate,
             "wall_seconds": round(wall_seconds, 1),
             "cases": [asdict(report) for report in reports],
+            "loop": loop.as_dict(),
         }
         (output / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
         where = f"report  {output / 'report.json'}\npicture {output / 'verdicts.png'}\n{wall_seconds:.0f} s"
@@ -186,11 +211,11 @@ def _case(recipe: AttackRecipe, images: Float32Array, labels: IntArray) -> _Case
     )
 
 
-def png(image: Float32Array) -> bytes:
-    """Return one image of shape (1, h, w), float32 in [0, 1], as the bytes of a grey PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.rint(image[0] * 255).astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
+def _traffic(case: _Case) -> list[Traffic]:
+    return [
+        Traffic(case.clean_images, case.clean_labels),
+        Traffic(case.triggered_images, case.triggered_true_labels, case.attacker_labels),
+    ]
 
 
 def _send(case: _Case, server: TorchServeInstance) -> tuple[CaseReport, list[_Judged]]:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from guard.config import GuardConfig
-from guard.detectors import DETECTORS, Detector
+from guard.detectors import DETECTORS, KINDS, Demarcation, Detector
 from guard.detectors.disagreement import HeadDisagreement
 from guard.detectors.lof import PerClassLof
 from guard.errors import BundleError, DataError
@@ -19,11 +19,11 @@ from guard.types import FEATURES, Activations, AnyArray, BoolArray, Float32Array
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One detector, with the name under which its scores are reported and its kind in `DETECTORS`."""
+    """One detector, with the name under which its scores are reported and its kind in `KINDS`."""
 
     name: str
     kind: str
-    detector: Detector
+    detector: Detector | Demarcation
 
 
 class Ensemble:
@@ -34,11 +34,12 @@ class Ensemble:
         self.names = tuple(member.name for member in self.members)
 
     @classmethod
-    def for_mode(cls, config: GuardConfig, depths: Sequence[str]) -> Self:
+    def for_mode(cls, config: GuardConfig, depths: Sequence[str], *, demarcation: bool = False) -> Self:
         """Make the unfitted detectors of a mode.
 
         In `calibrated` mode every registered detector joins; one with a `depth` setting joins once per depth. A setting
-        that a detector shares by name with `GuardConfig` takes its value from there.
+        that a detector shares by name with `GuardConfig` takes its value from there. With `demarcation` one more looks
+        for the anomalies that `fit` is given; `paper` mode has no place for it.
         """
         if config.mode == "paper":
             novelty = PerClassLof(
@@ -56,9 +57,17 @@ class Ensemble:
             for depth in (FEATURES, *depths) if "depth" in names else ("",):
                 chosen = {**settings, "depth": depth} if depth else settings
                 members.append(Member(f"{kind}:{depth}" if depth else kind, kind, detector_class(**chosen)))
+        if demarcation:
+            members.append(Member(f"demarcation:{FEATURES}", "demarcation", Demarcation()))
         return cls(members)
 
-    def fit(self, activations: Activations, labels: IntArray, is_poisoned: BoolArray | None = None) -> Self:
+    def fit(
+        self,
+        activations: Activations,
+        labels: IntArray,
+        is_poisoned: BoolArray | None = None,
+        anomalies: Activations | None = None,
+    ) -> Self:
         """Fit every detector on what it may see.
 
         Parameters
@@ -68,15 +77,25 @@ class Ensemble:
             True labels.
         is_poisoned : ndarray of shape (n,), bool, optional
             Rows that only detectors which learn from poisoned inputs are given; None = all are clean.
+        anomalies : Activations, optional
+            Inputs without a true label that a demarcation tells from the clean ones; needed if there is one.
+
+        Raises
+        ------
+        DataError
+            If there is a demarcation and no anomaly.
         """
         clean, clean_labels = activations, labels
         if is_poisoned is not None and is_poisoned.any():
             clean, clean_labels = activations[~is_poisoned], labels[~is_poisoned]
         for member in self.members:
-            if member.detector.learns_from_poisoned:
-                member.detector.fit(activations, labels)
+            detector = member.detector
+            if isinstance(detector, Demarcation):
+                detector.fit(clean, anomalies if anomalies is not None else activations[:0])
+            elif detector.learns_from_poisoned:
+                detector.fit(activations, labels)
             else:
-                member.detector.fit(clean, clean_labels)
+                detector.fit(clean, clean_labels)
         return self
 
     def score(self, activations: Activations) -> Float64Array:
@@ -118,17 +137,15 @@ class Ensemble:
         members = []
         for index, entry in enumerate(description):
             kind = entry["kind"]
-            if kind not in DETECTORS:
-                raise BundleError(f"unknown detector {kind!r}: known are {sorted(DETECTORS)}. Upgrade backdoor-guard.")
+            if kind not in KINDS:
+                raise BundleError(f"unknown detector {kind!r}: known are {sorted(KINDS)}. Upgrade backdoor-guard.")
             prefix = f"{index}."
             state = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-            members.append(
-                Member(entry["name"], kind, DETECTORS[kind].from_state(state, **_untupled(entry["settings"])))
-            )
+            members.append(Member(entry["name"], kind, KINDS[kind].from_state(state, **_untupled(entry["settings"]))))
         return cls(members)
 
 
-def _setting_names(detector_class: type[Detector]) -> list[str]:
+def _setting_names(detector_class: type[Detector] | type[Demarcation]) -> list[str]:
     return [field.name for field in dataclasses.fields(detector_class) if field.init]  # type: ignore[arg-type]
 
 

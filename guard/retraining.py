@@ -12,7 +12,9 @@ from guard.types import Activations, IntArray
 __all__ = ["Labelled", "LabelledCounts", "retrain"]
 
 
-def retrain(guard: Guard, labelled: Labelled, *, progress: Progress | None = None) -> Guard:
+def retrain(
+    guard: Guard, labelled: Labelled, *, anomalies: Activations | None = None, progress: Progress | None = None
+) -> Guard:
     """Return a guard that has also learned from labelled inputs; the given one is left as it was.
 
     Decision heads learn the true labels of the clean reference and of all labelled inputs, poisoned ones included.
@@ -39,6 +41,10 @@ def retrain(guard: Guard, labelled: Labelled, *, progress: Progress | None = Non
         Fitted, loaded or already retrained.
     labelled : Labelled
         All decisions so far. A wrong one teaches the guard something wrong.
+    anomalies : Activations, optional
+        Inputs of the traffic that are poisoned, or thought to be, whatever they show. If there are any, a demarcation
+        joins the detectors of a guard in `calibrated` mode and tells them from clean inputs (RAID [2]_). It needs no
+        true labels, so nobody need have looked at them.
     progress : callable, optional
         Called with a line of text and the share done.
 
@@ -57,8 +63,12 @@ def retrain(guard: Guard, labelled: Labelled, *, progress: Progress | None = Non
     ----------
     .. [1] Fu et al. (2020), Detecting Backdoors in Neural Networks Using Novel Feature-Based Anomaly Detection,
        arXiv 2011.02526, "Retraining with Poisoned Data". There only the decision function is trained again.
+    .. [2] Fu et al. (2022), A Feature-Based On-Line Detector to Remove Adversarial-Backdoors by Iterative Demarcation,
+       IEEE Access 10.
     """
-    _check_fits(guard, labelled)
+    _check_fits(guard, labelled.activations)
+    if anomalies is not None:
+        _check_fits(guard, anomalies)
     labelled = _limited(labelled, guard.reference_labels, guard.config.seed)
     fitted = cross_fit(
         guard.config,
@@ -66,6 +76,7 @@ def retrain(guard: Guard, labelled: Labelled, *, progress: Progress | None = Non
         guard.reference_labels,
         noisy=guard.noisy_reference,
         labelled=labelled,
+        anomalies=anomalies,
         progress=progress,
     )
     retrained = Guard(
@@ -86,8 +97,8 @@ def retrain(guard: Guard, labelled: Labelled, *, progress: Progress | None = Non
     return retrained
 
 
-def _check_fits(guard: Guard, labelled: Labelled) -> None:
-    given = dict(labelled.activations.items())
+def _check_fits(guard: Guard, activations: Activations) -> None:
+    given = dict(activations.items())
     for name, reference in guard.reference.items():
         if name not in given:
             raise DataError(f"labelled inputs have no depth {name!r}: the guard has {list(guard.reference.depths)}.")

@@ -32,6 +32,12 @@ METRICS = {
         Metric("guard_requests_total", "counter", ("model", "code"), "Requests answered, by HTTP status."),
         Metric("guard_verdicts_total", "counter", ("model", "verdict", "action"), "Requests by verdict and action."),
         Metric("guard_bypassed_total", "counter", ("model", "reason"), "Requests answered without being scored."),
+        Metric(
+            "guard_queued_total",
+            "counter",
+            ("model", "receipt"),
+            "Flagged requests handed to the queue: queued, dropped (it is full), unavailable.",
+        ),
         Metric("guard_bundle_swaps_total", "counter", ("model", "outcome"), "New ACTIVE bundles taken or refused."),
         Metric("guard_bundle_info", "gauge", ("model", "digest"), "1 for the bundle in use, 0 for one used before."),
         Metric(

@@ -22,6 +22,7 @@ from guard.config import load_settings
 from guard.errors import ArchiveError, InputRejectedError, SuspectModelError
 from guard.pipeline import Guard
 from guard.serving.answers import excuse, make_answer
+from guard.serving.review_queue import Receipt, flagged_request
 from guard.serving.runtime import GuardRuntime, Outcome, Record, merge
 from guard.serving.user_handler import handler_class
 from guard.telemetry import prometheus_names
@@ -75,7 +76,13 @@ class GuardHandler:
                 alone = _alone(context, context.get_request_id(index), context.get_all_request_header(index))
                 answered += self._run([item], alone, guard) or []
                 context.request_processor[index] = alone.request_processor[0]
-        return [self._answer(context, index, guard, *pair) for index, pair in enumerate(answered)]
+        flagged = {
+            index: flagged_request(context, index, outcome, data[index])
+            for index, (_, outcome) in enumerate(answered)
+            if outcome is not None and outcome.evidence is not None
+        }
+        receipts = dict(zip(flagged, self._runtime.send_to_review([*flagged.values()], guard), strict=True))
+        return [self._answer(context, index, guard, *pair, receipts.get(index)) for index, pair in enumerate(answered)]
 
     def _run(self, data: list[Any], context: Context, guard: Guard, *, watch: bool = True) -> _Answered | None:
         """Run the user's handler once; None if a batch fails or cannot be told apart into its requests."""
@@ -102,11 +109,15 @@ class GuardHandler:
         apart = record.passes == 1 and len(record.rows) == len(data)  # else nobody knows whose row is whose
         return list(zip(bodies, record.rows, strict=True)) if apart and not refused else None
 
-    def _answer(self, context: Context, index: int, guard: Guard, body: Any, outcome: Outcome | None) -> Any:
+    def _answer(
+        self, context: Context, index: int, guard: Guard, body: Any, outcome: Outcome | None, receipt: Receipt | None
+    ) -> Any:
         """Set status and headers of one answer, count it, and return its body."""
         if outcome is None:
             return body
-        answer = make_answer(outcome, body, str(guard.digest), verdict_in_body=guard.config.verdict_in_body)
+        answer = make_answer(
+            outcome, body, str(guard.digest), verdict_in_body=guard.config.verdict_in_body, receipt=receipt
+        )
         if answer.is_error:
             context.get_response_headers(index).clear()  # the user's own may tell what the body must not
             context.set_response_status(answer.status, "", index)

@@ -5,14 +5,19 @@ Nothing here is changed by a test: arrays are read-only, and a test that needs a
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from queue_helpers import PostgresServer, empty_postgresql_queue, postgresql_folder
 
 from guard import Activations, Guard, GuardConfig, SuspectModel
 from guard.attacks import DEMO_ATTACKS, AttackRecipe, MnistCnn, Poisoned, poisoned_test_set, train_badnet
 from guard.datasets import load_dataset, split_rows, to_tensor_images
+from guard.relabel.queue import Queue
 from guard.types import Float32Array, IntArray
 
 #: Rows of the shipped MNIST images: to train the network, to fit the guard, to test.
@@ -86,3 +91,44 @@ def clean_activations(fitted_guard: Guard, suspect: SuspectModel, clean_split: C
 @pytest.fixture(scope="session")
 def triggered_activations(fitted_guard: Guard, suspect: SuspectModel, triggered: Poisoned) -> Activations:
     return suspect.activations(triggered.images)
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[PostgresServer]:
+    """A real PostgreSQL, started once; without the flushes to disk that only a power cut would miss."""
+    programs = postgresql_folder()
+    if programs is None:
+        pytest.skip("there is no PostgreSQL here: install Debian's postgresql, or put its programs on PATH")
+    server = PostgresServer(programs, "fsync=off")
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty queue with its tables, to be copied: quicker than to build them for every test."""
+    path = tmp_path_factory.mktemp("queue") / "template.db"
+    Queue.open(f"sqlite:///{path}").close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def postgresql_url(postgresql_server: PostgresServer) -> str:
+    """A database with the tables of a queue; a test that takes it empties it first."""
+    url = postgresql_server.create_database()
+    Queue.open(url).close()
+    return url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def queue_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an empty queue whose tables are built; every test that asks for it runs with both databases."""
+    if request.param == "sqlite":
+        shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "queue.db")
+        return f"sqlite:///{tmp_path / 'queue.db'}"
+    url: str = request.getfixturevalue("postgresql_url")
+    empty_postgresql_queue(url)
+    return url

@@ -26,7 +26,9 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "cross_fitting",
         "pipeline telemetry relabel",
         "retraining assess",
-        "serving review",
+        "retrainer",
+        "review",
+        "serving",
     )
 )
 #: The outer edge, above all of these: what people start. Its modules may import each other.
@@ -116,6 +118,13 @@ def test_import_in_a_fresh_interpreter_leaves_servers_and_screens_unloaded(modul
     loaded = set(done.stdout.split())
     assert "guard" in loaded
     assert not loaded & (SERVERS | PEOPLE)
+
+
+@pytest.mark.parametrize("module", ["guard", "guard.cli", "guard.relabel.items", "guard.relabel.settings"])
+def test_database_library_is_loaded_by_a_queue_only(module):
+    code = f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"sqlalchemy", "alembic", "psycopg", "cryptography"}
 
 
 def test_import_guard_alone_loads_no_room():

@@ -26,6 +26,8 @@ from guard.cli.output import (
     what_failed,
     write,
 )
+from guard.cli.retrainer import retrainer
+from guard.cli.review import review_app
 from guard.cli.serving import archive, serve
 from guard.cli.zoo import zoo_app
 from guard.errors import BundleError, ConfigError
@@ -41,10 +43,11 @@ app = typer.Typer(
 bundle_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at bundles, and choose which one serves."
 )
-for command in (fit, inspect, assess, archive, serve):
+for command in (fit, inspect, assess, archive, serve, retrainer):
     app.command()(command)
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(zoo_app, name="zoo")
+app.add_typer(review_app, name="review")
 
 
 def main() -> None:

@@ -22,6 +22,15 @@ Settings = Annotated[
     Path | None, typer.Option("--settings", help="Settings file; default is ./guard.toml if there is one.")
 ]
 Rate = Annotated[float | None, typer.Option(help="Share of clean inputs that may be flagged.")]
+QueueUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--queue",
+        envvar="GUARD_QUEUE_URL",
+        show_envvar=False,
+        help="Queue of flagged inputs: a SQLite file, or postgresql+psycopg://...; better in GUARD_QUEUE_URL.",
+    ),
+]
 Preprocess = Annotated[
     str | None,
     typer.Option(

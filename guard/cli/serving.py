@@ -17,12 +17,13 @@ from guard.cli.options import (
     Bundles,
     ExtraFile,
     ModelFile,
+    QueueUrl,
     Rate,
     Settings,
     Weights,
     handler_argument,
 )
-from guard.cli.output import progress_bar, say
+from guard.cli.output import progress_bar, say, tell
 from guard.errors import ConfigError, ServerError
 
 
@@ -54,12 +55,14 @@ def archive(
     ] = None,
     pin: Annotated[bool, typer.Option("--pin", help="Serve the embedded bundle only; do not follow ACTIVE.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an archive of that name.")] = False,
+    queue: QueueUrl = None,
     settings: Settings = None,
 ) -> None:
     """Put the model and its guard into a TorchServe archive."""
     from guard.bundle import BundleStore, read_bundle
     from guard.config import load_settings
     from guard.pipeline import Guard
+    from guard.relabel.address import queue_url
     from guard.serving.guarded import ServedModel, make_guarded_archive
     from guard.suspect import SuspectModel
     from guard.weights import check_weights_file
@@ -72,6 +75,7 @@ def archive(
         failure_mode=failure_mode,
         rows_per_request=rows,
         verdict_in_body=verdict_in_body,
+        queue_url=queue_url(queue) if queue else None,
     )
     if handler is None and architecture is None:
         raise ConfigError("give --architecture (for the image handler), or --handler with your own.")
@@ -135,14 +139,34 @@ def serve(
     token: Annotated[bool, typer.Option("--token/--no-token", help="Ask callers for a key.")] = True,
     work_dir: Annotated[Path | None, typer.Option(help="Folder of logs and keys; default: a temporary one.")] = None,
     ready_timeout: Annotated[float, typer.Option(help="Seconds until the models must be ready.")] = 120.0,
+    queue: QueueUrl = None,
+    review: Annotated[bool, typer.Option("--review", help="Also start the review page (needs --queue).")] = False,
+    review_port: Annotated[int, typer.Option(help="Port of the review page.")] = 8090,
+    review_option: Annotated[
+        list[str] | None, typer.Option(metavar="<text>", help="Passed on to `guard review`; may be repeated.")
+    ] = None,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Also start a retrainer for every guarded model (needs --queue).")
+    ] = False,
+    retrain_option: Annotated[
+        list[str] | None, typer.Option(metavar="<text>", help="Passed on to `guard retrainer`; may be repeated.")
+    ] = None,
 ) -> None:
     """Serve archives on loopback until Ctrl-C.
 
     Starts TorchServe, waits until every model answers, prints a line to try it, and stops it on Ctrl-C or SIGTERM.
+    With --queue, flagged inputs go to a queue; review page and retrainer run beside the server, are started again if
+    they die, and stop with it.
     """
+    from guard.relabel.address import queue_url
+    from guard.serving.companion import Companion
+    from guard.serving.guarded import followed_bundles
     from guard.serving.torchserve import TorchServeInstance
 
     names = [name.removesuffix(".mar") for name in models or ()]
+    url = queue_url(queue) if queue else None
+    if (review or retrain) and url is None:
+        raise ConfigError("--review and --retrain need a queue. Name one with --queue.")
     if not any(model_store.glob("*.mar")):
         raise ServerError(f"there is no archive in {model_store}. Make one with `guard archive`.")
     instance = TorchServeInstance(
@@ -156,6 +180,7 @@ def serve(
         batch_size=batch_size,
         max_batch_delay_ms=max_batch_delay_ms,
         token_authorization=token,
+        environment={"GUARD_QUEUE_URL": url} if url else {},
     )
     stopped = threading.Event()
     is_ready = threading.Event()
@@ -177,11 +202,44 @@ def serve(
             say(f"keys in {instance.work_dir / 'key_file.json'}")
         for name in instance.models_served:
             say(curl_line(instance.inference_url, name, instance.token()))
-        say("Ctrl-C stops it.")
-        sys.stdout.flush()
-        while not stopped.wait(0.5):
-            if not instance.is_alive():
-                raise ServerError("TorchServe has ended by itself. Start it with --work-dir, and look at its logs.")
+        bundles = {name: followed_bundles(path) for name, path in instance.archives_served.items()}
+        followed = {name: folder for name, folder in bundles.items() if folder is not None}
+        commands = {}
+        if review:
+            folders = list(dict.fromkeys(map(str, followed.values())))
+            if len(folders) > 1:
+                tell(f"the review page knows the bundles in {folders[0]} only: other models' classes go by numbers")
+            known = ["--bundles", folders[0]] if folders else []
+            commands["review page"] = ["review", "--port", str(review_port), *known, *(review_option or ())]
+            say(f"review page on http://127.0.0.1:{review_port}")
+        for name, folder in followed.items() if retrain else ():
+            commands[f"retrainer of {name}"] = [
+                *("retrainer", "--model", name, "--bundles", str(folder)),
+                *(retrain_option or ()),
+            ]
+        logs = instance.work_dir / "logs"
+        companions = [
+            Companion(
+                name,
+                [sys.executable, "-m", "guard.cli", *command],
+                folder=Path.cwd(),
+                log=logs / f"{name.replace(' ', '_')}.log",
+                environment={"GUARD_QUEUE_URL": str(url)},  # not in the command line, which everybody can see
+            )
+            for name, command in commands.items()
+        ]
+        with contextlib.ExitStack() as running:
+            for companion in companions:
+                running.callback(companion.stop)
+                companion.start()
+            say("Ctrl-C stops it.")
+            sys.stdout.flush()
+            while not stopped.wait(0.5):
+                if not instance.is_alive():
+                    raise ServerError("TorchServe has ended by itself. Start it with --work-dir, and look at its logs.")
+                for companion in companions:
+                    if happened := companion.keep_alive():
+                        tell(happened)
     say("stopped")
 
 

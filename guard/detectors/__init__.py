@@ -1,6 +1,7 @@
 """Detectors: one file each. To add one, write the file and add its line here."""
 
 from guard.detectors.base import Detector
+from guard.detectors.demarcation import Demarcation
 from guard.detectors.disagreement import HeadDisagreement
 from guard.detectors.lof import PerClassLof
 
@@ -10,4 +11,7 @@ DETECTORS: dict[str, type[Detector]] = {
     "disagreement": HeadDisagreement,
 }
 
-__all__ = ["DETECTORS", "Detector"]
+#: Everything that a bundle may hold. Demarcation joins only where there are anomalies to learn from: never in `fit`.
+KINDS: dict[str, type[Detector] | type[Demarcation]] = {**DETECTORS, "demarcation": Demarcation}
+
+__all__ = ["DETECTORS", "KINDS", "Demarcation", "Detector"]

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from guard.errors import GuardError, InputRejectedError
+from guard.serving.review_queue import Receipt
 from guard.serving.runtime import Outcome
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,9 @@ class Answer:
     is_error: bool = False
 
 
-def make_answer(outcome: Outcome, body: Any, digest: str, *, verdict_in_body: bool = False) -> Answer:
+def make_answer(
+    outcome: Outcome, body: Any, digest: str, *, verdict_in_body: bool = False, receipt: Receipt | None = None
+) -> Answer:
     """Combine what the model's own handler answered with what the guard says.
 
     Parameters
@@ -39,6 +42,8 @@ def make_answer(outcome: Outcome, body: Any, digest: str, *, verdict_in_body: bo
     verdict_in_body : bool
         Also add the verdict to a JSON body: under the key `guard` of an object; any other JSON value becomes
         `{"prediction": value, "guard": ...}`. A body that is no JSON is left alone.
+    receipt : str, optional
+        What became of a flagged input in the queue of the reviewers; None = it was not sent there.
     """
     verdict = outcome.verdict
     if verdict is None:
@@ -57,6 +62,8 @@ def make_answer(outcome: Outcome, body: Any, digest: str, *, verdict_in_body: bo
         "Guard-Action": action,
         "Guard-Bundle": digest,
     }
+    if receipt is not None:
+        headers["Guard-Review"] = receipt
     if action == "block":
         message = f"the input was judged poisoned and blocked: {verdict.reason}."
         return Answer(422, error_body(422, "InputBlocked", message, p_value=verdict.p_value), headers, is_error=True)

@@ -9,6 +9,7 @@ import site
 import sys
 import sysconfig
 import tempfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,6 +148,24 @@ def make_guarded_archive(
             version=model.version,
             force=force,
         )
+
+
+def followed_bundles(archive: Path) -> Path | None:
+    """Return the folder of bundles whose ACTIVE an archive's guard follows; None if it has no guard, or is pinned.
+
+    Raises
+    ------
+    ArchiveError
+        If the archive cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            if "guard_archive.json" not in packed.namelist():
+                return None
+            bundles = json.loads(packed.read("guard_archive.json"))["bundles"]
+    except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
+        raise ArchiveError(f"{archive.name} cannot be read ({type(error).__name__}). Make it again.") from error
+    return None if bundles is None else Path(bundles)
 
 
 def _handler_and_files(model: ServedModel, scratch: Path) -> tuple[Path | str, list[Path]]:

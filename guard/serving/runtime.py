@@ -20,6 +20,8 @@ from guard.bundle import BundleStore
 from guard.config import SERVING_SETTINGS
 from guard.errors import BundleError, GuardError, InputRejectedError, SuspectModelError
 from guard.pipeline import Guard
+from guard.serving.evidence import Evidence, collect_evidence
+from guard.serving.review_queue import RECEIPTS, Flagged, Receipt, ReviewQueue
 from guard.suspect import SuspectModel
 from guard.telemetry import OUTCOMES, UNSCORED_REASONS, MetricBuffer
 from guard.types import Activations, BoolArray, Verdict
@@ -47,6 +49,8 @@ class Outcome:
         One word of `telemetry.UNSCORED_REASONS` where there is no verdict, else "".
     message : str
         One line for the sender where there is no verdict, else "".
+    evidence : Evidence or None
+        For `poisoned`, where flagged inputs are queued for review.
     """
 
     kind: OutcomeKind
@@ -54,6 +58,7 @@ class Outcome:
     status: int = 200
     reason: str = ""
     message: str = ""
+    evidence: Evidence | None = None
 
 
 @dataclass(slots=True)
@@ -125,6 +130,8 @@ class GuardRuntime:
         self._watched: Guard | None = None
         self._record: Record | None = None
         self.model_name = model_name
+        queue_url = self._settings.get("queue_url")
+        self.review_queue = ReviewQueue(queue_url, model_name) if queue_url else None
         self.metrics = MetricBuffer()
         self.current = self._first()
         self._declare_series()
@@ -136,6 +143,8 @@ class GuardRuntime:
         with self._turn:
             self._hooks.close()
             self._watched = None
+        if self.review_queue is not None:
+            self.review_queue.close()
 
     @contextmanager
     def watching(self, guard: Guard | None) -> Iterator[Record]:
@@ -202,7 +211,7 @@ class GuardRuntime:
                 return [unscored(guard, "shape", 422, message)] * len(activations)
             # Infinity in the input may be gone from the activations: ReLU, pooling and clamping swallow it.
             if _surely_finite(activations) and math.isfinite(inputs.sum().item()):
-                return [_judged(verdict) for verdict in guard.decide(activations)]
+                return self._judge_rows(guard, activations, inputs)
             return self._judge_finite_rows(guard, activations, inputs)
         except Exception as error:
             logger.error("the guard failed on a batch: %s", type(error).__name__)  # no content of requests in logs
@@ -225,13 +234,30 @@ class GuardRuntime:
         self.metrics.observe(name, self.model_name, "handler", value=total_seconds - guard_seconds)
         self.metrics.observe(name, self.model_name, "guard", value=guard_seconds)
 
+    def send_to_review(self, flagged: list[Flagged], guard: Guard) -> list[Receipt]:
+        """Queue the flagged requests of one batch for review; count and return one receipt each."""
+        if not flagged or self.review_queue is None:
+            return []
+        receipts = self.review_queue.send(flagged, str(guard.digest))
+        for receipt in receipts:
+            self.metrics.count("guard_queued_total", self.model_name, receipt)
+        return receipts
+
+    def _judge_rows(self, guard: Guard, activations: Activations, inputs: torch.Tensor) -> list[Outcome]:
+        verdicts = guard.decide(activations)
+        if self.review_queue is None:
+            return [_judged(verdict) for verdict in verdicts]
+        evidence = collect_evidence(guard, activations, inputs, verdicts)
+        return [_judged(*pair) for pair in zip(verdicts, evidence, strict=True)]
+
     def _judge_finite_rows(self, guard: Guard, activations: Activations, inputs: torch.Tensor) -> list[Outcome]:
         input_finite = torch.isfinite(inputs).flatten(1).all(dim=1).cpu().numpy()
         if len(input_finite) != len(activations):
             raise SuspectModelError(f"the model made {len(activations)} rows of {len(input_finite)} inputs.")
         finite = activations.finite_rows()
         scored = finite & input_finite
-        judged = iter([_judged(verdict) for verdict in guard.decide(activations[scored])] if scored.any() else [])
+        rows = torch.from_numpy(np.flatnonzero(scored)).to(inputs.device)
+        judged = iter(self._judge_rows(guard, activations[scored], inputs[rows]) if scored.any() else [])
         outcomes = []
         for row, is_finite in enumerate(finite.tolist()):
             if not input_finite[row]:
@@ -317,6 +343,9 @@ class GuardRuntime:
         self._declare_verdicts()
         for reason in UNSCORED_REASONS:
             self.metrics.count("guard_bypassed_total", self.model_name, reason, amount=0)
+        if self.review_queue is not None:
+            for receipt in RECEIPTS:
+                self.metrics.count("guard_queued_total", self.model_name, receipt, amount=0)
         for outcome in ("taken", "refused"):
             self.metrics.count("guard_bundle_swaps_total", self.model_name, outcome, amount=0)
         self.metrics.count("guard_requests_total", self.model_name, "200", amount=0)
@@ -369,8 +398,8 @@ def _wrong_shape(guard: Guard, inputs: torch.Tensor) -> str:
     return f"the model's input has shape {tuple(inputs.shape[1:])}, the guard was fitted on {guard.input_shape}."
 
 
-def _judged(verdict: Verdict) -> Outcome:
-    return Outcome("poisoned" if verdict.is_poisoned else "clean", verdict)
+def _judged(verdict: Verdict, evidence: Evidence | None = None) -> Outcome:
+    return Outcome("poisoned" if verdict.is_poisoned else "clean", verdict, evidence=evidence)
 
 
 def _surely_finite(activations: Activations) -> bool:

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -20,9 +19,9 @@ import psutil
 
 from guard.errors import ServerError
 from guard.resources import resource_path
-from guard.serving import supervisor
 from guard.serving.archive import Archive, find_archives
 from guard.serving.client import NO_REPLY, Client
+from guard.serving.companion import end_supervised, start_supervised
 from guard.serving.launch import format_properties, java_command, server_environment, server_settings
 from guard.serving.ports import LOOPBACK, Ports, choose_ports
 from guard.serving.server_log import ServerLogs, failed_model, worker_exception
@@ -176,16 +175,7 @@ class TorchServeInstance:
         process, self._process = self._process, None
         if process is not None:
             self._record_processes(process)
-            assert process.stdin is not None
-            assert process.stdout is not None
-            with contextlib.suppress(OSError):
-                process.stdin.close()
-            try:
-                process.wait(GRACE_SECONDS + 5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            process.stdout.close()
+            end_supervised(process, GRACE_SECONDS)
         for child in self._seen.values():
             with contextlib.suppress(psutil.Error):
                 child.kill()  # psutil checks that the pid still means the same process
@@ -231,6 +221,11 @@ class TorchServeInstance:
     def models_served(self) -> list[str]:
         """Names under which the models are served, known after `start`."""
         return sorted(self._served)
+
+    @property
+    def archives_served(self) -> dict[str, Path]:
+        """Archive by the name under which its model is served, known after `start`."""
+        return {name: self.model_store / archive.file for name, archive in sorted(self._served.items())}
 
     def is_alive(self) -> bool:
         """Return whether the server still runs."""
@@ -348,29 +343,14 @@ class TorchServeInstance:
 
     def _spawn(self, command: list[str]) -> None:
         assert self._temp_dir is not None
-        remove = [str(self._temp_dir)]
-        if self._requested_work_dir is None:
-            remove.append(str(self.work_dir))
-        job = {
-            "command": command,
-            "folder": str(self.work_dir),
-            "log": str(self.work_dir / "logs" / "console.log"),
-            "parent": os.getpid(),
-            "grace_seconds": GRACE_SECONDS,
-            "remove": remove,
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(Path(supervisor.__file__)), json.dumps(job)],
-            env=server_environment(self._temp_dir, self.work_dir / "logs", self.environment),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # so that Ctrl-C reaches us alone, and we stop the server in order
+        self._process, self._java_pid = start_supervised(
+            command,
+            folder=self.work_dir,
+            log=self.work_dir / "logs" / "console.log",
+            environment=server_environment(self._temp_dir, self.work_dir / "logs", self.environment),
+            grace_seconds=GRACE_SECONDS,
+            remove=[self._temp_dir, *([self.work_dir] if self._requested_work_dir is None else [])],
         )
-        assert self._process.stdout is not None
-        first_line = self._process.stdout.readline()
-        if not first_line.strip().isdigit():
-            raise ServerError(f"TorchServe cannot be started: the supervisor of {command[0]} ended at once.")
-        self._java_pid = int(first_line)
 
     # --- watching
 

@@ -1,0 +1,246 @@
+"""The commands for people who review: `guard review`, and below it users and files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from guard.cli.options import Architecture, Bundles, Device, QueueUrl
+from guard.cli.output import print_warning, progress_bar, say, tell, write
+from guard.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from guard.relabel.queue import Queue
+    from guard.review.desk import Desk
+
+Name = Annotated[str, typer.Argument(help="Name of the reviewer.")]
+
+review_app = typer.Typer(
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    help="Review flagged inputs in the browser; add reviewers; take items and answers in and out.",
+)
+
+
+@review_app.callback()
+def review(
+    context: typer.Context,
+    queue: QueueUrl = None,
+    bundles: Bundles = Path("bundles"),
+    images: Annotated[
+        Path | None, typer.Option(help="The clean images that the guard was fitted on, to compare with.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights of the suspect model, for maps of where it looks.")
+    ] = None,
+    architecture: Architecture = None,
+    device: Device = "cpu",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 = any free one.")] = 8090,
+    quorum: Annotated[int, typer.Option(help="Reviewers who must agree before 'poisoned' counts.")] = 1,
+    lease_minutes: Annotated[float, typer.Option(help="How long an item belongs to who looks at it.")] = 10.0,
+    retention_days: Annotated[
+        float, typer.Option(help="Days after which images are removed, unless answered and not yet learned from.")
+    ] = 30.0,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="<str>", help="Name that browsers may ask for, besides the loopback's; may be repeated."),
+    ] = None,
+    certificate: Annotated[Path | None, typer.Option(help="PEM file, to serve https.")] = None,
+    key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's key.")] = None,
+) -> None:
+    """Serve the review page until Ctrl-C."""
+    if context.invoked_subcommand is not None:
+        context.obj = queue
+        return
+    from guard.relabel.queue import Queue
+    from guard.relabel.settings import QueueSettings
+    from guard.review.desk import ReviewSettings
+    from guard.review.server import LOOPBACK_ADDRESSES, serve_until_stopped
+
+    if (certificate is None) != (key is None):
+        raise ConfigError("--certificate and --key go together. Give both, or neither.")
+    names = tuple(allowed_host or ())
+    if host not in LOOPBACK_ADDRESSES and certificate is None:
+        print_warning(f"--host {host} without --certificate: tokens cross the network in clear. Put https before it.")
+    if host not in (*LOOPBACK_ADDRESSES, "0.0.0.0", "::"):
+        names = (*names, host)
+    settings = QueueSettings(quorum=quorum, lease_s=60 * lease_minutes, retention_days=retention_days)
+    with Queue.open(_named(queue), settings) as opened:
+        desk = open_desk(opened, bundles, images, weights, architecture, device, ReviewSettings(allowed_hosts=names))
+        if not desk.reviewers.names():
+            tell("there is no reviewer yet: guard review --queue ... add-user NAME --role admin")
+        pem = {name: str(path) if path else None for name, path in (("certificate", certificate), ("key", key))}
+        serve_until_stopped(desk, host, port, **pem, on_ready=_say_ready)
+    say("stopped")
+
+
+@review_app.command("add-user")
+def add_user(
+    context: typer.Context,
+    name: Name,
+    role: Annotated[str, typer.Option(help="reviewer or admin.")] = "reviewer",
+    queue: QueueUrl = None,
+) -> None:
+    """Add a reviewer, and print the token this once."""
+    from guard.relabel.reviewers import ROLES, Reviewers
+
+    chosen = next((one for one in ROLES if one == role), None)
+    if chosen is None:
+        raise ConfigError(f"--role must be one of {', '.join(ROLES)}, got {role!r}.")
+    with _open(context, queue) as opened:
+        token = Reviewers(opened).add(name, chosen)
+    tell(f"{name} is {'an admin' if role == 'admin' else 'a reviewer'} now. The token, shown this once:")
+    say(token)
+
+
+@review_app.command("disable-user")
+def disable_user(context: typer.Context, name: Name, queue: QueueUrl = None) -> None:
+    """Make a reviewer's token and sessions worthless; answers stay. `add-user` enables again, with a new token."""
+    from guard.relabel.reviewers import Reviewers
+
+    with _open(context, queue) as opened:
+        Reviewers(opened).disable(name)
+    say(f"disabled: {name}")
+
+
+@review_app.command("users")
+def users(context: typer.Context, queue: QueueUrl = None) -> None:
+    """List the reviewers, with their role and how they answered items whose answer is known."""
+    from guard.relabel.reviewers import Reviewers
+
+    with _open(context, queue) as opened:
+        for reviewer in Reviewers(opened).all():
+            gold = opened.gold_results(reviewer.name)
+            known = f"; {gold.right} of {gold.asked} known items right" if gold.asked else ""
+            say(f"{reviewer.name} ({reviewer.role}){known}")
+
+
+@review_app.command("export")
+def export(
+    context: typer.Context,
+    output: Annotated[Path | None, typer.Option(help="File to write to; default is the terminal.")] = None,
+    output_format: Annotated[
+        str, typer.Option("--format", help="label-studio, csv, or labelling-config (for a Label Studio project).")
+    ] = "label-studio",
+    what: Annotated[str, typer.Option(help="open, answered or all.")] = "open",
+    bundles: Bundles = Path("bundles"),
+    queue: QueueUrl = None,
+) -> None:
+    """Write items to a file, so that a team may label them elsewhere."""
+    from guard.relabel import exchange
+    from guard.review.admin import EXPORTS
+    from guard.review.pictures import picture_of_tensor
+
+    if what not in EXPORTS:
+        raise ConfigError(f"--what must be one of {', '.join(EXPORTS)}, got {what!r}.")
+    with _open(context, queue) as opened:
+        desk = open_desk(opened, bundles)
+        items = exchange.items_in(opened, EXPORTS[what])
+        if output_format == "label-studio":
+            parts = exchange.write_label_studio(items, desk.names, lambda one: picture_of_tensor(one.inputs))
+        elif output_format == "csv":
+            parts = exchange.write_csv(items, desk.names)
+        elif output_format == "labelling-config":
+            first = next(items, None)
+            if first is None:
+                raise DataError("there is no item to take the classes from.")
+            parts = iter([exchange.labelling_config(desk.names(first.input))])
+        else:
+            raise ConfigError(f"--format must be label-studio, csv or labelling-config, got {output_format!r}.")
+        if output is None:
+            for part in parts:
+                write(part)
+            return
+        with output.open("w", encoding="utf-8", newline="") as file:
+            file.writelines(parts)
+    say(str(output))
+
+
+@review_app.command("import")
+def import_file(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="Label Studio JSON, or CSV with item, verdict and true_label.")],
+    reviewer: Annotated[str, typer.Option(help="In whose name the answers are saved.")],
+    bundles: Bundles = Path("bundles"),
+    quorum: Annotated[int, typer.Option(help="As the page's.")] = 1,
+    queue: QueueUrl = None,
+) -> None:
+    """Save the answers of a file: all of them, or none and say why."""
+    from guard.relabel.reviewers import Reviewers
+    from guard.review.admin import import_text
+
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read as UTF-8 text: {error}.") from error
+    with _open(context, queue, quorum=quorum) as opened:
+        if reviewer not in Reviewers(opened).names():
+            raise DataError(f"there is no reviewer {reviewer!r}. Add one with `guard review add-user`.")
+        done = import_text(open_desk(opened, bundles), reviewer, text)
+    say(f"{done.saved} answers saved, {done.known} there already, {done.unanswered} rows unanswered")
+
+
+def open_desk(
+    queue: Queue,
+    bundles: Path,
+    images: Path | None = None,
+    weights: Path | None = None,
+    architecture: str | None = None,
+    device: str = "cpu",
+    settings: Any = None,
+) -> Desk:
+    """Return what the page works with, from what the command line names."""
+    from guard.relabel.reviewers import Reviewers
+    from guard.relabel.rounds import Rounds
+    from guard.review.desk import CleanImages, Desk, ReviewSettings
+    from guard.review.known_bundles import KnownBundles
+    from guard.review.occlusion import Occlusion
+
+    if (weights is None) != (architecture is None):
+        raise ConfigError("--weights and --architecture go together. Give both, or neither.")
+    clean = occlusion = None
+    if images is not None:
+        from guard.cli.images import find_images, preprocessing, read_all
+
+        with progress_bar("reading images") as report:
+            found = find_images(images)
+            if found.labels is None:
+                raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
+            clean = CleanImages(read_all(found, preprocessing(None), report), found.labels)
+    if weights is not None and architecture is not None:
+        from guard.suspect import SuspectModel
+
+        occlusion = Occlusion(SuspectModel.load(weights, architecture, device=device))
+    return Desk(
+        queue,
+        Reviewers(queue),
+        Rounds(queue),
+        KnownBundles(bundles if bundles.is_dir() else None),
+        clean,
+        occlusion,
+        settings or ReviewSettings(),
+    )
+
+
+def _say_ready(url: str) -> None:
+    say(f"review page on {url}; Ctrl-C stops it.")
+    sys.stdout.flush()
+
+
+def _open(context: typer.Context, queue: str | None, *, quorum: int = 1) -> Queue:
+    from guard.relabel.queue import Queue
+    from guard.relabel.settings import QueueSettings
+
+    return Queue.open(_named(queue or context.obj), QueueSettings(quorum=quorum))
+
+
+def _named(queue: str | None) -> str:
+    from guard.relabel.address import queue_url
+
+    if not queue:
+        raise ConfigError("name the queue: --queue queue.db, or GUARD_QUEUE_URL in the environment.")
+    return queue_url(queue)

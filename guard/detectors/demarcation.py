@@ -1,0 +1,102 @@
+"""A line between the anomalies of the traffic and clean inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from guard.errors import DataError, NotFittedError
+from guard.types import FEATURES, Activations, AnyArray, Float64Array
+
+_MAX_ITER = 20_000
+
+
+@dataclass
+class Demarcation:
+    """Linear support vector machine between purified anomalies and clean inputs, on the features of one depth.
+
+    The binary classifier of RAID [1]_. It knows what was seen in the traffic, where the other detectors know only what
+    clean images look like; it is blind to a trigger that was not among the anomalies, and so joins the others instead
+    of replacing them. Its false alarms are bounded as theirs are, by calibration on clean images out of fold.
+
+    Both classes weigh the same, however few the anomalies are. Features are standardised by the clean inputs; the
+    standardisation is folded into the weights afterwards, so that a fitted one is a vector and a number.
+
+    Parameters
+    ----------
+    depth : str
+        Where to look: `"features"` or the name of a depth.
+    softness : float
+        C of the machine times the number of features, > 0: the smaller, the wider the margin.
+
+    References
+    ----------
+    .. [1] Fu et al. (2022), A Feature-Based On-Line Detector to Remove Adversarial-Backdoors by Iterative Demarcation,
+       IEEE Access 10. Only its abstract was at hand: the kernel and the anomaly detector are choices of ours.
+    """
+
+    depth: str = FEATURES
+    softness: float = 0.5
+
+    def fit(self, clean: Activations, anomalies: Activations) -> Self:
+        """Learn from clean inputs and from anomalies of the traffic.
+
+        Raises
+        ------
+        DataError
+            If one of the two is empty, or a value is not finite.
+        """
+        from sklearn.svm import LinearSVC  # here, because scoring does without: a server loads less
+
+        if not len(clean) or not len(anomalies):
+            raise DataError(f"a line needs inputs on both sides, got {len(clean)} clean, {len(anomalies)} anomalies.")
+        features = np.concatenate([clean.at(self.depth), anomalies.at(self.depth)]).astype(np.float64)
+        if not np.isfinite(features).all():
+            raise DataError(f"{self.depth} must be finite: a NaN or an infinity was found.")
+        mean, spread = features[: len(clean)].mean(axis=0), features[: len(clean)].std(axis=0)
+        # A feature that is constant on clean inputs may be the trigger's own: it keeps its unit, the mean spread.
+        usual = float(spread.mean()) or 1.0
+        scale = np.maximum(spread, 0.1 * usual)
+        is_anomaly = np.arange(len(features)) >= len(clean)
+        cost = self.softness / features.shape[1]
+        machine = LinearSVC(C=cost, class_weight="balanced", dual="auto", max_iter=_MAX_ITER, random_state=0)
+        machine.fit((features - mean) / scale, is_anomaly)
+        self.weights_: Float64Array = machine.coef_[0] / scale
+        self.offset_ = float(machine.intercept_[0] - mean @ self.weights_)
+        return self
+
+    def score(self, activations: Activations) -> Float64Array:
+        """Return the signed distance from the line in margins, shape (n,), float64; above 0 = with the anomalies.
+
+        Raises
+        ------
+        NotFittedError
+            If `fit` has not been called.
+        DataError
+            If the number of columns differs from `fit`.
+        """
+        if not hasattr(self, "weights_"):
+            raise NotFittedError("Demarcation is not fitted. Call fit(clean, anomalies) first.")
+        features = activations.at(self.depth)
+        if features.shape[1] != len(self.weights_):
+            raise DataError(
+                f"{self.depth} have {features.shape[1]} columns, fit saw {len(self.weights_)}."
+                " Is the split layer the same?"
+            )
+        scores: Float64Array = features.astype(np.float64) @ self.weights_ + self.offset_
+        return scores
+
+    def state(self) -> dict[str, AnyArray]:
+        """Return weights and offset."""
+        return {"weights": self.weights_, "offset": np.array([self.offset_])}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, AnyArray], **settings: Any) -> Self:
+        """Return a fitted one from what `state` returned."""
+        machine = cls(**settings)
+        machine.weights_ = np.ascontiguousarray(state["weights"], dtype=np.float64)
+        machine.offset_ = float(state["offset"][0])
+        return machine

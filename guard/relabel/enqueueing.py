@@ -1,0 +1,121 @@
+"""Put flagged inputs into the queue: one transaction per batch, and a fair sample when there is no room."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sqlalchemy.engine import Connection
+
+from guard.errors import BodyTooLarge
+from guard.relabel import statements
+from guard.relabel.items import Enqueued, FlaggedInput, State
+from guard.relabel.reservoir import GroupKey, Reservoir, Waiting
+from guard.relabel.rows import Rows
+from guard.relabel.settings import QueueSettings
+
+#: Pending items that are looked at per new input, when room is sought.
+_LOOK_AT = 2
+#: Seconds for which the sizes of the groups are believed.
+_SIZES_AGE_S = 1.0
+
+
+def check_bodies(inputs: Sequence[FlaggedInput], settings: QueueSettings) -> None:
+    """Raise `BodyTooLarge` if a body is larger than the settings allow; nothing of the batch is stored then."""
+    largest = settings.max_body_bytes
+    positions = tuple(place for place, one in enumerate(inputs) if len(one.body) > largest)
+    if positions:
+        size = len(inputs[positions[0]].body)
+        raise BodyTooLarge(
+            f"max_body_bytes is {largest}, got a body of {size} bytes (input {positions[0]} of {len(inputs)}). "
+            "Raise the setting, or leave the input out.",
+            positions,
+        )
+
+
+class Admission:
+    """Writes batches of new items; remembers for a moment how large the groups are."""
+
+    def __init__(self, settings: QueueSettings) -> None:
+        self._settings = settings
+        self._sizes: Counter[GroupKey] = Counter()
+        self._sizes_at = float("-inf")
+
+    def admit(self, connection: Connection, batch: Sequence[Rows]) -> Enqueued:
+        """Store what there is room for, and count what is dropped, in the caller's transaction."""
+        if not batch:
+            return Enqueued((), 0)
+        last_id, held_items, held_bytes = connection.execute(statements.LEDGER).one()
+        look_at = max(16, _LOOK_AT * len(batch))
+
+        def lowest(group: GroupKey) -> Iterable[Waiting]:
+            values = {"model": group[0], "suspect_label": group[1], "n": look_at}
+            return [Waiting(*row) for row in connection.execute(statements.LOWEST_TICKETS, values).all()]
+
+        reservoir = Reservoir(
+            max(0, self._settings.max_items - held_items),  # below 0 after a setting was lowered: then none is added
+            max(0, self._settings.max_bytes - held_bytes),
+            lowest,
+            lambda: self._group_sizes(connection),
+        )
+        for place, rows in enumerate(batch):
+            reservoir.offer(place, rows.group_key, rows.item["ticket"], rows.size)
+        remove_items(connection, list(reservoir.removed), State.DISCARDED)
+        numbers = {place: last_id + 1 + rank for rank, place in enumerate(reservoir.kept)}
+        insert_rows(connection, {number: batch[place] for place, number in numbers.items()})
+        update_ledger(
+            connection,
+            new_ids=len(numbers),
+            more_items=len(numbers) - len(reservoir.removed),
+            more_bytes=sum(batch[place].size for place in numbers) - sum(reservoir.removed.values()),
+        )
+        drops = [
+            {"model": model, "suspect_label": label, "dropped": count}
+            for (model, label), count in sorted(reservoir.drops.items())
+        ]
+        if drops:
+            connection.execute(statements.count_drops(connection.dialect.name), drops)
+        return Enqueued(tuple(numbers.get(place) for place in range(len(batch))), sum(reservoir.drops.values()))
+
+    def _group_sizes(self, connection: Connection) -> Counter[GroupKey]:
+        if time.monotonic() - self._sizes_at > _SIZES_AGE_S:
+            rows = connection.execute(statements.PENDING_PER_GROUP)
+            self._sizes = Counter({(model, label): count for model, label, count in rows})
+            self._sizes_at = time.monotonic()
+        return self._sizes
+
+
+def insert_gold(connection: Connection, rows: Rows, is_poisoned: bool, true_label: int | None) -> int:
+    """Store an item whose answer is known, and return its number; there is always room for it."""
+    last_id, _, _ = connection.execute(statements.LEDGER).one()
+    insert_rows(connection, {last_id + 1: rows})
+    values: dict[str, Any] = {"item_id": last_id + 1, "is_poisoned": is_poisoned, "true_label": true_label}
+    connection.execute(statements.INSERT_GOLD, values)
+    update_ledger(connection, new_ids=1, more_items=1, more_bytes=rows.size)
+    return int(last_id + 1)
+
+
+def insert_rows(connection: Connection, batch: dict[int, Rows]) -> None:
+    """Insert items under their numbers."""
+    if batch:
+        connection.execute(statements.INSERT_ITEM, [{"id": number} | rows.item for number, rows in batch.items()])
+        connection.execute(
+            statements.INSERT_BLOBS, [{"item_id": number} | rows.blobs for number, rows in batch.items()]
+        )
+
+
+def remove_items(connection: Connection, ids: Sequence[int], state: State) -> None:
+    """Take items out of the queue: their images go, their row stays."""
+    if ids:
+        named = [{"item_id": item_id} for item_id in ids]
+        connection.execute(statements.DELETE_BLOBS, named)
+        connection.execute(statements.DELETE_SKIPS, named)
+        connection.execute(statements.REMOVE_ITEM, [one | {"new_state": state.value} for one in named])
+
+
+def update_ledger(connection: Connection, *, new_ids: int = 0, more_items: int, more_bytes: int) -> None:
+    """Note what came and went."""
+    values = {"new_ids": new_ids, "more_items": more_items, "more_bytes": more_bytes}
+    connection.execute(statements.UPDATE_LEDGER, values)

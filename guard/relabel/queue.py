@@ -1,0 +1,384 @@
+"""The queue of flagged inputs: durable, bounded, shared by servers, reviewers and the retrainer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from types import TracebackType
+
+import sqlalchemy as sa
+
+from guard.errors import QueueKeyError
+from guard.relabel import chain, claiming, reading, statements, sweeping
+from guard.relabel.chain import Audit
+from guard.relabel.courier import Courier
+from guard.relabel.database import Database
+from guard.relabel.deciding import Deciding
+from guard.relabel.encryption import KEY_VARIABLE, Cipher
+from guard.relabel.enqueueing import Admission, check_bodies, insert_gold
+from guard.relabel.items import (
+    Answer,
+    Counts,
+    Decision,
+    Enqueued,
+    FlaggedInput,
+    GoldResult,
+    Group,
+    QueueItem,
+    State,
+    Swept,
+)
+from guard.relabel.migrating import migrate
+from guard.relabel.rows import Codec
+from guard.relabel.schema import ledger
+from guard.relabel.settings import QueueSettings
+from guard.relabel.statements import Order
+from guard.types import Float32Array, IntArray
+
+#: Groups that are set per transaction, so that nobody waits long.
+_AT_ONCE = 200
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Queue:
+    """Flagged inputs on their way to a reviewer and back. Safe to use from several threads and processes.
+
+    Every method raises `QueueUnavailable` if the database is locked, full or gone; the same queue works again as soon
+    as the database does.
+    """
+
+    def __init__(
+        self, database: Database, settings: QueueSettings, cipher: Cipher | None, clock: Callable[[], datetime]
+    ) -> None:
+        self.database = database
+        self.settings = settings
+        self.clock = clock
+        self._codec = Codec(cipher)
+        self._admission = Admission(settings)
+        self._courier = Courier()
+        self._random = random.SystemRandom()
+
+    @classmethod
+    def open(
+        cls, url: str, settings: QueueSettings | None = None, *, clock: Callable[[], datetime] = _utc_now
+    ) -> Queue:
+        """Open a queue, and build or migrate its tables.
+
+        Parameters
+        ----------
+        url : str
+            `sqlite:///path` or `postgresql://user@host/name`.
+        settings : QueueSettings, optional
+        clock : callable
+            -> the time now, aware UTC; for tests.
+
+        Raises
+        ------
+        ConfigError
+            If the URL is of another kind, or its driver is not installed.
+        QueueError
+            If a newer version of this package wrote the tables.
+        QueueKeyError
+            If the queue is encrypted with another key than `GUARD_QUEUE_KEY`, or that variable holds no key.
+        QueueUnavailable
+            If the database cannot be reached or written.
+        """
+        settings = settings or QueueSettings()
+        cipher = Cipher.from_environment()
+        database = Database(url, settings.wait_s)
+        try:
+            migrate(database)
+            _check_key(database, cipher)
+        except BaseException:
+            database.close()
+            raise
+        return cls(database, settings, cipher, clock)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._courier.close()
+        self.database.close()
+
+    def __enter__(self) -> Queue:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- the server ---
+
+    def enqueue(self, inputs: Sequence[FlaggedInput]) -> Enqueued:
+        """Store flagged inputs in one transaction; when there is no room, a fair sample of each group stays.
+
+        Returns
+        -------
+        enqueued : Enqueued
+            A number per input, None where it was dropped. Drops are counted durably, per group.
+
+        Raises
+        ------
+        BodyTooLarge
+            If a body is larger than `max_body_bytes`; nothing is stored then.
+        QueueUnavailable
+            If the queue cannot be written within `enqueue_timeout_s`.
+        """
+        check_bodies(inputs, self.settings)
+        batch = [self._codec.encode(one, self._random.random()) for one in inputs]
+        timeout_s = self.settings.enqueue_timeout_s
+
+        def store(wait_s: float) -> Enqueued:
+            with self.database.writing(wait_s=wait_s) as connection:
+                return self._admission.admit(connection, batch)
+
+        if self.database.is_sqlite:
+            return store(timeout_s)
+        # A server that is alive says that it is locked before the caller gives up on it.
+        return self._courier.run(lambda: store(0.8 * timeout_s), timeout_s)
+
+    # --- reviewers ---
+
+    def claim(
+        self, reviewer: str, n: int = 1, *, order: Order = "suspicion", group: int | None = None
+    ) -> list[QueueItem]:
+        """Give the reviewer up to `n` pending items for `lease_s` seconds; what the reviewer skipped comes last.
+
+        Parameters
+        ----------
+        reviewer : str
+        n : int
+        order : {"suspicion", "age", "group"}
+            Lowest p-value first, oldest first, or newest group first and ungrouped items last.
+        group : int, optional
+            Only items of this group.
+        """
+        until = self._lease_end()
+        with self.database.writing(passing=True) as connection:
+            ids = claiming.claim(connection, reviewer, n, until, order=order, group=group)
+        return self._read(ids)
+
+    def claim_items(self, reviewer: str, ids: Sequence[int]) -> list[QueueItem]:
+        """Give the reviewer those of the named items that are pending, or already this reviewer's."""
+        until = self._lease_end()
+        with self.database.writing(passing=True) as connection:
+            free = claiming.claim_items(connection, reviewer, ids, until)
+        return self._read(free)
+
+    def renew(self, reviewer: str, ids: Sequence[int]) -> list[int]:
+        """Start the leases of these items anew; return those that were still the reviewer's."""
+        until = self._lease_end()
+        with self.database.writing(passing=True) as connection:
+            return claiming.renew(connection, reviewer, ids, self.clock(), until)
+
+    def release(self, reviewer: str, ids: Sequence[int]) -> list[int]:
+        """Make these items pending again; return those that were still the reviewer's."""
+        with self.database.writing(passing=True) as connection:
+            return claiming.release(connection, reviewer, ids, self.clock())
+
+    def skip(self, reviewer: str, item_id: int) -> None:
+        """Make an item pending again, and the last one that this reviewer sees."""
+        with self.database.writing(passing=True) as connection:
+            claiming.skip(connection, reviewer, item_id, self.clock())
+
+    def decide(
+        self, reviewer: str, item_id: int, *, is_poisoned: bool, true_label: int | None, note: str = ""
+    ) -> Decision:
+        """Answer one claimed item; when this returns, the answer is flushed to disk. See `decide_many`."""
+        answer = Answer(item_id=item_id, is_poisoned=is_poisoned, true_label=true_label, note=note)
+        return self.decide_many(reviewer, [answer])[0]
+
+    def decide_many(self, reviewer: str, answers: Sequence[Answer]) -> list[Decision]:
+        """Answer claimed items, all or none.
+
+        Raises
+        ------
+        LeaseExpired
+            If an item is not, or no longer, claimed by this reviewer.
+        AlreadyDecided
+            If an item was answered already.
+        ItemGone
+            If there is no such item, or its images were removed.
+        UnknownLabel
+            If a true label is none of the model's classes.
+        """
+        with self.database.writing(durable=True) as connection:
+            return Deciding(connection, reviewer, self.settings, self.clock()).answer(answers)
+
+    def supersede(
+        self, reviewer: str, decision_id: int, *, is_poisoned: bool, true_label: int | None, note: str = ""
+    ) -> Decision:
+        """Put another answer in the place of one that stands, one's own or another's; the old row stays.
+
+        An item that was trained with is to be trained with again.
+
+        Raises
+        ------
+        AlreadyDecided
+            If the decision was superseded or withdrawn.
+        ItemGone, UnknownLabel
+            As `decide_many`.
+        QueueError
+            If there is no such decision.
+        """
+        with self.database.writing(durable=True) as connection:
+            deciding = Deciding(connection, reviewer, self.settings, self.clock())
+            return deciding.supersede(decision_id, is_poisoned, true_label, note)
+
+    def withdraw(self, reviewer: str, decision_id: int) -> None:
+        """Take back one's own answer: the row stays, and the item is this reviewer's again.
+
+        Raises
+        ------
+        AlreadyDecided
+            If the decision was superseded or withdrawn.
+        ItemGone
+            If the item's images were removed.
+        QueueError
+            If there is no such decision, or it is another reviewer's.
+        """
+        with self.database.writing(durable=True) as connection:
+            Deciding(connection, reviewer, self.settings, self.clock()).withdraw(decision_id)
+
+    # --- housekeeping ---
+
+    def sweep(self, now: datetime | None = None) -> Swept:
+        """Return ended leases, and remove images older than `retention_days`; run it every few seconds.
+
+        Answered items that no bundle has learned from are kept, however old.
+        """
+        return sweeping.sweep(self.database, self.settings, now or self.clock())
+
+    def verify_decisions(self) -> Audit:
+        """Check the chain of decisions from its first row; reads all of them."""
+        with self.database.reading() as connection:
+            return chain.audit(connection)
+
+    # --- reading ---
+
+    def get(self, item_id: int) -> QueueItem:
+        """Return one item.
+
+        Raises
+        ------
+        ItemGone
+            If there is no such item, or its images were removed.
+        """
+        with self.database.reading() as connection:
+            return reading.read_item(connection, self._codec, item_id)
+
+    def items(
+        self, *, state: State | None = None, model: str | None = None, limit: int = 100, after_id: int = 0
+    ) -> list[QueueItem]:
+        """Return up to `limit` items that still have their images, by number, above `after_id`."""
+        with self.database.reading() as connection:
+            ids = reading.list_items(connection, state=state, model=model, limit=limit, after_id=after_id)
+            return reading.read_items(connection, self._codec, ids)
+
+    def decisions(self, *, after_id: int = 0, reviewer: str | None = None, limit: int = 1000) -> list[Decision]:
+        """Return up to `limit` answers, by number, above `after_id`; also superseded and withdrawn ones."""
+        with self.database.reading() as connection:
+            return reading.list_decisions(connection, after_id=after_id, reviewer=reviewer, limit=limit)
+
+    def counts(self) -> Counts:
+        """Count items, drops and decisions."""
+        with self.database.reading() as connection:
+            return reading.read_counts(connection)
+
+    # --- retraining ---
+
+    def decided(self, model: str, *, untrained_only: bool = False) -> list[QueueItem]:
+        """Return all items of a model whose answer counts; gold items are left out."""
+        with self.database.reading() as connection:
+            ids = reading.list_decided(connection, model, untrained_only)
+            return reading.read_items(connection, self._codec, ids)
+
+    def mark_trained(
+        self, ids: Sequence[int], bundle_digest: str, *, decision_ids: Sequence[int] | None = None
+    ) -> None:
+        """Note that a bundle learned from these decided items.
+
+        Parameters
+        ----------
+        ids : sequence of int
+        bundle_digest : str
+        decision_ids : sequence of int, optional
+            The answers that it learned, one per item; an item whose answer was changed meanwhile stays untrained.
+        """
+        named = [{"item_id": item_id, "digest": bundle_digest} for item_id in ids]
+        statement = statements.MARK_TRAINED
+        if decision_ids is not None:
+            statement = statements.MARK_TRAINED_IF_UNCHANGED
+            named = [
+                one | {"expected_decision_id": decision_id}
+                for one, decision_id in zip(named, decision_ids, strict=True)
+            ]
+        if named:
+            with self.database.writing(durable=True) as connection:
+                connection.execute(statement, named)
+
+    # --- groups ---
+
+    def set_groups(self, groups: Mapping[int, int]) -> None:
+        """Put items into groups: item number -> group number, above 0; 0 or less takes an item out of its group."""
+        pairs = [{"item_id": item_id, "group": max(0, group)} for item_id, group in sorted(groups.items())]
+        for start in range(0, len(pairs), _AT_ONCE):
+            with self.database.writing(passing=True) as connection:
+                connection.execute(statements.SET_GROUP, pairs[start : start + _AT_ONCE])
+
+    def groups(self) -> list[Group]:
+        """Return all groups, those with most pending items first."""
+        with self.database.reading() as connection:
+            return reading.read_groups(connection)
+
+    def pending_features(self, model: str, limit: int) -> tuple[IntArray, Float32Array]:
+        """Return numbers (n,) and features (n, d) of up to `limit` pending items of a model, newest first."""
+        ids, _, _, features = self.pending_rows(model, limit)
+        return ids, features
+
+    def pending_rows(self, model: str, limit: int) -> tuple[IntArray, IntArray, IntArray, Float32Array]:
+        """Return numbers, suspect labels, groups (0 = none), all (n,), and features (n, d); as `pending_features`."""
+        with self.database.reading() as connection:
+            return reading.read_pending_features(connection, self._codec, model, limit)
+
+    # --- gold items ---
+
+    def add_gold(self, item: FlaggedInput, is_poisoned: bool, true_label: int | None) -> int:
+        """Add an item whose answer is known. Every reviewer gets it once, and cannot tell it from others.
+
+        It is never decided, trained with, dropped or removed for its age.
+        """
+        rows = self._codec.encode(item, statements.GOLD_TICKET)
+        with self.database.writing(durable=True) as connection:
+            return insert_gold(connection, rows, is_poisoned, true_label)
+
+    def gold_results(self, reviewer: str) -> GoldResult:
+        """Return how a reviewer answered gold items."""
+        with self.database.reading() as connection:
+            return reading.read_gold_results(connection, reviewer)
+
+    def _lease_end(self) -> datetime:
+        return self.clock() + timedelta(seconds=self.settings.lease_s)
+
+    def _read(self, ids: Sequence[int]) -> list[QueueItem]:
+        if not ids:
+            return []
+        with self.database.reading() as connection:
+            return reading.read_items(connection, self._codec, ids)
+
+
+def _check_key(database: Database, cipher: Cipher | None) -> None:
+    with database.reading() as connection:
+        check = connection.execute(sa.select(ledger.c.key_check)).scalar()
+    if cipher is None:
+        if check is not None:
+            raise QueueKeyError(f"the queue is encrypted. Set {KEY_VARIABLE} to the key that it was written with.")
+        return
+    if check is not None:
+        cipher.verify_check(bytes(check))
+    with database.writing(durable=True) as connection:  # with the first key: it may be newer than the one before
+        connection.execute(sa.update(ledger).values(key_check=cipher.make_check()))

@@ -1,0 +1,164 @@
+"""What the queue holds: items, decisions, groups and counts. Nothing here writes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from guard.errors import ItemGone
+from guard.relabel import statements
+from guard.relabel.items import Counts, Decision, GoldResult, Group, QueueItem, State
+from guard.relabel.rows import Codec, decision_of
+from guard.relabel.schema import decisions, items
+from guard.types import Float32Array, IntArray
+
+#: Items that are read by one statement; SQLite bounds how many numbers one may name.
+_AT_ONCE = 500
+#: Items of a group that stand for it.
+_SAMPLES = 12
+
+
+def read_items(connection: Connection, codec: Codec, ids: Sequence[int]) -> list[QueueItem]:
+    """Return the named items in that order; those without images are left out."""
+    found: dict[int, QueueItem] = {}
+    for start in range(0, len(ids), _AT_ONCE):
+        some = list(ids[start : start + _AT_ONCE])
+        rows = connection.execute(statements.ITEMS_BY_ID, {"ids": some}).mappings().all()
+        counting = [row["decision_id"] for row in rows if row["decision_id"] is not None]
+        answers = read_answers(connection, counting)
+        found |= {row["id"]: codec.decode(row, answers.get(row["decision_id"])) for row in rows}
+    return [found[item_id] for item_id in ids if item_id in found]
+
+
+def read_answers(connection: Connection, ids: Sequence[int]) -> dict[int, Decision]:
+    """Return decisions by number."""
+    if not ids:
+        return {}
+    rows = connection.execute(statements.ANSWERS_BY_ID, {"ids": list(ids)}).mappings()
+    return {row["id"]: decision_of(row) for row in rows}
+
+
+def read_item(connection: Connection, codec: Codec, item_id: int) -> QueueItem:
+    """Return one item.
+
+    Raises
+    ------
+    ItemGone
+        If there is none, or its images were removed.
+    """
+    found = read_items(connection, codec, [item_id])
+    if not found:
+        state = connection.execute(sa.select(items.c.state).where(items.c.id == item_id)).scalar()
+        if state is None:
+            raise ItemGone(f"there is no item {item_id}. It may have been removed long ago.")
+        raise ItemGone(f"item {item_id} is {state}: its images were removed. Take the next one.")
+    return found[0]
+
+
+def list_items(
+    connection: Connection, *, state: State | None, model: str | None, limit: int, after_id: int
+) -> list[int]:
+    """Return numbers of items that still have their images, ascending."""
+    statement = sa.select(items.c.id).where(items.c.id > after_id).order_by(items.c.id).limit(limit)
+    whole = (State.PENDING, State.CLAIMED, State.DECIDED, State.TRAINED) if state is None else (state,)
+    statement = statement.where(sa.or_(*map(statements.is_in, whole)))
+    if model is not None:
+        statement = statement.where(items.c.model == model)
+    return list(connection.execute(statement).scalars())
+
+
+def list_decided(connection: Connection, model: str, untrained_only: bool) -> list[int]:
+    """Return numbers of items whose answer counts, ascending."""
+    ids: list[int] = []
+    for state in (State.DECIDED,) if untrained_only else (State.DECIDED, State.TRAINED):
+        ids += connection.execute(
+            sa.select(items.c.id).where(statements.is_in(state), items.c.model == model)
+        ).scalars()
+    return sorted(ids)
+
+
+def list_decisions(connection: Connection, *, after_id: int, reviewer: str | None, limit: int) -> list[Decision]:
+    """Return answers, oldest first, also those that were superseded or withdrawn."""
+    statement = statements.ANSWERS.where(decisions.c.id > after_id).order_by(decisions.c.id).limit(limit)
+    if reviewer is not None:
+        statement = statement.where(decisions.c.reviewer == reviewer)
+    return [decision_of(row) for row in connection.execute(statement).mappings()]
+
+
+def read_counts(connection: Connection) -> Counts:
+    """Count everything."""
+    by_state = dict.fromkeys(State, 0)
+    for state, count in connection.execute(statements.COUNT_BY_STATE):
+        by_state[State(state)] += count
+    for state, count in connection.execute(statements.COUNT_GOLD_BY_STATE):
+        by_state[State(state)] -= count
+    kinds = dict.fromkeys(("poisoned", "false_alarm", "superseded", "withdrawn"), 0)
+    for is_poisoned, later, count in connection.execute(statements.COUNT_ANSWERS):
+        kinds["poisoned" if is_poisoned else "false_alarm"] += count
+        if later is not None:
+            kinds["withdrawn" if later == "withdrawal" else "superseded"] += count
+    held = connection.execute(statements.HELD).one()
+    return Counts(
+        by_state=by_state,
+        oldest_pending_at=connection.execute(statements.OLDEST_PENDING).scalar(),
+        dropped={(model, label): count for model, label, count in connection.execute(statements.DROPS)},
+        decisions=kinds,
+        held_items=held.held_items,
+        held_bytes=held.held_bytes,
+    )
+
+
+def read_groups(connection: Connection) -> list[Group]:
+    """Return all groups, those with most pending items first."""
+    samples: dict[int, list[int]] = defaultdict(list)
+    for group, item_id in connection.execute(statements.GROUP_SAMPLES, {"n": _SAMPLES}):
+        samples[group].append(item_id)
+    parts: dict[int, list[Any]] = defaultdict(list)
+    for row in connection.execute(statements.GROUPS):
+        parts[row.group_id].append(row)
+    groups = [
+        Group(
+            group,
+            sum(row.size for row in rows),
+            sum(row.pending for row in rows),
+            tuple(row.suspect_label for row in rows),
+            tuple(samples[group]),
+        )
+        for group, rows in parts.items()
+    ]
+    return sorted(groups, key=lambda group: (-group.pending, -group.size, group.id))
+
+
+def read_gold_results(connection: Connection, reviewer: str) -> GoldResult:
+    """Compare a reviewer's answers about gold items with the known ones."""
+    right = asked = 0
+    for is_poisoned, true_label, known_poisoned, known_label in connection.execute(
+        statements.GOLD_ANSWERS, {"reviewer": reviewer}
+    ):
+        asked += 1
+        said_no_label = true_label is None and not is_poisoned  # a false alarm needs none
+        right += is_poisoned == known_poisoned and (known_label in (None, true_label) or said_no_label)
+    return GoldResult(right, asked)
+
+
+def read_pending_features(
+    connection: Connection, codec: Codec, model: str, limit: int
+) -> tuple[IntArray, IntArray, IntArray, Float32Array]:
+    """Return numbers, suspect labels, groups (0 = none) and features of pending items, newest first.
+
+    Items of a bundle with another width of the features than the newest one's are left out.
+    """
+    rows = connection.execute(statements.PENDING_FEATURES, {"model": model, "n": limit}).mappings().all()
+    features = [codec.decode_activations(row).features[0] for row in rows]
+    same = [place for place, row in enumerate(features) if len(row) == len(features[0])]
+
+    def column(name: str) -> IntArray:
+        return np.array([rows[place][name] for place in same], dtype=np.int64)
+
+    stacked = np.stack([features[place] for place in same]) if same else np.empty((0, 0), dtype=np.float32)
+    return column("id"), column("suspect_label"), column("group_id"), stacked

@@ -1,0 +1,96 @@
+"""Every retraining that was begun and what came of it, and the button that asks for one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+from guard.errors import QueueError
+from guard.relabel.queue import Queue
+from guard.relabel.schema import retrain_requests, rounds
+
+Outcome = Literal["promoted", "refused", "failed", "canary"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One retraining."""
+
+    id: int
+    model: str
+    #: Answers that it was begun with.
+    n_decisions: int
+    began_at: datetime
+    #: None while it runs, or if it was killed.
+    finished_at: datetime | None
+    outcome: Outcome | None
+    #: Whatever the retrainer reports; JSON.
+    report: dict[str, Any]
+    candidate_digest: str | None
+
+
+class Rounds:
+    """The retrainings of one queue."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._database = queue.database
+        self._clock = queue.clock
+
+    def begin(self, model: str, n_decisions: int) -> int:
+        """Note that a retraining begins, and return its number."""
+        values = {"model": model, "n_decisions": n_decisions, "began_at": self._clock()}
+        with self._database.writing(durable=True) as connection:
+            return int(connection.execute(sa.insert(rounds).values(**values).returning(rounds.c.id)).scalar_one())
+
+    def finish(
+        self, round_id: int, outcome: Outcome, report: Mapping[str, Any], candidate_digest: str | None = None
+    ) -> None:
+        """Note what came of a retraining; a canary may be finished again, as promoted or refused.
+
+        Raises
+        ------
+        QueueError
+            If there is no such round, or it is finished.
+        """
+        is_open = sa.and_(rounds.c.id == round_id, rounds.c.outcome.is_(None) | (rounds.c.outcome == "canary"))
+        values = {
+            "outcome": outcome,
+            "report": json.dumps(dict(report)),
+            "candidate_digest": candidate_digest,
+            "finished_at": self._clock(),
+        }
+        with self._database.writing(durable=True) as connection:
+            if connection.execute(sa.update(rounds).where(is_open).values(**values)).rowcount == 0:
+                raise QueueError(f"there is no round {round_id}, or it is finished.")
+
+    def last(self, model: str) -> Round | None:
+        """Return the newest retraining of a model, None if there was none."""
+        newest = self.all(1, model=model)
+        return newest[0] if newest else None
+
+    def all(self, limit: int = 100, *, model: str | None = None) -> list[Round]:
+        """Return up to `limit` retrainings, newest first."""
+        statement = sa.select(rounds).order_by(rounds.c.id.desc()).limit(limit)
+        if model is not None:
+            statement = statement.where(rounds.c.model == model)
+        with self._database.reading() as connection:
+            rows = connection.execute(statement).mappings().all()
+        return [Round(**{**row, "report": json.loads(row["report"] or "{}")}) for row in rows]
+
+    def request(self, model: str, reviewer: str) -> None:
+        """Ask for a retraining now; asking twice is asking once."""
+        values = {"model": model, "reviewer": reviewer, "requested_at": self._clock()}
+        with self._database.writing(durable=True) as connection:
+            connection.execute(sa.delete(retrain_requests).where(retrain_requests.c.model == model))
+            connection.execute(sa.insert(retrain_requests).values(**values))
+
+    def take_request(self, model: str) -> str | None:
+        """Return who asked for a retraining of this model, None if nobody did; the request is gone then."""
+        mine = sa.delete(retrain_requests).where(retrain_requests.c.model == model)
+        with self._database.writing(durable=True) as connection:
+            return connection.execute(mine.returning(retrain_requests.c.reviewer)).scalar()

@@ -1,0 +1,132 @@
+"""A flagged input as rows of the database, and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from guard.errors import QueueKeyError
+from guard.relabel.blobs import Blobs, pack_activations, pack_inputs, unpack_activations, unpack_inputs
+from guard.relabel.encryption import KEY_VARIABLE, Cipher
+from guard.relabel.items import Decision, FlaggedInput, QueueItem, State
+from guard.types import Activations
+
+#: Attributes of a flagged input that are columns of `items` under the same name.
+_SAME = (
+    "received_at",
+    "request_id",
+    "model",
+    "bundle_digest",
+    "suspect_label",
+    "backup_label",
+    "backup_confidence",
+    "combined",
+    "p_value",
+    "reason",
+    "content_type",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """One flagged input as it will be stored, without its number."""
+
+    item: dict[str, Any]
+    blobs: dict[str, Any]
+
+    @property
+    def group_key(self) -> tuple[str, int]:
+        """What counts as one group while the queue is full: model and suspect label."""
+        return self.item["model"], self.item["suspect_label"]
+
+    @property
+    def size(self) -> int:
+        """Bytes of body and tensors, as stored."""
+        return int(self.item["size"])
+
+
+class Codec:
+    """Turns flagged inputs into rows and back, encrypted if there is a cipher."""
+
+    def __init__(self, cipher: Cipher | None) -> None:
+        self._cipher = cipher
+
+    def encode(self, flagged: FlaggedInput, ticket: float) -> Rows:
+        """Return the rows of a new pending item."""
+        blobs = Blobs(flagged.body, pack_inputs(flagged.inputs), pack_activations(flagged.activations))
+        if self._cipher is not None:
+            seal = self._cipher.seal
+            blobs = Blobs(seal(blobs.body), seal(blobs.inputs), seal(blobs.activations))
+        item: dict[str, Any] = {name: getattr(flagged, name) for name in _SAME}
+        item |= {
+            "state": State.PENDING.value,
+            "group_id": 0,
+            "votes": 0,
+            "ticket": ticket,
+            "size": blobs.size,
+            "n_classes": flagged.n_classes,
+            "scores": json.dumps({"raw": dict(flagged.raw), "surprise": dict(flagged.surprise)}),
+        }
+        sealed = self._cipher is not None
+        parts = {"body": blobs.body, "inputs": blobs.inputs, "activations": blobs.activations}
+        return Rows(item, {"sealed": sealed} | parts)
+
+    def decode(self, row: Mapping[Any, Any], decision: Decision | None) -> QueueItem:
+        """Return the item of one row of `items` joined with `blobs`."""
+        scores = json.loads(row["scores"])
+        flagged = FlaggedInput(
+            raw=scores["raw"],
+            surprise=scores["surprise"],
+            body=self._open(row, "body"),
+            inputs=unpack_inputs(self._open(row, "inputs")),
+            activations=self.decode_activations(row),
+            **{name: row[name] for name in _SAME},
+        )
+        return QueueItem(
+            id=row["id"],
+            state=State(row["state"]),
+            input=flagged,
+            group=row["group_id"] or None,
+            claimed_by=row["claimed_by"],
+            lease_expires_at=row["lease_expires_at"],
+            decision=decision,
+        )
+
+    def decode_activations(self, row: Mapping[Any, Any]) -> Activations:
+        """Return the activations of one row of `blobs`."""
+        return unpack_activations(self._open(row, "activations"))
+
+    def _open(self, row: Mapping[Any, Any], column: str) -> bytes:
+        data = bytes(row[column])
+        if not row["sealed"]:
+            return data
+        if self._cipher is None:
+            raise QueueKeyError(f"the queue is encrypted. Set {KEY_VARIABLE} to the key that it was written with.")
+        return self._cipher.open(data)
+
+
+def decision_of(row: Mapping[Any, Any]) -> Decision:
+    """Return the decision of one row of `statements.ANSWERS`."""
+    replaced_by = row["replaced_by"]
+    withdrawn = row["replaced_by_kind"] == "withdrawal"
+    return Decision(
+        id=row["id"],
+        item_id=row["item_id"],
+        reviewer=row["reviewer"],
+        is_poisoned=row["is_poisoned"],
+        true_label=row["true_label"],
+        decided_at=row["decided_at"],
+        supersedes=row["supersedes"],
+        withdrawn=withdrawn,
+        note=row["note"],
+        superseded_by=None if withdrawn else replaced_by,
+    )
+
+
+def mappings(result: sa.CursorResult[Any]) -> Sequence[Mapping[Any, Any]]:
+    """Return all rows of a result, each readable by column name."""
+    return result.mappings().all()

@@ -1,0 +1,351 @@
+"""Every statement that the queue runs, by name, with a line of purpose. None is built from strings."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from guard.relabel.items import State
+from guard.relabel.schema import blobs, decisions, drops, gold, items, ledger, skips
+
+Order = Literal["suspicion", "age", "group"]
+
+#: Tickets of ordinary items are below 1; gold items have 2, and so never give way or expire.
+GOLD_TICKET = 2.0
+
+
+def is_in(state: State) -> sa.ColumnElement[bool]:
+    """Say that an item is in a state; written into the statement, not bound: only then may a partial index be used."""
+    return items.c.state == sa.literal_column(f"'{state.value}'")
+
+
+_IS_PENDING = is_in(State.PENDING)
+_IS_CLAIMED = is_in(State.CLAIMED)
+_IS_ORDINARY = items.c.ticket < 1.0
+
+# --- enqueueing ---
+
+#: What is held. In PostgreSQL it is also the lock behind which enqueues queue up.
+LEDGER = sa.select(ledger.c.last_item_id, ledger.c.held_items, ledger.c.held_bytes).with_for_update()
+#: Note what came and went.
+UPDATE_LEDGER = sa.update(ledger).values(
+    last_item_id=ledger.c.last_item_id + sa.bindparam("new_ids"),
+    held_items=ledger.c.held_items + sa.bindparam("more_items"),
+    held_bytes=ledger.c.held_bytes + sa.bindparam("more_bytes"),
+)
+INSERT_ITEM = sa.insert(items)
+INSERT_BLOBS = sa.insert(blobs)
+INSERT_GOLD = sa.insert(gold)
+#: Pending items per group key, to see which group takes most room.
+PENDING_PER_GROUP = (
+    sa.select(items.c.model, items.c.suspect_label, sa.func.count())
+    .where(_IS_PENDING, _IS_ORDINARY)
+    .group_by(items.c.model, items.c.suspect_label)
+)
+#: The pending items of a group that would give way first.
+LOWEST_TICKETS = (
+    sa.select(items.c.ticket, items.c.id, items.c.size)
+    .where(
+        _IS_PENDING,
+        _IS_ORDINARY,
+        items.c.model == sa.bindparam("model"),
+        items.c.suspect_label == sa.bindparam("suspect_label"),
+    )
+    .order_by(items.c.ticket)
+    .limit(sa.bindparam("n"))
+    .with_for_update(skip_locked=True)
+)
+#: An item is out of the queue: `state` is `discarded` or `expired`.
+REMOVE_ITEM = (
+    sa.update(items)
+    .where(items.c.id == sa.bindparam("item_id"))
+    .values(state=sa.bindparam("new_state"), claimed_by=None, lease_expires_at=None)
+)
+DELETE_BLOBS = sa.delete(blobs).where(blobs.c.item_id == sa.bindparam("item_id"))
+DELETE_SKIPS = sa.delete(skips).where(skips.c.item_id == sa.bindparam("item_id"))
+
+
+@cache
+def count_drops(dialect: str) -> Any:
+    """Add to the drops of a group."""
+    insert = sqlite.insert(drops) if dialect == "sqlite" else postgresql.insert(drops)
+    return insert.on_conflict_do_update(
+        index_elements=[drops.c.model, drops.c.suspect_label],
+        set_={"dropped": drops.c.dropped + insert.excluded.dropped},
+    )
+
+
+# --- claiming ---
+
+_ORDERS: dict[Order, list[sa.ColumnElement[Any]]] = {
+    "suspicion": [items.c.p_value.asc(), items.c.combined.desc(), items.c.id.asc()],
+    "age": [items.c.received_at.asc(), items.c.id.asc()],
+    "group": [items.c.group_id.desc(), items.c.p_value.asc(), items.c.combined.desc(), items.c.id.asc()],
+}
+_later = decisions.alias("later")
+_is_replaced = sa.exists().where(_later.c.supersedes == decisions.c.id)
+_answered_by_reviewer = sa.and_(
+    items.c.votes > 0,
+    sa.exists().where(
+        decisions.c.item_id == items.c.id,
+        decisions.c.reviewer == sa.bindparam("reviewer"),
+        decisions.c.kind == "answer",
+        ~_is_replaced,
+    ),
+)
+_skipped_by_reviewer = sa.exists().where(skips.c.item_id == items.c.id, skips.c.reviewer == sa.bindparam("reviewer"))
+
+
+@cache
+def pick(order: Order, in_group: bool) -> sa.Select[Any]:
+    """Find pending items in an order; those that the reviewer skipped or answered are left out."""
+    statement = sa.select(items.c.id).where(_IS_PENDING, ~_answered_by_reviewer, ~_skipped_by_reviewer)
+    if in_group:
+        statement = statement.where(items.c.group_id == sa.bindparam("group"))
+    return statement.order_by(*_ORDERS[order]).limit(sa.bindparam("n")).with_for_update(skip_locked=True)
+
+
+@cache
+def pick_skipped(in_group: bool) -> sa.Select[Any]:
+    """Find pending items that the reviewer skipped, the longest ago first."""
+    statement = (
+        sa.select(items.c.id)
+        .join_from(skips, items, skips.c.item_id == items.c.id)
+        .where(_IS_PENDING, ~_answered_by_reviewer, skips.c.reviewer == sa.bindparam("reviewer"))
+    )
+    if in_group:
+        statement = statement.where(items.c.group_id == sa.bindparam("group"))
+    statement = statement.order_by(skips.c.skipped_at, items.c.id).limit(sa.bindparam("n"))
+    return statement.with_for_update(skip_locked=True, of=items)
+
+
+#: Of the named items, those that the reviewer may have: pending, or already the reviewer's.
+PICK_NAMED = (
+    sa.select(items.c.id)
+    .where(
+        items.c.id.in_(sa.bindparam("ids", expanding=True)),
+        sa.or_(
+            sa.and_(_IS_PENDING, ~_answered_by_reviewer),
+            sa.and_(_IS_CLAIMED, items.c.claimed_by == sa.bindparam("reviewer")),
+        ),
+    )
+    .order_by(items.c.id)
+    .with_for_update(skip_locked=True)
+)
+#: Give items to a reviewer until a time.
+TAKE = (
+    sa.update(items)
+    .where(items.c.id.in_(sa.bindparam("ids", expanding=True)))
+    .values(state="claimed", claimed_by=sa.bindparam("reviewer"), lease_expires_at=sa.bindparam("until"))
+)
+#: Of the named items, those that are the reviewer's now.
+PICK_MINE = (
+    sa.select(items.c.id)
+    .where(
+        items.c.id.in_(sa.bindparam("ids", expanding=True)),
+        _IS_CLAIMED,
+        items.c.claimed_by == sa.bindparam("reviewer"),
+        items.c.lease_expires_at > sa.bindparam("now"),
+    )
+    .order_by(items.c.id)
+    .with_for_update()
+)
+#: Give items back.
+RETURN = (
+    sa.update(items)
+    .where(items.c.id.in_(sa.bindparam("ids", expanding=True)))
+    .values(state="pending", claimed_by=None, lease_expires_at=None)
+)
+
+
+@cache
+def note_skip(dialect: str) -> Any:
+    """Remember that a reviewer skipped an item, or did so again."""
+    insert = sqlite.insert(skips) if dialect == "sqlite" else postgresql.insert(skips)
+    return insert.on_conflict_do_update(
+        index_elements=[skips.c.item_id, skips.c.reviewer], set_={"skipped_at": insert.excluded.skipped_at}
+    )
+
+
+# --- deciding ---
+
+#: The items that are about to be answered, locked in the order of their numbers.
+LOCK_ITEMS = (
+    sa.select(
+        items.c.id,
+        items.c.state,
+        items.c.claimed_by,
+        items.c.lease_expires_at,
+        items.c.n_classes,
+        items.c.votes,
+        items.c.ticket,
+    )
+    .where(items.c.id.in_(sa.bindparam("ids", expanding=True)))
+    .order_by(items.c.id)
+    .with_for_update()
+)
+#: The newest row of the chain.
+LAST_DECISION = sa.select(decisions.c.id, decisions.c.hash).order_by(decisions.c.id.desc()).limit(1)
+INSERT_DECISION = sa.insert(decisions)
+#: Where an item stands after an answer.
+SETTLE = (
+    sa.update(items)
+    .where(items.c.id == sa.bindparam("item_id"))
+    .values(
+        state=sa.bindparam("new_state"),
+        claimed_by=sa.bindparam("new_claimed_by"),
+        lease_expires_at=sa.bindparam("new_lease"),
+        votes=sa.bindparam("new_votes"),
+        decision_id=sa.bindparam("new_decision_id"),
+    )
+)
+#: Answers, each with the row that replaced it, if any.
+ANSWERS = (
+    sa.select(
+        decisions.c.id,
+        decisions.c.item_id,
+        decisions.c.reviewer,
+        decisions.c.is_poisoned,
+        decisions.c.true_label,
+        decisions.c.note,
+        decisions.c.decided_at,
+        decisions.c.supersedes,
+        _later.c.id.label("replaced_by"),
+        _later.c.kind.label("replaced_by_kind"),
+    )
+    .join_from(decisions, _later, _later.c.supersedes == decisions.c.id, isouter=True)
+    .where(decisions.c.kind == "answer")
+)
+ANSWER = ANSWERS.where(decisions.c.id == sa.bindparam("decision_id"))
+ANSWERS_BY_ID = ANSWERS.where(decisions.c.id.in_(sa.bindparam("ids", expanding=True)))
+#: Answers about one item that stand, oldest first.
+STANDING = ANSWERS.where(decisions.c.item_id == sa.bindparam("item_id"), _later.c.id.is_(None)).order_by(decisions.c.id)
+#: The chain, oldest first.
+CHAIN = sa.select(decisions).order_by(decisions.c.id)
+#: Items whose answer that counts is none: removed, replaced, or about another item.
+UNFOUNDED = (
+    sa.select(items.c.id, items.c.decision_id)
+    .join_from(items, decisions, decisions.c.id == items.c.decision_id, isouter=True)
+    .where(
+        items.c.decision_id.is_not(None),
+        sa.or_(decisions.c.id.is_(None), decisions.c.item_id != items.c.id, decisions.c.kind != "answer", _is_replaced),
+    )
+    .order_by(items.c.id)
+)
+#: A bundle learned from these answers; one that was changed meanwhile is left as it is.
+MARK_TRAINED = (
+    sa.update(items)
+    .where(items.c.id == sa.bindparam("item_id"), items.c.state == "decided")
+    .values(state="trained", trained_bundle=sa.bindparam("digest"))
+)
+MARK_TRAINED_IF_UNCHANGED = MARK_TRAINED.where(items.c.decision_id == sa.bindparam("expected_decision_id"))
+
+# --- reading ---
+
+#: Items that still have their images.
+WHOLE_ITEMS = sa.select(
+    items,
+    blobs.c.sealed,
+    blobs.c.body,
+    blobs.c.inputs,
+    blobs.c.activations,
+).join_from(items, blobs, blobs.c.item_id == items.c.id)
+ITEMS_BY_ID = WHOLE_ITEMS.where(items.c.id.in_(sa.bindparam("ids", expanding=True)))
+#: Every state's size.
+COUNT_BY_STATE = sa.union_all(
+    *(sa.select(sa.literal(state.value), sa.func.count()).select_from(items).where(is_in(state)) for state in State)
+)
+#: Gold items per state; they are to be left out.
+COUNT_GOLD_BY_STATE = (
+    sa.select(items.c.state, sa.func.count())
+    .join_from(gold, items, gold.c.item_id == items.c.id)
+    .group_by(items.c.state)
+)
+OLDEST_PENDING = (
+    sa.select(items.c.received_at).where(_IS_PENDING, _IS_ORDINARY).order_by(items.c.received_at, items.c.id).limit(1)
+)
+DROPS = sa.select(drops.c.model, drops.c.suspect_label, drops.c.dropped)
+HELD = sa.select(ledger.c.held_items, ledger.c.held_bytes)
+#: Answers by what they say and by what became of them.
+COUNT_ANSWERS = (
+    sa.select(decisions.c.is_poisoned, _later.c.kind, sa.func.count())
+    .join_from(decisions, _later, _later.c.supersedes == decisions.c.id, isouter=True)
+    .where(decisions.c.kind == "answer")
+    .group_by(decisions.c.is_poisoned, _later.c.kind)
+)
+#: How the standing answers of one reviewer about gold items compare with the known ones.
+GOLD_ANSWERS = (
+    sa.select(decisions.c.is_poisoned, decisions.c.true_label, gold.c.is_poisoned, gold.c.true_label)
+    .join_from(gold, decisions, decisions.c.item_id == gold.c.item_id)
+    .where(decisions.c.kind == "answer", decisions.c.reviewer == sa.bindparam("reviewer"), ~_is_replaced)
+)
+
+# --- groups ---
+
+#: Pending items of a model, newest first, for clustering.
+PENDING_FEATURES = (
+    sa.select(items.c.id, items.c.suspect_label, items.c.group_id, blobs.c.sealed, blobs.c.activations)
+    .join_from(items, blobs, blobs.c.item_id == items.c.id)
+    .where(_IS_PENDING, _IS_ORDINARY, items.c.model == sa.bindparam("model"))
+    .order_by(items.c.received_at.desc(), items.c.id.desc())
+    .limit(sa.bindparam("n"))
+)
+SET_GROUP = sa.update(items).where(items.c.id == sa.bindparam("item_id")).values(group_id=sa.bindparam("group"))
+_in_group = sa.and_(items.c.group_id > 0, items.c.state.in_(("pending", "claimed", "decided", "trained")))
+#: Size and pending items of every group, per suspect label.
+GROUPS = (
+    sa.select(
+        items.c.group_id,
+        items.c.suspect_label,
+        sa.func.count().label("size"),
+        sa.func.sum(sa.case((_IS_PENDING, 1), else_=0)).label("pending"),
+    )
+    .where(_in_group)
+    .group_by(items.c.group_id, items.c.suspect_label)
+    .order_by(items.c.group_id, items.c.suspect_label)
+)
+_place = (
+    sa.func.row_number()
+    .over(partition_by=items.c.group_id, order_by=(sa.case((_IS_PENDING, 0), else_=1), items.c.id))
+    .label("place")
+)
+_placed = sa.select(items.c.group_id, items.c.id, _place).where(_in_group).subquery()
+#: The first items of every group, pending ones first.
+GROUP_SAMPLES = (
+    sa.select(_placed.c.group_id, _placed.c.id)
+    .where(_placed.c.place <= sa.bindparam("n"))
+    .order_by(_placed.c.group_id, _placed.c.place)
+)
+
+# --- sweeping ---
+
+#: Claimed items whose lease has ended.
+ENDED_LEASES = (
+    sa.select(items.c.id)
+    .where(_IS_CLAIMED, items.c.lease_expires_at <= sa.bindparam("before"))
+    .order_by(items.c.lease_expires_at)
+    .limit(sa.bindparam("n"))
+)
+
+
+@cache
+def old_items(state: State) -> sa.Select[Any]:
+    """Find items in a state that are too old; gold items never are."""
+    return (
+        sa.select(items.c.id, items.c.size)
+        .where(is_in(state), _IS_ORDINARY, items.c.received_at <= sa.bindparam("before"))
+        .order_by(items.c.received_at)
+        .limit(sa.bindparam("n"))
+    )
+
+
+@cache
+def unanswered(state: State) -> sa.Select[Any]:
+    """Find removed items that are too old and that nobody ever answered."""
+    return old_items(state).where(~sa.exists().where(decisions.c.item_id == items.c.id))
+
+
+DELETE_ITEM = sa.delete(items).where(items.c.id == sa.bindparam("item_id"))

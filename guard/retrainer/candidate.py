@@ -1,0 +1,148 @@
+"""A candidate and the guard it is compared with: neither has seen the hold-outs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from guard.calibration import check_rate
+from guard.errors import DataError
+from guard.pipeline import Guard
+from guard.relabel.items import QueueItem
+from guard.retrainer.gate import Judgement, judge, judge_canary
+from guard.retrainer.material import Material, fits
+from guard.retrainer.measuring import Count, Measurement, flags_of, measure
+from guard.retrainer.purifying import purify
+from guard.retrainer.settings import RetrainerSettings
+from guard.retraining import retrain
+from guard.types import Activations, BoolArray
+
+
+class Pair(NamedTuple):
+    """Two guards that were fitted on the same clean images."""
+
+    before: Guard
+    candidate: Guard
+
+
+class Trial(NamedTuple):
+    """Two guards measured on the same hold-outs, and what the gate says of the second."""
+
+    before: Measurement
+    after: Measurement
+    judgement: Judgement
+
+
+def choose_anomalies(
+    guard: Guard, material: Material, undecided: Sequence[QueueItem], settings: RetrainerSettings
+) -> Activations:
+    """Return what a demarcation learns from; half of what nobody has decided stays out, to measure by.
+
+    Parameters
+    ----------
+    guard : Guard
+        The active one.
+    material : Material
+    undecided : sequence of QueueItem
+        Flagged inputs that nobody has decided.
+    settings : RetrainerSettings
+    """
+    anomalies = material.poisoned if settings.demarcation != "off" else guard.reference[:0]
+    if settings.demarcation == "purified":
+        flagged = stacked(guard, [item for item in undecided if item.id % 2])
+        pure = purify(guard.with_config(false_positive_rate=requested_rate(guard, settings)), flagged)
+        anomalies = Activations.concatenate([anomalies, flagged[pure]])
+    return anomalies if len(anomalies) >= settings.min_anomalies else anomalies[:0]
+
+
+def fit_candidate(
+    guard: Guard,
+    material: Material,
+    *,
+    anomalies: Activations | None = None,
+    never_saw_hold_out: bool = False,
+    trained_ids: Collection[int] = (),
+) -> Pair:
+    """Fit a candidate, and the guard that it is compared with.
+
+    Parameters
+    ----------
+    guard : Guard
+        The active one; it is left as it was.
+    material : Material
+    anomalies : Activations, optional
+        What a demarcation learns from, as `choose_anomalies` says.
+    never_saw_hold_out : bool
+        Whether the active guard was fitted without these clean hold-outs. If not, it would look better on them than it
+        is, and is fitted again without them for the comparison.
+    trained_ids : collection of int
+        Items that the active guard has learned from.
+
+    Raises
+    ------
+    DataError
+        If the clean images that are not held out are too few for the guard's false-positive rate.
+    """
+    base = _without_rows(guard, material.clean_held_out)
+    try:
+        check_rate(guard.config.false_positive_rate, len(base.reference_labels))
+    except DataError as error:
+        held = f"{int(material.clean_held_out.sum())} of {len(guard.reference_labels)}"
+        raise DataError(f"{error} {held} are held out: lower holdout_share.") from error
+    candidate = retrain(base, material.training, anomalies=anomalies)
+    candidate.reference, candidate.reference_labels = guard.reference, guard.reference_labels  # for the rounds to come
+    candidate.noisy_reference = guard.noisy_reference
+    if never_saw_hold_out:
+        return Pair(guard, candidate)
+    again = np.array([one in trained_ids for one in material.training_ids], dtype=bool)
+    return Pair(retrain(base, material.training[again]), candidate)
+
+
+def try_candidate(
+    guard: Guard, pair: Pair, material: Material, undecided: Sequence[QueueItem], settings: RetrainerSettings
+) -> Trial:
+    """Measure both guards on the hold-outs, and ask the gate."""
+    held, rate = material.clean_held_out, requested_rate(guard, settings)
+    clean, labels = guard.reference[held], guard.reference_labels[held]
+    flagged = stacked(guard, undecided)
+    before, after = (
+        measure(one.with_config(false_positive_rate=rate), clean, labels, material.held_out, flagged) for one in pair
+    )
+    return Trial(before, after, judge(before, after, material.agreement, rate, settings))
+
+
+def compare_on(flagged: Sequence[QueueItem], pair: Pair, settings: RetrainerSettings) -> Judgement:
+    """Compare both guards on what was flagged while the candidate waited."""
+    rate = requested_rate(pair.before, settings)
+    guards = [one.with_config(false_positive_rate=rate) for one in pair]
+
+    def counts(items: Sequence[QueueItem]) -> tuple[Count, Count]:
+        activations = stacked(pair.before, items)
+        before, after = (Count.where(flags_of(one, activations)) for one in guards)
+        return before, after
+
+    undecided = [item for item in flagged if item.decision is None]
+    poisoned = [item for item in flagged if item.decision is not None and item.decision.is_poisoned]
+    return judge_canary(counts(undecided), counts(poisoned), settings)
+
+
+def requested_rate(guard: Guard, settings: RetrainerSettings) -> float:
+    """Return the false-positive rate that guards are measured at."""
+    return settings.false_positive_rate or guard.config.false_positive_rate
+
+
+def stacked(guard: Guard, items: Sequence[QueueItem]) -> Activations:
+    """Return the activations of those items that the guard can score, one row each."""
+    rows = [item.input.activations for item in items if fits(guard, item.input.activations)]
+    return Activations.concatenate([guard.reference[:0], *rows])
+
+
+def _without_rows(guard: Guard, held: BoolArray) -> Guard:
+    base = copy.copy(guard)
+    base.reference, base.reference_labels = guard.reference[~held], guard.reference_labels[~held]
+    if guard.noisy_reference is not None:
+        base.noisy_reference = guard.noisy_reference[~held]
+    return base

@@ -1,0 +1,195 @@
+"""May this candidate serve? Figures of two guards in, a verdict with reasons in plain words out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from guard.evaluation import wilson_interval
+from guard.retrainer.material import Agreement
+from guard.retrainer.measuring import Count, Measurement
+from guard.retrainer.settings import RetrainerSettings
+from guard.types import BoolArray
+
+#: Fewer clean hold-outs than this measure nothing.
+MIN_CLEAN = 20
+#: What happens by chance more often than this is held against nobody.
+CHANCE = 0.05
+#: Fewer inputs than this are held against the guard before only, not against a fixed share.
+ENOUGH_POISONED = 10
+ENOUGH_TO_RELEASE = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One question of the gate.
+
+    Attributes
+    ----------
+    name : str
+    passed : bool or None
+        None if there was nothing to measure it by; that refuses nobody.
+    text : str
+        What was found, in plain words.
+    before, after : float or None
+        The figure of the active guard and of the candidate.
+    """
+
+    name: str
+    passed: bool | None
+    text: str
+    before: float | None = None
+    after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What the gate says of a candidate."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """True if no check failed."""
+        return all(check.passed is not False for check in self.checks)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the candidate is refused; empty if it passed."""
+        return tuple(check.text for check in self.checks if check.passed is False)
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """Return the checks, ready for JSON."""
+        return [asdict(check) for check in self.checks]
+
+
+def judge(
+    before: Measurement,
+    after: Measurement,
+    agreement: Agreement,
+    false_positive_rate: float,
+    settings: RetrainerSettings,
+) -> Judgement:
+    """Compare a candidate with the guard it would replace.
+
+    Parameters
+    ----------
+    before, after : Measurement
+        Of the active guard and of the candidate, on the same hold-outs.
+    agreement : Agreement
+        Of the reviewers whose decisions were used.
+    false_positive_rate : float
+        The requested one.
+    settings : RetrainerSettings
+    """
+
+    def counts(name: str) -> tuple[Count, Count]:
+        return before.count(name), after.count(name)
+
+    return Judgement(
+        (
+            _clean_accuracy(before.clean_right, after.clean_right, settings.max_clean_accuracy_drop),
+            _false_positives(*counts("clean_flagged"), false_positive_rate, settings),
+            _true_positives("other groups", *counts("other_groups_flagged"), settings),
+            _true_positives("the same groups", *counts("same_groups_flagged"), settings),
+            _released("look-alike false alarms", *counts("look_alikes_flagged"), settings.max_released_share),
+            _released("undecided flagged inputs", *counts("undecided_flagged"), settings.max_released_share),
+            _agreement(agreement, settings),
+        )
+    )
+
+
+def judge_canary(
+    undecided: tuple[Count, Count], poisoned: tuple[Count, Count], settings: RetrainerSettings
+) -> Judgement:
+    """Compare both guards on what was flagged while the candidate waited.
+
+    Parameters
+    ----------
+    undecided, poisoned : pair of Count
+        How many of these inputs the active guard and the candidate flag: those that nobody has decided, and those
+        decided as poisoned.
+    settings : RetrainerSettings
+    """
+    return Judgement(
+        (
+            _released("undecided flagged inputs", *undecided, settings.max_released_share, at_least=1),
+            _true_positives("the canary", *poisoned, settings),
+        )
+    )
+
+
+def _clean_accuracy(before: BoolArray, after: BoolArray, allowed: float) -> Check:
+    name = "clean accuracy"
+    old, new = Count.where(before), Count.where(after)
+    if new.of < MIN_CLEAN:
+        text = f"{new.of} clean images are held out, {MIN_CLEAN} are needed to measure by. Raise holdout_share."
+        return Check(name, False, text, old.rate, new.rate)
+    lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
+    # Both guards err on a few images, by chance not on the same ones: a fall counts if chance would not explain it.
+    passed = lost - gained <= allowed * new.of or _sign_test(lost, gained) > CHANCE
+    text = f"clean accuracy after the guard: {_percent(new)} of {new.of} held-out images, {_percent(old)} before"
+    return _check(name, passed, text, f"a fall of {100 * allowed:g} points is allowed", old, new)
+
+
+def _sign_test(lost: int, gained: int) -> float:
+    """Return how likely chance alone takes as many from images that either guard gets right (McNemar, one-sided)."""
+    n = lost + gained
+    return float(sum(math.comb(n, k) for k in range(lost, n + 1)) / 2**n)
+
+
+def _false_positives(before: Count, after: Count, requested: float, settings: RetrainerSettings) -> Check:
+    factor = settings.max_false_positive_factor
+    # Few images: a share above the limit is held against the candidate only where chance alone would not explain it.
+    too_many = after.of > 0 and after.hits > factor * requested * after.of
+    passed = not (too_many and wilson_interval(*after).lower > requested)
+    text = (
+        f"{_percent(after)} of {after.of} held-out clean images are flagged (before: {_percent(before)}, "
+        f"asked for: {100 * requested:g} %)"
+    )
+    return _check("false-positive rate", passed, text, f"{factor:g} times the rate is allowed", before, after)
+
+
+def _true_positives(whose: str, before: Count, after: Count, settings: RetrainerSettings) -> Check:
+    name = f"true-positive rate, {whose}"
+    if after.of == 0:
+        return Check(name, None, f"no poisoned input of {whose} is held out: nothing to measure by.")
+    lost = before.hits - after.hits
+    text = f"{_percent(after)} of {after.of} held-out poisoned inputs of {whose} are flagged, {_percent(before)} before"
+    if lost > max(1, settings.max_true_positive_drop * after.of + 1e-9):
+        limit = f"a fall of {100 * settings.max_true_positive_drop:g} points is allowed"
+        return _check(name, False, text, limit, before, after)
+    floor = settings.min_true_positive_rate
+    passed = after.of < ENOUGH_POISONED or after.hits >= floor * after.of
+    return _check(name, passed, text, f"at least {100 * floor:g} % must be", before, after)
+
+
+def _released(what: str, before: Count, after: Count, allowed: float, at_least: int = ENOUGH_TO_RELEASE) -> Check:
+    if before.hits < at_least:
+        return Check(what, None, f"{before.hits} {what}: too few to measure by.")
+    released = Count(max(0, before.hits - after.hits), before.hits)
+    text = f"{_percent(released)} of {before.hits} {what} would pass now"
+    limit = (
+        f"{100 * allowed:g} % may. Inputs have changed, or somebody calls a trigger clean: let a second person look, "
+        "then raise max_released_share"
+    )
+    return _check(what, released.hits <= allowed * released.of, text, limit, before, after)
+
+
+def _agreement(agreement: Agreement, settings: RetrainerSettings) -> Check:
+    name = "agreement of reviewers"
+    count = Count(*agreement)
+    if count.of < settings.min_shared_decisions:
+        return Check(name, None, f"{count.of} inputs were decided by several reviewers: too few to measure by.")
+    text = f"reviewers agree on {_percent(count)} of {count.of} inputs that several decided"
+    passed = count.hits >= settings.min_agreement * count.of
+    return _check(name, passed, text, f"at least {100 * settings.min_agreement:g} % is asked for", count, count)
+
+
+def _check(name: str, passed: bool, text: str, limit: str, before: Count, after: Count) -> Check:
+    return Check(name, passed, f"{text}; {limit}." if not passed else f"{text}.", before.rate, after.rate)
+
+
+def _percent(count: Count) -> str:
+    return "-" if count.rate is None else f"{100 * count.rate:.1f} %"

@@ -1,0 +1,403 @@
+"""What a round learns from and what it is measured on: decided items, capped and split, the same way every time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from guard.errors import DataError
+from guard.pipeline import Guard
+from guard.relabel.items import Decision, GoldResult, QueueItem, State
+from guard.retrainer.settings import RetrainerSettings
+from guard.retraining import Labelled
+from guard.types import Activations, BoolArray, IntArray
+
+
+class Agreement(NamedTuple):
+    """How often reviewers who decided the same input said the same."""
+
+    agreed: int
+    shared: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Decided inputs that the candidate never learns from.
+
+    Attributes
+    ----------
+    poisoned : Activations
+        Decided as poisoned, with or without a true label.
+    poisoned_labels : ndarray of shape (n,), int64
+        True labels; -1 where the reviewer could not tell.
+    other_group : ndarray of shape (n,), bool
+        Whether nothing of the same look-alike group is learned from.
+    false_alarms : Activations
+    item_ids : tuple of int
+        All of the above.
+    look_alikes : Activations
+        False alarms of groups with more of them than may be learned from: those that are not.
+    """
+
+    poisoned: Activations
+    poisoned_labels: IntArray
+    other_group: BoolArray
+    false_alarms: Activations
+    item_ids: tuple[int, ...]
+    look_alikes: Activations
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """Everything that one round uses.
+
+    Attributes
+    ----------
+    training : Labelled
+        What the candidate learns from, beside the clean reference.
+    training_ids : tuple of int
+        Items of `training`, in its order.
+    clean_held_out : ndarray of shape (n,), bool
+        Rows of the guard's clean reference that are only measured on.
+    held_out : HeldOut
+    poisoned : Activations
+        Decided as poisoned and not held out, with or without a true label: what a demarcation may learn from.
+    agreement : Agreement
+    by_reviewer : dict of str to dict of str to int
+        Per reviewer: `decided`, `used`, and how often they `agreed` of `shared`.
+    left_out : dict of str to int
+        Decided items that are not used, by reason.
+    waiting : int
+        Of these, how many may join a later round.
+    """
+
+    training: Labelled
+    training_ids: tuple[int, ...]
+    clean_held_out: BoolArray
+    held_out: HeldOut
+    poisoned: Activations
+    agreement: Agreement
+    by_reviewer: dict[str, dict[str, int]] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    waiting: int = 0
+
+
+def gather(
+    guard: Guard,
+    items: Sequence[QueueItem],
+    decisions: Iterable[Decision],
+    settings: RetrainerSettings,
+    *,
+    gold: Mapping[str, GoldResult] | None = None,
+    locked: Collection[int] = (),
+    same_network: Collection[str] | None = None,
+    crowds: Mapping[int, int] | None = None,
+) -> Material:
+    """Choose what a round learns from and what it is measured on.
+
+    Every choice is by a keyed hash of what is chosen, never by chance: the same decided items give the same material,
+    and more items move nothing that was there. The key comes from the clean reference, so that a reviewer, who never
+    sees that, cannot tell which answers will be measured and lie in the others alone.
+
+    Parameters
+    ----------
+    guard : Guard
+        The active one; only its reference is read.
+    items : sequence of QueueItem
+        All decided items of the model, those of earlier rounds included.
+    decisions : iterable of Decision
+        All decisions about them, withdrawn and superseded ones too.
+    settings : RetrainerSettings
+    gold : mapping of str to GoldResult, optional
+        By reviewer.
+    locked : collection of int
+        Items that an earlier round held out; they stay held out.
+    same_network : collection of str, optional
+        Digests of guards of the same network, layers included; what others flagged is left out. None = all fit.
+    crowds : mapping of int to int, optional
+        Which false alarms look alike, as `guard.retrainer.crowds.find_crowds` says, beside the groups of the queue.
+    """
+    key = _key(guard)
+    words = last_words(decisions)
+    distrusted = set(settings.leave_out_reviewers) | {
+        name
+        for name, score in (gold or {}).items()
+        if score.asked >= settings.min_gold_items and score.right < settings.min_gold_share * score.asked
+    }
+    trusted = {
+        item: {name: said for name, said in by_name.items() if name not in distrusted}
+        for item, by_name in words.items()
+    }
+    left_out: Counter[str] = Counter()
+    usable: list[_Decided] = []
+    for item in items:
+        decision = item.decision
+        if decision is None:
+            continue
+        reason = _unusable(guard, item, decision, distrusted, trusted.get(item.id, {}), same_network)
+        if reason:
+            left_out[reason] += 1
+        else:
+            usable.append(_Decided.of(item, decision, key))
+    held, other = _held_out(usable, settings.holdout_share, frozenset(locked), key)
+    learnable = [one for one in usable if one.id not in held and one.true_label >= 0]
+    unlabelled = [one for one in usable if one.id not in held and one.true_label < 0]
+    left_out["poisoned, true label unknown"] += len(unlabelled)
+    alike_limit = settings.max_false_alarms_per_group or max(1, guard.config.n_neighbors // 4)
+    learnable, look_alikes = _without_look_alikes(learnable, alike_limit, crowds or {})
+    chosen, waiting, dropped = _capped(learnable, settings)
+    left_out["look-alike false alarms over the cap"] += len(look_alikes)
+    left_out.update(dropped)
+    kept = [one for one in usable if one.id in held]
+    crowded = set[tuple[str, int]]().union(*(one.crowds(crowds or {}) for one in look_alikes))
+    look_alikes += [one for one in kept if not one.is_poisoned and one.crowds(crowds or {}) & crowded]
+    poisoned = [one for one in kept if one.is_poisoned]
+    return Material(
+        training=Labelled(
+            _stack(chosen, guard.reference),
+            np.array([one.true_label for one in chosen], dtype=np.int64),
+            np.array([one.is_poisoned for one in chosen], dtype=bool),
+        ),
+        training_ids=tuple(one.id for one in chosen),
+        clean_held_out=clean_hold_out(guard, settings.holdout_share),
+        held_out=HeldOut(
+            _stack(poisoned, guard.reference),
+            np.array([one.true_label for one in poisoned], dtype=np.int64),
+            np.array([one.id in other for one in poisoned], dtype=bool),
+            _stack([one for one in kept if not one.is_poisoned], guard.reference),
+            tuple(one.id for one in kept),
+            _stack(look_alikes, guard.reference),
+        ),
+        poisoned=_stack([one for one in chosen if one.is_poisoned] + unlabelled, guard.reference),
+        agreement=_agreement(trusted.values()),
+        by_reviewer=_by_reviewer(words.values(), chosen),
+        left_out={reason: count for reason, count in left_out.items() if count},
+        waiting=waiting,
+    )
+
+
+def clean_hold_out(guard: Guard, share: float) -> BoolArray:
+    """Return which rows of the clean reference are held out, shape (n,): of each class the first by hash.
+
+    The reference stays with the guard through every round, and so does this choice.
+
+    Raises
+    ------
+    DataError
+        If the rows that are left cannot show the guard's false-positive rate, or none is held out.
+    """
+    key = _key(guard)
+    features = np.ascontiguousarray(guard.reference.features)
+    ranks = np.array([_unit(key, row.tobytes()) for row in features])
+    held = np.zeros(len(features), dtype=bool)
+    for label in np.unique(guard.reference_labels):
+        rows = np.flatnonzero(guard.reference_labels == label)
+        held[rows[np.argsort(ranks[rows], kind="stable")][: round(share * len(rows))]] = True
+    if not held.any():
+        raise DataError(
+            f"holdout_share={share:g} holds out none of {len(held)} clean images. Raise it, or fit with more images."
+        )
+    return held
+
+
+def last_words(decisions: Iterable[Decision]) -> dict[int, dict[str, Decision]]:
+    """Return what every reviewer said last of every item, superseded or not; what was withdrawn was never said."""
+    words: dict[int, dict[str, Decision]] = {}
+    for decision in sorted(decisions, key=lambda one: one.id):
+        if not decision.withdrawn:
+            words.setdefault(decision.item_id, {})[decision.reviewer] = decision
+    return words
+
+
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """One usable item, without its image."""
+
+    id: int
+    activations: Activations
+    true_label: int  # -1: unknown
+    is_poisoned: bool
+    group: int | None
+    reviewer: str
+    was_trained: bool
+    rank: float  # by hash, in [0, 1)
+
+    @classmethod
+    def of(cls, item: QueueItem, decision: Decision, key: bytes) -> _Decided:
+        label = decision.true_label
+        if label is None:  # a false alarm without a label: the suspect model was right
+            label = -1 if decision.is_poisoned else item.input.suspect_label
+        return cls(
+            item.id,
+            item.input.activations,
+            label,
+            decision.is_poisoned,
+            item.group,
+            decision.reviewer,
+            item.state is State.TRAINED,
+            _unit(key, f"item {item.id}".encode()),
+        )
+
+    def crowds(self, crowds: Mapping[int, int]) -> set[tuple[str, int]]:
+        """Return everything that it is one of many of."""
+        found = set() if self.group is None else {("group", self.group)}
+        return found | ({("crowd", crowds[self.id])} if self.id in crowds else set())
+
+
+def _unusable(
+    guard: Guard,
+    item: QueueItem,
+    decision: Decision,
+    distrusted: set[str],
+    trusted_words: Mapping[str, Decision],
+    same_network: Collection[str] | None,
+) -> str:
+    """Return why a decided item cannot be used, or an empty text."""
+    if decision.reviewer in distrusted:
+        return "reviewer left out"
+    if not _agree(trusted_words.values()):
+        return "reviewers disagree"
+    if same_network is not None and item.input.bundle_digest not in same_network:
+        return "flagged by a guard of another network"
+    if not fits(guard, item.input.activations):
+        return "activations do not fit the guard"
+    return ""
+
+
+def fits(guard: Guard, activations: Activations) -> bool:
+    """Return whether activations of one input can be scored by a guard."""
+    given = dict(activations.items())
+    return (
+        len(activations) == 1
+        and given.keys() == dict(guard.reference.items()).keys()
+        and all(given[name].shape[1] == array.shape[1] for name, array in guard.reference.items())
+        and bool(activations.finite_rows().all())
+    )
+
+
+def _held_out(
+    usable: Sequence[_Decided], share: float, locked: frozenset[int], key: bytes
+) -> tuple[set[int], set[int]]:
+    """Return the items that are held out, and those of them whose group nothing is learned from.
+
+    An item that a guard has learned from is never held out later, and one that was held out is never learned from.
+    Beyond that: false alarms and poisoned inputs without a group one by one; groups of poisoned inputs as a whole
+    where there are several, so that some of what is measured looks like nothing that was learned.
+    """
+    held = {one.id for one in usable if not one.was_trained and (one.id in locked or one.rank < share)}
+    groups: dict[int, list[_Decided]] = {}
+    for one in usable:
+        if one.is_poisoned and one.group is not None:
+            groups.setdefault(one.group, []).append(one)
+    # Groups are numbered anew when they are clustered anew; the oldest member stays.
+    ranks = {
+        group: _unit(key, f"group of {min(one.id for one in members)}".encode()) for group, members in groups.items()
+    }
+    free = [group for group, members in groups.items() if not any(one.was_trained for one in members)]
+    free.sort(key=ranks.__getitem__)
+    whole = {group for group in free if ranks[group] < share or any(one.id in locked for one in groups[group])}
+    if len(groups) > 1:
+        if not whole and free:
+            whole = {free[0]}
+        if len(whole) == len(groups):  # something must be learned from
+            unlocked = [group for group in free if not any(one.id in locked for one in groups[group])]
+            whole -= set(unlocked[-1:])
+    else:
+        whole = set()
+    other: set[int] = set()
+    for group in whole:
+        ids = {one.id for one in groups[group]}
+        held |= ids
+        other |= ids
+    return held, other
+
+
+def _without_look_alikes(
+    learnable: Sequence[_Decided], limit: int, crowds: Mapping[int, int]
+) -> tuple[list[_Decided], list[_Decided]]:
+    """Return what is left when no look-alike group gives more than `limit` false alarms, and what is not."""
+    alike: Counter[tuple[str, int]] = Counter()
+    kept, over = [], []
+    # What earlier rounds took comes first: a newcomer displaces nothing. Then by hash, which nobody can aim at.
+    for one in sorted(learnable, key=lambda one: (not one.was_trained, one.rank, one.id)):
+        among = set() if one.is_poisoned else one.crowds(crowds)
+        if any(alike[name] >= limit for name in among):
+            over.append(one)
+        else:
+            alike.update(among)
+            kept.append(one)
+    return kept, over
+
+
+def _capped(ordered: Sequence[_Decided], settings: RetrainerSettings) -> tuple[list[_Decided], int, Counter[str]]:
+    """Return what is learned from under the caps, how many wait for a later round, and what was left out and why."""
+    dropped: Counter[str] = Counter()
+    limit = reviewer_limit(Counter(one.reviewer for one in ordered), settings)
+    by_reviewer: Counter[str] = Counter()
+    fair = []
+    for one in ordered:
+        by_reviewer[one.reviewer] += 1
+        if by_reviewer[one.reviewer] > limit:
+            dropped["over the cap of one reviewer"] += 1
+        else:
+            fair.append(one)
+    old = [one for one in fair if one.was_trained]
+    new = [one for one in fair if not one.was_trained]
+    waiting = max(0, len(new) - settings.max_new_per_round)
+    if waiting:
+        dropped["wait for the next round"] += waiting
+    return sorted(old + new[: settings.max_new_per_round], key=lambda one: one.id), waiting, dropped
+
+
+def reviewer_limit(counts: Mapping[str, int], settings: RetrainerSettings) -> int:
+    """Return how many items one reviewer may give: the most that is within the share once all are cut to it."""
+    most = max(counts.values(), default=0)
+    if len(counts) < 2:
+        return most
+    share = settings.max_reviewer_share
+    limit = next((n for n in range(most, 0, -1) if n <= share * sum(min(n, count) for count in counts.values())), 0)
+    return max(limit, settings.reviewer_allowance)
+
+
+def _agree(said: Collection[Decision]) -> bool:
+    """Return whether decisions about one input say the same; a label that was not named contradicts none."""
+    labels = {one.true_label for one in said} - {None}
+    return len({one.is_poisoned for one in said}) <= 1 and len(labels) <= 1
+
+
+def _agreement(words: Iterable[Mapping[str, Decision]]) -> Agreement:
+    shared = [by_name.values() for by_name in words if len(by_name) > 1]
+    return Agreement(sum(map(_agree, shared)), len(shared))
+
+
+def _by_reviewer(words: Iterable[Mapping[str, Decision]], chosen: Sequence[_Decided]) -> dict[str, dict[str, int]]:
+    rows: dict[str, Counter[str]] = {}
+    for by_name in words:
+        for name, decision in by_name.items():
+            row = rows.setdefault(name, Counter())
+            row["decided"] += 1
+            if len(by_name) > 1:
+                row["shared"] += 1
+                row["agreed"] += all(_agree((decision, other)) for other in by_name.values())
+    for one in chosen:
+        rows.setdefault(one.reviewer, Counter())["used"] += 1
+    columns = ("decided", "used", "agreed", "shared")
+    return {name: {column: rows[name][column] for column in columns} for name in sorted(rows)}
+
+
+def _stack(decided: Sequence[_Decided], like: Activations) -> Activations:
+    return Activations.concatenate([like[:0], *(one.activations for one in decided)])
+
+
+def _key(guard: Guard) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(guard.reference.logits).tobytes()).digest()
+
+
+def _unit(key: bytes, data: bytes) -> float:
+    """Return a number in [0, 1) that only the holder of the key can foresee."""
+    return int.from_bytes(hashlib.blake2b(data, key=key, digest_size=7).digest()) / 2**56

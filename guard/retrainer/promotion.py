@@ -1,0 +1,230 @@
+"""From a candidate to the bundle in use: written whole, journalled, switched by one rename, finished after a crash."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from guard.bundle import BundleStore, read_bundle, write_bundle
+from guard.errors import BundleError
+from guard.pipeline import Guard
+from guard.relabel.queue import Queue
+from guard.relabel.rounds import Rounds
+
+#: A promotion that has begun; lies beside ACTIVE, and is gone when the promotion is complete.
+JOURNAL = ".promotion.json"
+#: What only the fitted suspect model could tell a bundle; a candidate is fitted without it.
+_FROM_PARENT = ("weights_digest", "split_points")
+
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """Everything needed to finish a promotion in another process.
+
+    Attributes
+    ----------
+    round_id : int
+    digest, parent : str
+        Of the candidate, and of the guard that it takes the place of.
+    learned : dict of int to int
+        Items that the candidate has learned from, and the decision that it took for true.
+    report : dict
+        Of the round.
+    """
+
+    round_id: int
+    digest: str
+    parent: str
+    learned: dict[int, int]
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """Where a candidate comes from; kept in its bundle, and not in the round's report, which reviewers read.
+
+    Attributes
+    ----------
+    retrained_from : str
+        Digest of the parent; empty for a guard that no retrainer made.
+    holdout_share : float or None
+        Share of the clean images that it has not seen.
+    locked_items : tuple of int
+        Decided items that it has not learned from, to be measured on.
+    learned : dict of int to int
+        Items that it has learned from, and the decision that it took for true.
+    """
+
+    retrained_from: str = ""
+    holdout_share: float | None = None
+    locked_items: tuple[int, ...] = ()
+    learned: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Lineage:
+        """Return the lineage of a bundle.
+
+        Raises
+        ------
+        BundleError
+            If the bundle is missing or damaged.
+        """
+        values = read_bundle(path).document.get("lineage")
+        if values is None:
+            return cls()
+        return cls(
+            values["retrained_from"],
+            values["holdout_share"],
+            tuple(values["locked_items"]),
+            {int(item): decision for item, decision in values["learned"].items()},
+        )
+
+
+def write_candidate(candidate: Guard, parent: Path, lineage: Lineage) -> str:
+    """Write a candidate beside its parent as an inactive bundle, and return its digest.
+
+    The retrainer has no suspect model, so weights digest and split points are taken over from the parent: without them
+    no server would take the bundle.
+
+    Raises
+    ------
+    BundleError
+        If the parent cannot be read, or the folder cannot be written.
+    """
+    document = read_bundle(parent).document
+    with tempfile.TemporaryDirectory(prefix=".candidate-", dir=parent.parent) as folder:
+        stored = read_bundle(candidate.save(folder))
+    known = {name: document[name] for name in _FROM_PARENT}
+    path = write_bundle(parent.parent, {**stored.document, **known, "lineage": asdict(lineage)}, stored.arrays)
+    candidate.digest = path.name
+    return path.name
+
+
+class Promoter:
+    """Switches the active bundle, and finishes a switch that was interrupted.
+
+    The order is: journal, ACTIVE, items, round, journal gone. ACTIVE is replaced by one rename, so a server sees the
+    old bundle or the new one. Whatever comes after ACTIVE is done again by `recover` if the process died in between.
+
+    Parameters
+    ----------
+    store : BundleStore
+    queue : Queue
+    rounds : Rounds
+    """
+
+    def __init__(self, store: BundleStore, queue: Queue, rounds: Rounds) -> None:
+        self.store = store
+        self.queue = queue
+        self.rounds = rounds
+
+    def promote(self, promotion: Promotion) -> None:
+        """Make a written candidate the active bundle.
+
+        Raises
+        ------
+        BundleError
+            If another bundle than the parent is active by now, or the candidate is damaged; nothing was changed.
+        """
+        active = self.store.active_digest()
+        if active != promotion.parent:
+            raise BundleError(
+                f"the candidate was measured against bundle {promotion.parent[:12]}, but {str(active)[:12]} is active "
+                "now. Let another round compare with that one."
+            )
+        write_durably(self.store.root / JOURNAL, json.dumps(asdict(promotion)))
+        try:
+            self.store.activate(promotion.digest)
+        except BundleError:
+            if self.store.active_digest() != promotion.digest:
+                self._remove_journal()
+            raise
+        self._complete(promotion)
+
+    def recover(self) -> Promotion | None:
+        """Finish or drop a promotion that was interrupted, and return it; None if there was none.
+
+        Once ACTIVE names the candidate the promotion counts, and is completed; before that it is as if it never was.
+        """
+        journal = self.store.root / JOURNAL
+        try:
+            text = journal.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        try:
+            values = json.loads(text)
+            learned = {int(item): int(decision) for item, decision in values["learned"].items()}
+            promotion = Promotion(**{**values, "learned": learned})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{journal} is damaged. Look at `guard bundle list`, then remove the file.") from error
+        if self.store.active_digest() == promotion.digest:
+            self._complete(promotion)
+        else:
+            self._remove_journal()
+        return promotion
+
+    def _complete(self, promotion: Promotion) -> None:
+        learned = promotion.learned
+        self.queue.mark_trained(list(learned), promotion.digest, decision_ids=list(learned.values()))
+        if any(one.id == promotion.round_id and one.outcome != "promoted" for one in self.rounds.all()):
+            self.rounds.finish(promotion.round_id, "promoted", promotion.report, promotion.digest)
+        self._remove_journal()
+
+    def _remove_journal(self) -> None:
+        (self.store.root / JOURNAL).unlink(missing_ok=True)
+        _sync_folder(self.store.root)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a file as a whole, and see to it that a power cut does not undo that.
+
+    Raises
+    ------
+    BundleError
+        If it cannot be written.
+    """
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f"{path.name}-", dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be written: {error}. Is there room?") from error
+
+
+def same_network(store: BundleStore, active: Path, digests: Iterable[str]) -> set[str]:
+    """Return which of these bundles were fitted for the network of the active one, split at the same layers.
+
+    What another bundle flagged has activations of other weights or layers, even where the widths agree. One that is no
+    longer there cannot vouch for its items.
+    """
+    wanted = _network(active)
+    found = set()
+    for digest in digests:
+        try:
+            if _network(store.root / digest) == wanted:
+                found.add(digest)
+        except BundleError:
+            continue
+    return found
+
+
+def _network(path: Path) -> list[Any]:
+    document = read_bundle(path).document
+    return [document.get(name) for name in (*_FROM_PARENT, "depths", "n_classes")]
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,286 @@
+"""The retrainer itself: looks whether a round is due, runs it, and writes down what came of it."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, Any, Self
+
+from guard.bundle import BundleStore
+from guard.errors import BundleError, GuardError, RetrainingError
+from guard.pipeline import Guard
+from guard.relabel.items import Decision, QueueItem, State
+from guard.relabel.queue import Queue
+from guard.relabel.rounds import Outcome, Round, Rounds
+from guard.retrainer.candidate import Pair, choose_anomalies, compare_on, fit_candidate, try_candidate
+from guard.retrainer.crowds import find_crowds
+from guard.retrainer.material import Material, gather
+from guard.retrainer.promotion import Lineage, Promoter, Promotion, same_network, write_candidate
+from guard.retrainer.report import Finished, about_material, about_trial
+from guard.retrainer.settings import RetrainerSettings
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".retrainer.lock"
+#: Flagged inputs without a decision that both guards are asked about.
+_UNDECIDED = 500
+_PAGE = 1000
+
+
+class Retrainer:
+    """Retrains the guard of one model, one round at a time; a context manager that holds the folder's lock.
+
+    Parameters
+    ----------
+    queue : Queue
+    bundles : Path
+        Folder with ACTIVE.
+    model : str
+        Name under which the model is served.
+    settings : RetrainerSettings, optional
+
+    Raises
+    ------
+    RetrainingError
+        On entering, if there is no such folder, or another retrainer works on it.
+    """
+
+    def __init__(self, queue: Queue, bundles: Path, model: str, settings: RetrainerSettings | None = None) -> None:
+        self.queue = queue
+        self.rounds = Rounds(queue)
+        self.store = BundleStore(bundles)
+        self.model = model
+        self.settings = settings or RetrainerSettings()
+        self.promoter = Promoter(self.store, queue, self.rounds)
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        root = self.store.root
+        try:
+            file = (root / LOCK).open("a")
+        except OSError as error:
+            raise RetrainingError(f"{root}: {error.strerror}. A folder of bundles is needed: `guard fit`.") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise RetrainingError(f"another retrainer works on {root}. Stop that one first.") from error
+        self._lock = file  # the kernel gives the lock back however this process ends
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def run(self, interval_s: float, stop: threading.Event) -> None:
+        """Look every `interval_s` seconds whether a round is due, until `stop` is set; errors are only logged."""
+        while not stop.is_set():
+            try:
+                finished = self.step()
+                if finished is not None:
+                    logger.info("%s", finished.line)
+            except GuardError as error:  # the queue is away, the folder is damaged: it may come back
+                logger.error("no round: %s", error)
+            stop.wait(interval_s)
+
+    def step(self) -> Finished | None:
+        """Put right what a crash left behind, then run a round if one is due; None if none is.
+
+        Raises
+        ------
+        GuardError
+            If the queue or the folder of bundles cannot be used. What goes wrong within a round is its outcome.
+        """
+        self.recover()
+        last = self.rounds.last(self.model)
+        if last is not None and last.outcome == "canary":
+            return self._end_canary(last)
+        why = self._why_now(last)
+        return self._round(why) if why else None
+
+    def recover(self) -> None:
+        """Finish or drop an interrupted promotion, and close rounds that were left open as failed."""
+        self.promoter.recover()
+        for folder in self.store.root.glob(".candidate-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        for one in self.rounds.all(model=self.model):
+            if one.outcome is None:
+                reason = "the retrainer stopped in the middle of this round; the active bundle was not changed."
+                self.rounds.finish(one.id, "failed", {"reasons": [reason]}, None)
+
+    def _why_now(self, last: Round | None) -> str:
+        """Return why a round is due, in words; empty if none is. Takes the request of the button, if there is one."""
+        settings = self.settings
+        items = self.queue.decided(self.model)
+        new = sum(last is None or one.decision.decided_at > last.began_at for one in items if one.decision is not None)
+        reviewer = self.rounds.take_request(self.model)
+        if reviewer:
+            return f"asked for by {reviewer}"
+        if settings.enough_decisions and new >= settings.enough_decisions:
+            return f"{new} new decisions"
+        if settings.demarcation == "purified" and settings.enough_flagged and self._flagged_since(last):
+            return f"{settings.enough_flagged} further flagged inputs"
+        if not new or not settings.every_hours or len(items) < settings.min_decisions:
+            return ""
+        if last is None or self.queue.clock() - last.began_at >= timedelta(hours=settings.every_hours):
+            return f"{new} new decisions, and {settings.every_hours:g} hours since the last round"
+        return ""
+
+    def _flagged_since(self, last: Round | None) -> bool:
+        """Return whether enough inputs were flagged since the last round began that nobody has decided."""
+        seen = last.report.get("newest_item", 0) if last is not None else 0
+        wanted = self.settings.enough_flagged
+        return len(self.queue.items(state=State.PENDING, model=self.model, after_id=seen, limit=wanted)) >= wanted
+
+    # -- one round ----------------------------------------------------------------------------------------------
+
+    def _round(self, why: str) -> Finished:
+        items = self.queue.decided(self.model)
+        round_id = self.rounds.begin(self.model, len(items))
+        report: dict[str, Any] = {"why": why, "model": self.model, "newest_item": self._newest_item(items)}
+        started = time.monotonic()
+        try:
+            outcome = self._try(items, report)
+        except Exception as error:
+            return self._failed(round_id, report, error)
+        report["seconds"] = round(time.monotonic() - started, 2)
+        digest = report.get("candidate")
+        if outcome == "promoted":
+            return self._promote(round_id, report)
+        self.rounds.finish(round_id, outcome, report, digest)
+        return Finished(round_id, outcome, report, digest)
+
+    def _try(self, items: Sequence[QueueItem], report: dict[str, Any]) -> Outcome:
+        """Make a candidate and judge it; return the outcome that this calls for, and fill the report."""
+        active, settings = self.store.active_path(), self.settings
+        guard = Guard.load(active)
+        report["parent"] = active.name
+        material = self._gather(guard, active, items)
+        report |= about_material(material)
+        undecided = self.queue.items(state=State.PENDING, model=self.model, limit=_UNDECIDED)
+        anomalies = choose_anomalies(guard, material, undecided, settings)
+        report["anomalies"] = len(anomalies)
+        refusal = _too_little(material, items, len(anomalies) - len(material.poisoned), settings)
+        if refusal:
+            report["reasons"] = [refusal]
+            return "refused"
+        pair = fit_candidate(
+            guard,
+            material,
+            anomalies=anomalies,
+            never_saw_hold_out=Lineage.read(active).holdout_share == settings.holdout_share,
+            trained_ids={item.id for item in items if item.state is State.TRAINED},
+        )
+        decided = {item.id: item.decision.id for item in items if item.decision is not None}
+        learned = {item_id: decided[item_id] for item_id in material.training_ids}
+        lineage = Lineage(active.name, settings.holdout_share, material.held_out.item_ids, learned)
+        report["candidate"] = write_candidate(pair.candidate, active, lineage)
+        trial = try_candidate(guard, pair, material, undecided, settings)
+        report |= about_trial(trial)
+        if not trial.judgement.passed:
+            return "refused"
+        if settings.canary_inputs:
+            report["canary"] = {"after_item_id": report["newest_item"]}
+            return "canary"
+        return "promoted"
+
+    def _gather(self, guard: Guard, active: Path, items: Sequence[QueueItem]) -> Material:
+        ids = {item.id for item in items}
+        decisions = [one for one in self._all_decisions() if one.item_id in ids]
+        return gather(
+            guard,
+            items,
+            decisions,
+            self.settings,
+            gold={name: self.queue.gold_results(name) for name in {one.reviewer for one in decisions}},
+            locked=self._locked(),
+            same_network=same_network(self.store, active, {item.input.bundle_digest for item in items}),
+            crowds=find_crowds(guard, items),
+        )
+
+    def _locked(self) -> tuple[int, ...]:
+        """Return what the newest candidate held out, promoted or not."""
+        for one in self.rounds.all(model=self.model):
+            if one.candidate_digest is not None:
+                with suppress(BundleError):
+                    return Lineage.read(self.store.root / one.candidate_digest).locked_items
+        return ()  # removed, or there was none; the hash holds out the same ones, but for single groups
+
+    def _promote(self, round_id: int, report: dict[str, Any]) -> Finished:
+        digest = report["candidate"]
+        try:
+            learned = Lineage.read(self.store.root / digest).learned
+            self.promoter.promote(Promotion(round_id, digest, report["parent"], learned, report))
+        except Exception as error:
+            if self.store.active_digest() == digest:  # it serves; `recover` writes the rest down
+                raise
+            return self._failed(round_id, report, error)
+        return Finished(round_id, "promoted", report, digest)
+
+    def _failed(self, round_id: int, report: dict[str, Any], error: Exception) -> Finished:
+        text = str(error) if isinstance(error, GuardError) else f"{type(error).__name__}: {error}"
+        if not isinstance(error, GuardError):
+            logger.exception("round %d failed", round_id)
+        report["reasons"] = [" ".join(text.split())]
+        digest = report.get("candidate")
+        self.rounds.finish(round_id, "failed", report, digest)
+        return Finished(round_id, "failed", report, digest)
+
+    def _end_canary(self, waiting: Round) -> Finished | None:
+        """Judge a waiting candidate by what was flagged since, once that is enough; None while it is not."""
+        report, settings = dict(waiting.report), self.settings
+        canary = report["canary"]
+        wanted = max(1, settings.canary_inputs)
+        flagged = self.queue.items(model=self.model, after_id=canary["after_item_id"], limit=wanted)
+        age = self.queue.clock() - (waiting.finished_at or waiting.began_at)
+        enough = len(flagged) >= wanted or age >= timedelta(hours=settings.canary_hours)
+        if not enough and not self.rounds.take_request(self.model):
+            return None
+        canary["flagged_since"] = len(flagged)
+        try:
+            if self.store.active_digest() != report["parent"]:
+                raise RetrainingError("another bundle became active while the candidate waited: it is not promoted.")
+            pair = Pair(*(Guard.load(self.store.root / report[name]) for name in ("parent", "candidate")))
+            judgement = compare_on(flagged, pair, settings)
+        except Exception as error:
+            return self._failed(waiting.id, report, error)
+        report["checks"] += judgement.as_dicts()
+        report["reasons"] = list(judgement.reasons)
+        if judgement.passed:
+            return self._promote(waiting.id, report)
+        self.rounds.finish(waiting.id, "refused", report, report["candidate"])
+        return Finished(waiting.id, "refused", report, report["candidate"])
+
+    # -- reading the queue --------------------------------------------------------------------------------------
+
+    def _newest_item(self, decided: Sequence[QueueItem]) -> int:
+        pending, _ = self.queue.pending_features(self.model, 1)
+        return max([0, *map(int, pending), *(item.id for item in decided)])
+
+    def _all_decisions(self) -> list[Decision]:
+        found: list[Decision] = []
+        while page := self.queue.decisions(after_id=found[-1].id if found else 0, limit=_PAGE):
+            found += page
+        return found
+
+
+def _too_little(material: Material, items: Sequence[QueueItem], n_purified: int, settings: RetrainerSettings) -> str:
+    if n_purified > 0:  # needs nobody
+        return ""
+    reviewers = {item.decision.reviewer for item in items if item.decision is not None}
+    if len(items) < settings.min_decisions:
+        return f"{len(items)} inputs are decided, min_decisions asks for {settings.min_decisions}."
+    if len(reviewers) < settings.min_reviewers:
+        return f"{len(reviewers)} reviewers have decided, min_reviewers asks for {settings.min_reviewers}."
+    if not len(material.training):
+        why = ", ".join(f"{count} {reason}" for reason, count in material.left_out.items())
+        return f"nothing is left to learn from{f': {why}' if why else ''}."
+    return ""

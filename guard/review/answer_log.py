@@ -1,0 +1,70 @@
+"""The answers of each reviewer, newest first, without reading all of them again for every page."""
+
+from __future__ import annotations
+
+import threading
+from datetime import datetime
+
+from guard.relabel.items import Decision
+from guard.relabel.queue import Queue
+
+_AT_ONCE = 1000
+
+
+class AnswerLog:
+    """Remembers which answers there are and when they were given; what became of them is read anew each time.
+
+    Parameters
+    ----------
+    queue : Queue
+    """
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+        self._known: dict[str, list[tuple[int, datetime]]] = {}
+        self._lock = threading.Lock()
+
+    def count(self, reviewer: str) -> int:
+        """Return how many answers a reviewer gave, also such as do not stand any more."""
+        return len(self._ids(reviewer))
+
+    def newest(self, reviewer: str, n: int, skip: int = 0) -> list[Decision]:
+        """Return up to n answers, newest first, after the `skip` newest ones."""
+        ids = self._ids(reviewer)
+        chosen = ids[max(0, len(ids) - skip - n) : max(0, len(ids) - skip)]
+        if not chosen:
+            return []
+        return self._queue.decisions(after_id=chosen[0][0] - 1, reviewer=reviewer, limit=len(chosen))[::-1]
+
+    def since(self, reviewer: str, time: datetime) -> list[Decision]:
+        """Return the answers that stand and were given at or after a time, newest first."""
+        later = self.given_since(reviewer, time)
+        return [one for one in self.newest(reviewer, later) if one.stands]
+
+    def given_since(self, reviewer: str, time: datetime) -> int:
+        """Return how many answers were given at or after a time, also such as do not stand any more; costs nothing."""
+        return sum(decided_at >= time for _, decided_at in self._ids(reviewer))
+
+    def last_standing(self, reviewer: str) -> Decision | None:
+        """Return the newest answer that stands; None if none does."""
+        skip = 0
+        while part := self.newest(reviewer, 20, skip):
+            for one in part:
+                if one.stands:
+                    return one
+            skip += len(part)
+        return None
+
+    def own(self, reviewer: str, decision_id: int) -> Decision | None:
+        """Return a reviewer's answer by its number; None if it is not theirs."""
+        found = self._queue.decisions(after_id=decision_id - 1, reviewer=reviewer, limit=1)
+        return found[0] if found and found[0].id == decision_id else None
+
+    def _ids(self, reviewer: str) -> list[tuple[int, datetime]]:
+        with self._lock:
+            known = self._known.setdefault(reviewer, [])
+            while True:
+                part = self._queue.decisions(after_id=known[-1][0] if known else 0, reviewer=reviewer, limit=_AT_ONCE)
+                known += [(one.id, one.decided_at) for one in part]
+                if len(part) < _AT_ONCE:
+                    return list(known)

@@ -1,0 +1,165 @@
+"""The same queue for programs: JSON over HTTP, with a reviewer's token as bearer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import Response
+
+from guard.errors import DataError
+from guard.relabel.items import Answer, Decision, QueueItem
+from guard.review.access import Program, TheDesk, need_admin
+from guard.review.desk import Desk, Order
+from guard.review.images import picture_response
+from guard.review.pictures import picture_of_tensor
+
+router = APIRouter(prefix="/api/v1")
+
+
+class OneAnswer(BaseModel):
+    """What a program says of one item."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    is_poisoned: bool
+    #: 0-based; None = it cannot be told.
+    true_label: int | None = None
+    note: str = Field("", max_length=2000)
+
+
+class ItemAnswer(OneAnswer):
+    """An answer that names its item."""
+
+    item: int
+
+
+class ManyAnswers(BaseModel):
+    """Answers that are saved together, all or none."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    answers: list[ItemAnswer] = Field(min_length=1, max_length=1000)
+
+
+class RetrainRequest(BaseModel):
+    """Which model to retrain."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(min_length=1, max_length=200)
+
+
+@router.get("/items/next")
+def next_items(
+    desk: TheDesk,
+    reviewer: Program,
+    n: Annotated[int, Query(ge=1, le=200)] = 1,
+    order: Order = "suspicion",
+    group: int | None = None,
+) -> dict[str, Any]:
+    """Claim up to n items for the caller."""
+    return {"items": [_item(desk, item) for item in desk.queue.claim(reviewer.name, n, order=order, group=group)]}
+
+
+@router.get("/items/{item_id}")
+def one_item(desk: TheDesk, reviewer: Program, item_id: int) -> dict[str, Any]:
+    """Return one item."""
+    return _item(desk, desk.item(item_id))
+
+
+@router.get("/items/{item_id}/image.png")
+def item_image(desk: TheDesk, reviewer: Program, item_id: int) -> Response:
+    """Return what the model saw as a PNG file."""
+    return picture_response(picture_of_tensor(desk.item(item_id).input.inputs))
+
+
+@router.post("/items/{item_id}/decision")
+def decide(desk: TheDesk, reviewer: Program, item_id: int, answer: OneAnswer) -> dict[str, Any]:
+    """Save one answer."""
+    return _decision(desk.decide(reviewer.name, [_answer(item_id, answer)])[0])
+
+
+@router.post("/decisions")
+def decide_many(desk: TheDesk, reviewer: Program, body: ManyAnswers) -> dict[str, Any]:
+    """Save several answers, all or none."""
+    done = desk.decide(reviewer.name, [_answer(answer.item, answer) for answer in body.answers])
+    return {"decisions": [_decision(one) for one in done]}
+
+
+@router.post("/items/{item_id}/skip")
+def skip(desk: TheDesk, reviewer: Program, item_id: int) -> dict[str, Any]:
+    """Give one item back."""
+    desk.skip(reviewer.name, item_id)
+    return {"skipped": item_id}
+
+
+@router.post("/undo")
+def undo(desk: TheDesk, reviewer: Program) -> dict[str, Any]:
+    """Withdraw the caller's last answer that stands."""
+    done = desk.undo(reviewer.name)
+    return {"item": done.id, "state": done.state.value}
+
+
+@router.get("/counts")
+def counts(desk: TheDesk, reviewer: Program) -> dict[str, Any]:
+    """Return how much there is of everything."""
+    found = desk.queue.counts()
+    return {
+        "by_state": {state.value: number for state, number in found.by_state.items()},
+        "oldest_pending_at": found.oldest_pending_at.isoformat() if found.oldest_pending_at else None,
+        "dropped": sum(found.dropped.values()),
+        "decisions": dict(found.decisions),
+    }
+
+
+@router.post("/retrain")
+def retrain(desk: TheDesk, reviewer: Program, body: RetrainRequest) -> dict[str, Any]:
+    """Ask for a retraining; for admins."""
+    need_admin(reviewer.role)
+    if body.model not in desk.models():
+        raise DataError(f"there is no model {body.model!r}: known are {desk.models()}.")
+    desk.rounds.request(body.model, reviewer.name)
+    return {"requested": body.model}
+
+
+def _answer(item_id: int, answer: OneAnswer) -> Answer:
+    return Answer(item_id=item_id, is_poisoned=answer.is_poisoned, true_label=answer.true_label, note=answer.note)
+
+
+def _item(desk: Desk, item: QueueItem) -> dict[str, Any]:
+    flagged = item.input
+    return {
+        "id": item.id,
+        "state": item.state.value,
+        "group": item.group,
+        "request_id": flagged.request_id,
+        "model": flagged.model,
+        "bundle": flagged.bundle_digest,
+        "suspect_label": flagged.suspect_label,
+        "backup_label": flagged.backup_label,
+        "backup_confidence": flagged.backup_confidence,
+        "class_names": desk.names(flagged),
+        "p_value": flagged.p_value,
+        "score": flagged.combined,
+        "detectors": {"raw": dict(flagged.raw), "surprise": dict(flagged.surprise)},
+        "reason": flagged.reason,
+        "received_at": flagged.received_at.isoformat(),
+        "lease_expires_at": item.lease_expires_at.isoformat() if item.lease_expires_at else None,
+        "image": f"/api/v1/items/{item.id}/image.png",
+        "decision": _decision(item.decision) if item.decision is not None else None,
+    }
+
+
+def _decision(decision: Decision) -> dict[str, Any]:
+    return {
+        "id": decision.id,
+        "item": decision.item_id,
+        "reviewer": decision.reviewer,
+        "is_poisoned": decision.is_poisoned,
+        "true_label": decision.true_label,
+        "decided_at": decision.decided_at.isoformat(),
+        "supersedes": decision.supersedes,
+        "note": decision.note,
+    }

@@ -1,0 +1,302 @@
+"""What the page works with: the queue, its reviewers, and what is known of model and bundle. Knows no HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+
+from guard.errors import AlreadyDecided, ConfigError, DataError, ItemGone, LeaseExpired
+from guard.relabel.items import Answer, Decision, FlaggedInput, QueueItem, State
+from guard.relabel.queue import Queue
+from guard.relabel.reviewers import Reviewers
+from guard.relabel.rounds import Rounds
+from guard.review import words
+from guard.review.answer_log import AnswerLog
+from guard.review.holding import Holding
+from guard.review.known_bundles import KnownBundle, KnownBundles
+from guard.review.occlusion import Occlusion
+from guard.types import Float32Array, IntArray
+
+Order = Literal["suspicion", "age", "group"]
+ORDERS: tuple[Order, ...] = get_args(Order)
+
+#: Clean images shown per class.
+NEIGHBOURS = 5
+#: Items of one group on one page.
+GROUP_PAGE = 48
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReviewSettings:
+    """Settings of the page.
+
+    Raises
+    ------
+    ConfigError
+        If a value breaks its rule.
+    """
+
+    #: Names under which browsers may ask for the page, besides the loopback's.
+    allowed_hosts: tuple[str, ...] = ()
+    #: Failed log-ins per minute from one address, and for one name, before more are refused.
+    failed_logins: int = 5
+    #: Bytes of an uploaded file of decisions at most.
+    max_upload_bytes: int = 64 * 2**20
+
+    def __post_init__(self) -> None:
+        for name in ("failed_logins", "max_upload_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CleanImages:
+    """Clean images of the user, to compare flagged inputs with.
+
+    Attributes
+    ----------
+    images : ndarray of shape (n, channels, height, width), float32
+    labels : ndarray of shape (n,), int64
+    """
+
+    images: Float32Array
+    labels: IntArray
+
+    def are_of(self, bundle: KnownBundle) -> bool:
+        """True if these are the images that the bundle was fitted on, in the same order, as far as labels tell."""
+        return np.array_equal(self.labels, bundle.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """Clean images of one class next to a flagged input.
+
+    Attributes
+    ----------
+    label : int
+    name, why : str
+        Of the class, and who names it.
+    rows : list of int
+        Positions in the clean images, nearest first.
+    """
+
+    label: int
+    name: str
+    why: str
+    rows: list[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ItemView:
+    """One item as a reviewer sees it."""
+
+    item: QueueItem
+    names: list[str]
+    keys: list[str]
+    signs: list[words.Sign]
+    suspect_confidence: float
+    neighbours: list[Neighbours]
+    #: Why there are no neighbours; empty if there are.
+    no_neighbours: str
+    #: The reviewer's own answer that stands.
+    answer: Decision | None = None
+
+    @property
+    def suspect_name(self) -> str:
+        """Name of the suspect's answer."""
+        return self.names[self.item.input.suspect_label]
+
+    @property
+    def likely(self) -> list[tuple[int, str]]:
+        """The classes to choose among most often, with who names them: they head a long list."""
+        flagged = self.item.input
+        rival, _ = words.rival_label(flagged)
+        who = "backup" if rival == flagged.backup_label else "second choice"
+        return [(rival, who), (flagged.suspect_label, "suspect")]
+
+    @property
+    def backup_name(self) -> str | None:
+        """Name of the backup's answer; None if the guard has no backup."""
+        label = self.item.input.backup_label
+        return None if label is None else self.names[label]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Desk:
+    """Everything behind the page.
+
+    Attributes
+    ----------
+    queue : Queue
+    reviewers : Reviewers
+    rounds : Rounds
+    bundles : KnownBundles
+    clean : CleanImages or None
+        None: no clean neighbours are shown.
+    occlusion : Occlusion or None
+        None: the suspect model is not at hand.
+    settings : ReviewSettings
+    """
+
+    queue: Queue
+    reviewers: Reviewers
+    rounds: Rounds
+    bundles: KnownBundles = field(default_factory=lambda: KnownBundles(None))
+    clean: CleanImages | None = None
+    occlusion: Occlusion | None = None
+    settings: ReviewSettings = field(default_factory=ReviewSettings)
+    holding: Holding = field(default_factory=Holding, init=False)
+    log: AnswerLog = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "log", AnswerLog(self.queue))
+
+    def take(self, reviewer: str, order: Order, group: int | None = None) -> QueueItem | None:
+        """Return what the reviewer should look at now: an item that they hold, else the next one; None if none is."""
+        held = self._still_held(reviewer, group)
+        if held:
+            return held[0]
+        claimed = self.queue.claim(reviewer, 1, order=order, group=group)
+        self.holding.add(reviewer, claimed)
+        return claimed[0] if claimed else None
+
+    def take_group(self, reviewer: str, group: int) -> list[QueueItem]:
+        """Return up to `GROUP_PAGE` items of a group for one reviewer alone."""
+        held = self._still_held(reviewer, group)[:GROUP_PAGE]
+        missing = GROUP_PAGE - len(held)
+        claimed = self.queue.claim(reviewer, missing, order="suspicion", group=group) if missing else []
+        self.holding.add(reviewer, claimed)
+        return held + claimed
+
+    def release(self, reviewer: str, group: int | None = None) -> None:
+        """Give back what the reviewer holds, of one group or altogether."""
+        held = self.holding.of(reviewer, group)
+        if held:
+            self.queue.release(reviewer, held)
+            self.holding.remove(reviewer, held)
+
+    def skip(self, reviewer: str, item_id: int) -> None:
+        """Give an item back, to come last for this reviewer."""
+        self.queue.skip(reviewer, item_id)
+        self.holding.remove(reviewer, [item_id])
+
+    def decide(self, reviewer: str, answers: Sequence[Answer]) -> list[Decision]:
+        """Save answers, all or none; a lease that has ended is taken again if nobody else took the item.
+
+        Raises
+        ------
+        QueueError
+            If an item is gone, decided, held by somebody else, or a label unknown.
+        """
+        wanted = [answer.item_id for answer in answers]
+        try:
+            done = self.queue.decide_many(reviewer, answers)
+        except LeaseExpired:
+            if not self.queue.claim_items(reviewer, wanted):
+                raise
+            done = self.queue.decide_many(reviewer, answers)
+        except (AlreadyDecided, ItemGone):
+            self.holding.remove(reviewer, wanted)  # or the page would show it again and again
+            raise
+        self.holding.remove(reviewer, wanted)
+        return done
+
+    def undo(self, reviewer: str) -> QueueItem:
+        """Withdraw the reviewer's last answer that stands, of whatever session, and return its item.
+
+        Raises
+        ------
+        AlreadyDecided
+            If no answer of theirs stands.
+        QueueError
+            If it cannot be withdrawn any more.
+        """
+        last = self.log.last_standing(reviewer)
+        if last is None:
+            raise AlreadyDecided("there is nothing to undo: no answer of yours stands.")
+        return self.withdraw(reviewer, last.id, last.item_id)
+
+    def withdraw(self, reviewer: str, decision_id: int, item_id: int) -> QueueItem:
+        """Take an answer back; its item comes to the reviewer next."""
+        self.queue.withdraw(reviewer, decision_id)
+        item = self.queue.get(item_id)
+        if item.claimed_by == reviewer:
+            self.holding.add(reviewer, [item], first=True)
+        return item
+
+    def view(self, item: QueueItem, answer: Decision | None = None) -> ItemView:
+        """Return an item with everything that helps to judge it."""
+        flagged = item.input
+        names = self.names(flagged)
+        known = self.bundles.find(flagged.bundle_digest) or self.bundles.active()
+        neighbours, why_not = self._neighbours(flagged, names, known)
+        return ItemView(
+            item,
+            names,
+            words.label_keys(names),
+            words.signs(flagged, names[flagged.suspect_label], known.mode if known else None),
+            words.suspect_confidence(flagged),
+            neighbours,
+            why_not,
+            answer,
+        )
+
+    def names(self, flagged: FlaggedInput) -> list[str]:
+        """Return one name per class of the model that a flagged input was for."""
+        return words.label_names(self.bundles.class_names(flagged.bundle_digest), flagged.n_classes)
+
+    def models(self) -> list[str]:
+        """Return the names of the models that have items in the queue or rounds of retraining, sorted."""
+        seen = {item.input.model for state in State for item in self.queue.items(state=state, limit=20)}
+        return sorted(seen | {entry.model for entry in self.rounds.all(limit=100)})
+
+    def item(self, item_id: int) -> QueueItem:
+        """Return an item; ItemGone if there is none."""
+        return self.queue.get(item_id)
+
+    def _still_held(self, reviewer: str, group: int | None) -> list[QueueItem]:
+        wanted = self.holding.of(reviewer, group)
+        held = {item.id: item for item in self.queue.claim_items(reviewer, wanted)} if wanted else {}
+        self.holding.remove(reviewer, set(wanted) - held.keys())
+        return [held[item_id] for item_id in wanted if item_id in held]
+
+    def _neighbours(
+        self, flagged: FlaggedInput, names: Sequence[str], known: KnownBundle | None
+    ) -> tuple[list[Neighbours], str]:
+        if self.clean is None:
+            return [], "No clean images were given. Start the page with --images to compare with the nearest ones."
+        if known is None:
+            return [], "The bundle that flagged this input is not in the folder of bundles."
+        if not self.clean.are_of(known):
+            return [], "The images given with --images are not those that this guard was fitted on."
+        rival, why = words.rival_label(flagged)
+        asked = ((flagged.suspect_label, "what the suspect says"), (rival, why))
+        features = flagged.activations.features[0]
+        found = [
+            Neighbours(label, names[label], why, [int(row) for row in known.nearest(features, label, NEIGHBOURS)])
+            for label, why in asked
+        ]
+        return found, ""
+
+
+def label_of(text: str, names: Sequence[str]) -> int | None:
+    """Return the class that a person typed: its number, its name, or both as in "14 Stop"; None for an empty text.
+
+    Raises
+    ------
+    DataError
+        If it is none of the classes.
+    """
+    text = " ".join(text.split())
+    if not text:
+        return None
+    folded = [name.casefold() for name in names]
+    if folded.count(text.casefold()) == 1:
+        return folded.index(text.casefold())
+    number = text.partition(" ")[0]
+    if number.isascii() and number.isdigit() and len(number) < 10 and int(number) < len(names):
+        return int(number)
+    raise DataError(f"{text!r} is none of the {len(names)} classes. Give its number or its name.")

@@ -1,0 +1,133 @@
+"""Groups of look-alike flagged inputs: the grid of all, and one group labelled in one go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import RedirectResponse, Response
+
+from guard.errors import DataError
+from guard.relabel.items import Answer, QueueItem
+from guard.review.access import Form, Posted, SignedIn, TheDesk
+from guard.review.desk import Desk, label_of
+from guard.review.pages import shared
+from guard.review.rendering import render
+
+router = APIRouter(prefix="/groups")
+
+#: What the true label of each item of a group is, where it has none of its own.
+RULES = {
+    "one": "the same for all",
+    "backup": "each what its backup says",
+    "suspect": "each what the suspect says",
+    "none": "cannot be told",
+}
+
+
+@router.get("")
+def all_groups(request: Request, desk: TheDesk, session: SignedIn) -> Response:
+    """Show the groups that have something to do, those with most of it first."""
+    groups = [one for one in desk.queue.groups() if one.pending]
+    shown = []
+    for group in groups[:100]:
+        names = desk.names(desk.item(group.sample_ids[0]).input) if group.sample_ids else []
+        shown.append({"group": group, "suspects": [names[label] for label in group.suspect_labels if names]})
+    return render(request, "groups.html", {"groups": shown, "total": len(groups), **shared(desk, session)})
+
+
+@router.get("/{group}")
+def one_group(request: Request, desk: TheDesk, session: SignedIn, group: int) -> Response:
+    """Show the items of a group, claimed for this reviewer."""
+    items = desk.take_group(session.name, group)
+    return render(request, "group.html", {**_context(desk, group, items), **shared(desk, session)})
+
+
+@router.post("/{group}/decisions")
+def decide_group(request: Request, desk: TheDesk, posted: Form, group: int) -> Response:
+    """Save the answers for a group with its exceptions: all of them, or none and say why."""
+    included = [int(value) for value in posted.form.getlist("include") if isinstance(value, str) and value.isdigit()]
+    items = [desk.item(item_id) for item_id in included]
+    try:
+        if not items:
+            raise DataError("no item is chosen.")
+        answers = [_answer(posted, item, desk.names(item.input)) for item in items]
+    except DataError as error:
+        held = desk.take_group(posted.session.name, group)
+        context = {**_context(desk, group, held, posted), "text": str(error), "is_error": True}
+        return render(request, "group.html", {**context, **shared(desk, posted.session)}, status=422)
+    desk.decide(posted.session.name, answers)
+    rest = desk.take_group(posted.session.name, group)
+    text = f"Saved: {len(answers)} items."
+    if not rest:
+        return RedirectResponse("/groups", status_code=303)
+    return render(request, "group.html", {**_context(desk, group, rest), **shared(desk, posted.session), "text": text})
+
+
+@router.post("/{group}/leave")
+def leave(desk: TheDesk, posted: Form, group: int) -> Response:
+    """Give the items of a group back unanswered."""
+    desk.release(posted.session.name, group)
+    return RedirectResponse("/groups", status_code=303)
+
+
+def _answer(posted: Posted, item: QueueItem, names: list[str]) -> Answer:
+    """Return what the form says of one item: its own verdict and label, else those of the group."""
+    verdict = posted.text(f"verdict_{item.id}") or posted.text("verdict")
+    if verdict not in ("poisoned", "false_alarm"):
+        raise DataError("say whether the group is poisoned or a false alarm.")
+    try:
+        own = label_of(posted.text(f"label_{item.id}"), names)
+    except DataError as error:
+        raise DataError(f"item {item.id}: {error}") from error
+    label = own if own is not None else _group_label(posted, item, names, verdict)
+    return Answer(item_id=item.id, is_poisoned=verdict == "poisoned", true_label=label)
+
+
+def _group_label(posted: Posted, item: QueueItem, names: list[str], verdict: str) -> int | None:
+    rule = posted.text("rule")
+    if verdict == "false_alarm" and posted.text("verdict") != verdict:
+        return item.input.suspect_label  # an exception in a poisoned group: the suspect is right there
+    if rule == "backup":
+        backup = item.input.backup_label
+        if backup is None:
+            raise DataError(f"item {item.id} has no backup's answer. Give its own label, or leave it out.")
+        if backup == item.input.suspect_label and verdict == "poisoned":
+            raise DataError(
+                f"item {item.id}: its backup says what the suspect says. Give its own label, or leave it out."
+            )
+        return backup
+    if rule == "suspect":
+        return item.input.suspect_label
+    if rule == "none":
+        return None
+    label = label_of(posted.text("group_label"), names)
+    if rule != "one" or label is None:
+        raise DataError("choose what the true label is.")
+    return label
+
+
+def _context(desk: Desk, group: int, items: list[QueueItem], posted: Posted | None = None) -> dict[str, Any]:
+    """Return what the template shows; after an error with what the reviewer had filled in."""
+    names = desk.names(items[0].input) if items else []
+    included = posted.form.getlist("include") if posted is not None else None
+    tiles: list[dict[str, Any]] = [
+        {
+            "item": item,
+            "names": desk.names(item.input),
+            "included": included is None or str(item.id) in included,
+            "label": posted.text(f"label_{item.id}") if posted is not None else "",
+            "verdict": posted.text(f"verdict_{item.id}") if posted is not None else "",
+        }
+        for item in items
+    ]
+    suspects = {tile["names"][tile["item"].input.suspect_label] for tile in tiles}
+    chosen = {name: posted.text(name) if posted is not None else "" for name in ("verdict", "rule", "group_label")}
+    return {
+        "group": group,
+        "tiles": tiles,
+        "names": names,
+        "one_suspect": suspects.pop() if len(suspects) == 1 else None,
+        "rules": RULES,
+        "chosen": chosen,
+    }

@@ -1,0 +1,58 @@
+"""What must happen in the queue while nobody clicks: ended leases return, look-alikes find together."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from types import TracebackType
+
+from guard.errors import GuardError
+from guard.review.desk import Desk
+
+SWEEP_S = 5.0
+REGROUP_S = 60.0
+
+_log = logging.getLogger(__name__)
+
+
+class Housekeeping:
+    """A thread that sweeps the queue every few seconds and groups look-alikes every minute, while it is open.
+
+    Several may run at once, in several processes; they do the same work twice and no harm.
+
+    Parameters
+    ----------
+    desk : Desk
+    """
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="review-housekeeping", daemon=True)
+
+    def __enter__(self) -> Housekeeping:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stopping.set()
+        self._thread.join(10)
+
+    def _run(self) -> None:
+        from guard.relabel.groups import refresh_groups  # loads scikit-learn: seconds that the page need not wait
+
+        regrouped_at, pending = -REGROUP_S, -1
+        while not self._stopping.is_set():
+            try:
+                self._desk.queue.sweep()
+                now_pending = sum(self._desk.queue.counts().by_state.values())
+                if time.monotonic() >= regrouped_at + REGROUP_S and now_pending != pending:
+                    for model in self._desk.models():
+                        refresh_groups(self._desk.queue, model)
+                    regrouped_at, pending = time.monotonic(), now_pending
+            except GuardError as error:  # the database may come back
+                _log.warning("housekeeping of the queue failed, and will be tried again: %s", error)
+            self._stopping.wait(SWEEP_S)

@@ -1,0 +1,261 @@
+"""The pages of a reviewer: one item after the other, their own answers, and what these changed."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import RedirectResponse, Response
+
+from guard.errors import DataError, ItemGone
+from guard.relabel.items import Answer, Decision, QueueItem
+from guard.relabel.rounds import Round
+from guard.review import words
+from guard.review.access import ForbiddenError, Form, Posted, Session, SignedIn, TheDesk
+from guard.review.desk import ORDERS, Desk, Order, label_of
+from guard.review.rendering import is_part, render
+
+router = APIRouter()
+
+#: Answers on one page of "My answers".
+ANSWERS_PAGE = 50
+
+
+@router.get("/")
+def start(session: SignedIn) -> Response:
+    """Go to the first page."""
+    return RedirectResponse("/review", status_code=303)
+
+
+@router.get("/favicon.ico")
+def icon() -> Response:
+    """Say where the icon is, to browsers that show a picture by itself."""
+    return RedirectResponse("/static/icon.svg")
+
+
+@router.get("/review")
+def review(request: Request, desk: TheDesk, session: SignedIn, order: str = "", group: int | None = None) -> Response:
+    """Show the item that the reviewer holds, or the next one."""
+    chosen = _order(order or request.cookies.get("guard_order", ""))
+    item = desk.take(session.name, chosen, group)
+    response = render(request, "review.html", _work(desk, session, item, chosen, group))
+    response.set_cookie("guard_order", chosen, samesite="strict", httponly=True, path="/")
+    return response
+
+
+@router.post("/items/{item_id}/decision")
+def decide(request: Request, desk: TheDesk, posted: Form, item_id: int) -> Response:
+    """Save one answer, and show the next item (or this one again, if the reviewer goes on by hand)."""
+    item = desk.item(item_id)
+    names = desk.names(item.input)
+    is_poisoned, true_label = read_answer(posted, item, names)
+    decision = desk.decide(
+        posted.session.name, [Answer(item_id=item_id, is_poisoned=is_poisoned, true_label=true_label)]
+    )[0]
+    text = f"Saved: item {item_id} {answer_text(decision, names)}."
+    if posted.text("advance", "1") == "1":
+        return _next(request, desk, posted, text)
+    return _shown(request, desk, posted, desk.item(item_id), text, decision)
+
+
+@router.post("/items/{item_id}/skip")
+def skip(request: Request, desk: TheDesk, posted: Form, item_id: int) -> Response:
+    """Give an item back, to come last for this reviewer, and show the next one."""
+    desk.skip(posted.session.name, item_id)
+    return _next(request, desk, posted, f"Item {item_id} went back to the queue.")
+
+
+@router.post("/next")
+def go_on(request: Request, desk: TheDesk, posted: Form) -> Response:
+    """Show the next item after one that was answered."""
+    return _next(request, desk, posted, "")
+
+
+@router.post("/undo")
+def undo(request: Request, desk: TheDesk, posted: Form) -> Response:
+    """Withdraw the last answer, and show its item again."""
+    item = desk.undo(posted.session.name)
+    return _shown(request, desk, posted, item, f"Undone: item {item.id} is open again.", None)
+
+
+@router.post("/items/{item_id}/renew")
+def renew(desk: TheDesk, posted: Form, item_id: int) -> Response:
+    """Keep an item for longer; the page asks while somebody looks at it."""
+    desk.queue.renew(posted.session.name, [item_id])
+    return Response(status_code=204)
+
+
+@router.get("/items/{item_id}")
+def item_page(request: Request, desk: TheDesk, session: SignedIn, item_id: int) -> Response:
+    """Show an item to look at, without claiming it."""
+    item = desk.item(item_id)
+    mine = [one for one in desk.log.newest(session.name, 500) if one.item_id == item_id]
+    context = {"view": desk.view(item), "mine": mine, **shared(desk, session)}
+    return render(request, "item.html", context)
+
+
+@router.get("/answers")
+def answers(request: Request, desk: TheDesk, session: SignedIn, page: int = 1) -> Response:
+    """Show the reviewer's own answers, newest first, of all sessions."""
+    total = desk.log.count(session.name)
+    pages = max(1, -(-total // ANSWERS_PAGE))
+    page = min(max(1, page), pages)
+    shown = desk.log.newest(session.name, ANSWERS_PAGE, ANSWERS_PAGE * (page - 1))
+    rows = [_answer_row(desk, one) for one in shown]
+    context = {"rows": rows, "page": page, "pages": pages, "total": total, **shared(desk, session)}
+    return render(request, "answers.html", context)
+
+
+@router.post("/answers/{decision_id}/withdraw")
+def withdraw(desk: TheDesk, posted: Form, decision_id: int) -> Response:
+    """Take an answer back; its item is the reviewer's again."""
+    desk.withdraw(posted.session.name, decision_id, _own(desk, posted, decision_id).item_id)
+    return RedirectResponse("/answers", status_code=303)
+
+
+@router.post("/answers/{decision_id}/change")
+def change(desk: TheDesk, posted: Form, decision_id: int) -> Response:
+    """Put another answer in the place of an earlier one."""
+    names = desk.names(desk.item(_own(desk, posted, decision_id).item_id).input)
+    desk.queue.supersede(
+        posted.session.name,
+        decision_id,
+        is_poisoned=posted.text("verdict") == "poisoned",
+        true_label=label_of(posted.text("true_label"), names),
+    )
+    return RedirectResponse("/answers", status_code=303)
+
+
+@router.get("/progress")
+def progress(request: Request, desk: TheDesk, session: SignedIn) -> Response:
+    """Show how far the queue is, and what the answers changed after each retraining."""
+    now = datetime.now(UTC)
+    context = {
+        "mine": desk.log.count(session.name),
+        "last_hour": len(desk.log.since(session.name, now - timedelta(hours=1))),
+        "rounds": [_round(entry) for entry in desk.rounds.all(limit=50)],
+        "dropped": sum(desk.queue.counts().dropped.values()),
+        **shared(desk, session),
+    }
+    return render(request, "progress.html", context)
+
+
+def shared(desk: Desk, session: Session) -> dict[str, Any]:
+    """Return what the frame of every page shows."""
+    counts = desk.queue.counts()
+    by_state = {state.value: number for state, number in counts.by_state.items()}
+    since = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    return {
+        "session": session,
+        "counts": counts,
+        "by_state": by_state,
+        "today": desk.log.given_since(session.name, since),
+    }
+
+
+def read_answer(posted: Posted, item: QueueItem, names: list[str]) -> tuple[bool, int | None]:
+    """Return (is it poisoned, true label) from a form.
+
+    Raises
+    ------
+    DataError
+        If it says neither, or a poisoned input comes without its true label or "none".
+    """
+    verdict, label = posted.text("verdict"), posted.text("true_label")
+    if verdict not in ("poisoned", "false_alarm"):
+        raise DataError("say whether it is poisoned or a false alarm.")
+    if label == "none":
+        return verdict == "poisoned", None
+    true_label = label_of(label, names)
+    if true_label is None and verdict == "poisoned":
+        raise DataError("choose the true label first, or say that it cannot be told.")
+    if true_label is None:  # a false alarm without another label: the suspect is right
+        true_label = item.input.suspect_label
+    return verdict == "poisoned", true_label
+
+
+def answer_text(decision: Decision, names: list[str]) -> str:
+    """Return an answer in words."""
+    label = "true label unknown" if decision.true_label is None else f"true label {names[decision.true_label]}"
+    return f"{'poisoned' if decision.is_poisoned else 'false alarm'}, {label}"
+
+
+def _next(request: Request, desk: Desk, posted: Posted, text: str) -> Response:
+    order, group = _order(posted.text("order")), _group(posted)
+    if not is_part(request):
+        return RedirectResponse(f"/review?order={order}" + (f"&group={group}" if group else ""), status_code=303)
+    item = desk.take(posted.session.name, order, group)
+    context = _work(desk, posted.session, item, order, group)
+    return render(request, "_work.html", {**context, "text": text, "is_swap": True})
+
+
+def _shown(
+    request: Request, desk: Desk, posted: Posted, item: QueueItem, text: str, decision: Decision | None
+) -> Response:
+    if not is_part(request):
+        return RedirectResponse("/review", status_code=303)
+    context = _work(desk, posted.session, item, _order(posted.text("order")), _group(posted), decision)
+    return render(request, "_work.html", {**context, "text": text, "is_swap": True})
+
+
+def _work(
+    desk: Desk,
+    session: Session,
+    item: QueueItem | None,
+    order: Order,
+    group: int | None,
+    decision: Decision | None = None,
+) -> dict[str, Any]:
+    return {
+        "view": None if item is None else desk.view(item, decision),
+        "answer_text": answer_text,
+        "order": order,
+        "group": group,
+        "orders": ORDERS,
+        "has_occlusion": desk.occlusion is not None,
+        "quorum": desk.queue.settings.quorum,
+        "is_swap": False,
+        **shared(desk, session),
+    }
+
+
+def _answer_row(desk: Desk, decision: Decision) -> dict[str, Any]:
+    try:
+        item = desk.item(decision.item_id)
+    except ItemGone:
+        return {"decision": decision, "item": None, "names": [], "text": "", "suspect": ""}
+    names = desk.names(item.input)
+    return {
+        "decision": decision,
+        "item": item,
+        "names": names,
+        "text": answer_text(decision, names),
+        "suspect": names[item.input.suspect_label],
+    }
+
+
+def _round(entry: Round) -> dict[str, Any]:
+    report = entry.report
+    return {
+        "entry": entry,
+        "figures": words.before_and_after(report),
+        "facts": words.other_facts(report),
+        "reasons": words.reasons(report),
+    }
+
+
+def _order(text: str) -> Order:
+    return next((order for order in ORDERS if order == text), "suspicion")
+
+
+def _group(posted: Posted) -> int | None:
+    text = posted.text("group")
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _own(desk: Desk, posted: Posted, decision_id: int) -> Decision:
+    decision = desk.log.own(posted.session.name, decision_id)
+    if decision is None:
+        raise ForbiddenError("that answer is not yours.")
+    return decision

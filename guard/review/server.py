@@ -1,0 +1,124 @@
+"""The page served by uvicorn: on the command line until Ctrl-C, or in a thread beside something else."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from guard.errors import ServerError
+from guard.review.app import create_app
+from guard.review.desk import Desk
+from guard.review.housekeeping import Housekeeping
+
+LOOPBACK_ADDRESSES = ("127.0.0.1", "::1", "localhost")
+
+
+def serve_until_stopped(
+    desk: Desk,
+    host: str,
+    port: int,
+    *,
+    certificate: str | None = None,
+    key: str | None = None,
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serve the page until SIGINT or SIGTERM.
+
+    Parameters
+    ----------
+    desk : Desk
+    host, port
+        Where to listen.
+    certificate, key : str or None
+        PEM files for https.
+    on_ready : callable, optional
+        Called with the page's URL once it can be asked for.
+
+    Raises
+    ------
+    ServerError
+        If it cannot listen there.
+    """
+    with listening_socket(host, port) as listening, Housekeeping(desk):
+        port = listening.getsockname()[1]
+        server = _server(desk, host, port, certificate, key)
+        listening.listen()  # from here on, a browser that comes early waits
+        if on_ready is not None:
+            on_ready(_url(host, port, is_https=certificate is not None))
+        with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn after an orderly end
+            server.run(sockets=[listening])
+
+
+@contextlib.contextmanager
+def serving_in_thread(desk: Desk, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+    """Serve the page in a thread while open, and yield its URL; port 0 = any free one.
+
+    Raises
+    ------
+    ServerError
+        If it cannot listen there, or does not start within 10 s.
+    """
+    with listening_socket(host, port) as listening:
+        port = listening.getsockname()[1]
+        server = _server(desk, host, port, None, None)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        try:
+            _wait_until_started(server)
+            yield _url(host, port, is_https=False)
+        finally:
+            server.should_exit = True
+            thread.join(10)
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound already, so that a port in use is a clear error.
+
+    Raises
+    ------
+    ServerError
+        If it cannot be bound.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise ServerError(f"cannot listen on {host}, port {port}: {error.strerror}. Name another --port.") from error
+    return listening
+
+
+def _url(host: str, port: int, *, is_https: bool) -> str:
+    return f"{'https' if is_https else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _server(desk: Desk, host: str, port: int, certificate: str | None, key: str | None) -> uvicorn.Server:
+    return uvicorn.Server(
+        uvicorn.Config(
+            create_app(desk),
+            host=host,
+            port=port,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_graceful_shutdown=3,
+            ssl_certfile=certificate,
+            ssl_keyfile=key,
+        )
+    )
+
+
+def _wait_until_started(server: uvicorn.Server) -> None:
+    limit = time.monotonic() + 10
+    while not server.started:
+        if time.monotonic() > limit:
+            raise ServerError("the review page did not start within 10 s.")
+        time.sleep(0.02)

@@ -1,0 +1,73 @@
+"""What a reviewer and the next retraining need of a flagged input, taken while its forward pass is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from guard.pipeline import Guard
+from guard.types import Activations, Float32Array, Verdict
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evidence:
+    """Of one row of a forward pass; copies, so that they outlive it.
+
+    Attributes
+    ----------
+    activations : Activations
+        One row.
+    inputs : ndarray of shape (channels, height, width), float32
+        What the network saw.
+    surprise : dict of str to float
+        Per detector, how unusual its score is; higher = more suspicious.
+    backup_label : int
+        Second opinion of the replacement head.
+    backup_confidence : float
+        Its softmax probability, in [0, 1].
+    """
+
+    activations: Activations
+    inputs: Float32Array
+    surprise: dict[str, float]
+    backup_label: int
+    backup_confidence: float
+
+
+def collect_evidence(
+    guard: Guard, activations: Activations, inputs: torch.Tensor, verdicts: Sequence[Verdict]
+) -> list[Evidence | None]:
+    """Return the evidence of every poisoned row; None for the others, which cost nothing.
+
+    Parameters
+    ----------
+    guard : Guard
+        The one that gave the verdicts.
+    activations : Activations of n rows
+    inputs : Tensor of shape (n, channels, height, width)
+    verdicts : sequence of n Verdict
+    """
+    evidence: list[Evidence | None] = [None] * len(verdicts)
+    rows = [row for row, verdict in enumerate(verdicts) if verdict.is_poisoned]
+    if not rows:
+        return evidence
+    flagged = activations[np.array(rows)]
+    images = inputs[rows].detach().to("cpu", torch.float32).numpy()
+    raw = np.array([list(verdicts[row].detector_scores.values()) for row in rows])
+    surprise = guard.fusion.surprise(raw)
+    logits = guard.ensemble.replacement_logits(flagged).astype(np.float64)
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    for index, row in enumerate(rows):
+        label = int(shares[index].argmax())
+        evidence[row] = Evidence(
+            flagged[index : index + 1],
+            images[index],
+            dict(zip(guard.ensemble.names, surprise[index].tolist(), strict=True)),
+            label,
+            float(shares[index, label]),
+        )
+    return evidence

@@ -1,0 +1,79 @@
+"""What tests of the review page share: flagged inputs that are pictures, a desk around a queue, and a client."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from queue_helpers import N_CLASSES, flagged
+from starlette.testclient import TestClient
+
+from guard.bundle import write_bundle
+from guard.relabel.items import FlaggedInput
+from guard.relabel.queue import Queue
+from guard.relabel.reviewers import Reviewers
+from guard.relabel.rounds import Rounds
+from guard.review import Desk, create_app
+
+#: Only what a browser on this machine would ask for is answered.
+URL = "http://localhost"
+
+
+def png_of(image: np.ndarray) -> bytes:
+    """Return a grey picture, shape (height, width), values in [0, 1], as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.rint(255 * image).astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def picture(number: int = 0, **changes: Any) -> FlaggedInput:
+    """Return a flagged input whose body is the picture that the model saw; more suspicious, the lower its number."""
+    image = np.random.default_rng(number).random((1, 8, 8), dtype=np.float32)
+    values = {"inputs": image, "body": png_of(image[0]), "p_value": 0.001 * (number + 1)}
+    return flagged(number, **{**values, **changes})
+
+
+def desk_of(queue: Queue, **parts: Any) -> Desk:
+    return Desk(queue, Reviewers(queue), Rounds(queue), **parts)
+
+
+def client_of(desk: Desk, url: str = URL) -> TestClient:
+    return TestClient(create_app(desk), base_url=url, follow_redirects=False)
+
+
+def log_in(desk: Desk, name: str = "ada", role: Any = "reviewer", token: str | None = None) -> TestClient:
+    """Return a client of somebody who is logged in; made a reviewer first if no token is given."""
+    client = client_of(desk)
+    token = token or desk.reviewers.add(name, role)
+    assert client.post("/login", data={"name": name, "token": token}).status_code == 303
+    client.headers["X-CSRF-Token"] = csrf_of(client)
+    return client
+
+
+def csrf_of(client: TestClient) -> str:
+    """Return the token that the page of a client holds for its scripts."""
+    found = re.search(r"hx-headers=\'([^\']+)\'", client.get("/progress").text)
+    assert found is not None
+    token: str = json.loads(found[1])["X-CSRF-Token"]
+    return token
+
+
+def shown_item(html: str) -> int | None:
+    """Return the number of the item that a page shows."""
+    found = re.search(r'data-item="(\d+)"', html)
+    return int(found[1]) if found else None
+
+
+def small_bundle(folder: Path, class_names: list[str] | None, features: np.ndarray, labels: np.ndarray) -> str:
+    """Write a bundle that holds just what the page reads, and return its digest."""
+    document = {"class_names": class_names, "settings": {"mode": "calibrated"}}
+    arrays = {"reference.features": features.astype(np.float32), "labels": labels.astype(np.int64)}
+    return write_bundle(folder, document, arrays).name
+
+
+__all__ = ["N_CLASSES", "URL", "client_of", "csrf_of", "desk_of", "log_in", "picture", "png_of", "shown_item"]

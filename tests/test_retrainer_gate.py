@@ -1,0 +1,142 @@
+"""The gate: figures in, a verdict with reasons out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from guard.retrainer.gate import judge, judge_canary
+from guard.retrainer.material import Agreement
+from guard.retrainer.measuring import Count, Measurement
+from guard.retrainer.settings import RetrainerSettings
+
+NOBODY = Agreement(0, 0)
+SETTINGS = RetrainerSettings()
+
+
+def of(hits, n):
+    """A mask with so many hits."""
+    return np.arange(n) < hits
+
+
+NOTHING = of(0, 0)
+BEFORE = Measurement(
+    clean_right=of(190, 200),
+    clean_flagged=of(2, 200),
+    other_groups_flagged=of(40, 40),
+    same_groups_flagged=of(10, 10),
+    false_alarms_flagged=of(8, 8),
+    recovered=of(30, 50),
+    look_alikes_flagged=of(40, 40),
+    undecided_flagged=of(60, 60),
+)
+
+
+def judged(agreement=NOBODY, rate=0.01, settings=SETTINGS, before=BEFORE, **after):
+    return judge(before, dataclasses.replace(before, **after), agreement, rate, settings)
+
+
+def test_gate_passes_a_candidate_that_is_the_same():
+    judgement = judged()
+    assert judgement.passed
+    assert judgement.reasons == ()
+    assert json.loads(json.dumps(judgement.as_dicts()))[0]["name"] == "clean accuracy"
+
+
+@pytest.mark.parametrize(
+    ("after", "reason"),
+    [
+        (
+            {"clean_right": of(185, 200)},
+            "clean accuracy after the guard: 92.5 % of 200 held-out images, 95.0 % before; "
+            "a fall of 1 points is allowed.",
+        ),
+        (
+            {"clean_flagged": of(9, 200)},
+            "4.5 % of 200 held-out clean images are flagged (before: 1.0 %, asked for: 1 %); "
+            "1.5 times the rate is allowed.",
+        ),
+        (
+            {"other_groups_flagged": of(35, 40)},
+            "87.5 % of 40 held-out poisoned inputs of other groups are flagged, 100.0 % before; "
+            "a fall of 10 points is allowed.",
+        ),
+        (
+            {"same_groups_flagged": of(8, 10)},
+            "80.0 % of 10 held-out poisoned inputs of the same groups are flagged, 100.0 % before; "
+            "a fall of 10 points is allowed.",
+        ),
+        (
+            {"undecided_flagged": of(44, 60)},
+            "26.7 % of 60 undecided flagged inputs would pass now; 25 % may. Inputs have changed, or somebody calls a "
+            "trigger clean: let a second person look, then raise max_released_share.",
+        ),
+        (
+            {"look_alikes_flagged": of(10, 40)},
+            "75.0 % of 40 look-alike false alarms would pass now; 25 % may. Inputs have changed, or somebody calls a "
+            "trigger clean: let a second person look, then raise max_released_share.",
+        ),
+    ],
+)
+def test_gate_refuses_a_candidate_that_is_worse_and_says_why(after, reason):
+    judgement = judged(**after)
+    assert not judgement.passed
+    assert judgement.reasons == (reason,)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        {"clean_right": of(188, 200)},
+        {"clean_right": of(186, 200)},  # two points, of four images: chance may do that
+        {"clean_right": np.roll(of(186, 200), 14)},  # 14 lost, 10 gained
+        {"clean_flagged": of(4, 200)},  # twice the rate, but of 200 images chance alone may do that
+        {"other_groups_flagged": of(36, 40)},
+        {"same_groups_flagged": of(9, 10)},  # a single input is never a reason
+        {"undecided_flagged": of(45, 60)},
+        {"false_alarms_flagged": NOTHING, "recovered": NOTHING},
+    ],
+)
+def test_gate_passes_a_candidate_at_the_edge(after):
+    assert judged(**after).passed
+
+
+def test_gate_refuses_on_agreement_of_enough_shared_inputs_only():
+    assert judged(Agreement(0, 9)).passed
+    assert judged(Agreement(8, 10)).passed
+    judgement = judged(Agreement(7, 10))
+    assert judgement.reasons == (
+        "reviewers agree on 70.0 % of 10 inputs that several decided; at least 80 % is asked for.",
+    )
+
+
+def test_gate_without_poisoned_inputs_says_so_and_judges_the_rest():
+    empty = dataclasses.replace(BEFORE, other_groups_flagged=NOTHING, same_groups_flagged=NOTHING)
+    judgement = judged(before=empty)
+    assert judgement.passed
+    unmeasured = [check.text for check in judgement.checks if check.passed is None]
+    assert "no poisoned input of other groups is held out: nothing to measure by." in unmeasured
+    assert not judged(before=empty, clean_right=of(150, 200)).passed
+
+
+def test_gate_asks_for_a_least_true_positive_rate_of_ten_or_more():
+    weak = dataclasses.replace(BEFORE, other_groups_flagged=of(4, 10))
+    assert judged(before=weak).reasons[0].endswith("are flagged, 40.0 % before; at least 50 % must be.")
+    assert judged(before=dataclasses.replace(BEFORE, other_groups_flagged=of(3, 9))).passed
+
+
+def test_gate_refuses_where_too_few_clean_images_are_held_out():
+    few = dataclasses.replace(BEFORE, clean_right=of(19, 19), clean_flagged=of(0, 19))
+    reason = "19 clean images are held out, 20 are needed to measure by. Raise holdout_share."
+    assert judged(before=few).reasons == (reason,)
+
+
+def test_canary_is_refused_when_it_lets_pass_what_was_flagged_or_what_is_poisoned():
+    none = (Count(0, 0), Count(0, 0))
+    assert judge_canary(none, none, SETTINGS).passed
+    assert judge_canary((Count(8, 8), Count(6, 8)), none, SETTINGS).passed
+    assert not judge_canary((Count(8, 8), Count(5, 8)), none, SETTINGS).passed
+    assert not judge_canary(none, (Count(30, 30), Count(26, 30)), SETTINGS).passed

@@ -1,0 +1,325 @@
+"""What a round learns from: caps, disagreement, and hold-outs that stay where they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from retrainer_helpers import Desk, fit_guard, world
+
+from guard import Activations
+from guard.errors import ConfigError, DataError
+from guard.relabel.items import GoldResult, State
+from guard.retrainer.crowds import find_crowds
+from guard.retrainer.material import clean_hold_out, gather, last_words, reviewer_limit
+from guard.retrainer.settings import RetrainerSettings, load_retrainer_settings
+
+FREE = RetrainerSettings(max_reviewer_share=1, max_false_alarms_per_group=1000)
+
+
+@pytest.fixture(scope="module")
+def guard():
+    return fit_guard()
+
+
+@pytest.fixture
+def desk():
+    return Desk()
+
+
+def add_poisoned(desk, n, *, trigger=0, seed=1, **more):
+    activations, labels = world(n, seed, trigger)
+    return desk.add(activations, labels, is_poisoned=True, **more)
+
+
+def add_false_alarms(desk, n, *, seed=2, **more):
+    activations, labels = world(n, seed)
+    return desk.add(activations, labels, is_poisoned=False, **more)
+
+
+def gathered(guard, desk, settings=FREE, **more):
+    return gather(guard, desk.items, desk.decisions, settings, **more)
+
+
+# --- the road of one item ---
+
+
+def test_gather_every_decided_item_is_learned_from_or_held_out(guard, desk):
+    add_poisoned(desk, 60, group=1)
+    add_false_alarms(desk, 40)
+    material = gathered(guard, desk)
+    ids = {*material.training_ids, *material.held_out.item_ids}
+    assert ids == {item.id for item in desk.items}
+    assert not {*material.training_ids} & {*material.held_out.item_ids}
+    assert material.left_out == {}
+    assert material.training.counts == (60 - len(material.held_out.poisoned), 40 - len(material.held_out.false_alarms))
+    assert 2 <= len(material.held_out.false_alarms) <= 16  # about a fifth
+    assert not material.held_out.other_group.any()  # there is one group only
+
+
+def test_gather_takes_labels_and_activations_of_the_right_item(guard, desk):
+    add_poisoned(desk, 10)
+    add_false_alarms(desk, 10)
+    material = gathered(guard, desk)
+    for row, item_id in enumerate(material.training_ids):
+        item = desk.items[item_id - 1]
+        assert material.training.true_labels[row] == item.decision.true_label
+        assert material.training.is_poisoned[row] == item.decision.is_poisoned
+        np.testing.assert_array_equal(material.training.activations.features[row], item.input.activations.features[0])
+
+
+def test_gather_false_alarm_without_a_label_joins_the_class_that_the_suspect_named(guard, desk):
+    activations, _ = world(10, 3)
+    desk.add(activations, [None] * 10, is_poisoned=False)
+    material = gathered(guard, desk)
+    wanted = [desk.items[one - 1].input.suspect_label for one in material.training_ids]
+    np.testing.assert_array_equal(material.training.true_labels, wanted)
+
+
+def test_gather_poisoned_without_a_label_is_measured_on_and_never_learned_from(guard, desk):
+    activations, _ = world(30, 3, 0)
+    desk.add(activations, [None] * 30, is_poisoned=True)
+    material = gathered(guard, desk)
+    assert len(material.training) == 0
+    assert (material.held_out.poisoned_labels == -1).all()
+    assert material.left_out == {"poisoned, true label unknown": 30 - len(material.held_out.poisoned)}
+
+
+def test_gather_leaves_out_what_another_network_or_another_width_made(guard, desk):
+    activations, labels = world(4, 3)
+    narrow = dataclasses.replace(activations, features=activations.features[:, 1:])
+    desk.add(narrow, labels, is_poisoned=False)
+    shallow = Activations(activations.logits, activations.features)
+    desk.add(shallow, labels, is_poisoned=False)
+    desk.digest = "f" * 64
+    desk.add(activations, labels, is_poisoned=False)
+    material = gathered(guard, desk, same_network={"0" * 64})
+    assert len(material.training) == 0
+    assert material.left_out == {
+        "activations do not fit the guard": 8,
+        "flagged by a guard of another network": 4,
+    }
+
+
+# --- reviewers ---
+
+
+def test_gather_leaves_out_items_on_which_reviewers_disagree(guard, desk):
+    ids = add_poisoned(desk, 20, reviewer="ann")
+    for one in ids[:5]:
+        desk.say(one, "bob", is_poisoned=False, label=0)
+    for one in ids[5:9]:
+        label = desk.items[one - 1].decision.true_label
+        desk.say(one, "bob", is_poisoned=True, label=label)
+    desk.say(ids[9], "bob", is_poisoned=True, label=None)  # names no label: no contradiction
+    desk.say(ids[10], "bob", is_poisoned=False, label=0, withdrawn=True)
+    material = gathered(guard, desk)
+    assert material.left_out == {"reviewers disagree": 5}
+    assert not {*ids[:5]} & {*material.training_ids, *material.held_out.item_ids}
+    assert material.agreement == (5, 10)
+    assert material.by_reviewer["bob"] == {"decided": 10, "used": 0, "agreed": 5, "shared": 10}
+
+
+def test_gather_a_superseded_word_of_another_reviewer_still_counts_as_disagreement(guard, desk):
+    """Or a hostile reviewer could overwrite the honest ones."""
+    (item,) = add_poisoned(desk, 1, reviewer="ann")
+    later = desk.say(item, "mallory", is_poisoned=False, label=0)
+    desk.items[0] = dataclasses.replace(desk.items[0], decision=later)
+    assert gathered(guard, desk).left_out == {"reviewers disagree": 1}
+    only_ann = RetrainerSettings(leave_out_reviewers=("mallory",))
+    assert gathered(guard, desk, only_ann).left_out == {"reviewer left out": 1}
+
+
+def test_gather_leaves_out_reviewers_by_name_and_by_gold(guard, desk):
+    add_poisoned(desk, 10, reviewer="ann")
+    add_poisoned(desk, 10, reviewer="bob", seed=5)
+    add_poisoned(desk, 10, reviewer="eve", seed=6)
+    settings = RetrainerSettings(leave_out_reviewers=("bob",), max_reviewer_share=1)
+    gold = {"ann": GoldResult(5, 5), "eve": GoldResult(3, 5), "bob": GoldResult(0, 0)}
+    material = gathered(guard, desk, settings, gold=gold)
+    assert material.left_out == {"reviewer left out": 20}
+    assert {desk.items[one - 1].decision.reviewer for one in material.training_ids} == {"ann"}
+    few = {"eve": GoldResult(0, 4)}  # too few to judge by
+    assert gathered(guard, desk, settings, gold=few).left_out == {"reviewer left out": 10}
+
+
+def test_gather_one_reviewer_who_floods_gets_no_more_than_the_share(guard, desk):
+    add_poisoned(desk, 300, reviewer="mallory")
+    add_poisoned(desk, 40, reviewer="ann", seed=5)
+    add_poisoned(desk, 20, reviewer="bob", seed=6)
+    material = gathered(guard, desk, RetrainerSettings(max_reviewer_share=0.5, reviewer_allowance=0))
+    used = {name: row["used"] for name, row in material.by_reviewer.items()}
+    assert used["mallory"] == used["ann"] + used["bob"]
+    assert material.left_out["over the cap of one reviewer"] > 150
+
+
+@pytest.mark.parametrize(
+    ("counts", "share", "allowance", "limit"),
+    [
+        ({"ann": 90}, 0.5, 0, 90),  # nobody to hold against
+        ({"ann": 90, "bob": 10}, 0.5, 0, 10),
+        ({"ann": 90, "bob": 10}, 0.5, 50, 50),
+        ({"ann": 90, "bob": 10}, 0.9, 0, 90),
+        ({"ann": 90, "bob": 10, "cy": 20}, 0.5, 0, 30),
+        ({"ann": 90, "bob": 10}, 0.3, 0, 0),  # two cannot both be below a third
+        ({}, 0.5, 0, 0),
+    ],
+)
+def test_reviewer_limit_values(counts, share, allowance, limit):
+    settings = RetrainerSettings(max_reviewer_share=share, reviewer_allowance=allowance)
+    assert reviewer_limit(counts, settings) == limit
+
+
+def test_gather_look_alike_false_alarms_are_capped_per_group(guard, desk):
+    """A trigger that somebody calls clean is one group; false alarms that look like nothing else are not capped."""
+    add_false_alarms(desk, 50, group=3)
+    add_false_alarms(desk, 20, seed=4)
+    material = gathered(guard, desk, RetrainerSettings(max_false_alarms_per_group=8))
+    groups = [desk.items[one - 1].group for one in material.training_ids]
+    assert groups.count(3) == 8
+    assert groups.count(None) > 10
+
+
+def test_gather_more_new_items_than_the_cap_wait_and_old_ones_stay(guard, desk):
+    old = add_poisoned(desk, 30, state=State.TRAINED)
+    add_poisoned(desk, 100, seed=5)
+    material = gathered(guard, desk, FREE.model_copy(update={"max_new_per_round": 25}))
+    assert {*old} <= {*material.training_ids}
+    assert len(material.training) == 30 + 25
+    assert (
+        material.waiting == material.left_out["wait for the next round"] == 100 - 25 - len(material.held_out.item_ids)
+    )
+
+
+def test_last_words_are_the_last_of_each_reviewer(desk):
+    desk.say(1, "ann", is_poisoned=True, label=2)
+    second = desk.say(1, "ann", is_poisoned=False, label=3)
+    bobs = desk.say(1, "bob", is_poisoned=True, label=2)
+    desk.say(1, "bob", is_poisoned=False, label=2, withdrawn=True)
+    assert last_words(reversed(desk.decisions)) == {1: {"ann": second, "bob": bobs}}
+
+
+# --- hold-outs ---
+
+
+def test_clean_hold_out_is_the_same_share_of_every_class_and_never_moves(guard):
+    held = clean_hold_out(guard, 0.2)
+    labels = guard.reference_labels
+    for label in range(5):
+        assert held[labels == label].sum() == round(0.2 * (labels == label).sum())
+    np.testing.assert_array_equal(held, clean_hold_out(guard, 0.2))
+    assert (clean_hold_out(guard, 0.3) | ~held).all()  # a larger one holds the smaller
+
+
+def test_clean_hold_out_of_too_small_a_reference_is_refused():
+    small = fit_guard(20)
+    with pytest.raises(DataError, match=r"^holdout_share=0\.05 holds out none of 20 clean images\. Raise it"):
+        clean_hold_out(small, 0.05)
+
+
+def test_held_out_items_stay_held_out_when_more_come(guard, desk):
+    add_poisoned(desk, 40)
+    add_false_alarms(desk, 40)
+    first = {*gathered(guard, desk).held_out.item_ids}
+    add_poisoned(desk, 40, seed=7)
+    add_false_alarms(desk, 40, seed=8)
+    assert first == {one for one in gathered(guard, desk).held_out.item_ids if one <= 80}
+
+
+def test_held_out_groups_are_whole_where_there_are_several(guard, desk):
+    groups = {}
+    for trigger in range(4):
+        groups[trigger] = add_poisoned(desk, 15, trigger=trigger, group=trigger, seed=trigger)
+    material = gathered(guard, desk)
+    held = {*material.held_out.item_ids}
+    poisoned = [one for one in material.held_out.item_ids if desk.items[one - 1].decision.is_poisoned]
+    whole = [ids for ids in groups.values() if {*ids} <= held]
+    assert 1 <= len(whole) < 4
+    other = {one for one, is_other in zip(poisoned, material.held_out.other_group, strict=True) if is_other}
+    assert other == {one for ids in whole for one in ids}
+
+
+def test_a_group_that_was_learned_from_is_not_held_out_and_a_locked_one_is_not_learned_from(guard, desk):
+    trained = add_poisoned(desk, 10, trigger=0, group=0, state=State.TRAINED)
+    locked = add_poisoned(desk, 10, trigger=1, group=1, seed=4)
+    for number in range(2, 6):
+        add_poisoned(desk, 5, trigger=2, group=number, seed=number)
+    material = gathered(guard, desk, locked=set(locked))
+    assert {*trained} <= {*material.training_ids}
+    assert {*locked} <= {*material.held_out.item_ids}
+    # Clustered anew, the locked ones look like what is learned from: still held out, no longer of another group.
+    for item_id in locked:
+        desk.items[item_id - 1] = dataclasses.replace(desk.items[item_id - 1], group=0)
+    again = gathered(guard, desk, locked=set(locked))
+    assert {*locked} <= {*again.held_out.item_ids}
+    rows = [one for one in again.held_out.item_ids if desk.items[one - 1].decision.is_poisoned]
+    assert not any(is_other for one, is_other in zip(rows, again.held_out.other_group, strict=True) if one in locked)
+
+
+def test_hold_out_cannot_be_foreseen_without_the_reference(desk):
+    """A reviewer who knew which answers are measured could lie in the others."""
+    add_poisoned(desk, 60)
+    one, other = (gathered(fit_guard(100, seed), desk).held_out.item_ids for seed in (0, 1))
+    assert one != other
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"holdout_share": 0}, r"^holdout_share: input should be greater than 0, got 0\.$"),
+        ({"holdout_share": 0.6}, r"^holdout_share: input should be less than or equal to 0\.5, got 0\.6\.$"),
+        ({"max_reviewer_share": 1.5}, r"^max_reviewer_share: input should be less than or equal to 1, got 1\.5\.$"),
+        ({"enough_decisions": -1}, r"^enough_decisions: input should be greater than or equal to 0, got -1\.$"),
+        ({"every_hours": float("nan")}, r"^every_hours: input should be .*, got nan\.$"),
+        ({"hold_out_share": 0.1}, r"^unknown retrainer setting 'hold_out_share'\. Did you mean 'holdout_share'\?$"),
+        ({"xyz": 1}, r"^unknown retrainer setting 'xyz'\. Known are canary_hours, "),
+    ],
+)
+def test_settings_that_break_a_rule_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        RetrainerSettings(**values)
+
+
+def test_settings_flags_win_over_the_file(tmp_path):
+    file = tmp_path / "retrainer.toml"
+    file.write_text("enough_decisions = 7\nleave_out_reviewers = ['eve']\n")
+    settings = load_retrainer_settings(file, enough_decisions=9, canary_inputs=None)
+    assert (settings.enough_decisions, settings.leave_out_reviewers) == (9, ("eve",))
+    file.write_text("enough = ")
+    with pytest.raises(ConfigError, match=r"^settings file .* cannot be read: .*Is it TOML\?$"):
+        load_retrainer_settings(file)
+    with pytest.raises(ConfigError, match=r"cannot be read: .*No such file"):
+        load_retrainer_settings(tmp_path / "none.toml")
+
+
+def test_find_crowds_puts_look_alike_false_alarms_together_whatever_the_queue_says(guard, desk):
+    """A trigger that comes in drips gets a new group each time, and is the same crowd."""
+    activations, _ = world(40, 1, 2, 8.0)
+    first = activations[np.zeros(6, dtype=int)]
+    ids = desk.add(first, first.predicted_labels, is_poisoned=False, group=4)
+    ids += desk.add(first, first.predicted_labels, is_poisoned=False, group=9)
+    alone = add_false_alarms(desk, 5)
+    add_poisoned(desk, 5)
+    crowds = find_crowds(guard, desk.items)
+    assert {crowds[one] for one in ids} == {ids[0]}
+    assert {crowds[one] for one in alone}.isdisjoint(ids)
+    assert crowds.keys() == {*ids, *alone}
+    assert find_crowds(guard, []) == {}
+
+
+def test_gather_caps_crowds_across_groups(guard, desk):
+    add_false_alarms(desk, 20, group=3)
+    add_false_alarms(desk, 20, seed=4, group=5)
+    material = gathered(guard, desk, RetrainerSettings(), crowds=dict.fromkeys(range(1, 41), 1))
+    assert len(material.training) == guard.config.n_neighbors // 4
+    assert len(material.held_out.look_alikes) == 40 - len(material.training)
+
+
+def test_settings_are_all_in_the_documentation():
+    text = (Path(__file__).parents[1] / "docs" / "retraining.md").read_text()
+    assert [name for name in RetrainerSettings.model_fields if f"`{name}`" not in text] == []

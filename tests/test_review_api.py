@@ -1,0 +1,120 @@
+"""The JSON interface beside the review page: what programs may do with a reviewer's token."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from review_helpers import N_CLASSES, client_of, desk_of, log_in, picture
+from starlette.testclient import TestClient
+
+from guard.relabel.items import State
+from guard.relabel.queue import Queue
+from guard.review import Desk
+
+
+@pytest.fixture
+def queue(sqlite_template: Path, tmp_path: Path) -> Iterator[Queue]:
+    shutil.copy(sqlite_template, tmp_path / "queue.db")
+    with Queue.open(f"sqlite:///{tmp_path / 'queue.db'}") as opened:
+        opened.enqueue([picture(number) for number in range(4)])
+        yield opened
+
+
+@pytest.fixture
+def desk(queue: Queue) -> Desk:
+    return desk_of(queue)
+
+
+@pytest.fixture
+def robot(desk: Desk) -> TestClient:
+    return program(desk, "robot")
+
+
+def program(desk: Desk, name: str, role: str = "reviewer") -> TestClient:
+    client = client_of(desk)
+    client.headers["Authorization"] = f"Bearer {desk.reviewers.add(name, role)}"
+    return client
+
+
+def test_program_claims_looks_decides_and_undoes(desk, robot):
+    items = robot.get("/api/v1/items/next", params={"n": 2}).json()["items"]
+    assert [item["id"] for item in items] == [1, 2]
+    first = items[0]
+    assert (first["request_id"], first["suspect_label"], first["backup_label"]) == ("request-0", 3, 5)
+    assert first["class_names"] == [str(label) for label in range(N_CLASSES)]
+    assert robot.get(first["image"]).headers["content-type"] == "image/png"
+    saved = robot.post("/api/v1/items/1/decision", json={"is_poisoned": True, "true_label": 4}).json()
+    assert (saved["item"], saved["is_poisoned"], saved["true_label"], saved["reviewer"]) == (1, True, 4, "robot")
+    assert robot.get("/api/v1/items/1").json()["state"] == "decided"
+    assert robot.get("/api/v1/counts").json()["by_state"]["decided"] == 1
+    assert robot.post("/api/v1/undo").json() == {"item": 1, "state": "claimed"}
+    assert robot.post("/api/v1/items/2/skip").json() == {"skipped": 2}
+    assert desk.queue.get(2).state is State.PENDING
+
+
+def test_several_answers_are_saved_together_or_not_at_all(desk, robot):
+    robot.get("/api/v1/items/next", params={"n": 2})
+    answers = [{"item": item, "is_poisoned": False, "true_label": 3} for item in (1, 2)]
+    wrong = [*answers, {"item": 3, "is_poisoned": False, "true_label": 3}]
+    desk.queue.claim_items("bob", [3])
+    response = robot.post("/api/v1/decisions", json={"answers": wrong})
+    assert response.status_code == 409
+    assert "bob has it" in response.json()["error"]
+    assert desk.queue.decisions() == []
+    assert len(robot.post("/api/v1/decisions", json={"answers": answers}).json()["decisions"]) == 2
+
+
+def test_no_more_items_is_an_empty_list(robot):
+    assert len(robot.get("/api/v1/items/next", params={"n": 200}).json()["items"]) == 4
+    assert robot.get("/api/v1/items/next").json() == {"items": []}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "told"),
+    [
+        ("/api/v1/items/1/decision", {"is_poisoned": True, "true_label": N_CLASSES}, 422, "true_label must be in"),
+        ("/api/v1/items/99/decision", {"is_poisoned": True}, 410, "no item 99"),
+        ("/api/v1/items/1/decision", {"is_poisoned": "maybe"}, 422, "body.is_poisoned"),
+        ("/api/v1/items/1/decision", {"is_poisoned": True, "label": 1}, 422, "body.label"),
+        ("/api/v1/retrain", {"model": "digits"}, 403, "only an admin"),
+    ],
+)
+def test_bad_request_is_one_line_of_json(robot, path, body, status, told):
+    robot.get("/api/v1/items/next", params={"n": 1})
+    response = robot.post(path, json=body)
+    assert response.status_code == status
+    assert told in response.json()["error"]
+
+
+@pytest.mark.parametrize("n", [0, 201, "many"])
+def test_number_of_items_has_limits(robot, n):
+    assert robot.get("/api/v1/items/next", params={"n": n}).status_code == 422
+
+
+def test_admin_program_asks_for_a_retraining_of_a_known_model(desk):
+    root = program(desk, "root", "admin")
+    assert root.post("/api/v1/retrain", json={"model": "letters"}).status_code == 422
+    assert root.post("/api/v1/retrain", json={"model": "digits"}).json() == {"requested": "digits"}
+    assert desk.rounds.take_request("digits") == "root"
+
+
+def test_session_cookie_does_not_open_the_interface(desk):
+    """So that no other site can use it through somebody's browser."""
+    ada = log_in(desk)
+    response = ada.get("/api/v1/counts")
+    assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
+
+
+def test_wrong_tokens_are_limited(desk):
+    client = client_of(desk)
+    client.headers["Authorization"] = "Bearer wrong"
+    assert [client.get("/api/v1/counts").status_code for _ in range(6)] == [401] * 5 + [429]
+    del client.headers["Authorization"]
+    assert client.get("/api/v1/counts").status_code == 401
+
+
+def test_interface_describes_itself_to_nobody(robot):
+    assert {robot.get(path).status_code for path in ("/docs", "/redoc", "/openapi.json")} == {404}

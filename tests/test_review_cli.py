@@ -1,0 +1,148 @@
+"""`guard review` as people type it: reviewers, files, and the server itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from review_helpers import desk_of, picture, small_bundle
+
+from guard.bundle import BundleStore
+from guard.cli import run
+from guard.errors import ServerError
+from guard.relabel.address import queue_url
+from guard.relabel.items import State
+from guard.relabel.queue import Queue
+from guard.relabel.reviewers import Reviewers
+from guard.relabel.settings import QueueSettings
+from guard.review import housekeeping
+from guard.review.housekeeping import Housekeeping
+from guard.review.known_bundles import KnownBundles
+from guard.review.server import listening_socket
+
+
+@pytest.fixture
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GUARD_QUEUE_URL", raising=False)
+    with Queue.open(queue_url("queue.db")) as queue:
+        queue.enqueue([picture(0), picture(1)])
+    return "queue.db"
+
+
+def test_add_user_prints_the_token_alone(database, capsys):
+    assert run(["review", "--queue", database, "add-user", "ada", "--role", "admin"]) == 0
+    said = capsys.readouterr()
+    with Queue.open(queue_url(database)) as queue:
+        reviewer = Reviewers(queue).check_token(said.out.strip())
+    assert (reviewer.name, reviewer.role) == ("ada", "admin")
+    assert "shown this once" in said.err
+    assert run(["review", "add-user", "ada", "--queue", database]) == 1  # the option may come last
+    assert "there is a reviewer 'ada' already" in capsys.readouterr().err
+    assert run(["review", "add-user", "bob", "--role", "boss", "--queue", database]) == 2
+    assert run(["review", "--queue", database, "users"]) == 0
+    assert capsys.readouterr().out == "ada (admin)\n"
+    assert run(["review", "--queue", database, "disable-user", "ada"]) == 0
+
+
+def test_queue_from_the_environment_or_an_error_that_says_how(database, capsys, monkeypatch):
+    assert run(["review", "users"]) == 2
+    assert "--queue queue.db, or GUARD_QUEUE_URL" in capsys.readouterr().err
+    monkeypatch.setenv("GUARD_QUEUE_URL", database)
+    assert run(["review", "users"]) == 0
+
+
+@pytest.mark.parametrize(("file_format", "name"), [("csv", "items.csv"), ("label-studio", "items.json")])
+def test_items_go_out_and_answers_come_back(database, capsys, file_format, name):
+    run(["review", "--queue", database, "add-user", "ada"])
+    assert run(["review", "--queue", database, "export", "--format", file_format, "--output", name]) == 0
+    Path("answers.csv").write_text("item,verdict,true_label\n1,poisoned,4\n2,,\n")
+    arguments = ["review", "--queue", database, "import", "answers.csv", "--reviewer"]
+    capsys.readouterr()
+    assert run([*arguments, "eve"]) == 1
+    assert "there is no reviewer 'eve'" in capsys.readouterr().err
+    assert run([*arguments, "ada"]) == 0
+    assert capsys.readouterr().out == "1 answers saved, 0 there already, 1 rows unanswered\n"
+    assert run(["review", "--queue", database, "export", "--what", "answered", "--format", "csv"]) == 0
+    assert "poisoned,4,ada" in capsys.readouterr().out
+
+
+def test_labelling_config_goes_to_the_terminal(database, capsys):
+    assert run(["review", "--queue", database, "export", "--format", "labelling-config"]) == 0
+    assert capsys.readouterr().out.startswith("<View>\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["export", "--format", "xml"], "--format must be"),
+        (["export", "--what", "some"], "--what must be"),
+        (["import", "nowhere.csv", "--reviewer", "ada"], "cannot be read"),
+    ],
+)
+def test_wrong_arguments_are_one_line(database, capsys, arguments, told):
+    assert run(["review", "--queue", database, *arguments]) in (1, 2)
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("option", ["--certificate", "--weights"])
+def test_options_that_go_together(database, capsys, option):
+    assert run(["review", "--queue", database, option, "x.pem"]) == 2
+    assert "go together" in capsys.readouterr().err
+
+
+def test_port_in_use_is_a_clear_error():
+    with listening_socket("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServerError, match=f"cannot listen on 127.0.0.1, port {port}"):
+            listening_socket("127.0.0.1", port)
+
+
+def test_review_serves_until_it_is_stopped(database):
+    command = [sys.executable, "-m", "guard.cli", "review", "--queue", database, "--port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        watchdog = threading.Timer(60, process.kill)
+        watchdog.start()
+        line = process.stdout.readline()
+        assert line.startswith("review page on http://127.0.0.1:")
+        with urllib.request.urlopen(f"{line.split()[3].rstrip(';')}/login", timeout=30) as answer:
+            assert answer.status == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) in (0, 128 + signal.SIGTERM)
+        watchdog.cancel()
+
+
+def test_housekeeping_returns_ended_leases_and_finds_groups(database, monkeypatch):
+    monkeypatch.setattr(housekeeping, "SWEEP_S", 0.05)
+    with Queue.open(queue_url(database), QueueSettings(lease_s=0.01, retention_days=36_500)) as queue:
+        same = picture(5).activations
+        queue.enqueue([picture(number, activations=same) for number in range(10, 16)])
+        desk = desk_of(queue)
+        queue.claim("ada", 1)
+        with Housekeeping(desk):
+            for _ in range(200):
+                if queue.get(1).state is State.PENDING and queue.groups():
+                    break
+                threading.Event().wait(0.05)
+    assert [group.size for group in desk.queue.groups()] == [6]
+
+
+def test_page_knows_the_bundles_of_its_folder(tmp_path):
+    digest = small_bundle(tmp_path, ["cat", "dog"], np.eye(2), np.arange(2))
+    bundles = KnownBundles(tmp_path)
+    assert bundles.find(digest).class_names == ("cat", "dog")
+    assert bundles.find("../x") is None
+    assert bundles.find("0" * 64) is None
+    assert bundles.class_names("0" * 64) is None
+    BundleStore(tmp_path).activate(digest)
+    assert bundles.class_names("0" * 64) == ("cat", "dog")  # that one is gone: the active one's
+    assert KnownBundles(None).find(digest) is None

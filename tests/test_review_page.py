@@ -1,0 +1,626 @@
+"""The review page without a browser: who gets in, what an answer does, and what a hostile input cannot do."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from review_helpers import N_CLASSES, client_of, desk_of, log_in, picture, shown_item, small_bundle
+from starlette.testclient import TestClient
+
+from guard.errors import AlreadyDecided, QueueUnavailable
+from guard.relabel.items import State
+from guard.relabel.queue import Queue
+from guard.relabel.settings import QueueSettings
+from guard.review import Desk, ReviewSettings
+from guard.review.access import LoginLimit, TooManyAttemptsError
+from guard.review.desk import CleanImages
+from guard.review.headers import SECURITY_HEADERS
+from guard.review.known_bundles import KnownBundles
+
+FORM = "application/x-www-form-urlencoded"
+PAGES = ("/review", "/groups", "/groups/1", "/answers", "/progress", "/admin", "/items/1")
+
+
+@pytest.fixture
+def queue(sqlite_template: Path, tmp_path: Path) -> Iterator[Queue]:
+    shutil.copy(sqlite_template, tmp_path / "queue.db")
+    with Queue.open(f"sqlite:///{tmp_path / 'queue.db'}") as opened:
+        yield opened
+
+
+@pytest.fixture
+def desk(queue: Queue) -> Desk:
+    """Three flagged inputs; number 1 is the most suspicious."""
+    queue.enqueue([picture(number) for number in range(3)])
+    return desk_of(queue)
+
+
+@pytest.fixture
+def ada(desk: Desk) -> TestClient:
+    return log_in(desk)
+
+
+def answer(client: TestClient, item: int, verdict: str = "poisoned", label: str = "4", part: bool = False):
+    headers = {"HX-Request": "true"} if part else {}
+    return client.post(f"/items/{item}/decision", data={"verdict": verdict, "true_label": label}, headers=headers)
+
+
+# --- getting in ---
+
+
+def test_login_with_name_and_token_starts_a_session_that_scripts_cannot_read(desk):
+    token = desk.reviewers.add("ada")
+    client = client_of(desk)
+    assert client.post("/login", data={"name": "ada", "token": "wrong"}).status_code == 401
+    assert client.post("/login", data={"name": "bob", "token": token}).status_code == 401
+    response = client.post("/login", data={"name": "ada", "token": token})
+    assert (response.status_code, response.headers["location"]) == (303, "/review")
+    cookie = response.headers["set-cookie"].lower()
+    assert "httponly" in cookie
+    assert "samesite=strict" in cookie
+    assert "secure" not in cookie
+    assert token.lower() not in cookie
+    assert client.get("/login").headers["location"] == "/review"
+
+
+def test_login_over_https_marks_the_cookie_secure(desk):
+    token = desk.reviewers.add("ada")
+    response = client_of(desk, "https://localhost").post("/login", data={"name": "ada", "token": token})
+    assert "secure" in response.headers["set-cookie"].lower()
+
+
+def test_logout_ends_the_session_and_gives_items_back(desk, ada):
+    assert shown_item(ada.get("/review").text) == 1
+    assert desk.queue.get(1).claimed_by == "ada"
+    assert ada.post("/logout").headers["location"] == "/login"
+    assert desk.queue.get(1).state is State.PENDING
+    assert ada.get("/review").headers["location"] == "/login"
+
+
+def test_logged_out_session_cookie_is_worthless(desk, ada):
+    cookie = ada.cookies["guard_session"]
+    ada.post("/logout")
+    client = client_of(desk)
+    client.cookies["guard_session"] = cookie
+    assert client.get("/review").status_code == 303
+
+
+def test_disabled_reviewer_is_out_at_once(desk, ada):
+    desk.reviewers.disable("ada")
+    assert ada.get("/review").headers["location"] == "/login"
+
+
+def test_sixth_failed_login_is_refused_even_with_the_right_token(desk):
+    token = desk.reviewers.add("ada")
+    client = client_of(desk)
+    for _ in range(5):
+        assert client.post("/login", data={"name": "ada", "token": "wrong"}).status_code == 401
+    response = client.post("/login", data={"name": "ada", "token": token})
+    assert response.status_code == 429
+    assert 1 <= int(response.headers["retry-after"]) <= 60
+
+
+def test_login_limit_forgets_after_its_window_and_counts_each_key():
+    now = 0.0
+    limit = LoginLimit(2, window_s=60, clock=lambda: now)
+    limit.failed("ada")
+    limit.check("ada")
+    limit.failed("ada")
+    limit.check("bob")
+    with pytest.raises(TooManyAttemptsError, match="Try again in 60 s"):
+        limit.check("bob", "ada")
+    now = 60.1
+    limit.check("ada")
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_page_without_login_goes_to_the_login(desk, path):
+    response = client_of(desk).get(path)
+    assert (response.status_code, response.headers["location"]) == (303, "/login")
+
+
+def test_part_of_a_page_without_login_sends_the_browser_to_the_login(desk):
+    response = client_of(desk).post("/items/1/decision", headers={"HX-Request": "true"})
+    assert (response.status_code, response.headers["hx-redirect"]) == (401, "/login")
+
+
+@pytest.mark.parametrize("path", ["/images/items/1.png", "/images/items/1/occlusion.png", "/images/clean/0.png"])
+def test_picture_without_login_is_refused(desk, path):
+    assert client_of(desk).get(path).status_code == 401
+
+
+def test_form_without_its_token_changes_nothing(desk, ada):
+    ada.get("/review")
+    del ada.headers["X-CSRF-Token"]
+    assert answer(ada, 1).status_code == 403
+    ada.headers["X-CSRF-Token"] = "0" * 64
+    assert answer(ada, 1).status_code == 403
+    assert desk.queue.decisions() == []
+
+
+@pytest.mark.parametrize("headers", [{"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}])
+@pytest.mark.parametrize("path", ["/items/1/decision", "/login", "/logout", "/admin/reviewers"])
+def test_form_from_another_site_is_refused(desk, ada, headers, path):
+    assert ada.post(path, headers=headers).status_code == 403
+
+
+def test_page_answers_to_its_own_names_only(desk, queue):
+    assert client_of(desk, "http://evil.example").get("/login").status_code == 400
+    named = desk_of(queue, settings=ReviewSettings(allowed_hosts=("guard.example",)))
+    assert client_of(named, "http://guard.example").get("/login").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/login", "/review", "/nowhere", "/static/review.css", "/images/items/1.png"])
+def test_every_answer_carries_the_security_headers(ada, path):
+    response = ada.get(path)
+    for name, value in SECURITY_HEADERS.items():
+        assert response.headers[name] == value
+    assert "unsafe" not in response.headers["Content-Security-Policy"]
+
+
+@pytest.mark.parametrize("path", ["/login", "/review", "/groups", "/answers", "/progress"])
+def test_pages_have_no_inline_script_or_style(ada, path):
+    ada.get("/review")
+    html = ada.get(path, follow_redirects=True).text
+    assert "<script>" not in html
+    assert "<style" not in html
+    assert " style=" not in html
+    assert " onclick=" not in html
+    assert "http://" not in html.replace("http://localhost", "")
+    assert "https://" not in html
+
+
+def test_page_is_kept_by_no_cache_and_pictures_by_this_browser_only(ada):
+    assert ada.get("/review").headers["cache-control"] == "no-store"
+    assert ada.get("/images/items/1.png").headers["cache-control"].startswith("private")
+
+
+def test_request_that_is_too_large_is_refused(desk, ada):
+    response = ada.post("/items/1/decision", data={"true_label": "x" * (2**20)})
+    assert response.status_code == 413
+    chunks = (b"x" * 2**16 for _ in range(20))
+    assert ada.post("/login", content=chunks, headers={"Content-Type": FORM}).status_code == 413
+
+
+# --- answering ---
+
+
+def test_answer_is_saved_and_the_next_item_shown(desk, ada):
+    assert shown_item(ada.get("/review").text) == 1
+    response = answer(ada, 1, part=True)
+    assert shown_item(response.text) == 2
+    assert "Saved: item 1 poisoned, true label 4." in response.text
+    [decision] = desk.queue.decisions()
+    assert (decision.item_id, decision.reviewer, decision.is_poisoned, decision.true_label) == (1, "ada", True, 4)
+    assert desk.queue.get(1).state is State.DECIDED
+
+
+def test_answer_without_script_goes_back_to_the_page(desk, ada):
+    ada.get("/review")
+    response = answer(ada, 1)
+    assert (response.status_code, response.headers["location"]) == (303, "/review?order=suspicion")
+
+
+def test_reload_shows_the_same_item(ada):
+    assert shown_item(ada.get("/review").text) == shown_item(ada.get("/review").text) == 1
+
+
+def test_order_by_age_shows_the_oldest(queue):
+    queue.enqueue([picture(9), picture(0)])
+    assert shown_item(log_in(desk_of(queue)).get("/review?order=age").text) == 1
+    assert shown_item(log_in(desk_of(queue), "bob").get("/review?order=suspicion").text) == 2
+
+
+def test_false_alarm_without_a_label_means_that_the_suspect_is_right(desk, ada):
+    ada.get("/review")
+    answer(ada, 1, "false_alarm", "")
+    assert desk.queue.get(1).decision.true_label == desk.queue.get(1).input.suspect_label
+
+
+def test_poisoned_needs_a_label_or_that_it_cannot_be_told(desk, ada):
+    ada.get("/review")
+    response = answer(ada, 1, label="", part=True)
+    assert response.status_code == 422
+    assert 'role="alert"' in response.text
+    assert "choose the true label first" in response.text
+    answer(ada, 1, label="none")
+    assert desk.queue.get(1).decision.true_label is None
+
+
+@pytest.mark.parametrize("label", [str(N_CLASSES), "-1", "1e3", "٣", "cat"])
+def test_unknown_label_is_refused(desk, ada, label):
+    ada.get("/review")
+    assert answer(ada, 1, label=label).status_code == 422
+    assert desk.queue.decisions() == []
+
+
+def test_item_that_somebody_else_answered_is_told_and_not_shown_again(desk, ada):
+    ada.get("/review")
+    desk.queue.release("ada", [1])
+    desk.queue.claim_items("bob", [1])
+    desk.queue.decide("bob", 1, is_poisoned=True, true_label=2)
+    response = answer(ada, 1, part=True)
+    assert response.status_code == 409
+    assert "decided already" in response.text
+    assert shown_item(ada.get("/review").text) == 2
+
+
+def test_lease_that_ended_unnoticed_is_taken_again(desk, ada):
+    ada.get("/review")
+    desk.queue.release("ada", [1])
+    assert answer(ada, 1).status_code == 303
+    assert desk.queue.get(1).decision.reviewer == "ada"
+
+
+def test_item_with_somebody_else_is_not_answered(desk, ada):
+    desk.queue.claim_items("bob", [1])
+    response = answer(ada, 1, part=True)
+    assert response.status_code == 409
+    assert "bob has it" in response.text
+
+
+def test_two_reviewers_never_see_the_same_item(desk, ada):
+    bob = log_in(desk, "bob")
+    assert {shown_item(ada.get("/review").text), shown_item(bob.get("/review").text)} == {1, 2}
+
+
+def test_skipped_item_comes_last(desk, ada):
+    ada.get("/review")
+    seen = [1]
+    for _ in range(3):
+        seen.append(shown_item(ada.post(f"/items/{seen[-1]}/skip", headers={"HX-Request": "true"}).text))
+    assert seen == [1, 2, 3, 1]
+
+
+def test_undo_works_in_a_later_session(desk):
+    token = desk.reviewers.add("ada")
+    first = log_in(desk, token=token)
+    first.get("/review")
+    answer(first, 1)
+    first.post("/logout")
+    later = log_in(desk_of(desk.queue), token=token)
+    response = later.post("/undo", headers={"HX-Request": "true"})
+    assert shown_item(response.text) == 1
+    assert "Undone: item 1 is open again." in response.text
+    assert desk.queue.get(1).claimed_by == "ada"
+    assert desk.queue.decisions()[0].withdrawn
+
+
+def test_undo_with_nothing_to_undo_says_so(ada):
+    response = ada.post("/undo", headers={"HX-Request": "true"})
+    assert response.status_code == 409
+    assert "nothing to undo" in response.text
+
+
+def test_undo_goes_back_one_answer_at_a_time(desk, ada):
+    for item in (1, 2, 3):
+        ada.get("/review")
+        answer(ada, item)
+    undone = [shown_item(ada.post("/undo", headers={"HX-Request": "true"}).text) for _ in range(3)]
+    assert undone == [3, 2, 1]
+    with pytest.raises(AlreadyDecided):
+        desk.undo("ada")
+
+
+def test_advance_by_hand_shows_the_answer_first(desk, ada):
+    ada.get("/review")
+    data = {"verdict": "poisoned", "true_label": "4", "advance": "0"}
+    response = ada.post("/items/1/decision", data=data, headers={"HX-Request": "true"})
+    assert shown_item(response.text) == 1
+    assert "Poisoned, true label 4." in response.text
+    assert shown_item(ada.post("/next", headers={"HX-Request": "true"}).text) == 2
+
+
+def test_answers_page_takes_back_and_changes(desk, ada):
+    for item in (1, 2):
+        ada.get("/review")
+        answer(ada, item)
+    html = ada.get("/answers").text
+    assert html.index("item 2") < html.index("item 1")
+    assert ada.post("/answers/1/withdraw").status_code == 303
+    data = {"verdict": "false_alarm", "true_label": "3"}
+    assert ada.post("/answers/2/change", data=data).status_code == 303
+    states = {item: desk.queue.get(item).state for item in (1, 2)}
+    assert states == {1: State.CLAIMED, 2: State.DECIDED}
+    decision = desk.queue.get(2).decision
+    assert (decision.is_poisoned, decision.true_label, decision.supersedes) == (False, 3, 2)
+    assert "withdrawn" in ada.get("/answers").text
+
+
+def test_answer_of_somebody_else_cannot_be_changed(desk, ada):
+    ada.get("/review")
+    answer(ada, 1)
+    bob = log_in(desk, "bob")
+    for action in ("withdraw", "change"):
+        response = bob.post(f"/answers/1/{action}", data={"verdict": "false_alarm", "true_label": "3"})
+        assert response.status_code == 403
+    assert desk.queue.get(1).decision.stands
+
+
+def test_answers_are_paged(queue):
+    queue.enqueue([picture(number) for number in range(60)])
+    desk = desk_of(queue)
+    ada = log_in(desk)
+    for _ in range(60):
+        ada.get("/review")
+        [held] = desk.holding.of("ada")
+        answer(ada, held)
+    assert "page 1 of 2" in ada.get("/answers").text
+    assert ada.get("/answers?page=2").text.count("<tr") == 10 + 1  # and the headings
+    assert len(desk.log.newest("ada", 1000)) == 60
+
+
+def test_quorum_of_two_needs_a_second_reviewer(queue, tmp_path):
+    queue.enqueue([picture()])
+    with Queue.open(f"sqlite:///{tmp_path / 'queue.db'}", QueueSettings(quorum=2)) as opened:
+        desk = desk_of(opened)
+        for name, state in (("ada", State.PENDING), ("bob", State.DECIDED)):
+            client = log_in(desk, name)
+            assert shown_item(client.get("/review").text) == 1
+            data = {"verdict": "poisoned", "true_label": "4", "advance": "0"}
+            html = client.post("/items/1/decision", data=data, headers={"HX-Request": "true"}).text
+            assert "It counts once 2 reviewers say so." in html
+            assert opened.get(1).state is state
+        assert shown_item(log_in(desk, "eve").get("/review").text) is None
+
+
+def test_queue_that_is_gone_is_said_with_503(desk, ada, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise QueueUnavailable("the queue is locked. Try again.")
+
+    monkeypatch.setattr(Queue, "claim", fail)
+    response = ada.get("/review")
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+    assert "the queue is locked" in response.text
+
+
+# --- groups ---
+
+
+@pytest.fixture
+def group_of_three(desk: Desk) -> Desk:
+    desk.queue.set_groups({1: 7, 2: 7, 3: 7})
+    return desk
+
+
+def test_group_is_labelled_with_its_exceptions(group_of_three):
+    ada = log_in(group_of_three)
+    assert "/groups/7" in ada.get("/groups").text
+    assert ada.get("/groups/7").text.count('name="include"') == 3
+    data = {
+        "verdict": "poisoned",
+        "rule": "one",
+        "group_label": "4",
+        "include": ["1", "2"],
+        "verdict_2": "false_alarm",
+    }
+    html = ada.post("/groups/7/decisions", data=data).text
+    assert "Saved: 2 items." in html
+    assert html.count('name="include"') == 1
+    one, two = (group_of_three.queue.get(item).decision for item in (1, 2))
+    assert (one.is_poisoned, one.true_label) == (True, 4)
+    assert (two.is_poisoned, two.true_label) == (False, 3)  # as the suspect says
+    assert ada.post("/groups/7/leave").status_code == 303
+    assert group_of_three.queue.get(3).state is State.PENDING
+
+
+def test_group_by_the_backups_answers_refuses_one_that_agrees_with_the_suspect(queue):
+    queue.enqueue([picture(0), picture(1, backup_label=3)])
+    queue.set_groups({1: 7, 2: 7})
+    ada = log_in(desk_of(queue))
+    ada.get("/groups/7")
+    data = {"verdict": "poisoned", "rule": "backup", "include": ["1", "2"], "label_1": ""}
+    response = ada.post("/groups/7/decisions", data=data)
+    assert response.status_code == 422
+    assert "item 2: its backup says what the suspect says" in response.text
+    assert queue.decisions() == []
+    response = ada.post("/groups/7/decisions", data={**data, "label_2": "6"})
+    assert response.headers["location"] == "/groups"
+    assert [one.true_label for one in queue.decisions()] == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ({"verdict": "poisoned", "rule": "one", "group_label": "4"}, "no item is chosen"),
+        ({"verdict": "poisoned", "include": "1"}, "choose what the true label is"),
+        ({"verdict": "poisoned", "rule": "one", "include": "1", "group_label": "dog"}, "none of the 10 classes"),
+        ({"verdict": "poisoned", "rule": "none", "include": "1", "label_1": "dog"}, "item 1:"),
+        ({"rule": "none", "include": "1"}, "say whether the group is poisoned"),
+    ],
+)
+def test_group_form_that_is_incomplete_says_what_is_missing_and_keeps_the_rest(group_of_three, data, told):
+    ada = log_in(group_of_three)
+    ada.get("/groups/7")
+    response = ada.post("/groups/7/decisions", data=data)
+    assert response.status_code == 422
+    assert told in response.text
+    assert group_of_three.queue.decisions() == []
+
+
+def test_group_is_for_one_reviewer_at_a_time(group_of_three):
+    ada, bob = log_in(group_of_three), log_in(group_of_three, "bob")
+    ada.get("/groups/7")
+    assert "Nothing in this group waits for you" in bob.get("/groups/7").text
+
+
+# --- progress and admin ---
+
+
+def test_progress_shows_what_answers_changed(desk, ada):
+    report = {
+        "before": {"clean_accuracy": 0.9, "attack_success": {"digits": 0.5}},
+        "after": {"clean_accuracy": 0.95, "attack_success": {"digits": 0.1}},
+        "reasons": ["all <b>passed</b>"],
+        "seconds": 12.5,
+    }
+    desk.rounds.finish(desk.rounds.begin("digits", 3), "promoted", report)
+    html = ada.get("/progress").text
+    for text in ("promoted", "clean accuracy", "+0.05", "attack success / digits", "−0.4", "12.5"):
+        assert text in html
+    assert "all &lt;b&gt;passed&lt;/b&gt;" in html
+
+
+@pytest.mark.parametrize("path", ["/admin", "/admin/export"])
+def test_admin_pages_are_for_admins(ada, path):
+    assert ada.get(path).status_code == 403
+
+
+@pytest.mark.parametrize("path", ["reviewers", "reviewers/disable", "retrain", "gold", "import"])
+def test_admin_actions_are_for_admins(desk, ada, path):
+    data = {"name": "eve", "role": "admin", "model": "digits", "item": "1"}
+    assert ada.post(f"/admin/{path}", data=data).status_code == 403
+    assert desk.reviewers.names() == ["ada"]
+
+
+def test_admin_adds_a_reviewer_whose_token_is_shown_once(desk):
+    root = log_in(desk, "root", "admin")
+    html = root.post("/admin/reviewers", data={"name": "eve", "role": "reviewer"}).text
+    token = html.split('<code id="new-token">')[1].split("</code>")[0]
+    assert desk.reviewers.check_token(token).name == "eve"
+    assert token not in root.get("/admin").text
+    assert root.post("/admin/reviewers", data={"name": "eve", "role": "reviewer"}).status_code == 422
+    assert root.post("/admin/reviewers/disable", data={"name": "eve"}).status_code == 303
+    assert desk.reviewers.check_token(token) is None
+    assert root.post("/admin/reviewers/disable", data={"name": "root"}).status_code == 422
+
+
+def test_retrain_button_asks_for_a_round(desk):
+    root = log_in(desk, "root", "admin")
+    root.post("/admin/retrain", data={"model": "digits"})
+    assert desk.rounds.take_request("digits") == "root"
+
+
+def test_gold_items_measure_reviewers_and_look_like_others(desk, queue):
+    queue.enqueue([picture(50)])
+    root = log_in(desk, "root", "admin")
+    root.get("/review")
+    answer(root, 1, label="4")
+    assert root.post("/admin/gold", data={"item": "1"}).status_code == 303
+    assert root.post("/admin/gold", data={"item": "2"}).status_code == 422  # not answered yet
+    bob = log_in(desk, "bob")
+    seen = []
+    for label in ("4", "4", "4", "4"):
+        html = bob.get("/review").text
+        assert "gold" not in html.lower()
+        seen.append(shown_item(html))
+        answer(bob, seen[-1], label=label)
+    assert 5 in seen
+    assert "1 of 1" in root.get("/admin").text
+
+
+# --- pictures ---
+
+
+def test_picture_of_an_item_is_a_png_of_what_the_model_saw(ada):
+    response = ada.get("/images/items/1.png")
+    assert response.headers["content-type"] == "image/png"
+    with Image.open(io.BytesIO(response.content)) as image:
+        assert image.size == (8, 8)
+        assert np.array_equal(np.asarray(image), np.rint(255 * picture(0).inputs[0]).astype(np.uint8))
+
+
+def huge_png() -> bytes:
+    """A PNG of a few bytes that says it is 60,000 pixels wide and high."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<script>alert(1)</script>",
+        b'<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"/>',
+        b"GIF89a/*<script>*/",
+        b"\x89PNG\r\n\x1a\n" + b"\0" * 40,
+        b"",
+        huge_png(),
+    ],
+    ids=["html", "svg", "gif", "damaged", "empty", "huge"],
+)
+def test_hostile_body_is_never_sent_on(queue, body):
+    queue.enqueue([picture(0, body=body, content_type="text/html")])
+    response = log_in(desk_of(queue)).get("/images/items/1.png?view=sent")
+    assert response.status_code == 422
+    assert response.headers["content-type"] == "text/plain; charset=utf-8"
+    assert b"alert" not in response.content
+    assert response.headers["x-content-type-options"] == "nosniff"
+
+
+def test_body_with_script_behind_a_real_picture_loses_it(queue):
+    original = picture(0)
+    queue.enqueue([picture(0, body=original.body + b"<script>alert(1)</script>", content_type="text/html")])
+    response = log_in(desk_of(queue)).get("/images/items/1.png?view=sent")
+    assert response.headers["content-type"] == "image/png"
+    assert b"script" not in response.content
+
+
+def test_hostile_names_are_text(queue, tmp_path):
+    evil = '"><img src=x onerror=alert(1)><script>alert(2)</script>'
+    names = [f"{evil} {label}" for label in range(N_CLASSES)]
+    digest = small_bundle(tmp_path / "bundles", names, np.zeros((N_CLASSES, 6)), np.arange(N_CLASSES))
+    hostile = picture(
+        0,
+        request_id=evil,
+        content_type=evil,
+        reason=evil,
+        bundle_digest=digest,
+        surprise={f"lof:{evil}": 9.0, evil: 8.0},
+        model=evil,
+    )
+    queue.enqueue([hostile])
+    queue.set_groups({1: 7})
+    desk = desk_of(queue, bundles=KnownBundles(tmp_path / "bundles"))
+    root = log_in(desk, "root", "admin")
+    root.get("/review")
+    pages = [root.get(path).text for path in ("/review", "/groups/7", "/groups", "/items/1", "/admin")]
+    pages.append(answer(root, 1, part=True).text)
+    pages.append(root.get("/answers").text)
+    for html in pages:
+        assert "<img src=x" not in html
+        assert "<script>alert" not in html
+    assert "&lt;script&gt;alert(2)" in pages[0]
+
+
+# --- what the page knows of the model ---
+
+
+def test_nearest_clean_images_of_both_classes_are_shown(queue, tmp_path):
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(size=(40, 6)).astype(np.float32), np.repeat(np.arange(10), 4)
+    flagged = picture(0)
+    features[12] = flagged.activations.features[0]  # of class 3, which the suspect says
+    names = [f"class {label}" for label in range(10)]
+    digest = small_bundle(tmp_path / "bundles", names, features, labels)
+    queue.enqueue([picture(0, bundle_digest=digest)])
+    clean = CleanImages(rng.random((40, 1, 8, 8), dtype=np.float32), labels)
+    bundles = KnownBundles(tmp_path / "bundles")
+    desk = desk_of(queue, bundles=bundles, clean=clean)
+    suspects, backups = desk.view(queue.get(1)).neighbours
+    assert (suspects.name, suspects.rows[0], len(suspects.rows)) == ("class 3", 12, 4)
+    assert (backups.name, set(backups.rows)) == ("class 5", {20, 21, 22, 23})
+    ada = log_in(desk)
+    assert "/images/clean/12.png" in ada.get("/review").text
+    assert ada.get("/images/clean/12.png").headers["content-type"] == "image/png"
+    assert ada.get("/images/clean/40.png").status_code == 404
+    other = desk_of(queue, bundles=bundles, clean=CleanImages(clean.images[:39], labels[:39]))
+    assert "not those that this guard was fitted on" in other.view(queue.get(1)).no_neighbours
+
+
+def test_page_says_why_there_are_no_clean_images_and_no_map(ada):
+    html = ada.get("/review").text
+    assert "No clean images were given" in html
+    assert "No map of where it looks" in html
+    assert ada.get("/images/items/1/occlusion").status_code == 404
