@@ -55,9 +55,12 @@ def test_readme_python_blocks_compile() -> None:
 @pytest.mark.parametrize("line", sorted({line for line in shell_lines() if line.startswith("guard ")}))
 def test_readme_guard_command_exists_with_its_options(line: str, capfd: pytest.CaptureFixture[str]) -> None:
     words = line.split()[1:]
-    command = words[:2] if words[0] == "bundle" else words[:1]
-    assert run([*command, "--help"]) == 0, capfd.readouterr().err
+    assert run([words[0], "--help"]) == 0, capfd.readouterr().err
     shown = capfd.readouterr().out
+    below = re.findall(r"^  ([a-z][a-z-]+) ", shown.partition("Commands")[2], re.MULTILINE)
+    for word in [word for word in words[1:] if word in below][:1]:  # options of the group may come before it
+        assert run([words[0], word, "--help"]) == 0, capfd.readouterr().err
+        shown += capfd.readouterr().out
     for option in (word.split("=")[0] for word in words if word.startswith("--")):
         assert re.search(rf"(?<![\w-]){option}(?![\w-])", shown), f"{line!r}: {option} is not in its --help"
 

@@ -102,7 +102,7 @@ def log_in(page: Page, name: str, token: str) -> None:
 def shows(page: Page, item: int) -> None:
     """Wait until an item is there, and has been long enough for a person to have seen it."""
     expect(page.locator("#work")).to_have_attribute("data-item", str(item), timeout=PATIENCE)
-    page.wait_for_timeout(220)
+    page.wait_for_timeout(300)
 
 
 def said(page: Page, text: str) -> None:
@@ -139,7 +139,7 @@ def test_whole_review_by_keyboard(desk, queue, open_page):
         page.keyboard.press(" ")  # an item without an answer goes back
         said(page, "Item 5 went back")
         for _ in range(2):
-            page.wait_for_timeout(220)
+            page.wait_for_timeout(300)
             item = page.locator("#work").get_attribute("data-item")
             page.keyboard.press("f")
             expect(page.locator("#work")).not_to_have_attribute("data-item", str(item), timeout=PATIENCE)
@@ -202,6 +202,7 @@ def test_many_classes_are_chosen_by_number_and_by_search(queue, open_page, tmp_p
     with serving_in_thread(desk) as url:
         page = open_page(url)
         log_in(page, "ada", token)
+        shows(page, 1)
         page.keyboard.type("1")
         expect(page.locator("#typed")).to_have_text("1")
         page.keyboard.type("4")

@@ -343,9 +343,8 @@ class GuardRuntime:
         self._declare_verdicts()
         for reason in UNSCORED_REASONS:
             self.metrics.count("guard_bypassed_total", self.model_name, reason, amount=0)
-        if self.review_queue is not None:
-            for receipt in RECEIPTS:
-                self.metrics.count("guard_queued_total", self.model_name, receipt, amount=0)
+        for receipt in RECEIPTS:
+            self.metrics.count("guard_queued_total", self.model_name, receipt, amount=0)
         for outcome in ("taken", "refused"):
             self.metrics.count("guard_bundle_swaps_total", self.model_name, outcome, amount=0)
         self.metrics.count("guard_requests_total", self.model_name, "200", amount=0)
