@@ -104,6 +104,16 @@ def test_gate_passes_a_candidate_at_the_edge(after):
     assert judged(**after).passed
 
 
+def test_gate_does_not_refuse_for_a_hold_out_on_which_the_active_guard_flags_as_many():
+    unlike = dataclasses.replace(BEFORE, clean_flagged=of(9, 200))
+    assert judged(before=unlike).passed
+    assert judged(before=unlike, clean_flagged=of(8, 200)).passed
+    assert judged(before=unlike, clean_flagged=of(10, 200)).reasons == (
+        "5.0 % of 200 held-out clean images are flagged (before: 4.5 %, asked for: 1 %); "
+        "1.5 times the rate is allowed.",
+    )
+
+
 def test_gate_refuses_on_agreement_of_enough_shared_inputs_only():
     assert judged(Agreement(0, 9)).passed
     assert judged(Agreement(8, 10)).passed

@@ -58,12 +58,10 @@ PROJECT = Path(__file__).resolve().parent.parent.parent
 CASES: dict[str, tuple[str, ...]] = {
     "MNIST all-to-all (a)": tuple(f"mnist-a-mnist_cnn-{seed}" for seed in range(3)),
     "MNIST (b)": tuple(f"mnist-b-mnist_small-{seed}" for seed in range(3)),
-    "MNIST WaNet": tuple(f"mnist-wanet-mnist_cnn-{seed}" for seed in range(3)),
     "GTSRB white square (c)": ("gtsrb-c-gtsrb_cnn-0",),
     "GTSRB moving square (d)": ("gtsrb-d-gtsrb_cnn_unpadded-0",),
     "GTSRB filter (e)": ("gtsrb-e-gtsrb_cnn_unpadded-0",),
     "GTSRB Blend": ("gtsrb-blend-gtsrb_cnn-0",),
-    "GTSRB WaNet": ("gtsrb-wanet-gtsrb_cnn-0",),
 }
 VARIANTS = ("nobody", "person", "hostile", "raid")
 PARTS, REVIEWED_PARTS = 10, 2

@@ -143,7 +143,9 @@ def _false_positives(before: Count, after: Count, requested: float, settings: Re
     factor = settings.max_false_positive_factor
     # Few images: a share above the limit is held against the candidate only where chance alone would not explain it.
     too_many = after.of > 0 and after.hits > factor * requested * after.of
-    passed = not (too_many and wilson_interval(*after).lower > requested)
+    # Where the hold-out is unlike the rest, the guard that serves shows the same: no reason to keep it instead.
+    worse = after.hits * before.of > before.hits * after.of
+    passed = not (too_many and worse and wilson_interval(*after).lower > requested)
     text = (
         f"{_percent(after)} of {after.of} held-out clean images are flagged (before: {_percent(before)}, "
         f"asked for: {100 * requested:g} %)"
