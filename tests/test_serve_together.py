@@ -39,6 +39,7 @@ class Together:
 
     process: subprocess.Popen[str]
     folder: Path
+    queue: str
     url: str
     key: str
     page: Client
@@ -53,28 +54,37 @@ def wait_for(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
     return found
 
 
-@pytest.fixture(scope="module")
-def together(fitted_guard: Guard, badnet: MnistCnn, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Together]:
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def together(
+    request: pytest.FixtureRequest,
+    fitted_guard: Guard,
+    badnet: MnistCnn,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Together]:
     folder = tmp_path_factory.mktemp("together")
+    if request.param == "sqlite":
+        url = queue_url(str(folder / "queue.db"))
+    else:
+        url = request.getfixturevalue("postgresql_server").create_database()
     save_file(badnet.state_dict(), folder / "weights.safetensors")
     bundle = fitted_guard.save(folder / "bundles")
     BundleStore(folder / "bundles").activate(bundle.name)
     model = ServedModel(folder / "weights.safetensors", None, "guard.attacks.networks:mnist_cnn", (1, 28, 28))
     make_guarded_archive("digits", model, bundle, model_store=folder / "model_store", bundles=folder / "bundles")
-    with Queue.open(queue_url(str(folder / "queue.db"))) as queue:
+    with Queue.open(url) as queue:
         token = Reviewers(queue).add("ada", "admin")
     port = choose_ports(0, 0, 0).inference
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "guard.cli", "serve", "digits", "--port", "0", "--work-dir", "run"),
-            *("--queue", "queue.db", "--review", "--review-port", str(port), "--retrain"),
+            *("--review", "--review-port", str(port), "--retrain"),
             *("--retrain-option", "--interval", "--retrain-option", "0.2"),
         ],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GUARD_QUEUE_URL": url},
     )
     try:
         assert process.stdout is not None
@@ -86,7 +96,7 @@ def together(fitted_guard: Guard, badnet: MnistCnn, tmp_path_factory: pytest.Tem
         page = Client(f"http://127.0.0.1:{port}", token=token)
         wait_for(lambda: page.request("GET", "/api/v1/counts").status == 200)
         key = json.loads(key_file.read_text())["inference"]["key"]
-        yield Together(process, folder, ready.split()[5].rstrip(";"), key, page, folder / "run" / "logs")
+        yield Together(process, folder, url, ready.split()[5].rstrip(";"), key, page, folder / "run" / "logs")
         page.close()
     finally:
         process.kill()
@@ -116,7 +126,7 @@ def test_flagged_requests_are_reviewed_and_the_server_takes_what_was_learned(
         assert all(replies[body].headers["guard-review"] == "queued" for body in flagged)
         counts = asked(together, "GET", "/api/v1/counts")
         assert counts["by_state"]["pending"] == len(flagged) > 50
-        with Queue.open(queue_url(str(together.folder / "queue.db"))) as queue:
+        with Queue.open(together.queue) as queue:
             truth = {item.id: bodies[item.input.body] for item in queue.items(limit=1000)}
         first = replies[flagged[0]].headers["guard-bundle"]
         items = asked(together, "GET", "/api/v1/items/next?n=100")["items"]
@@ -146,7 +156,7 @@ def test_companion_that_is_killed_comes_back(together: Together) -> None:
         ]
 
     (page,) = pages()
-    assert str(together.folder / "queue.db") not in " ".join(page.cmdline())
+    assert together.queue not in " ".join(page.cmdline())
     page.kill()
     page.wait()
     together.page.close()
