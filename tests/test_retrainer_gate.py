@@ -108,8 +108,9 @@ def test_gate_does_not_refuse_for_a_hold_out_on_which_the_active_guard_flags_as_
     unlike = dataclasses.replace(BEFORE, clean_flagged=of(9, 200))
     assert judged(before=unlike).passed
     assert judged(before=unlike, clean_flagged=of(8, 200)).passed
-    assert judged(before=unlike, clean_flagged=of(10, 200)).reasons == (
-        "5.0 % of 200 held-out clean images are flagged (before: 4.5 %, asked for: 1 %); "
+    assert judged(before=unlike, clean_flagged=of(13, 200)).passed  # four more: chance
+    assert judged(before=unlike, clean_flagged=of(14, 200)).reasons == (
+        "7.0 % of 200 held-out clean images are flagged (before: 4.5 %, asked for: 1 %); "
         "1.5 times the rate is allowed.",
     )
 

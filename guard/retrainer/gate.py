@@ -90,7 +90,7 @@ def judge(
     return Judgement(
         (
             _clean_accuracy(before.clean_right, after.clean_right, settings.max_clean_accuracy_drop),
-            _false_positives(*counts("clean_flagged"), false_positive_rate, settings),
+            _false_positives(before.clean_flagged, after.clean_flagged, false_positive_rate, settings),
             _true_positives("other groups", *counts("other_groups_flagged"), settings),
             _true_positives("the same groups", *counts("same_groups_flagged"), settings),
             _released("look-alike false alarms", *counts("look_alikes_flagged"), settings.max_released_share),
@@ -139,18 +139,20 @@ def _sign_test(lost: int, gained: int) -> float:
     return float(sum(math.comb(n, k) for k in range(lost, n + 1)) / 2**n)
 
 
-def _false_positives(before: Count, after: Count, requested: float, settings: RetrainerSettings) -> Check:
+def _false_positives(before: BoolArray, after: BoolArray, requested: float, settings: RetrainerSettings) -> Check:
     factor = settings.max_false_positive_factor
+    old, new = Count.where(before), Count.where(after)
     # Few images: a share above the limit is held against the candidate only where chance alone would not explain it.
-    too_many = after.of > 0 and after.hits > factor * requested * after.of
+    too_many = new.of > 0 and new.hits > factor * requested * new.of and wilson_interval(*new).lower > requested
     # Where the hold-out is unlike the rest, the guard that serves shows the same: no reason to keep it instead.
-    worse = after.hits * before.of > before.hits * after.of
-    passed = not (too_many and worse and wilson_interval(*after).lower > requested)
+    worse = _sign_test(int((after & ~before).sum()), int((before & ~after).sum())) <= CHANCE
     text = (
-        f"{_percent(after)} of {after.of} held-out clean images are flagged (before: {_percent(before)}, "
+        f"{_percent(new)} of {new.of} held-out clean images are flagged (before: {_percent(old)}, "
         f"asked for: {100 * requested:g} %)"
     )
-    return _check("false-positive rate", passed, text, f"{factor:g} times the rate is allowed", before, after)
+    return _check(
+        "false-positive rate", not (too_many and worse), text, f"{factor:g} times the rate is allowed", old, new
+    )
 
 
 def _true_positives(whose: str, before: Count, after: Count, settings: RetrainerSettings) -> Check:
