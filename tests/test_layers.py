@@ -20,9 +20,9 @@ ORDER: tuple[frozenset[str], ...] = tuple(
     for line in (
         "errors",
         "types",
-        "resources weights split_points calibration evaluation heads backups attacks bundle",
+        "resources weights split_points calibration evaluation heads attacks bundle",
         "config recording datasets fusion detectors",
-        "suspect image_files ensemble zoo",
+        "suspect image_files ensemble zoo backups",
         "cross_fitting",
         "pipeline telemetry relabel",
         "retraining assess",

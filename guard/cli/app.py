@@ -26,9 +26,11 @@ from guard.cli.output import (
     what_failed,
     write,
 )
+from guard.cli.purify import purify
 from guard.cli.retrainer import retrainer
 from guard.cli.review import review_app
 from guard.cli.serving import archive, serve
+from guard.cli.wrap import unwrap, wrap
 from guard.cli.zoo import zoo_app
 from guard.errors import BundleError, ConfigError
 
@@ -43,7 +45,7 @@ app = typer.Typer(
 bundle_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at bundles, and choose which one serves."
 )
-for command in (fit, inspect, assess, archive, serve, retrainer):
+for command in (fit, inspect, assess, purify, archive, wrap, unwrap, serve, retrainer):
     app.command()(command)
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(zoo_app, name="zoo")

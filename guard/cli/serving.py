@@ -128,7 +128,7 @@ def _numbers(flag: str, text: str | None) -> float | list[float] | None:
 
 
 def serve(
-    models: Annotated[list[str] | None, typer.Argument(help="Archives to serve; default all.")] = None,
+    models: Annotated[list[str] | None, typer.Argument(help="Archives to serve, or NAME=FILE; default all.")] = None,
     model_store: Annotated[Path, typer.Option(help="Folder of the archives.")] = Path("model_store"),
     port: Annotated[
         int, typer.Option(help="Inference port; management and metrics take the next two. 0 = any free ones.")
@@ -163,7 +163,7 @@ def serve(
     from guard.serving.guarded import followed_bundles
     from guard.serving.torchserve import TorchServeInstance
 
-    names = [name.removesuffix(".mar") for name in models or ()]
+    named = dict(_name_and_file(text) for text in models or ())
     url = queue_url(queue) if queue else None
     if (review or retrain) and url is None:
         raise ConfigError("--review and --retrain need a queue. Name one with --queue.")
@@ -171,7 +171,7 @@ def serve(
         raise ServerError(f"there is no archive in {model_store}. Make one with `guard archive`.")
     instance = TorchServeInstance(
         model_store,
-        {name: f"{name}.mar" for name in names} if names else "all",
+        named or "all",
         work_dir=work_dir,
         inference_port=port,
         management_port=port and port + 1,
@@ -241,6 +241,13 @@ def serve(
                     if happened := companion.keep_alive():
                         tell(happened)
     say("stopped")
+
+
+def _name_and_file(text: str) -> tuple[str, str]:
+    """Return the name that a model is served under, and its archive's file: of `mnist`, `mnist.mar`, or `NAME=FILE`."""
+    name, _, file = text.rpartition("=")
+    stem = file.removesuffix(".mar")
+    return name or stem, f"{stem}.mar"
 
 
 def curl_line(url: str, model: str, token: str | None, file: str = "image.png") -> str:

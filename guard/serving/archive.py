@@ -10,10 +10,11 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from guard.errors import ArchiveError, ServerError
 
@@ -163,12 +164,17 @@ def _collect(singles: list[Path], extra_files: list[Path]) -> dict[str, Path]:
             _add(members, path.name, path)
         else:
             raise ArchiveError(f"extra file {path} does not exist. Check the path.")
+    check_module_names(members)
+    return dict(sorted(members.items()))
+
+
+def check_module_names(members: Iterable[str]) -> None:
+    """Refuse names that would hide a Python module which everybody imports, with ArchiveError."""
     for name in members:
         top, _, rest = name.partition("/")
         is_module = rest == "__init__.py" if rest else top.endswith(".py")
         if is_module and top.removesuffix(".py") in _RESERVED_MODULES:
             raise ArchiveError(f"{name!r} in an archive would hide the Python module of that name. Rename it.")
-    return dict(sorted(members.items()))
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -218,26 +224,39 @@ def _manifest(
 
 
 def _write(archive: Path, members: dict[str, Path], manifest: str) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{archive.name}.", dir=archive.parent)
+    with whole_file(archive) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
+        packed.writestr(plain_entry("MAR-INF/MANIFEST.json"), manifest)
+        add_files(packed, members)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears under its name when all of it is on the disk, and not at all if it fails."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
-                packed.writestr(_entry("MAR-INF/MANIFEST.json"), manifest)
-                for name, path in members.items():
-                    entry = _entry(name)
-                    with path.open("rb") as source, packed.open(entry, "w", force_zip64=_is_huge(path)) as target:
-                        while part := source.read(2**20):
-                            target.write(part)
+        os.close(handle)
+        with Path(temporary).open("w+b") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
-        Path(temporary).replace(archive)
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
 
 
-def _entry(name: str) -> zipfile.ZipInfo:
+def add_files(packed: zipfile.ZipFile, members: Mapping[str, Path]) -> None:
+    """Write files into an archive, by the name that each has there."""
+    for name, path in members.items():
+        entry = plain_entry(name)
+        with path.open("rb") as source, packed.open(entry, "w", force_zip64=_is_huge(path)) as target:
+            while part := source.read(2**20):
+                target.write(part)
+
+
+def plain_entry(name: str) -> zipfile.ZipInfo:
+    """Return an archive's entry for a file, the same whenever and by whomever it is made."""
     entry = zipfile.ZipInfo(name, _EARLIEST_ZIP_TIME)
     entry.compress_type = zipfile.ZIP_DEFLATED
     entry.external_attr = (stat.S_IFREG | 0o644) << 16

@@ -122,15 +122,6 @@ def make_guarded_archive(
     with tempfile.TemporaryDirectory(prefix="guard-archive-") as scratch:
         folder = Path(scratch)
         handler, extra = _handler_and_files(model, folder)
-        about = {
-            "handler": handler if isinstance(handler, str) else handler.name,
-            "bundles": str(bundles.absolute()) if bundles is not None else None,
-            "embedded": bundle.name,
-            "example": example.name if example is not None else None,
-        }
-        (folder / "guard_archive.json").write_text(json.dumps(about, indent=2))
-        chosen = {key: value for key, value in (settings or {}).items() if key in SERVING_SETTINGS}
-        (folder / "guard.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in chosen.items()))
         return make_archive(
             name,
             model_store=model_store,
@@ -140,14 +131,40 @@ def make_guarded_archive(
             extra_files=[
                 *([handler] if isinstance(handler, Path) else []),
                 *extra,
-                folder / "guard_archive.json",
-                folder / "guard.toml",
-                bundle,
-                *([example] if example is not None else []),
+                *guard_files(
+                    handler if isinstance(handler, str) else handler.name,
+                    bundle,
+                    bundles,
+                    settings or {},
+                    example,
+                    folder,
+                ),
             ],
             version=model.version,
             force=force,
         )
+
+
+def guard_files(
+    handler: str,
+    bundle: Path,
+    bundles: Path | None,
+    settings: Mapping[str, Any],
+    example: Path | None,
+    scratch: Path,
+) -> list[Path]:
+    """Return what the guard adds to an archive beside its adapter; parameters as for `make_guarded_archive`."""
+    about = {
+        "handler": handler,
+        "bundles": str(bundles.absolute()) if bundles is not None else None,
+        "embedded": bundle.name,
+        "example": example.name if example is not None else None,
+    }
+    (scratch / "guard_archive.json").write_text(json.dumps(about, indent=2))
+    chosen = {key: value for key, value in settings.items() if key in SERVING_SETTINGS}
+    (scratch / "guard.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in chosen.items()))
+    added = [scratch / "guard_archive.json", scratch / "guard.toml", bundle]
+    return added if example is None else [*added, example]
 
 
 def followed_bundles(archive: Path) -> Path | None:

@@ -9,11 +9,11 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -37,11 +37,27 @@ class UserHandler:
         The network that it serves.
     model_inputs : callable (sequence of bytes) -> ndarray of shape (n, channels, height, width), float32
         Feeds the bodies of n requests through `preprocess` as one batch. Raises DataError if that returns anything but
-        one finite row per request, and whatever `preprocess` raises.
+        one finite row per request, and whatever `preprocess` raises. A body may also be what TorchServe makes of JSON
+        or text before a handler sees it.
+    rows_seen : callable (body) -> int
+        Answers one request with `handle`, and counts the rows of the forward passes that a hook sees meanwhile. Raises
+        DataError if it answers an error, and whatever `handle` raises.
     """
 
     module: nn.Module
-    model_inputs: Callable[[Sequence[bytes]], Float32Array]
+    model_inputs: Callable[[Sequence[Any]], Float32Array]
+    rows_seen: Callable[[Any], int]
+
+
+class Remedy(NamedTuple):
+    """What a person can do about a handler that cannot be imported, or does not initialise."""
+
+    imports: str
+    initialize: str
+
+
+#: For handlers that are named file by file.
+ADD_FILES = Remedy("Add what it needs with --extra-file.", "Does it need a --model-file or an --extra-file?")
 
 
 @contextmanager
@@ -81,21 +97,63 @@ def open_user_handler(
     check_weights_file(weights)
     with tempfile.TemporaryDirectory(prefix="guard-handler-") as scratch:
         folder = _unpacked(handler, weights, model_file, extra_files, Path(scratch).resolve())
-        sys.path.insert(0, str(folder))
-        try:
-            name = Path(handler).name if isinstance(handler, Path) else handler
-            inner, context = _initialised(name, folder, gpu)
-            module = getattr(inner, model_attribute, None)
-            if not isinstance(module, nn.Module):
-                raise SuspectModelError(
-                    f"handler {name}: its attribute {model_attribute!r} must be a torch.nn.Module, "
-                    f"got {type(module).__name__}. Name the right one with the setting model_attribute."
-                )
-            yield UserHandler(module, lambda bodies: _model_inputs(inner, context, bodies))
-        finally:
-            sys.path.remove(str(folder))
-            for key in [key for key, loaded in sys.modules.items() if _lies_in(loaded, folder)]:
-                del sys.modules[key]
+        name = Path(handler).name if isinstance(handler, Path) else handler
+        with open_unpacked_handler(folder, name, model_attribute=model_attribute, gpu=gpu) as user:
+            yield user
+
+
+@contextmanager
+def open_unpacked_handler(
+    folder: Path,
+    handler: str,
+    *,
+    model_attribute: str = "model",
+    gpu: int | None = None,
+    model_settings: Mapping[str, Any] | None = None,
+    remedy: Remedy = ADD_FILES,
+) -> Iterator[UserHandler]:
+    """Run the `initialize` of a handler in an unpacked archive, whose weights were looked into before.
+
+    Parameters
+    ----------
+    folder : Path
+        The unpacked archive, with its manifest.
+    handler : str
+        File name of the handler in that folder, or the name of one that TorchServe ships.
+    model_attribute, gpu
+        As for `open_user_handler`.
+    model_settings : mapping, optional
+        What the archive's YAML file says, as TorchServe hands it to the handler.
+    remedy : Remedy
+        What a person can do about a handler that does not start.
+
+    Raises
+    ------
+    ArchiveError, SuspectModelError
+        As `open_user_handler`.
+    """
+    hidden = _loaded_before(folder)
+    for key in hidden:
+        del sys.modules[key]
+    sys.path.insert(0, str(folder))
+    try:
+        inner, context = _initialised(handler, folder, gpu, dict(model_settings or {}), remedy)
+        module = getattr(inner, model_attribute, None)
+        if not isinstance(module, nn.Module):
+            raise SuspectModelError(
+                f"handler {handler}: its attribute {model_attribute!r} must be a torch.nn.Module, "
+                f"got {type(module).__name__}. Name the right one with the setting model_attribute."
+            )
+        yield UserHandler(
+            module,
+            lambda bodies: _model_inputs(inner, context, bodies),
+            lambda body: _rows_seen(inner, context, module, body),
+        )
+    finally:
+        sys.path.remove(str(folder))
+        for key in [key for key, loaded in sys.modules.items() if _lies_in(loaded, folder)]:
+            del sys.modules[key]
+        sys.modules.update(hidden)
 
 
 def _unpacked(
@@ -121,7 +179,9 @@ def _unpacked(
     return folder
 
 
-def _initialised(name: str, folder: Path, gpu: int | None) -> tuple[Any, Any]:
+def _initialised(
+    name: str, folder: Path, gpu: int | None, model_settings: dict[str, Any], remedy: Remedy
+) -> tuple[Any, Any]:
     """Return an instance of the handler's class and the context that it was initialised with."""
     logging.getLogger("ts").setLevel(logging.ERROR)  # it warns of every accelerator that is not installed
     try:
@@ -136,19 +196,20 @@ def _initialised(name: str, folder: Path, gpu: int | None) -> tuple[Any, Any]:
         raise ArchiveError("TorchServe is not installed. Install the torchserve package, version 0.12.") from error
     importlib.invalidate_caches()
     manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())
-    context = Context(_NAME, str(folder), manifest, 1, gpu, "0.12.0", metrics=metrics, model_yaml_config={})
-    handler = handler_class(name, "preprocess")
+    served = manifest["model"]["modelName"]
+    context = Context(
+        served, str(folder), manifest, 1, gpu, "0.12.0", metrics=metrics, model_yaml_config=model_settings
+    )
+    handler = handler_class(name, "preprocess", remedy.imports)
     try:
         inner = handler()
         inner.initialize(context)
     except Exception as error:
-        raise SuspectModelError(
-            f"handler {name} failed in initialize: {_short(error)}. Does it need a --model-file or an --extra-file?"
-        ) from error
+        raise SuspectModelError(f"handler {name} failed in initialize: {_short(error)}. {remedy.initialize}") from error
     return inner, context
 
 
-def handler_class(name: str, method: str) -> type:
+def handler_class(name: str, method: str, remedy: str = ADD_FILES.imports) -> type:
     """Return the one class of a TorchServe handler, which must have a method; its module is imported.
 
     Parameters
@@ -157,6 +218,8 @@ def handler_class(name: str, method: str) -> type:
         File name of a module on `sys.path` (`"my_handler.py"`), or the name of one that TorchServe ships.
     method : str
         What the class must be able to do.
+    remedy : str
+        What to do about one that cannot be imported.
 
     Raises
     ------
@@ -169,9 +232,7 @@ def handler_class(name: str, method: str) -> type:
         module = importlib.import_module(Path(name).stem if name.endswith(".py") else f"ts.torch_handler.{name}")
         classes: list[type] = list_classes_from_module(module)
     except Exception as error:  # importing runs the user's code
-        raise ArchiveError(
-            f"handler {name} cannot be imported: {_short(error)}. Add what it needs with --extra-file."
-        ) from error
+        raise ArchiveError(f"handler {name} cannot be imported: {_short(error)}. {remedy}") from error
     if len(classes) != 1 or not callable(getattr(classes[0], method, None)):
         raise ArchiveError(
             f"handler {name} must define exactly one class, with a {method} method; it defines {len(classes)}. "
@@ -180,14 +241,36 @@ def handler_class(name: str, method: str) -> type:
     return classes[0]
 
 
-def _model_inputs(inner: Any, context: Any, bodies: Sequence[bytes]) -> Float32Array:
+def _requests(context: Any, bodies: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return the requests of one batch as TorchServe hands them over, and tell the context of them."""
     from ts.context import RequestProcessor
 
     context.request_ids = {index: str(index) for index in range(len(bodies))}
     context.request_processor = [RequestProcessor({}) for _ in bodies]
     context.metrics.request_ids = context.request_ids
+    return [{"body": bytearray(body) if isinstance(body, bytes) else body} for body in bodies]
+
+
+def _rows_seen(inner: Any, context: Any, module: nn.Module, body: Any) -> int:
+    rows: list[int] = []
+
+    def count(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        rows.append(len(output) if isinstance(output, Tensor) else 1)
+
+    hook = module.register_forward_hook(count)
+    try:
+        inner.handle(_requests(context, [body]), context)
+    finally:
+        hook.remove()
+    if (status := context.get_response_status(0)[0]) >= 400:
+        raise DataError(f"the handler answered the input with status {status}.")
+    return sum(rows)
+
+
+def _model_inputs(inner: Any, context: Any, bodies: Sequence[Any]) -> Float32Array:
+    requests = _requests(context, bodies)
     inner.context = context  # as BaseHandler.handle sets it
-    result = inner.preprocess([{"body": bytearray(body)} for body in bodies])
+    result = inner.preprocess(requests)
     for index in range(len(bodies)):
         if (status := context.get_response_status(index)[0]) >= 400:
             raise DataError(f"the handler refused the input with status {status}.")
@@ -207,6 +290,12 @@ def _model_inputs(inner: Any, context: Any, bodies: Sequence[bytes]) -> Float32A
 
 def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).rstrip('.')}"
+
+
+def _loaded_before(folder: Path) -> dict[str, Any]:
+    """Return the loaded modules of the same names as those in a folder, as another archive's handler may have them."""
+    own = {file.stem for file in folder.glob("*.py")} | {file.parent.name for file in folder.glob("*/__init__.py")}
+    return {key: loaded for key, loaded in sys.modules.items() if key.partition(".")[0] in own}
 
 
 def _lies_in(module: Any, folder: Path) -> bool:

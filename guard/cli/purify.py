@@ -1,0 +1,188 @@
+"""`guard purify`: write a copy of the model from which a backdoor was pruned or trained away."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from guard.cli.offline import class_list, open_model, tell_passed_over, try_once
+from guard.cli.options import Architecture, Device, ExtraFile, Handler, ModelFile, Preprocess, Settings, Weights
+from guard.cli.output import print_warning, progress_bar, say
+from guard.errors import ConfigError, DataError, GuardError
+
+if TYPE_CHECKING:
+    from guard.backups.purify import Purified
+
+WEIGHTS, CARD, PICTURE = "twin.safetensors", "twin.json", "twin.png"
+#: Options, and the methods that take them.
+_TAKEN_BY = {
+    "iterations": ("anp",),
+    "threshold": ("anp",),
+    "norm": ("norm-pruning",),
+    "scope": ("norm-pruning",),
+    "share": ("norm-pruning",),
+    "allowed_accuracy_loss": ("anp", "fine-pruning"),
+    "epochs": ("rtll",),
+}
+#: A loss of clean accuracy that a person is warned of.
+_LARGE_LOSS = 0.02
+
+
+def purify(
+    weights: Weights,
+    images: Annotated[
+        Path, typer.Option(help="Clean labelled images: a .npz, or a folder with one sub-folder per class.")
+    ],
+    architecture: Architecture = None,
+    preprocess: Preprocess = None,
+    handler: Handler = None,
+    model_file: ModelFile = None,
+    extra_file: ExtraFile = None,
+    device: Device = "cpu",
+    class_names: Annotated[
+        str | None,
+        typer.Option(help="Class list in the model's order: names with commas, or a file with one per line."),
+    ] = None,
+    method: Annotated[str, typer.Option(help="anp, norm-pruning, fine-pruning or rtll.")] = "anp",
+    iterations: Annotated[int | None, typer.Option(help="anp: steps of the masks; default 2000.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="anp: neurons with a smaller mask are pruned; default 0.2.")
+    ] = None,
+    norm: Annotated[str | None, typer.Option(help="norm-pruning: l1 or l2.")] = None,
+    scope: Annotated[str | None, typer.Option(help="norm-pruning: layer-wise, global or last-layer.")] = None,
+    share: Annotated[float | None, typer.Option(help="norm-pruning: share of the filters that goes.")] = None,
+    allowed_accuracy_loss: Annotated[
+        float | None,
+        typer.Option(help="fine-pruning, and anp: prune as much as costs at most this share of right answers."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="rtll: passes over the images; default 200.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the images held out, and of training.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for the twin, its card and the picture.")] = Path(
+        "build/purified"
+    ),
+    settings: Settings = None,
+) -> None:
+    """Write a purified twin of your model.
+
+    Prunes or retrains a copy on clean images, and measures it on a fifth of them that was held out. The model itself
+    is never changed. Whether a backdoor is gone only triggered images could tell.
+    """
+    from guard.backups.purify import METHODS
+    from guard.backups.purify import purify as purify_model
+    from guard.cli.images import find_images, read_all
+    from guard.config import load_config
+
+    config = load_config(settings)
+    given = {
+        "iterations": iterations,
+        "threshold": threshold,
+        "norm": norm,
+        "scope": scope,
+        "share": share,
+        "allowed_accuracy_loss": allowed_accuracy_loss,
+        "epochs": epochs,
+    }
+    if method not in METHODS:
+        raise ConfigError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")
+    chosen = _settings(method, {name: value for name, value in given.items() if value is not None})
+    if seed < 0:
+        raise ConfigError(f"--seed must be >= 0, got {seed}.")
+    _check_folder(output)
+    model = open_model(
+        weights, architecture, preprocess, handler, model_file, extra_file, device, config.model_attribute
+    )
+    with model as (suspect, convert), progress_bar("reading images") as report:
+        found = find_images(images, as_bytes=handler is not None, class_names=class_list(class_names))
+        if found.labels is None:
+            raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
+        inputs = read_all(found, convert, report)
+        try_once(suspect, inputs)
+        purified = purify_model(
+            suspect.module,
+            inputs,
+            found.labels,
+            method,
+            settings=chosen,
+            seed=seed,
+            progress=lambda done: report(f"purifying by {method}", done),
+        )
+    _write(purified, output, architecture, found.class_names)
+    done = purified.report
+    loss = done.clean_accuracy_before - done.clean_accuracy_after
+    say(f"method          {method}: {done.pruned} of {done.units} units pruned, {done.seconds:.0f} s")
+    say(
+        f"clean accuracy  {100 * done.clean_accuracy_before:.1f} % -> {100 * done.clean_accuracy_after:.1f} % "
+        f"of {done.held_out} images held out"
+    )
+    for name in (WEIGHTS, CARD, PICTURE):
+        say(f"wrote {output / name}")
+    for note in done.notes:
+        say(f"note: {note}")
+    tell_passed_over(found.passed_over)
+    if loss > _LARGE_LOSS:
+        print_warning(
+            f"the twin gets {100 * loss:.1f} points fewer right than the model. Give more images, or prune less."
+        )
+
+
+def _settings(method: str, given: dict[str, Any]) -> Any:
+    from guard.backups.purify import METHODS
+
+    for name in given:
+        if method not in _TAKEN_BY[name]:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} goes with --method {' or '.join(_TAKEN_BY[name])}, got {method!r}. "
+                "Leave it out."
+            )
+    if method == "anp" and "allowed_accuracy_loss" in given:
+        if "threshold" in given:
+            raise ConfigError("--threshold and --allowed-accuracy-loss both say how much is pruned. Give one of them.")
+        given = {**given, "threshold": None}
+    try:
+        return METHODS[method][0](**given)
+    except DataError as error:
+        raise ConfigError(f"--method {method}: {error}") from None
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse what can be no folder, before the long work."""
+    first = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not first.is_dir():
+        raise ConfigError(f"--output {folder}: {first} is no folder. Name another.")
+
+
+def _write(purified: Purified, output: Path, architecture: str | None, class_names: list[str] | None) -> None:
+    """Write all three files beside their place first, so that none is left half-written."""
+    from importlib.metadata import version
+
+    from safetensors.torch import save_file
+
+    from guard.cli.purify_picture import draw
+
+    card = {
+        "architecture": architecture,
+        "class_names": class_names,
+        **purified.report.as_dict(),
+        "version": version("backdoor-guard"),
+    }
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in purified.twin.state_dict().items()}
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=output))
+        try:
+            save_file(state, temporary / WEIGHTS)
+            (temporary / CARD).write_text(json.dumps(card, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            draw(purified.report, class_names, temporary / PICTURE)
+            for name in (WEIGHTS, CARD, PICTURE):
+                (temporary / name).replace(output / name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise GuardError(
+            f"the twin cannot be written to {output}: {error}. Is there room, and may you write?"
+        ) from error

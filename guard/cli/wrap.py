@@ -1,0 +1,254 @@
+"""The commands for an archive that already runs: `guard wrap`, and `guard unwrap` to take the guard out again."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import typer
+
+from guard.cli.offline import class_list
+from guard.cli.options import Device, QueueUrl, Rate, Settings
+from guard.cli.output import print_warning, progress_bar, say, what_failed
+from guard.errors import ConfigError, DataError, GuardError, SuspectModelError
+
+if TYPE_CHECKING:
+    from guard.cli.images import NamedImages
+    from guard.cli.output import Report
+    from guard.config import GuardConfig
+    from guard.pipeline import Guard
+    from guard.serving.user_handler import UserHandler
+    from guard.serving.wrapping import OpenedArchive
+    from guard.suspect import SuspectModel
+    from guard.types import IntArray
+
+_GUARDED = ".guarded"
+_AS_SENT = "Are these images what clients send (size, channels, format)?"
+
+Archive = Annotated[Path, typer.Argument(help="The archive, a .mar file.")]
+Output = Annotated[Path | None, typer.Option(help="File to write; default: beside the archive.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace that file if it is there.")]
+
+
+def wrap(
+    archive: Archive,
+    images: Annotated[
+        Path, typer.Option(help="Clean labelled images: a .npz, or a folder with one sub-folder per class.")
+    ],
+    output: Output = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do everything, print what would change, and write nothing.")
+    ] = False,
+    class_names: Annotated[
+        str | None,
+        typer.Option(
+            help="Class list in the model's order: names with commas, or a file; default: its index_to_name.json."
+        ),
+    ] = None,
+    false_positive_rate: Rate = None,
+    mode: Annotated[str | None, typer.Option(help="calibrated or paper.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of folds and training.")] = None,
+    action: Annotated[str | None, typer.Option(help="observe, flag, relabel or block.")] = None,
+    failure_mode: Annotated[str | None, typer.Option(help="closed or open.")] = None,
+    image_noise_std: Annotated[float | None, typer.Option(help="Also learn from copies with this much noise.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Layer whose input is the split; found by itself if left out.")
+    ] = None,
+    depth: Annotated[
+        list[str] | None,
+        typer.Option(metavar="<str>", help="Earlier layer to watch as well; may be repeated, up to 3."),
+    ] = None,
+    device: Device = "cpu",
+    bundles: Annotated[
+        Path | None,
+        typer.Option(help="Also write the bundle to this folder, and let the server follow it, as to retrain."),
+    ] = None,
+    queue: QueueUrl = None,
+    force: Force = False,
+    settings: Settings = None,
+) -> None:
+    """Put a guard around an archive that already runs.
+
+    The archive's own handler runs here on the clean images, as it does in the server. The archive itself stays as it
+    is; the guarded one keeps its every file, its model's name and version, and answers old clients with the same bytes.
+    """
+    from guard.bundle import BundleStore
+    from guard.config import GuardConfig, load_settings
+    from guard.relabel.address import queue_url
+    from guard.serving.wrapping import check_output, open_archive, write_guarded
+    from guard.suspect import SuspectModel
+
+    target = output or archive.with_name(f"{_stem(archive)}{_GUARDED}.mar")
+    chosen = load_settings(
+        settings,
+        false_positive_rate=false_positive_rate,
+        mode=mode,
+        seed=seed,
+        action=action,
+        failure_mode=failure_mode,
+        image_noise_std=image_noise_std,
+        queue_url=queue_url(queue) if queue else None,
+    )
+    config = GuardConfig(**chosen)
+    if config.rows_per_request != 1:
+        raise ConfigError("guard wrap fits on one row per request: rows_per_request must be 1. See `guard archive`.")
+    gpu = _gpu(device)
+    with open_archive(archive) as opened, tempfile.TemporaryDirectory(prefix="guard-wrap-") as scratch:
+        check_output(target, archive, force or dry_run)
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            progress_bar("reading images") as report,
+            opened.running(config.model_attribute, gpu) as user,
+        ):
+            found = _labelled(opened, images, class_list(class_names))
+            _try_handler(user, found, config)
+            suspect = SuspectModel(user.module, split=split, depths=depth, device=device)
+            guard, accuracy = _fitted(suspect, user, found, config, report)
+        guard.preprocessing = f"handler {opened.handler}"
+        follows = bundles if not dry_run else None
+        bundle = guard.save(follows or Path(scratch) / "bundles")
+        written = Path(scratch) / "dry-run.mar" if dry_run else target
+        write_guarded(opened, bundle, written, bundles=bundles, settings=chosen, force=force)
+        if follows is not None:
+            BundleStore(follows).activate(bundle.name)
+        if dry_run:
+            say("dry run: nothing was written; this would be")
+        for line in _changes(opened, written, target):
+            say(line)
+        say(f"clean images    {len(found.names)}, of which the model gets {100 * accuracy:.1f} % right")
+        say(
+            f"false positives {guard.realised_false_positive_rate:.4f} of clean images "
+            f"(asked for {config.false_positive_rate:g}, measured out of fold)"
+        )
+        say(f"serve it        guard serve {opened.manifest.name}={target.name} --model-store {target.parent}")
+        if accuracy < 0.5:
+            print_warning(
+                f"the model gets only {100 * accuracy:.1f} % of these labels right, so the guard will be poor. "
+                "Are the classes in the model's order (--class-names)?"
+            )
+
+
+def unwrap(archive: Archive, output: Output = None, force: Force = False) -> None:
+    """Give back the archive that a guarded one was made from, byte for byte."""
+    from guard.serving.wrapping import unwrap as unwrap_archive
+
+    stem = _stem(archive)
+    name = stem.removesuffix(_GUARDED) if stem.endswith(_GUARDED) else f"{stem}.original"
+    target = output or archive.with_name(f"{name}.mar")
+    digest = unwrap_archive(archive, target, force=force)
+    say(f"{target}, byte for byte as it was: SHA-256 {digest}")
+
+
+def _stem(archive: Path) -> str:
+    return archive.name.removesuffix(".mar")
+
+
+def _gpu(device: str) -> int | None:
+    """Return the number of the GPU that a handler is told to use; None means the CPU."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:
+        raise ConfigError(f"--device {device!r} cannot be used: {error}. Name cpu, cuda or cuda:N.") from error
+    return None if device == "cpu" else torch.device(device).index or 0
+
+
+def _labelled(opened: OpenedArchive, images: Path, names: list[str] | None) -> NamedImages:
+    """Find the clean images; names of sub-folders are looked up in the archive's own class list."""
+    from guard.cli.bodies import find_bodies
+    from guard.serving.class_list import CLASS_FILE, read_class_list
+
+    found = find_bodies(images, names)
+    if found.labels is None:
+        raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
+    classes = read_class_list(opened.folder) if names is None else None
+    if classes is None:
+        return found
+    labels = found.labels
+    if found.class_names is not None:  # sub-folders with names, counted in sorted order
+        if strange := [name for name in found.class_names if name not in classes.labels]:
+            raise DataError(f"sub-folder {strange[0]!r} is no class of the archive's {CLASS_FILE}. Rename it.")
+        labels = np.array([classes.labels[name] for name in found.class_names])[labels]
+    return replace(found, labels=labels, class_names=list(classes.names))
+
+
+def _try_handler(user: UserHandler, found: NamedImages, config: GuardConfig) -> None:
+    """Let the handler answer one image as a whole: a guard is of no use where it does not see the network work."""
+    from guard.calibration import check_rate
+
+    check_rate(config.false_positive_rate, len(found.names))
+    name = found.names[0]
+    try:
+        rows = user.rows_seen(found.read(0))
+    except GuardError as error:
+        raise DataError(f"image {name}: {error} {_AS_SENT}") from error
+    except Exception as error:
+        raise DataError(f"image {name} cannot be answered by the handler: {what_failed(error)} {_AS_SENT}") from error
+    if rows == 0:
+        raise SuspectModelError(
+            "the handler answers without calling its network as a whole, so a guard would see nothing. "
+            f"Let it call self.{config.model_attribute}(images), and make the archive again."
+        )
+    if rows > 1:
+        raise SuspectModelError(
+            f"the handler makes {rows} rows of the forward pass per request, and guard wrap fits on one. "
+            "Fit with `guard fit` on single images, and use `guard archive` with rows_per_request = 'any'."
+        )
+
+
+def _fitted(
+    suspect: SuspectModel, user: UserHandler, found: NamedImages, config: GuardConfig, report: Report
+) -> tuple[Guard, float]:
+    """Return a guard fitted on what the handler makes of the images, and the share of labels that the model gets."""
+    from guard.cli.images import read_all
+    from guard.pipeline import Guard
+
+    inputs = read_all(found, user.model_inputs, report, remedy=_AS_SENT)
+    try:
+        n_classes = suspect.activations(inputs[:2]).logits.shape[1]
+    except GuardError:
+        raise
+    except Exception as error:
+        raise SuspectModelError(
+            f"the network fails on images of shape {inputs.shape[1:]}: {what_failed(error)} {_AS_SENT}"
+        ) from error
+    labels, names = found.labels, found.class_names
+    assert labels is not None  # `_labelled` refuses them
+    if names is not None and len(names) != n_classes:
+        raise DataError(f"the model has {n_classes} classes, and the class list has {len(names)}. Give --class-names.")
+    guard = Guard.fit(suspect, inputs, labels, config, class_names=names, progress=report)
+    return guard, _share_right(guard, labels)
+
+
+def _share_right(guard: Guard, labels: IntArray) -> float:
+    return float((guard.reference.predicted_labels == labels).mean())
+
+
+def _changes(opened: OpenedArchive, written: Path, target: Path) -> list[str]:
+    """Say which files of the archive stayed, changed, and came."""
+    from guard.serving.manifest import MANIFEST
+    from guard.serving.strict_zip import open_strict_zip
+
+    before = [name for name in opened.original.members if name != MANIFEST]
+    with open_strict_zip(written) as guarded:
+        tops = dict.fromkeys(name.split("/")[0] for name in guarded.members if name not in {*before, MANIFEST})
+        size = guarded.size
+    manifest = opened.manifest
+    version = f", version {manifest.version}" if manifest.version else ""
+    return [
+        f"archive         {target} ({size} bytes; {opened.original.path.name} has {opened.original.size})",
+        f"model           {manifest.name}{version}, as before",
+        f"kept            {len(before)} files, byte for byte: {_listed(before)}",
+        f"changed         {MANIFEST}: handler {manifest.handler} -> guard_handler.py",
+        f"added           {_listed(list(tops))}",
+    ]
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,66 @@
+"""The classes that an archive's `index_to_name.json` names, in the model's order."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from guard.errors import ArchiveError
+
+#: Where TorchServe's own handlers look for it.
+CLASS_FILE = "index_to_name.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ClassList:
+    """Names of the classes.
+
+    Attributes
+    ----------
+    names : tuple of str
+        One per class, by label; what TorchServe answers with.
+    labels : dict of str to int
+        Label by name, and by every further name that the file gives (`["n02119789", "kit fox"]`); a name of several
+        classes is left out.
+    """
+
+    names: tuple[str, ...]
+    labels: dict[str, int]
+
+
+def read_class_list(folder: Path) -> ClassList | None:
+    """Read the class list of an unpacked archive, in any of the forms that TorchServe takes.
+
+    Returns
+    -------
+    classes : ClassList or None
+        None if there is no file, or its keys are not the labels 0, 1, 2, ... without a gap.
+
+    Raises
+    ------
+    ArchiveError
+        If the file is no such list.
+    """
+    file = folder / CLASS_FILE
+    if not file.is_file():
+        return None
+    try:
+        mapping: Any = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(mapping.get("object_type_names"), list):
+            mapping = {str(label): name for label, name in enumerate(mapping["object_type_names"])}
+        entries = {key: value if isinstance(value, list) else [value] for key, value in mapping.items()}
+        if not all(names and all(isinstance(name, str) for name in names) for names in entries.values()):
+            raise TypeError("a class has no name")
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ArchiveError(f"{CLASS_FILE} must give a name for every label ({error}). Mend it.") from error
+    if set(entries) != {str(label) for label in range(len(entries))}:
+        return None
+    ordered = [entries[str(label)] for label in range(len(entries))]
+    found: dict[str, set[int]] = {}
+    for label, names in enumerate(ordered):
+        for name in names:
+            found.setdefault(name, set()).add(label)
+    labels = {name: min(several) for name, several in found.items() if len(several) == 1}
+    return ClassList(tuple(names[-1] for names in ordered), labels)
