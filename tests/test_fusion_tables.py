@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 import re
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from guard import Activations, GuardConfig
+from guard import Activations, Guard, GuardConfig
+from guard.heads.decision_head import DecisionHead
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "benchmarks" / "fusion"
@@ -267,6 +269,26 @@ def test_calibrated_rate_is_the_published_guards_on_validation_images(
     assert guards.calibrated.config.false_positive_rate == 0.0375
     assert all(len(activations) == 40 for _, activations in calls)
     assert {config.seed for config, _ in calls} == {3}
+
+
+def test_heads_that_both_modes_share_are_trained_once_and_the_guards_are_the_same(
+    scripts: SimpleNamespace, fitted_guard: Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = slice(0, 400)
+    activations, labels = fitted_guard.reference[rows], fitted_guard.reference_labels[rows]
+    trained: list[int] = []
+    train = DecisionHead._train
+    monkeypatch.setattr(DecisionHead, "_train", lambda *given: trained.append(1) or train(*given))
+    once = scripts.studies.fit_at_same_clean_loss(activations, labels, None, 0.0, 0)
+    n_once = len(trained)
+    monkeypatch.setattr(scripts.studies, "trained_once", contextlib.nullcontext)
+    each = scripts.studies.fit_at_same_clean_loss(activations, labels, None, 0.0, 0)
+    assert (len(trained) - n_once) - n_once == 6  # five folds and all images, for the features
+    for ours, theirs in zip(once, each, strict=True):
+        assert ours.config == theirs.config
+        for name, array in theirs.ensemble.arrays().items():
+            np.testing.assert_array_equal(ours.ensemble.arrays()[name], array)
+        np.testing.assert_array_equal(ours._clean_scores, theirs._clean_scores)
 
 
 def test_calibrated_rate_is_never_below_what_the_images_can_show(
