@@ -127,13 +127,18 @@ class SurpriseMap:
 
     def surprise(self, scores: Float64Array) -> Float64Array:
         """Return surprise per row and detector, shape (n, n_detectors), float64, >= 0; higher = more suspicious."""
-        result = np.empty(scores.shape)
-        for detector, knots in enumerate(self.knots):
-            values = np.minimum(scores[:, detector], _HUGE)
-            body = np.interp(values, knots, self.levels)
-            excess = np.maximum(values - knots[-1], 0.0) / self.scale[detector]
-            shape = max(self.shape[detector], 1e-9)
-            result[:, detector] = body + np.log1p(shape * excess) / shape
+        values = np.minimum(scores, _HUGE)
+        detectors = np.arange(len(self.knots))
+        left = (self.knots <= values[:, :, np.newaxis]).sum(axis=2) - 1  # for one row much quicker than np.interp
+        left = np.minimum(np.maximum(left, 0), len(self.levels) - 2)
+        low, level = self.knots[detectors, left], self.levels[left]
+        left += 1
+        width = np.maximum(self.knots[detectors, left] - low, 1e-300)
+        share = np.minimum(np.maximum((values - low) / width, 0.0), 1.0)
+        body = level + share * (self.levels[left] - level)
+        excess = np.maximum(values - self.knots[:, -1], 0.0) / self.scale
+        shape = np.maximum(self.shape, 1e-9)
+        result: Float64Array = body + np.log1p(shape * excess) / shape
         return result
 
     def arrays(self) -> dict[str, AnyArray]:
