@@ -40,7 +40,7 @@ def open_queue(queue_url: str, clock: Clock) -> Iterator[OpenQueue]:
     opened: list[Queue] = []
 
     def open_it(**settings: float) -> Queue:
-        opened.append(Queue.open(queue_url, QueueSettings(**settings), clock=clock))
+        opened.append(Queue.open(queue_url, QueueSettings(**{"enqueue_timeout_s": 20, **settings}), clock=clock))
         return opened[-1]
 
     yield open_it

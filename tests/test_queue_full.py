@@ -86,7 +86,7 @@ def test_reservoir_sample_is_uniform_over_a_long_flood():
 
 @pytest.fixture
 def small(queue_url: str) -> Iterator[Queue]:
-    with Queue.open(queue_url, QueueSettings(max_items=10)) as queue:
+    with Queue.open(queue_url, QueueSettings(max_items=10, enqueue_timeout_s=20)) as queue:
         yield queue
 
 
@@ -126,7 +126,7 @@ def test_flood_in_one_group_leaves_room_for_another(small):
 
 
 def test_full_of_bytes_keeps_below_the_bound(queue_url):
-    with Queue.open(queue_url, QueueSettings(max_bytes=20_000)) as queue:
+    with Queue.open(queue_url, QueueSettings(max_bytes=20_000, enqueue_timeout_s=20)) as queue:
         rng = np.random.default_rng(0)
         for _ in range(10):
             queue.enqueue([flagged(0, body=rng.bytes(int(rng.integers(100, 4000)))) for _ in range(10)])
@@ -147,7 +147,7 @@ def test_room_that_became_free_is_used_again(small):
 
 def test_capacity_that_was_lowered_still_lets_new_inputs_replace_old_ones(small, queue_url):
     first = small.enqueue([flagged(number) for number in range(10)]).ids
-    with Queue.open(queue_url, QueueSettings(max_items=4)) as smaller:
+    with Queue.open(queue_url, QueueSettings(max_items=4, enqueue_timeout_s=20)) as smaller:
         kept = [smaller.enqueue([flagged(number)]).ids[0] for number in range(60)]
         assert smaller.counts().held_items == 10
         assert any(kept)
