@@ -249,8 +249,8 @@ def tolerance(rate: float, n_clean: int, n_new: int) -> float:
     "per_class",
     [
         pytest.param((100,) * 10, id="100-each"),
-        pytest.param((50,) * 10, id="just-enough-for-own-maps"),
-        pytest.param((20, 35, 45, 49, 50, 51, 60, 70, 100, 150), id="some-with-own-maps"),
+        pytest.param((50,) * 10, id="fifty-each"),
+        pytest.param((20, 35, 45, 49, 50, 51, 60, 70, 100, 150), id="few-to-many"),
     ],
 )
 def test_guard_realised_false_positive_rate_is_the_requested_one(per_class):
