@@ -81,6 +81,10 @@ class QueueUnavailable(QueueError):  # noqa: N818
     """The queue cannot be reached or written now (locked, disk full, database gone); nothing was acknowledged."""
 
 
+class ObservingError(GuardError):
+    """Metrics cannot be read, or what keeps them cannot be asked or started."""
+
+
 class RetrainingError(GuardError):
     """The retrainer cannot work: another one is at it, or there is nothing that it could work on."""
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from guard.cli.assess import assess
+from guard.cli.audit import audit
 from guard.cli.offline import fit, inspect
 from guard.cli.options import Bundles, Digest
 from guard.cli.output import (
@@ -45,7 +46,7 @@ app = typer.Typer(
 bundle_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at bundles, and choose which one serves."
 )
-for command in (fit, inspect, assess, purify, archive, wrap, unwrap, serve, retrainer):
+for command in (fit, inspect, assess, purify, archive, wrap, unwrap, serve, retrainer, audit):
     app.command()(command)
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(zoo_app, name="zoo")

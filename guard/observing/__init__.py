@@ -1,0 +1,1 @@
+"""What the guard does, watched from outside: its metrics read and kept, and its books compared."""

@@ -1,0 +1,339 @@
+"""The books compared: what clients, metrics and queue say of the same requests, and where they differ."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from guard.errors import ConfigError
+from guard.observing.books import Books, between, totals_since_start
+from guard.observing.client_log import Noted, read_client_log
+from guard.observing.scrape import Prometheus, check_url
+from guard.relabel.activity import Activity, Arrival
+from guard.relabel.queue import Queue
+from guard.telemetry import OUTCOMES
+
+COLUMNS = ("received", *OUTCOMES)
+#: Rows of the queue are looked for so long before and after the window: they carry another clock's time.
+_AROUND = timedelta(minutes=10)
+#: Request ids that are named; of more, only the number is told.
+_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """What every source counted, and whether that is the same.
+
+    Attributes
+    ----------
+    start, end : datetime
+    model : str or None
+        None: all models.
+    sources : dict of str to dict
+        Source -> count by column of `COLUMNS`; a column that a source cannot know is left out.
+    differences : dict of str to dict
+        "A - B" -> difference by column.
+    allowed : int
+        A difference up to here says nothing: requests near an end of the window, unanswered ones, and `--slack`.
+    problems : list of str
+        What does not balance, one line each.
+    notes : list of str
+        What a reader must know, one line each.
+    """
+
+    start: datetime
+    end: datetime
+    model: str | None
+    sources: dict[str, dict[str, int]]
+    differences: dict[str, dict[str, int]]
+    allowed: int
+    problems: list[str]
+    notes: list[str]
+
+    @property
+    def balances(self) -> bool:
+        """True if nothing differs by more than is allowed."""
+        return not self.problems
+
+    def lines(self) -> list[str]:
+        """Return the report for people."""
+        said = [
+            f"{_shown(self.start)} to {_shown(self.end)}, {'all models' if self.model is None else self.model}",
+            "received = clean + poisoned + bypassed + rejected + failed",
+            "",
+        ]
+        rows: list[tuple[str, ...]] = [("", *COLUMNS)]
+        for name, counts in (*self.sources.items(), *self.differences.items()):
+            signed = "{:+,}" if name in self.differences else "{:,}"
+            cells = [signed.format(counts[column]) if column in counts else "-" for column in COLUMNS]
+            rows.append((name, *("0" if cell == "+0" else cell for cell in cells)))
+        widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+        for name, *cells in rows:
+            right = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+            said.append(f"{name.ljust(widths[0])}  {right}".rstrip())
+        said += ["", *(f"note: {note}" for note in self.notes), *(f"differs: {problem}" for problem in self.problems)]
+        return [*said, "The books balance." if self.balances else "The books do not balance."]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report for programs."""
+        return {
+            "from": self.start.isoformat(),
+            "to": self.end.isoformat(),
+            "model": self.model,
+            "balances": self.balances,
+            "sources": self.sources,
+            "differences": self.differences,
+            "allowed": self.allowed,
+            "problems": self.problems,
+            "notes": self.notes,
+        }
+
+
+@dataclass(slots=True)
+class _Findings:
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
+    differences: dict[str, dict[str, int]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def audit(
+    start: datetime,
+    end: datetime,
+    *,
+    client_log: Path | None = None,
+    queue: Queue | None = None,
+    metrics_urls: Sequence[str] = (),
+    prometheus: str | None = None,
+    model: str | None = None,
+    slack: int = 0,
+) -> AuditReport:
+    """Compare what clients, metrics and queue say of the requests of one window.
+
+    Parameters
+    ----------
+    start, end : datetime
+        Aware; `start` counts in, `end` does not.
+    client_log : Path, optional
+        See `read_client_log`. Where there is one, a request belongs to the window by the client's time.
+    queue : Queue, optional
+    metrics_urls : sequence of str
+        Metrics addresses; their totals since the servers' start are compared with the window.
+    prometheus : str, optional
+        Address of a Prometheus; instead of `metrics_urls`.
+    model : str, optional
+        Only this model's requests.
+    slack : int
+        Requests that may differ besides the known ones, as after a worker was killed (up to a second of its counts).
+
+    Raises
+    ------
+    ConfigError
+        If the window is none, or there is nothing to look at.
+    DataError, ObservingError, QueueUnavailable
+        If a source cannot be read.
+    """
+    if start.tzinfo is None or end.tzinfo is None or not start < end:
+        raise ConfigError(f"the window must end after it begins, got {start.isoformat()} to {end.isoformat()}.")
+    if metrics_urls and prometheus is not None:
+        raise ConfigError("--metrics-url and --prometheus answer the same question. Give one of them.")
+    if client_log is None and queue is None and not metrics_urls and prometheus is None:
+        raise ConfigError("there is nothing to compare: give --client-log, --queue, --prometheus or --metrics-url.")
+    books: Books | None = None
+    if prometheus is not None:
+        books = between(Prometheus(check_url(prometheus, "--prometheus")), start, end, model)
+    elif metrics_urls:
+        books = totals_since_start(metrics_urls, model)
+    log = None if client_log is None else [one for one in read_client_log(client_log) if _is_of(one, model)]
+    rows = None if queue is None else list(Activity(queue).arrivals(start - _AROUND, end + _AROUND, model))
+    findings = _Findings()
+    inside = None if log is None else [one for one in log if start <= one.time < end]
+    allowed = slack
+    if slack:
+        findings.notes.append(f"{slack} requests may differ, as --slack says")
+    if books is not None:
+        allowed += _note_edges(findings, books, inside, start, end)
+    if inside is not None:
+        _enter_client(findings, inside, books)
+    if books is not None:
+        findings.sources["metrics"] = {"received": books.requests.total(), **books.verdicts}
+    if rows is not None:
+        findings.sources["queue"] = {"poisoned": len(_rows_inside(rows, log, inside, start, end))}
+    _check_sums(findings, allowed)
+    if inside is not None and books is not None:
+        unanswered = sum(one.kind == "unanswered" for one in inside)
+        _compare(findings, "metrics", "client log", allowed, more_allowed=unanswered)
+    if books is not None:
+        _check_flagged(findings, books, allowed, has_queue=rows is not None)
+    if rows is not None and queue is not None and inside is not None and log is not None:
+        _match(findings, log, inside, rows, (start, end), _without_row(books, queue, model))
+    if len(findings.sources) == 1:
+        findings.notes.append("there is one source only: its sums were checked, with nothing to compare them with")
+    return AuditReport(
+        start, end, model, findings.sources, findings.differences, allowed, findings.problems, findings.notes
+    )
+
+
+def _note_edges(findings: _Findings, books: Books, inside: list[Noted] | None, start: datetime, end: datetime) -> int:
+    """Return how many requests lie so near an end of the window that the metrics may count them on its other side."""
+    edge = timedelta(seconds=books.edge_s)
+    noted = 0
+    if inside is not None:
+        noted = sum(one.time < start + edge or one.time >= end - edge for one in inside)
+    near = max(books.near_ends, noted)
+    if near:
+        findings.notes.append(
+            f"{near} requests within {books.edge_s:.0f} s of an end of the window may be counted on either side of it"
+        )
+    findings.notes += books.notes
+    findings.notes.append("a worker that is killed may lose up to a second of its counts: see --slack")
+    return near
+
+
+def _enter_client(findings: _Findings, inside: list[Noted], books: Books | None) -> None:
+    kinds = Counter(one.kind for one in inside)
+    outside = _not_of_the_guard(inside, books)
+    for (kind, status), number in sorted(outside.items()):
+        kinds[kind] -= number
+        findings.notes.append(
+            f"{number} answers with status {status} came from the server itself: the guard has not seen these requests"
+        )
+    if kinds["unanswered"]:
+        findings.notes.append(f"{kinds['unanswered']} requests of the client log have no answer; the guard may know")
+    if kinds["unguarded"]:
+        findings.problems.append(
+            f"{kinds['unguarded']} answers of the client log have a status below 400 and no Guard-Verdict: "
+            "the guard was not in front of the model"
+        )
+    counts = {kind: kinds[kind] for kind in OUTCOMES}
+    left_out = kinds["unanswered"] + kinds["unguarded"] + outside.total()
+    findings.sources["client log"] = {"received": len(inside) - left_out, **counts}
+
+
+def _not_of_the_guard(inside: list[Noted], books: Books | None) -> Counter[tuple[str, int]]:
+    """Return answers that the server gave by itself (wrong key, too large, full, worker gone), by kind and status.
+
+    They carry no verdict, and are more than the guard counted with that status.
+    """
+    if books is None:
+        return Counter()
+    answers = Counter(one.status for one in inside)
+    bare = Counter((one.kind, one.status) for one in inside if not one.verdict and one.status >= 400)
+    excess = {key: min(number, answers[key[1]] - books.requests[str(key[1])]) for key, number in bare.items()}
+    return Counter({key: number for key, number in excess.items() if number > 0})
+
+
+def _rows_inside(
+    rows: list[Arrival], log: list[Noted] | None, inside: list[Noted] | None, start: datetime, end: datetime
+) -> list[Arrival]:
+    """Return the rows of the window: by the client's time where it noted the request, else by the queue's."""
+    in_log = {one.request_id for one in log or ()}
+    in_window = {one.request_id for one in inside or ()}
+    return [
+        row
+        for row in rows
+        if row.request_id in in_window or (row.request_id not in in_log and start <= row.received_at < end)
+    ]
+
+
+def _check_sums(findings: _Findings, allowed: int) -> None:
+    for name, counts in findings.sources.items():
+        if "received" not in counts:
+            continue
+        unknown = counts.keys() - set(COLUMNS)
+        for verdict in sorted(unknown):
+            findings.problems.append(f"{name}: {counts[verdict]:,} requests have the unknown verdict {verdict!r}")
+        off = counts["received"] - sum(counts[verdict] for verdict in OUTCOMES)
+        if abs(off) > allowed:
+            findings.problems.append(f"{name}: received is {off:+,} off the sum of the verdicts")
+
+
+def _compare(findings: _Findings, one: str, other: str, allowed: int, *, more_allowed: int = 0) -> None:
+    ours, theirs = findings.sources[one], findings.sources[other]
+    differences = {column: ours[column] - theirs[column] for column in COLUMNS}
+    findings.differences[f"{one} - {other}"] = differences
+    for column, difference in differences.items():
+        if not -allowed <= difference <= allowed + more_allowed:
+            findings.problems.append(f"{column}: {one} {ours[column]:,}, {other} {theirs[column]:,}")
+
+
+def _check_flagged(findings: _Findings, books: Books, allowed: int, *, has_queue: bool) -> None:
+    """Check that every flagged request was queued or counted as shed, and that the queue holds what was queued."""
+    shed = books.shed.total()
+    if books.queued or shed:
+        poisoned = books.verdicts["poisoned"]
+        off = poisoned - books.queued - shed
+        if abs(off) > allowed:
+            findings.problems.append(f"metrics: {poisoned:,} poisoned, but {books.queued:,} queued and {shed:,} shed")
+        if shed:
+            reasons = ", ".join(f"{reason} {number:,}" for reason, number in sorted(books.shed.items()) if number)
+            findings.notes.append(f"{shed:,} flagged requests are not in the queue: {reasons}")
+    elif books.verdicts["poisoned"] and not has_queue:
+        findings.notes.append("the server hands flagged requests to no queue")
+    if has_queue:
+        difference = findings.sources["queue"]["poisoned"] - books.queued
+        findings.differences["queue - metrics' queued"] = {"poisoned": difference}
+        # What timed out may have been stored all the same.
+        if not -allowed <= difference <= allowed + books.shed["unavailable"]:
+            rows = findings.sources["queue"]["poisoned"]
+            findings.problems.append(f"poisoned: queue {rows:,} rows, metrics {books.queued:,} queued")
+
+
+def _without_row(books: Books | None, queue: Queue, model: str | None) -> int:
+    """Return how many flagged requests may rightly have no row in the queue."""
+    return books.shed.total() if books is not None else Activity(queue).turned_away(model)
+
+
+def _match(
+    findings: _Findings,
+    log: list[Noted],
+    inside: list[Noted],
+    rows: list[Arrival],
+    window: tuple[datetime, datetime],
+    may_lack_row: int,
+) -> None:
+    """Look up every flagged request of the client log in the queue, and every row of the queue in the log."""
+    if not any(one.request_id for one in inside):
+        findings.notes.append("the client log has no request ids: single requests cannot be looked up")
+        return
+    flagged = [one for one in inside if one.kind == "poisoned"]
+    in_queue = {row.request_id for row in rows}
+    lost = [one for one in flagged if one.request_id not in in_queue]
+    promised = [one.request_id for one in lost if one.review == "queued"]
+    untold = [one.request_id for one in lost if not one.review]
+    if promised:
+        findings.problems.append(f"{_named(promised)}: the answer says queued, the queue has no such request")
+    if len(untold) > may_lack_row:
+        findings.problems.append(
+            f"{_named(untold)}: flagged, and not in the queue; it turned away {may_lack_row} at most"
+        )
+    seen: dict[str, Noted] = {one.request_id: one for one in log}
+    here = [row for row in rows if window[0] <= row.received_at < window[1]]
+    strangers = [row.request_id for row in here if row.request_id not in seen]
+    if strangers:
+        findings.problems.append(f"{_named(strangers)}: in the queue, and not in the client log")
+    other = [one.request_id for one in inside if one.request_id in in_queue and one.kind in ("clean", "bypassed")]
+    if other:
+        findings.problems.append(f"{_named(other)}: in the queue, and not flagged in the client log")
+    repeated = [name for name, number in Counter(one.request_id for one in inside).items() if number > 1 and name]
+    if repeated:
+        findings.notes.append(f"{_named(repeated)}: more than once in the client log")
+
+
+def _named(ids: Iterable[str]) -> str:
+    ids = list(ids)
+    shown = ", ".join(ids[:_NAMED])
+    more = f" and {len(ids) - _NAMED:,} more" if len(ids) > _NAMED else ""
+    return f"{len(ids):,} {'request' if len(ids) == 1 else 'requests'} ({shown}{more})"
+
+
+def _is_of(one: Noted, model: str | None) -> bool:
+    return model is None or one.model in ("", model)
+
+
+def _shown(time: datetime) -> str:
+    return f"{time.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
