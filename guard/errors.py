@@ -85,6 +85,10 @@ class ObservingError(GuardError):
     """Metrics cannot be read, or what keeps them cannot be asked or started."""
 
 
+class SnapshotError(GuardError):
+    """A snapshot cannot be taken, is damaged, or has no free place to be restored to."""
+
+
 class RetrainingError(GuardError):
     """The retrainer cannot work: another one is at it, or there is nothing that it could work on."""
 

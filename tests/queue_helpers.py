@@ -71,7 +71,7 @@ def postgresql_folder() -> Path | None:
     """Return the folder of PostgreSQL's programs, None if there is none."""
     on_path = shutil.which("postgres")
     if on_path:
-        return Path(on_path).parent
+        return Path(on_path).resolve().parent
     found = Path("/usr/lib/postgresql").glob("*/bin/postgres")
     newest = max(found, key=lambda program: int(program.parts[-3]), default=None)
     return newest.parent if newest else None

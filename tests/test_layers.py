@@ -25,7 +25,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "suspect image_files ensemble zoo backups",
         "cross_fitting",
         "pipeline telemetry relabel",
-        "retraining assess observing",
+        "retraining assess observing snapshot",
         "retrainer",
         "review",
         "serving",

@@ -31,6 +31,7 @@ from guard.cli.purify import purify
 from guard.cli.retrainer import retrainer
 from guard.cli.review import review_app
 from guard.cli.serving import archive, serve
+from guard.cli.snapshot import snapshot_app
 from guard.cli.wrap import unwrap, wrap
 from guard.cli.zoo import zoo_app
 from guard.errors import BundleError, ConfigError
@@ -51,6 +52,7 @@ for command in (fit, inspect, assess, purify, archive, wrap, unwrap, serve, retr
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(review_app, name="review")
+app.add_typer(snapshot_app, name="snapshot")
 
 
 def main() -> None:

@@ -1,0 +1,62 @@
+"""`guard snapshot`: back up and restore the queue and the bundles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from guard.cli.options import QueueUrl
+from guard.cli.output import say
+
+if TYPE_CHECKING:
+    from guard.snapshot import Snapshot
+
+Folder = Annotated[Path, typer.Argument(help="Folder of the snapshot.")]
+BundleFolder = Annotated[Path | None, typer.Option("--bundles", help="Folder of bundles.")]
+
+snapshot_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Back up and restore the queue and the bundles."
+)
+
+
+@snapshot_app.command("save")
+def snapshot_save(folder: Folder, queue: QueueUrl = None, bundles: BundleFolder = None) -> None:
+    """Copy queue and bundles into a new folder while everything runs.
+
+    The key of an encrypted queue is not in it: keep that elsewhere.
+    """
+    from guard.snapshot import save_snapshot
+
+    _tell("saved", save_snapshot(folder, queue_url=_url(queue), bundles=bundles))
+
+
+@snapshot_app.command("verify")
+def snapshot_verify(folder: Folder) -> None:
+    """Check every file of a snapshot, its bundles, and the chain of its decisions."""
+    from guard.snapshot import verify_snapshot
+
+    _tell("whole", verify_snapshot(folder))
+
+
+@snapshot_app.command("restore")
+def snapshot_restore(folder: Folder, queue: QueueUrl = None, bundles: BundleFolder = None) -> None:
+    """Put queue and bundles where there are none; nothing is overwritten."""
+    from guard.snapshot import restore_snapshot
+
+    _tell("restored", restore_snapshot(folder, queue_url=_url(queue), bundles=bundles))
+
+
+def _url(queue: str | None) -> str | None:
+    from guard.relabel.address import queue_url
+
+    return queue_url(queue) if queue else None
+
+
+def _tell(done: str, about: Snapshot) -> None:
+    say(f"{done}: {about.folder}")
+    if about.bundles:
+        say(f"{len(about.bundles)} bundles, active: {about.active}")
+    if about.decisions is not None:
+        say(f"queue with {about.decisions} decisions, newest hash {about.chain_head}")
