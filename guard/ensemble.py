@@ -10,11 +10,11 @@ from typing import Any, Self
 import numpy as np
 
 from guard.config import GuardConfig
-from guard.detectors import DETECTORS, KINDS, Demarcation, Detector
+from guard.detectors import DETECTORS, KINDS, BackupDisagreement, Demarcation, Detector
 from guard.detectors.disagreement import HeadDisagreement
 from guard.detectors.lof import PerClassLof
 from guard.errors import BundleError, DataError
-from guard.types import FEATURES, Activations, AnyArray, BoolArray, Float32Array, Float64Array, IntArray
+from guard.types import BACKUP, FEATURES, Activations, AnyArray, BoolArray, Float32Array, Float64Array, IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,8 @@ class Ensemble:
 
         In `calibrated` mode every registered detector joins; one with a `depth` setting joins once per depth. A setting
         that a detector shares by name with `GuardConfig` takes its value from there. With `demarcation` one more looks
-        for the anomalies that `fit` is given; `paper` mode has no place for it.
+        for the anomalies that `fit` is given, and where the depths hold a backup's logits, one compares these with the
+        suspect's answer; `paper` mode has no place for either.
         """
         if config.mode == "paper":
             novelty = PerClassLof(
@@ -54,11 +55,14 @@ class Ensemble:
         for kind, detector_class in DETECTORS.items():
             names = _setting_names(detector_class)
             settings = {name: getattr(config, name) for name in names if name in GuardConfig.model_fields}
-            for depth in (FEATURES, *depths) if "depth" in names else ("",):
+            layers = [depth for depth in depths if depth != BACKUP]
+            for depth in (FEATURES, *layers) if "depth" in names else ("",):
                 chosen = {**settings, "depth": depth} if depth else settings
                 members.append(Member(f"{kind}:{depth}" if depth else kind, kind, detector_class(**chosen)))
         if demarcation:
             members.append(Member(f"demarcation:{FEATURES}", "demarcation", Demarcation()))
+        if BACKUP in depths:
+            members.append(Member("backup", "backup", BackupDisagreement()))
         return cls(members)
 
     def fit(

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 
+from guard.backups.backup import Backup
 from guard.bundle import read_bundle, write_bundle
 from guard.calibration import check_rate, conformal_p_values
 from guard.config import SERVING_SETTINGS, GuardConfig
@@ -20,9 +22,22 @@ from guard.errors import BundleError, ConfigError, DataError
 from guard.fusion import Fusion, new_fusion
 from guard.split_points import SplitPoints
 from guard.suspect import SuspectModel
-from guard.types import FEATURES, Activations, AnyArray, Float32Array, Float64Array, IntArray, Scores, Verdict
+from guard.types import (
+    BACKUP,
+    FEATURES,
+    Action,
+    Activations,
+    AnyArray,
+    Float32Array,
+    Float64Array,
+    IntArray,
+    Scores,
+    Verdict,
+)
 
 _CLEAN = "no more suspicious than clean images"
+#: Of shape (n, channels, height, width), float32.
+Images = Float32Array | torch.Tensor
 
 
 class Guard:
@@ -47,6 +62,12 @@ class Guard:
         Of the same inputs with noise added, if the detectors learned from such copies.
     retrained_with : LabelledCounts or None
         How many labelled inputs it learned from; None if it was never retrained.
+    backup : Backup or None
+        Whose label `relabel` answers with, and a reviewer sees; None: the replacement head's.
+    recovery : mapping of str to float
+        Share of planted triggers that each candidate gave their true label, by name; empty if nothing was measured.
+    relabels : bool
+        False if the second opinion did not reach the floor: `relabel` then only flags.
     realised_false_positive_rate : float
         Share of clean images flagged at the rate of `fit`, on folds that neither detectors nor calibration had seen.
     digest : str or None
@@ -78,8 +99,12 @@ class Guard:
         self.suspect: SuspectModel | None = None
         self.input_shape: tuple[int, ...] | None = None
         self.preprocessing: str | None = None
+        self.backup: Backup | None = None
+        self.recovery: dict[str, float] = {}
+        self.relabels = True
         self.digest: str | None = None
         self._clean_scores = clean_scores  # combined, out of fold, ascending
+        self._of_suspect: tuple[str | None, SplitPoints | None] = (None, None)  # what a bundle said, without its model
 
     @classmethod
     def fit(
@@ -205,7 +230,8 @@ class Guard:
             raise DataError(f"images must have shape (n, {wanted}) as in fit, got {images.shape}.")
         if len(images) == 0:
             return []
-        return self.inspect_activations(self.suspect.activations(images))
+        activations = _scorable(self.suspect.activations(images))
+        return self.decide(self.complete(activations, images), images)
 
     def inspect_activations(self, activations: Activations) -> list[Verdict]:
         """Return one verdict per row of activations, in order.
@@ -213,44 +239,92 @@ class Guard:
         Raises
         ------
         DataError
-            If a value is not finite or a width differs from `fit`.
+            If a value is not finite or a width differs from `fit`, or a backup is needed, which looks at images.
         """
-        finite = activations.finite_rows()
-        if not finite.all():
-            raise DataError(f"activations of input {int(np.argmin(finite))} are not finite; it cannot be scored.")
-        return self.decide(activations)
+        return self.decide(_scorable(activations))
 
-    def decide(self, activations: Activations) -> list[Verdict]:
-        """Return one verdict per row; the caller answers for finite values, as `inspect_activations` does."""
+    def decide(
+        self, activations: Activations, images: Images | None = None, *, ask_backup: bool = False
+    ) -> list[Verdict]:
+        """Return one verdict per row; the caller answers for finite values, as `inspect_activations` does.
+
+        Parameters
+        ----------
+        activations : Activations of n rows
+            From `complete`, where a backup is one of the detectors.
+        images : ndarray or Tensor of shape (n, channels, height, width), float32, optional
+            The same inputs, for the backup. It runs once, on the flagged rows alone, and only if somebody asks.
+        ask_backup : bool
+            Ask for a second opinion under every action, not under `relabel` only.
+        """
         labels = activations.predicted_labels
         scores = self.scores(activations)
-        action = self.config.action
-        final_labels = labels
-        if action == "relabel" and scores.is_poisoned.any():
-            replacement = self.ensemble.replacement_logits(activations).argmax(axis=1)
-            final_labels = np.where(scores.is_poisoned, replacement, labels)
+        action, opinions = self.action, {}
+        if action == "relabel" or ask_backup:
+            opinions = self._opinions(activations, images, np.flatnonzero(scores.is_poisoned))
         rows = zip(
             labels.tolist(),
-            final_labels.tolist(),
             scores.is_poisoned.tolist(),
             scores.p_values.tolist(),
             scores.combined.tolist(),
             scores.raw.tolist(),
             strict=True,
         )
-        return [
-            Verdict(
-                label,
-                final_label,
-                is_poisoned,
-                p_value,
-                combined,
-                action if is_poisoned else "observe",
-                dict(zip(self.ensemble.names, raw, strict=True)),
-                self._reason(scores, row) if is_poisoned else _CLEAN,
+        verdicts = []
+        for row, (label, is_poisoned, p_value, combined, raw) in enumerate(rows):
+            opinion = opinions.get(row)
+            on_this = action if is_poisoned else "observe"
+            if on_this == "relabel" and opinion is None:
+                on_this = "flag"
+            verdicts.append(
+                Verdict(
+                    label,
+                    int(opinion.argmax()) if on_this == "relabel" and opinion is not None else label,
+                    is_poisoned,
+                    p_value,
+                    combined,
+                    on_this,
+                    dict(zip(self.ensemble.names, raw, strict=True)),
+                    self._reason(scores, row) if is_poisoned else _CLEAN,
+                    opinion,
+                )
             )
-            for row, (label, final_label, is_poisoned, p_value, combined, raw) in enumerate(rows)
-        ]
+        return verdicts
+
+    @property
+    def action(self) -> Action:
+        """What is done with a flagged input: as the settings have it, but `flag` where no opinion is fit to relabel."""
+        return "flag" if self.config.action == "relabel" and not self.relabels else self.config.action
+
+    def second_opinion(self, activations: Activations, images: Images | None, rows: IntArray) -> Float32Array:
+        """Return the logits of the backup for some rows, shape (len(rows), n_classes); without one, of the head.
+
+        Raises
+        ------
+        DataError
+            If there is a backup and no images.
+        """
+        if self.backup is None:
+            return self.ensemble.replacement_logits(activations[rows])
+        if BACKUP in activations.depths:
+            return activations.at(BACKUP)[rows]
+        if images is None:
+            raise DataError("this guard's backup looks at images: call inspect(images), or give decide() the images.")
+        return self.backup.logits(images[rows])
+
+    def complete(self, activations: Activations, images: Images) -> Activations:
+        """Return activations with the backup's logits where the backup is one of the detectors; else as they are."""
+        if self.backup is None or BACKUP not in self.reference.depths or BACKUP in activations.depths:
+            return activations
+        logits = self.backup.logits(images)
+        return Activations(activations.logits, activations.features, {**activations.depths, BACKUP: logits})
+
+    def _opinions(self, activations: Activations, images: Images | None, rows: IntArray) -> dict[int, Float32Array]:
+        """Return the second opinion on some rows by their number, without those that are not finite."""
+        if len(rows) == 0:
+            return {}
+        logits = self.second_opinion(activations, images, rows)
+        return {row: own for row, own in zip(rows.tolist(), logits, strict=True) if np.isfinite(own).all()}
 
     def scores(self, activations: Activations) -> Scores:
         """Return all scores of a batch as arrays; one row per input."""
@@ -284,6 +358,16 @@ class Guard:
             f"strongest sign: {self.ensemble.names[top]} = {scores.raw[row, top]:.3g}"
         )
 
+    def take_over(self, other: Guard) -> None:
+        """Take from another guard of the same model what fitting does not make: the model itself, its backup, ..."""
+        self.suspect, self._of_suspect = other.suspect, other._of_suspect
+        self.input_shape, self.preprocessing = other.input_shape, other.preprocessing
+        self.backup, self.recovery, self.relabels = other.backup, dict(other.recovery), other.relabels
+
+    def _about_suspect(self) -> tuple[str | None, SplitPoints | None]:
+        """Return digest and split points of the model; without it, what its bundle said, so that nothing is lost."""
+        return (self.suspect.digest, self.suspect.split_points) if self.suspect is not None else self._of_suspect
+
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write the guard as a bundle below `directory` and return its folder, named by its digest.
 
@@ -292,19 +376,22 @@ class Guard:
         BundleError
             If the folder cannot be written.
         """
-        points = self.suspect.split_points if self.suspect is not None else None
+        weights_digest, points = self._about_suspect()
         document = {
             "settings": self.config.model_dump(mode="json", exclude={"data_dir"}),
             "class_names": self.class_names,
             "input_shape": self.input_shape,
             "preprocessing": self.preprocessing,
             "n_classes": self.reference.logits.shape[1],
-            "weights_digest": self.suspect.digest if self.suspect is not None else None,
+            "weights_digest": weights_digest,
             "split_points": dataclasses.asdict(points) if points is not None else None,
             "depths": list(self.reference.depths),
             "detectors": self.ensemble.describe(),
             "clean_images": len(self.reference_labels),
             "realised_false_positive_rate": self.realised_false_positive_rate,
+            "backup": self.backup.description if self.backup is not None else None,
+            "recovery": self.recovery,
+            "relabels": self.relabels,
             "retrained_with": self.retrained_with._asdict() if self.retrained_with is not None else None,
         }
         arrays: dict[str, AnyArray] = {"clean_scores": self._clean_scores, "labels": self.reference_labels}
@@ -313,6 +400,7 @@ class Guard:
             ("noisy_reference", dict(self.noisy_reference.items()) if self.noisy_reference is not None else {}),
             ("detector", self.ensemble.arrays()),
             ("fusion", self.fusion.arrays()),
+            ("backup", self.backup.arrays() if self.backup is not None else {}),
         ):
             arrays |= {f"{prefix}.{name}": array for name, array in part.items()}
         path = write_bundle(directory, document, arrays)
@@ -356,6 +444,14 @@ class Guard:
             )
             guard.input_shape = tuple(document["input_shape"]) if document["input_shape"] else None
             guard.preprocessing = document["preprocessing"]
+            guard.recovery = dict(document.get("recovery") or {})
+            guard.relabels = document.get("relabels", True)
+            points = document["split_points"]
+            guard._of_suspect = (document["weights_digest"], _split_points(points) if points is not None else None)
+            about = document.get("backup")
+            if about is not None:
+                module = suspect.module if suspect is not None else None
+                guard.backup = Backup.restore(about, _below(stored.arrays, "backup."), module)
             retrained_with = document.get("retrained_with")
             guard.retrained_with = LabelledCounts(**retrained_with) if retrained_with is not None else None
         except (KeyError, TypeError) as error:
@@ -365,6 +461,13 @@ class Guard:
         guard.suspect = suspect
         guard.digest = stored.digest
         return guard
+
+
+def _scorable(activations: Activations) -> Activations:
+    finite = activations.finite_rows()
+    if not finite.all():
+        raise DataError(f"activations of input {int(np.argmin(finite))} are not finite; it cannot be scored.")
+    return activations
 
 
 def _checked_labels(activations: Activations, labels: IntArray) -> IntArray:
@@ -392,7 +495,11 @@ def _match(suspect: SuspectModel, document: Mapping[str, Any], digest: str) -> N
         )
     points = document["split_points"]
     if points is not None:
-        suspect.use_split_points(SplitPoints(points["split"], tuple(points["depths"])))
+        suspect.use_split_points(_split_points(points))
+
+
+def _split_points(points: Mapping[str, Any]) -> SplitPoints:
+    return SplitPoints(points["split"], tuple(points["depths"]))
 
 
 def _activations(arrays: Mapping[str, AnyArray], depths: Sequence[str]) -> Activations:

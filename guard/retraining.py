@@ -51,7 +51,7 @@ def retrain(
     Returns
     -------
     guard : Guard
-        With the settings, suspect model, class names, input shape and preprocessing of the given one;
+        With the settings, suspect model, backup, class names, input shape and preprocessing of the given one;
         `retrained_with` counts what was learned from.
 
     Raises
@@ -90,9 +90,7 @@ def retrain(
         class_names=guard.class_names,
         noisy_reference=_copied(guard.noisy_reference) if guard.noisy_reference is not None else None,
     )
-    retrained.suspect = guard.suspect
-    retrained.input_shape = guard.input_shape
-    retrained.preprocessing = guard.preprocessing
+    retrained.take_over(guard)
     retrained.retrained_with = labelled.counts
     return retrained
 

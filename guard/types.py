@@ -23,6 +23,8 @@ Action = Literal["observe", "flag", "relabel", "block"]
 
 #: Name under which detectors ask `Activations.at` for the split layer.
 FEATURES = "features"
+#: Name of the depth that holds a backup's logits, where a backup is one of the detectors; no layer is named so.
+BACKUP = "backup:logits"
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,9 @@ class Verdict:
         Raw score of every detector, higher = more suspicious.
     reason : str
         One line for a person.
+    second_opinion : ndarray of shape (n_classes,), float32, or None
+        Logits of the guard's backup, or of its replacement head if it has none; None where nobody asked, or they are
+        not finite.
     """
 
     label: int
@@ -156,3 +161,4 @@ class Verdict:
     action: Action
     detector_scores: Mapping[str, float]
     reason: str
+    second_opinion: Float32Array | None = field(default=None, compare=False, repr=False)

@@ -61,7 +61,7 @@ def test_bad_input_is_refused():
         Backup.train("defective", tiny(), images[:12], labels[:12])
     twin = Backup.train("anp", tiny(), images, labels, settings=SETTINGS["anp"])
     with pytest.raises(BundleError, match="is a twin of the suspect model"):
-        Backup.restore(twin.description, twin.arrays(), None)
+        Backup.restore(twin.description, twin.arrays(), None).logits(images)
     with pytest.raises(BundleError, match="cannot be built again"):
         Backup.restore(twin.description, twin.arrays(), tiny(norm=False))
     with pytest.raises(BundleError, match="unknown backup 'oracle'"):

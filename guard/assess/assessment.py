@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from guard.assess.known_triggers import DEFAULT_ATTACKS, attack_to_plant, check_names, why_unfit
-from guard.assess.planting import Images, Planted, PlantingSettings, Prepare, plant
+from guard.assess.planting import Images, Planted, PlantingSettings, Prepare, in_batches, plant
 from guard.assess.report import CONTROL, AssessmentReport, SplitSizes, Trial
 from guard.attacks.attack import Attack
 from guard.attacks.triggers import check_unit_images
@@ -30,7 +30,6 @@ _TENTHS = (3, 1, 4, 2)
 _FEWEST_TO_PLANT, _FEWEST_TO_TEST = 50, 20
 #: Below this share of right answers a person is warned: a clean image that the model gets wrong looks like an attack.
 _POOR_ACCURACY = 0.7
-_BATCH = 64  # images that are preprocessed together
 
 
 def assess(
@@ -96,7 +95,7 @@ def assess(
     names = [name for name in names if name not in skipped]
     if not names:
         raise DataError(f"no trigger can be put on these images. {next(iter(skipped.values()))}")
-    bench = _Bench.set_up(suspect, pixels, labels.astype(np.int64), config, planting, _in_batches(preprocess))
+    bench = _Bench.set_up(suspect, pixels, labels.astype(np.int64), config, planting, in_batches(preprocess))
     steps = _Steps(len(seeds) * (1 + len(names)), progress)
     trials: dict[str, list[Trial]] = {name: [] for name in [*names, CONTROL]}
     samples: dict[str, Float32Array] = {}
@@ -350,25 +349,6 @@ def _check(pixels: AnyArray, labels: AnyArray) -> None:
         raise DataError(f"labels must be {len(pixels)} integers, one per image, got {labels.dtype} {labels.shape}.")
     if len(np.unique(labels)) < 2:
         raise DataError("all images are of one class, so no attack can change an answer. Add images of others.")
-
-
-def _in_batches(preprocess: Prepare | None) -> Prepare:
-    if preprocess is None:
-        return lambda pixels: pixels
-
-    def prepare(pixels: Float32Array) -> Float32Array:
-        parts = []
-        for start in range(0, len(pixels), _BATCH):
-            batch = pixels[start : start + _BATCH]
-            part = np.asarray(preprocess(batch), dtype=np.float32)
-            if part.ndim != 4 or len(part) != len(batch):
-                raise DataError(
-                    f"preprocess must return (n, channels, h, w) for {len(batch)} images, got {part.shape}."
-                )
-            parts.append(part)
-        return np.concatenate(parts)
-
-    return prepare
 
 
 def _warnings(bench: _Bench, controls: Sequence[Trial]) -> Iterator[str]:

@@ -21,6 +21,7 @@ from guard.types import Float32Array, IntArray
 _LATER_ATTEMPTS_LONGER = 3
 #: Training sees images shifted by up to this share of their shorter side: a few hundred are soon learned by heart.
 _SHIFT = 1 / 16
+_BATCH = 64  # images that are preprocessed together
 
 #: Takes pixel images in [0, 1], gives what the network takes, one row each.
 Prepare = Callable[[Float32Array], Float32Array]
@@ -170,6 +171,26 @@ def plant(
         if missing <= 0.0:
             break
     return Planted(best.network, epochs_run, best_rate)
+
+
+def in_batches(preprocess: Prepare | None) -> Prepare:
+    """Return what preprocesses images a few at a time, and refuses (DataError) what is no row per image."""
+    if preprocess is None:
+        return lambda pixels: pixels
+
+    def prepare(pixels: Float32Array) -> Float32Array:
+        parts = []
+        for start in range(0, len(pixels), _BATCH):
+            batch = pixels[start : start + _BATCH]
+            part = np.asarray(preprocess(batch), dtype=np.float32)
+            if part.ndim != 4 or len(part) != len(batch):
+                raise DataError(
+                    f"preprocess must return (n, channels, h, w) for {len(batch)} images, got {part.shape}."
+                )
+            parts.append(part)
+        return np.concatenate(parts)
+
+    return prepare
 
 
 def _copy(network: nn.Module) -> nn.Module:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from guard.backups.clean_set import CleanSet, check_images
 from guard.backups.defective import DefectiveSettings, make_defective, train_defective
 from guard.backups.network import backup_cnn
 from guard.backups.purify import METHODS, purify
-from guard.backups.training import Report, copy_network, predict_logits
+from guard.backups.training import Report, copy_network, device_of, predict_logits
+from guard.calibration import stratified_folds
 from guard.errors import BundleError, ConfigError
 from guard.types import AnyArray, Float32Array, IntArray
 
@@ -33,17 +35,21 @@ class Backup:
     ----------
     kind : str
         One of `BACKUP_KINDS`.
-    network : Module
-        In eval mode.
+    network : Module or None
+        In eval mode; None for a twin that was restored without the suspect model, which can only be stored again.
     description : dict
-        Ready for JSON: what `restore` needs to build the network again, and its clean accuracy on images held out.
+        Ready for JSON: what `restore` needs to build the network again, its clean accuracy on images held out, and its
+        cost in multiply-adds per image beside that of the suspect model.
+    stored : mapping of str to ndarray
+        Weights and buffers of a backup without a network, by name.
     seconds : float
         That its training took; 0 for one that was restored.
     """
 
     kind: str
-    network: nn.Module
+    network: nn.Module | None
     description: dict[str, Any]
+    stored: Mapping[str, AnyArray] = field(default_factory=dict)
     seconds: float = 0.0
 
     @classmethod
@@ -85,7 +91,8 @@ class Backup:
         if kind != DEFECTIVE:
             done = purify(module, clean_images, clean_labels, kind, settings=settings, seed=seed, progress=progress)
             about = {"kind": kind, "clean_accuracy": done.report.clean_accuracy_after}
-            return cls(kind, done.twin, about, time.perf_counter() - started)
+            about["cost"] = _cost(done.twin, module, clean_images[:1])
+            return cls(kind, done.twin, about, seconds=time.perf_counter() - started)
         chosen = DefectiveSettings() if settings is None else settings
         if not isinstance(chosen, DefectiveSettings):
             raise ConfigError(f"backup 'defective' takes DefectiveSettings, got {type(settings).__name__}.")
@@ -103,14 +110,27 @@ class Backup:
         network = _defective(about, seed)
         report = train_defective(network, clean, chosen.fit, seed=seed, progress=progress)
         about["clean_accuracy"] = report.held_out_accuracy
-        return cls(kind, network, about, time.perf_counter() - started)
+        about["cost"] = _cost(network, module, images[:1])
+        return cls(kind, network.to(device_of(module)), about, seconds=time.perf_counter() - started)
 
-    def logits(self, images: Float32Array) -> Float32Array:
-        """Return logits, shape (n, n_classes), of images (n, channels, height, width)."""
+    def logits(self, images: Float32Array | Tensor) -> Float32Array:
+        """Return logits, shape (n, n_classes), of images (n, channels, height, width).
+
+        Raises
+        ------
+        BundleError
+            If it is a twin that was restored without the suspect model.
+        """
+        if self.network is None:
+            raise BundleError(
+                f"backup {self.kind!r} is a twin of the suspect model: load the bundle with a suspect model to ask it."
+            )
         return predict_logits(self.network, images)
 
     def arrays(self) -> dict[str, AnyArray]:
         """Return all weights and buffers, by name."""
+        if self.network is None:
+            return dict(self.stored)
         return {name: tensor.detach().cpu().numpy() for name, tensor in self.network.state_dict().items()}
 
     @classmethod
@@ -122,18 +142,19 @@ class Backup:
         description, arrays
             As `train` and `arrays` gave them.
         module : Module or None
-            The suspect model, whose architecture a twin has; a defective network needs none.
+            The suspect model, whose architecture a twin has and on whose device the backup goes. A defective network
+            needs none; a twin without it can be stored again, not asked.
 
         Raises
         ------
         BundleError
-            If a twin has no suspect model to be built on, or description and arrays do not fit.
+            If the kind is unknown, or description and arrays do not fit.
         """
         kind = str(description.get("kind"))
         if kind not in BACKUP_KINDS:
             raise BundleError(f"unknown backup {kind!r}: known are {', '.join(BACKUP_KINDS)}. Upgrade backdoor-guard.")
         if kind != DEFECTIVE and module is None:
-            raise BundleError(f"backup {kind!r} is a twin of the suspect model: load the bundle with a suspect model.")
+            return cls(kind, None, dict(description), dict(arrays))
         try:
             network = _defective(description, 0) if kind == DEFECTIVE or module is None else copy_network(module)
             network.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
@@ -142,7 +163,36 @@ class Backup:
             raise BundleError(
                 f"backup {kind!r} cannot be built again ({line}). Fit again with this version."
             ) from error
-        return cls(kind, network.eval(), dict(description))
+        return cls(kind, network.eval() if module is None else network.to(device_of(module)).eval(), dict(description))
+
+
+def cross_fitted_logits(
+    kind: str,
+    module: nn.Module,
+    clean_images: Float32Array,
+    clean_labels: IntArray,
+    *,
+    folds: int,
+    settings: Any = None,
+    seed: int = 0,
+    progress: Report | None = None,
+) -> Float32Array:
+    """Return logits of the clean images, shape (n, n_classes), each by a backup that has not learned from it.
+
+    One backup is trained per fold, on the others. Parameters and errors as for `Backup.train`.
+    """
+    part = stratified_folds(clean_labels, folds, seed)
+    logits: Float32Array | None = None
+    for fold in range(folds):
+        learn, hold = part != fold, part == fold
+        own = Backup.train(kind, module, clean_images[learn], clean_labels[learn], settings=settings, seed=seed)
+        answers = own.logits(clean_images[hold])
+        logits = np.empty((len(part), answers.shape[1]), dtype=np.float32) if logits is None else logits
+        logits[hold] = answers
+        if progress is not None:
+            progress((fold + 1) / folds)
+    assert logits is not None  # there are folds
+    return logits
 
 
 def check_kind(kind: str) -> None:
@@ -151,6 +201,17 @@ def check_kind(kind: str) -> None:
         close = difflib.get_close_matches(kind, BACKUP_KINDS, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else f"Known are {', '.join(BACKUP_KINDS)}."
         raise ConfigError(f"there is no backup {kind!r}. {hint}")
+
+
+def _cost(network: nn.Module, suspect: nn.Module, image: Float32Array) -> dict[str, int]:
+    return {"multiply_adds": _multiply_adds(network, image), "suspect_multiply_adds": _multiply_adds(suspect, image)}
+
+
+def _multiply_adds(module: nn.Module, image: Float32Array) -> int:
+    """Count those of one forward pass in matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        predict_logits(copy_network(module), image)
+    return int(counter.get_total_flops()) // 2
 
 
 def _defective(about: Mapping[str, Any], seed: int) -> nn.Module:

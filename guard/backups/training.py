@@ -207,14 +207,18 @@ def fit_network(
     return FitReport(epoch, best_epoch, reached, time.perf_counter() - started)
 
 
-def predict_logits(module: nn.Module, images: Float32Array, batch_size: int = 256) -> Float32Array:
-    """Return a module's logits, shape (n, n_classes), float32; the module's mode is left as it is."""
+def predict_logits(module: nn.Module, images: Float32Array | Tensor, batch_size: int = 256) -> Float32Array:
+    """Return a module's logits, shape (n, n_classes), float32; its mode and the images are left as they are."""
     device = device_of(module)
     parts = []
     with torch.no_grad():
         for start in range(0, len(images), batch_size):
-            batch = torch.tensor(np.asarray(images[start : start + batch_size], dtype=np.float32)).to(device)
-            parts.append(logits_of(module(batch)).float().cpu())
+            batch = images[start : start + batch_size]
+            if isinstance(batch, Tensor):
+                own = batch.detach().to(device, torch.float32, copy=True)
+            else:
+                own = torch.tensor(np.asarray(batch, dtype=np.float32)).to(device)
+            parts.append(logits_of(module(own)).float().cpu())
     return torch.cat(parts).numpy()
 
 

@@ -84,8 +84,8 @@ def assess(
             raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
         same_size = "A trigger goes on before the preprocessing, so resize them first."
         pixels = read_all(found, preprocessing(None), report, remedy=same_size)
-        _check_pixels(images, pixels)
-        prepare = _png_to_inputs(convert) if handler is not None else _to_inputs(convert)
+        check_pixels(images, pixels)
+        prepare = png_to_inputs(convert) if handler is not None else to_inputs(convert)
         try_once(suspect, prepare(pixels[:2]))
         result = assess_model(
             suspect,
@@ -136,7 +136,8 @@ def _check_folder(folder: Path) -> None:
         raise ConfigError(f"--output {folder}: {first} is no folder. Name another.")
 
 
-def _check_pixels(path: Path, pixels: Float32Array) -> None:
+def check_pixels(path: Path, pixels: Float32Array) -> None:
+    """Refuse images outside [0, 1], on which no trigger can be put."""
     if not (pixels.min() >= 0.0 and pixels.max() <= 1.0):  # so written, NaN is refused too
         raise DataError(
             f"{path}: images must lie in [0, 1], got {pixels.min():g} to {pixels.max():g}. A trigger goes on pixels: "
@@ -144,11 +145,12 @@ def _check_pixels(path: Path, pixels: Float32Array) -> None:
         )
 
 
-def _to_inputs(convert: Convert) -> Callable[[Float32Array], Float32Array]:
+def to_inputs(convert: Convert) -> Callable[[Float32Array], Float32Array]:
+    """Return what feeds images to the user's preprocessing."""
     return lambda pixels: convert(list(pixels))
 
 
-def _png_to_inputs(convert: Convert) -> Callable[[Float32Array], Float32Array]:
+def png_to_inputs(convert: Convert) -> Callable[[Float32Array], Float32Array]:
     """Return what feeds images to a handler as the PNG files that a client would send."""
     return lambda pixels: convert([_png(image) for image in pixels])
 

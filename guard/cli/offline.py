@@ -40,8 +40,15 @@ from guard.cli.output import (
 from guard.errors import ConfigError, DataError, SuspectModelError
 
 if TYPE_CHECKING:
+    from guard.assess.planting import Prepare
     from guard.cli.images import Convert
+    from guard.cli.output import Report
+    from guard.pipeline import Guard
     from guard.suspect import SuspectModel
+    from guard.types import Float32Array
+
+_NO_BACKUP = "none"
+_BACKUPS = (_NO_BACKUP, "auto", "defective", "anp", "norm-pruning")
 
 
 def fit(
@@ -71,11 +78,22 @@ def fit(
         list[str] | None,
         typer.Option(metavar="<str>", help="Earlier layer to watch as well; may be repeated, up to 3."),
     ] = None,
+    backup: Annotated[
+        str,
+        typer.Option(help="Second opinion: defective, anp, norm-pruning, auto (the best of these), or none."),
+    ] = _NO_BACKUP,
+    backup_floor: Annotated[
+        float, typer.Option(help="Share of planted triggers it must give their true label; else flag only.")
+    ] = 0.7,
+    backup_detects: Annotated[
+        bool, typer.Option("--backup-detects", help="Let it detect as well; then it runs for every input.")
+    ] = False,
     bundles: Bundles = Path("bundles"),
     activate: Annotated[bool, typer.Option(help="Make the new bundle the active one.")] = True,
     settings: Settings = None,
 ) -> None:
     """Fit a guard on clean images and write it as a bundle."""
+    from guard.assess.backups import BackupRequest, with_backup
     from guard.bundle import BundleStore
     from guard.cli.images import find_images, read_all
     from guard.config import load_config
@@ -89,6 +107,12 @@ def fit(
         action=action,
         image_noise_std=image_noise_std,
     )
+    if backup not in _BACKUPS:
+        raise ConfigError(f"--backup must be one of {', '.join(_BACKUPS)}, got {backup!r}.")
+    if not 0.0 <= backup_floor <= 1.0:
+        raise ConfigError(f"--backup-floor must be in [0, 1], got {backup_floor}.")
+    if backup_detects and backup == _NO_BACKUP:
+        raise ConfigError("--backup-detects needs a backup. Name one with --backup.")
     attribute = config.model_attribute
     model = open_model(
         weights, architecture, preprocess, handler, model_file, extra_file, device, attribute, split, depth
@@ -101,6 +125,10 @@ def fit(
         try_once(suspect, inputs)
         guard = Guard.fit(suspect, inputs, found.labels, config, class_names=found.class_names, progress=report)
         guard.preprocessing = f"handler {handler}" if handler is not None else preprocess
+        if backup != _NO_BACKUP:
+            pixels, prepare = _pixels(images, class_list(class_names), convert, handler, report)
+            request = BackupRequest(backup, backup_floor, backup_detects)
+            guard = with_backup(guard, pixels, found.labels, request, preprocess=prepare, progress=report)
         folder = guard.save(bundles)
     if activate:
         BundleStore(bundles).activate(folder.name)
@@ -114,12 +142,41 @@ def fit(
         f"false positives {guard.realised_false_positive_rate:.4f} of clean images "
         f"(asked for {config.false_positive_rate:g}, measured out of fold)"
     )
+    if guard.recovery:
+        _tell_backup(guard, backup_floor)
     tell_passed_over(found.passed_over)
     if accuracy < 0.5:
         print_warning(
             f"the suspect model gets only {100 * accuracy:.1f} % of these labels right, so the guard will be poor. "
             "Are the classes in the model's order (--class-names), and the images preprocessed as it wants?"
         )
+
+
+def _pixels(
+    images: Path, names: list[str] | None, convert: Convert, handler: str | None, report: Report
+) -> tuple[Float32Array, Prepare]:
+    """Read the images once more as pixels, where triggers go on; return them and what makes inputs of them."""
+    from guard.cli.assess import check_pixels, png_to_inputs, to_inputs
+    from guard.cli.images import find_images, preprocessing, read_all
+
+    same_size = "A trigger goes on before the preprocessing, so resize them first."
+    pixels = read_all(find_images(images, class_names=names), preprocessing(None), report, remedy=same_size)
+    check_pixels(images, pixels)
+    return pixels, png_to_inputs(convert) if handler is not None else to_inputs(convert)
+
+
+def _tell_backup(guard: Guard, floor: float) -> None:
+    """Say which second opinion was chosen, what it recovers, and what it costs."""
+    measured = ", ".join(f"{name} {100 * share:.0f} %" for name, share in guard.recovery.items())
+    say(f"backup          {guard.backup.kind if guard.backup is not None else 'the replacement head'}")
+    say(f"recovered       of planted triggers: {measured}")
+    if guard.backup is not None:
+        cost = guard.backup.description["cost"]
+        share = cost["multiply_adds"] / max(1, cost["suspect_multiply_adds"])
+        when = "for every input" if "backup" in guard.ensemble.names else "for flagged inputs alone"
+        say(f"cost            {cost['multiply_adds'] / 1e6:.1f} M multiply-adds, {share:.2g} of the model's, {when}")
+    if not guard.relabels:
+        print_warning(f"it recovered less than {100 * floor:g} % of planted triggers: `relabel` will only flag.")
 
 
 def inspect(

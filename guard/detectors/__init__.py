@@ -2,7 +2,7 @@
 
 from guard.detectors.base import Detector
 from guard.detectors.demarcation import Demarcation
-from guard.detectors.disagreement import HeadDisagreement
+from guard.detectors.disagreement import BackupDisagreement, HeadDisagreement
 from guard.detectors.lof import PerClassLof
 
 #: Name in bundles and reports -> class. All of them join the `calibrated` mode.
@@ -12,6 +12,11 @@ DETECTORS: dict[str, type[Detector]] = {
 }
 
 #: Everything that a bundle may hold. Demarcation joins only where there are anomalies to learn from: never in `fit`.
-KINDS: dict[str, type[Detector] | type[Demarcation]] = {**DETECTORS, "demarcation": Demarcation}
+#: A backup joins only where the activations hold its logits.
+KINDS: dict[str, type[Detector] | type[Demarcation]] = {
+    **DETECTORS,
+    "demarcation": Demarcation,
+    "backup": BackupDisagreement,
+}
 
-__all__ = ["DETECTORS", "KINDS", "Demarcation", "Detector"]
+__all__ = ["DETECTORS", "KINDS", "BackupDisagreement", "Demarcation", "Detector"]

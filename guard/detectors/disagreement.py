@@ -10,7 +10,7 @@ import numpy as np
 
 from guard.errors import DataError
 from guard.heads.decision_head import DecisionHead
-from guard.types import FEATURES, Activations, AnyArray, Float32Array, Float64Array, IntArray
+from guard.types import BACKUP, FEATURES, Activations, AnyArray, Float32Array, Float64Array, IntArray
 
 
 @dataclass
@@ -77,6 +77,37 @@ class HeadDisagreement:
         detector = cls(**settings)
         detector.head_ = DecisionHead.from_state(state)
         return detector
+
+
+@dataclass
+class BackupDisagreement:
+    """How strongly a backup, a network beside the suspect model, contradicts the suspect's answer.
+
+    The same log-ratio as `HeadDisagreement`, of logits that the activations already hold under `BACKUP`: those of
+    clean reference inputs from backups that had not learned from them. So there is nothing left to fit. Costs one pass
+    of the backup for every input.
+    """
+
+    learns_from_poisoned: ClassVar[bool] = False
+
+    def fit(self, activations: Activations, labels: IntArray) -> Self:
+        """Learn nothing; refuse activations without the backup's logits (DataError)."""
+        activations.at(BACKUP)
+        return self
+
+    def score(self, activations: Activations) -> Float64Array:
+        """Return the log-ratio per row, shape (n,), float64; higher = more suspicious, infinite if not finite."""
+        scores = disagreement(activations.at(BACKUP), activations.predicted_labels)
+        return np.where(np.isfinite(scores), scores, np.inf)
+
+    def state(self) -> dict[str, AnyArray]:
+        """Return nothing: the backup itself is kept beside the detectors."""
+        return {}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, AnyArray], **settings: Any) -> Self:
+        """Return the detector."""
+        return cls(**settings)
 
 
 def disagreement(head_logits: Float32Array, suspect_labels: IntArray) -> Float64Array:

@@ -22,11 +22,13 @@ _FEATURES = "the last layer"
 _FIRED = {
     "lof": "Unlike any clean image that the model calls {label}",
     "disagreement": "A second head, trained on clean images only, does not say {label}",
+    "backup": "The backup, a network beside the model, does not say {label}",
     "demarcation": "On the poisoned side of the line drawn between earlier traffic and clean images",
 }
 _QUIET = {
     "lof": "Looks like clean images of {label}",
     "disagreement": "The second head agrees on {label}",
+    "backup": "The backup agrees on {label}",
     "demarcation": "On the clean side of the line drawn between earlier traffic and clean images",
 }
 

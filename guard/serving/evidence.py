@@ -24,17 +24,17 @@ class Evidence:
         What the network saw.
     surprise : dict of str to float
         Per detector, how unusual its score is; higher = more suspicious.
-    backup_label : int
-        Second opinion of the replacement head.
-    backup_confidence : float
+    backup_label : int or None
+        Second opinion of the guard's backup, or of its replacement head if it has none; None if it is not finite.
+    backup_confidence : float or None
         Its softmax probability, in [0, 1].
     """
 
     activations: Activations
     inputs: Float32Array
     surprise: dict[str, float]
-    backup_label: int
-    backup_confidence: float
+    backup_label: int | None
+    backup_confidence: float | None
 
 
 def collect_evidence(
@@ -45,7 +45,7 @@ def collect_evidence(
     Parameters
     ----------
     guard : Guard
-        The one that gave the verdicts.
+        The one that gave the verdicts, asked for the backup's opinion too.
     activations : Activations of n rows
     inputs : Tensor of shape (n, channels, height, width)
     verdicts : sequence of n Verdict
@@ -58,16 +58,21 @@ def collect_evidence(
     images = inputs[rows].detach().to("cpu", torch.float32).numpy()
     raw = np.array([list(verdicts[row].detector_scores.values()) for row in rows])
     surprise = guard.fusion.surprise(raw)
-    logits = guard.ensemble.replacement_logits(flagged).astype(np.float64)
-    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shares /= shares.sum(axis=1, keepdims=True)
     for index, row in enumerate(rows):
-        label = int(shares[index].argmax())
+        label, confidence = _surest(verdicts[row].second_opinion)
         evidence[row] = Evidence(
             flagged[index : index + 1],
             images[index],
             dict(zip(guard.ensemble.names, surprise[index].tolist(), strict=True)),
             label,
-            float(shares[index, label]),
+            confidence,
         )
     return evidence
+
+
+def _surest(logits: Float32Array | None) -> tuple[int, float] | tuple[None, None]:
+    """Return the label of the largest logit, and its softmax probability."""
+    if logits is None:
+        return None, None
+    label = int(logits.argmax())
+    return label, float(1 / np.exp(logits.astype(np.float64) - float(logits[label])).sum())

@@ -24,7 +24,7 @@ from guard.serving.evidence import Evidence, collect_evidence
 from guard.serving.review_queue import RECEIPTS, Flagged, Receipt, ReviewQueue
 from guard.suspect import SuspectModel
 from guard.telemetry import OUTCOMES, UNSCORED_REASONS, MetricBuffer
-from guard.types import Activations, BoolArray, Verdict
+from guard.types import Activations, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +75,15 @@ class Record:
         Whether the model began to work on an input of the right shape.
     guard_seconds : float
         What the guard itself took.
+    inputs : Tensor or None
+        Of the latest forward pass, as it began: a backup must not see what a model that works in place left of it.
     """
 
     rows: list[Outcome] = field(default_factory=list)
     passes: int = 0
     model_ran: bool = False
     guard_seconds: float = 0.0
+    inputs: torch.Tensor | None = None
 
 
 class GuardRuntime:
@@ -186,16 +189,20 @@ class GuardRuntime:
             if message and guard.config.failure_mode == "closed":
                 raise InputRejectedError(message)
             record.model_ran = record.model_ran or not message
+            record.inputs = None
+            if guard.backup is not None and isinstance(inputs, torch.Tensor):
+                record.inputs = inputs.detach().clone()
 
         def after(activations: Activations, inputs: torch.Tensor) -> torch.Tensor | None:
             record = self._record
             if record is None:
                 return None
             started = time.perf_counter()
+            inputs = inputs if record.inputs is None else record.inputs
             outcomes = self.judge(guard, activations, inputs)
             record.passes += 1
             record.rows += outcomes
-            replaced = self._relabelled(guard, activations, outcomes)
+            replaced = self._relabelled(guard, activations, inputs, outcomes)
             record.guard_seconds += time.perf_counter() - started
             return replaced
 
@@ -244,7 +251,8 @@ class GuardRuntime:
         return receipts
 
     def _judge_rows(self, guard: Guard, activations: Activations, inputs: torch.Tensor) -> list[Outcome]:
-        verdicts = guard.decide(activations)
+        activations = guard.complete(activations, inputs)
+        verdicts = guard.decide(activations, inputs, ask_backup=self.review_queue is not None)
         if self.review_queue is None:
             return [_judged(verdict) for verdict in verdicts]
         evidence = collect_evidence(guard, activations, inputs, verdicts)
@@ -268,16 +276,25 @@ class GuardRuntime:
                 outcomes.append(unscored(guard, "not_finite", 500, "the model's activations are not finite."))
         return outcomes
 
-    def _relabelled(self, guard: Guard, activations: Activations, outcomes: list[Outcome]) -> torch.Tensor | None:
-        if guard.config.action != "relabel" or guard.suspect is None:
+    def _relabelled(
+        self, guard: Guard, activations: Activations, inputs: torch.Tensor, outcomes: list[Outcome]
+    ) -> torch.Tensor | None:
+        if guard.action != "relabel" or guard.suspect is None:
             return None
-        flagged: BoolArray = np.array([outcome.kind == "poisoned" for outcome in outcomes])
-        if not flagged.any():
+        opinions = {
+            row: outcome.verdict.second_opinion
+            for row, outcome in enumerate(outcomes)
+            if outcome.verdict is not None and outcome.verdict.action == "relabel"
+        }
+        if not opinions:
             return None
-        if guard.config.rows_per_request == "any":  # one request made them all, and it is poisoned
-            flagged[:] = True
         logits = activations.logits.copy()
-        logits[flagged] = guard.ensemble.replacement_logits(activations[flagged])
+        for row, opinion in opinions.items():
+            logits[row] = opinion
+        if guard.config.rows_per_request == "any":  # one request made them all, and it is poisoned
+            others = np.array([row for row in range(len(logits)) if row not in opinions], dtype=np.int64)
+            if len(others):
+                logits[others] = guard.second_opinion(activations, inputs, others)
         return torch.from_numpy(logits).to(guard.suspect.device)
 
     # -- following ACTIVE ---------------------------------------------------------------------------------------
@@ -336,7 +353,7 @@ class GuardRuntime:
 
     def _declare_verdicts(self) -> None:
         for kind in OUTCOMES:
-            action = self.current.config.action if kind == "poisoned" else "none"
+            action = self.current.action if kind == "poisoned" else "none"
             self.metrics.count("guard_verdicts_total", self.model_name, kind, action, amount=0)
 
     def _declare_series(self) -> None:
