@@ -228,10 +228,7 @@ class BundleStore:
         BundleError
             If no other bundle was active before, or that one is damaged.
         """
-        active = self.active_digest()
-        history = self._history(active)
-        while history and history[-1] == active:
-            history.pop()
+        history = self._before()
         if not history:
             raise BundleError(f"nothing to roll back to: no other bundle was active in {self.root} before.")
         digest = history[-1]
@@ -239,6 +236,18 @@ class BundleStore:
         self._replace(ACTIVE, f"{digest}\n")
         self._replace(HISTORY, "".join(f"{line}\n" for line in history))
         return digest
+
+    def previous_digest(self) -> str | None:
+        """Return the digest that `roll_back` would go to, or None if there is none."""
+        history = self._before()
+        return history[-1] if history else None
+
+    def _before(self) -> list[str]:
+        active = self.active_digest()
+        history = self._history(active)
+        while history and history[-1] == active:
+            history.pop()
+        return history
 
     def _history(self, active: str | None) -> list[str]:
         """Return the lines of HISTORY up to the active bundle's last; a crash between the two files may leave more."""

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from guard.errors import ObservingError
 from guard.observing.scrape import Prometheus, Series, increase, metrics_address, read_endpoint, selector
-from guard.telemetry import OUTCOMES
+from guard.telemetry import OUTCOMES, label_value
 
 #: Counts leave a worker once a second.
 FLUSH_S = 1.0
@@ -77,7 +77,7 @@ def totals_since_start(urls: Sequence[str], model: str | None) -> Books:
     books = Books(notes=["metrics addresses know totals since the server's start only, not the window"])
     for url in urls:
         for series, value in read_endpoint(metrics_address(url)).items():
-            if model is None or series.label("model") == model:
+            if model is None or series.label("model") == label_value(model):
                 books.add(series, value)
     return books
 

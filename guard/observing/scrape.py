@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from prometheus_client.parser import text_string_to_metric_families
 
 from guard.errors import ConfigError, ObservingError
+from guard.telemetry import label_value
 
 #: Bytes of one answer at most; a page of metrics has a few hundred KB.
 _LARGEST_ANSWER = 64 * 2**20
@@ -139,12 +140,12 @@ class Prometheus:
         asked = {"query": query, "start": f"{start:.3f}", "end": f"{end:.3f}", "step": f"{step:.3f}"}
         return {_series(one): _points(one["values"]) for one in self._ask("query_range", asked)}
 
-    def samples(self, selector: str, start: float, end: float) -> dict[Series, list[tuple[float, float]]]:
-        """Return all samples as they were scraped, start < time <= end, in order of time."""
+    def samples(self, chosen: str, start: float, end: float) -> dict[Series, list[tuple[float, float]]]:
+        """Return all samples of a selector as they were scraped, start < time <= end, in order of time."""
         found: dict[Series, list[tuple[float, float]]] = {}
         while start < end:
             part_end = min(end, start + _PART_S)
-            asked = {"query": f"{selector}[{int(1000 * (part_end - start))}ms]", "time": f"{part_end:.3f}"}
+            asked = {"query": f"{chosen}[{int(1000 * (part_end - start))}ms]", "time": f"{part_end:.3f}"}
             for one in self._ask("query", asked):
                 known = found.setdefault(_series(one), [])
                 # Versions before 3 hand out the left end of a range as well.
@@ -166,7 +167,7 @@ class Prometheus:
 
 def selector(metric: str, model: str | None) -> str:
     """Return a Prometheus selector of a metric, of one model or of all."""
-    return metric if model is None else f"{metric}{{model={json.dumps(model, ensure_ascii=False)}}}"
+    return metric if model is None else f"{metric}{{model={json.dumps(label_value(model))}}}"
 
 
 def _series(one: Mapping[str, Any]) -> Series:

@@ -21,7 +21,7 @@ from guard.errors import (
     QueueUnavailable,
     UnknownLabel,
 )
-from guard.review import admin, api, groups, images, pages, signing_in
+from guard.review import admin, api, groups, images, pages, signing_in, status
 from guard.review.access import ForbiddenError, LoginLimit, NotSignedInError, TooManyAttemptsError
 from guard.review.desk import Desk
 from guard.review.headers import BodyLimit, SecurityHeaders
@@ -56,7 +56,7 @@ def create_app(desk: Desk) -> FastAPI:
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, *desk.settings.allowed_hosts])
     app.add_middleware(SecurityHeaders)
     app.mount("/static", StaticFiles(directory=Path(STATIC)), name="static")
-    for room in (signing_in, pages, groups, images, admin, api):
+    for room in (signing_in, pages, groups, images, status, admin, api):
         app.include_router(room.router)
     app.add_exception_handler(NotSignedInError, _not_signed_in)
     app.add_exception_handler(TooManyAttemptsError, _refused)

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from guard.errors import AlreadyDecided, ConfigError, DataError, ItemGone, LeaseExpired
+from guard.relabel.activity import Activity
 from guard.relabel.items import Answer, Decision, FlaggedInput, QueueItem, State
 from guard.relabel.queue import Queue
 from guard.relabel.reviewers import Reviewers
@@ -18,6 +19,8 @@ from guard.review.answer_log import AnswerLog
 from guard.review.holding import Holding
 from guard.review.known_bundles import KnownBundle, KnownBundles
 from guard.review.occlusion import Occlusion
+from guard.review.status_bundles import BundleList
+from guard.review.status_history import MetricsSource
 from guard.types import Float32Array, IntArray
 
 Order = Literal["suspicion", "age", "group"]
@@ -141,6 +144,8 @@ class Desk:
     occlusion : Occlusion or None
         None: the suspect model is not at hand.
     settings : ReviewSettings
+    metrics : MetricsSource or None
+        What the status page knows of the server; None: nothing.
     """
 
     queue: Queue
@@ -150,11 +155,16 @@ class Desk:
     clean: CleanImages | None = None
     occlusion: Occlusion | None = None
     settings: ReviewSettings = field(default_factory=ReviewSettings)
+    metrics: MetricsSource | None = None
     holding: Holding = field(default_factory=Holding, init=False)
     log: AnswerLog = field(init=False)
+    activity: Activity = field(init=False)
+    bundle_list: BundleList = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "log", AnswerLog(self.queue))
+        object.__setattr__(self, "activity", Activity(self.queue))
+        object.__setattr__(self, "bundle_list", BundleList(self.bundles.store, self.rounds))
 
     def take(self, reviewer: str, order: Order, group: int | None = None) -> QueueItem | None:
         """Return what the reviewer should look at now: an item that they hold, else the next one; None if none is."""

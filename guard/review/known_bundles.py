@@ -67,6 +67,11 @@ class KnownBundles:
         self._kept: OrderedDict[str, KnownBundle | None] = OrderedDict()
         self._lock = threading.Lock()
 
+    @property
+    def store(self) -> BundleStore | None:
+        """The folder that servers follow; None if none was named."""
+        return BundleStore(self._folder) if self._folder is not None else None
+
     def find(self, digest: str) -> KnownBundle | None:
         """Return a bundle by its digest; None if it is not in the folder, or damaged."""
         if self._folder is None or not re.fullmatch("[0-9a-f]{64}", digest):
@@ -81,7 +86,7 @@ class KnownBundles:
 
     def active(self) -> KnownBundle | None:
         """Return the bundle that serves now; None if there is none."""
-        digest = BundleStore(self._folder).active_digest() if self._folder is not None else None
+        digest = self.store.active_digest() if self.store is not None else None
         return self.find(digest) if digest else None
 
     def class_names(self, digest: str) -> tuple[str, ...] | None:

@@ -44,7 +44,7 @@ def serve_until_stopped(
     ServerError
         If it cannot listen there.
     """
-    with listening_socket(host, port) as listening, Housekeeping(desk):
+    with listening_socket(host, port) as listening, Housekeeping(desk), _collecting(desk):
         port = listening.getsockname()[1]
         server = _server(desk, host, port, certificate, key)
         listening.listen()  # from here on, a browser that comes early waits
@@ -93,6 +93,19 @@ def listening_socket(host: str, port: int) -> socket.socket:
         listening.close()
         raise ServerError(f"cannot listen on {host}, port {port}: {error.strerror}. Name another --port.") from error
     return listening
+
+
+@contextlib.contextmanager
+def _collecting(desk: Desk) -> Iterator[None]:
+    """Collect the numbers of the status page while open."""
+    if desk.metrics is None:
+        yield
+        return
+    desk.metrics.start()
+    try:
+        yield
+    finally:
+        desk.metrics.stop()
 
 
 def _url(host: str, port: int, *, is_https: bool) -> str:
