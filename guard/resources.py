@@ -13,6 +13,9 @@ _IN_CHECKOUT = {
     "guard_handler.py": "handlers/guard_handler.py",
     "image_handler.py": "handlers/image_handler.py",
     "config.properties": "config.properties",
+    "prometheus.yml": "deploy/prometheus/prometheus.yml",
+    "prometheus_rules.yml": "deploy/prometheus/rules.yml",
+    "prometheus_alerts.yml": "deploy/prometheus/alerts.yml",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from bisect import bisect_left
 from collections import defaultdict
@@ -23,6 +24,8 @@ class Metric:
 
 #: Verdicts of a request; `received` is the sum of these five.
 OUTCOMES = ("clean", "poisoned", "bypassed", "rejected", "failed")
+#: Why a flagged input did not get into the queue: it is full, or did not answer.
+SHED_REASONS = ("full", "unavailable")
 #: Why an input could not be scored; bounded, so that it may be a label.
 UNSCORED_REASONS = ("shape", "not_finite", "rows", "not_observed", "guard_error")
 
@@ -33,11 +36,19 @@ METRICS = {
         Metric("guard_verdicts_total", "counter", ("model", "verdict", "action"), "Requests by verdict and action."),
         Metric("guard_bypassed_total", "counter", ("model", "reason"), "Requests answered without being scored."),
         Metric(
-            "guard_queued_total",
+            "guard_detector_fired_total",
             "counter",
-            ("model", "receipt"),
-            "Flagged requests handed to the queue: queued, dropped (it is full), unavailable.",
+            ("model", "detector"),
+            "Flagged requests in which this detector alone was as surprised as the requested rate asks for.",
         ),
+        Metric(
+            "guard_unflagged_low_total",
+            "counter",
+            ("model",),
+            "Clean requests whose p-value lies in the lowest tenth of what is left to them; see guard_clean_drift.",
+        ),
+        Metric("guard_queued_total", "counter", ("model",), "Flagged requests that the queue took."),
+        Metric("guard_shed_total", "counter", ("model", "reason"), "Flagged requests that it did not take, and why."),
         Metric("guard_bundle_swaps_total", "counter", ("model", "outcome"), "New ACTIVE bundles taken or refused."),
         Metric("guard_bundle_info", "gauge", ("model", "digest"), "1 for the bundle in use, 0 for one used before."),
         Metric(
@@ -127,6 +138,11 @@ class MetricBuffer:
             samples.append(Sample(f"{name}_sum", "counter", labels, cells[-1]))
             samples.append(Sample(f"{name}_count", "counter", labels, total))
         return samples
+
+
+def label_value(text: str) -> str:
+    """Return a text as the value of a label: TorchServe cannot pass on colons, commas, bars, or nothing at all."""
+    return re.sub(r"[^\w./-]", "_", text.replace(":", "/"), flags=re.ASCII) or "_"
 
 
 def prometheus_names() -> list[tuple[str, str, tuple[str, ...]]]:

@@ -102,7 +102,7 @@ class GuardHandler:
             return [(None, excuse(error, record.model_ran))] if alone else None
         if asks and context.get_response_status(0)[0] < 400:
             return [(bodies[0], None)]
-        self._runtime.time_stages(time.perf_counter() - started, record.guard_seconds)
+        self._runtime.books.stages(time.perf_counter() - started, record.guard_seconds)
         if alone:
             return [(bodies[0], merge(guard, record.rows, context.get_response_status(0)[0]))]
         refused = any(context.get_response_status(index)[0] >= 400 for index in range(len(data)))
@@ -124,7 +124,7 @@ class GuardHandler:
             context.set_response_content_type(index, "application/json")
         for name, value in answer.headers.items():
             context.set_response_header(index, name, value)
-        self._runtime.count(outcome, context.get_response_status(index)[0])
+        self._runtime.books.request(outcome, context.get_response_status(index)[0], guard, context, index)
         return answer.body
 
 

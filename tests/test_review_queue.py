@@ -107,7 +107,9 @@ def test_flagged_requests_of_a_batch_are_queued_and_clean_ones_are_not(
         assert 0 < one.backup_confidence <= 1
         assert timedelta(0) <= one.received_at - before < timedelta(minutes=1)
         np.testing.assert_allclose(one.inputs, image, atol=0.5 / 255 + 1e-6)
-    assert worker.counts()[f"guard_queued_total{{{worker.context.model_name},queued}}"] == 2
+    counted, model = worker.counts(), worker.context.model_name
+    assert counted[f"guard_queued_total{{{model}}}"] == 2
+    assert counted[f"guard_shed_total{{{model},full}}"] == counted[f"guard_shed_total{{{model},unavailable}}"] == 0
 
 
 def test_queued_activations_give_the_verdict_again_without_the_model(
@@ -152,8 +154,9 @@ def test_without_a_queue_no_answer_speaks_of_one(workshop: Workshop, flagged: An
     (answer,) = worker.ask(png(flagged[0]))
     assert answer.headers["Guard-Verdict"] == "poisoned"
     assert "Guard-Review" not in answer.headers
-    queued = {name: value for name, value in worker.counts().items() if name.startswith("guard_queued_total")}
-    assert set(queued.values()) == {0}
+    handed_over = ("guard_queued_total", "guard_shed_total")
+    queued = {name: value for name, value in worker.counts().items() if name.startswith(handed_over)}
+    assert (len(queued), set(queued.values())) == (3, {0})
 
 
 def test_queue_that_is_gone_costs_no_answer_and_one_wait(
@@ -174,7 +177,9 @@ def test_queue_that_is_gone_costs_no_answer_and_one_wait(
         assert [answer.headers["Guard-Verdict"] for answer in answers] == ["poisoned"] * 2
         assert [answer.headers["Guard-Review"] for answer in answers] == ["unavailable"] * 2
     assert tries == [2]
-    assert worker.counts()[f"guard_queued_total{{{worker.context.model_name},unavailable}}"] == 6
+    counted, model = worker.counts(), worker.context.model_name
+    assert counted[f"guard_shed_total{{{model},unavailable}}"] == 6
+    assert counted[f"guard_queued_total{{{model}}}"] == 0
 
 
 def test_queue_that_comes_back_is_used_again(

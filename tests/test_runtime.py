@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import threading
 import time
@@ -304,7 +305,7 @@ def damage(folder: Path) -> None:
 
 @pytest.mark.parametrize("how", ["damaged", "missing", "nonsense", "empty", "breaks"])
 def test_bad_new_active_is_refused_once_and_the_old_one_stays(
-    make: Make, store: BundleStore, how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make: Make, store: BundleStore, how: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     runtime = make(bundle_poll_seconds=2)
     guard, new = runtime.current, other_than_active(store)
@@ -318,7 +319,10 @@ def test_bad_new_active_is_refused_once_and_the_old_one_stays(
         runtime.refresh()
     assert runtime.current is guard
     assert counted(runtime, "guard_bundle_swaps_total")["m", "refused"] == 1
-    assert caplog.text.count("refused, the old one stays") == 1
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if '"bundle_refused"' in line]
+    told = json.loads(line)
+    assert (told["bundle"], told["stays"], told["model"]) == (text, guard.digest, "m")
+    assert told["why"]
 
 
 def test_bundle_that_comes_later_than_active_is_taken_then(make: Make, store: BundleStore) -> None:

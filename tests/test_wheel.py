@@ -19,6 +19,9 @@ RESOURCES = (
     "config.properties",
     "log4j2.xml",
     "metrics.yaml",
+    "prometheus.yml",
+    "prometheus_rules.yml",
+    "prometheus_alerts.yml",
     "mnist_test.npz",
     "ATTRIBUTION.md",
 )

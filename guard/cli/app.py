@@ -12,6 +12,7 @@ import typer
 
 from guard.cli.assess import assess
 from guard.cli.audit import audit
+from guard.cli.observe import observe
 from guard.cli.offline import fit, inspect
 from guard.cli.options import Bundles, Digest
 from guard.cli.output import (
@@ -47,7 +48,7 @@ app = typer.Typer(
 bundle_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at bundles, and choose which one serves."
 )
-for command in (fit, inspect, assess, purify, archive, wrap, unwrap, serve, retrainer, audit):
+for command in (fit, inspect, assess, purify, archive, wrap, unwrap, serve, retrainer, observe, audit):
     app.command()(command)
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(zoo_app, name="zoo")

@@ -38,6 +38,9 @@ Preprocess = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where the suspect model runs: cpu, cuda or cuda:N.")]
+MetricsPort = Annotated[
+    int | None, typer.Option(help="Also export metrics for Prometheus, on this port of loopback; 0 = any free one.")
+]
 Digest = Annotated[str, typer.Argument(help="First digits of the digest (6 or more).")]
 
 

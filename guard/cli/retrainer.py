@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from guard.cli.options import Bundles, QueueUrl
+from guard.cli.options import Bundles, MetricsPort, QueueUrl
 from guard.cli.output import say, tell
 from guard.errors import ConfigError
 
@@ -35,6 +36,7 @@ def retrainer(
     canary_inputs: Annotated[
         int | None, typer.Option(help="Compare both guards on this many further flagged inputs before the switch.")
     ] = None,
+    metrics_port: MetricsPort = None,
     settings: Annotated[
         Path | None, typer.Option("--settings", help="TOML file with the retrainer's settings.")
     ] = None,
@@ -45,6 +47,8 @@ def retrainer(
     """
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+    from guard.observing.collectors import RetrainerCollector
+    from guard.observing.exporting import exporting
     from guard.relabel.address import queue_url
     from guard.relabel.queue import Queue
     from guard.retrainer.settings import load_retrainer_settings
@@ -54,6 +58,8 @@ def retrainer(
         raise ConfigError(f"--interval must be above 0 seconds, got {interval:g}.")
     if now and not once:
         raise ConfigError("--now goes with --once. Add --once, or press the button on the review page.")
+    if once and metrics_port is not None:
+        raise ConfigError("--metrics-port is for a retrainer that stays. Leave out --once.")
     chosen: dict[str, Any] = {
         "enough_decisions": enough_decisions,
         "every_hours": every_hours,
@@ -67,6 +73,7 @@ def retrainer(
         threadpool_limits(1),
         Queue.open(queue_url(queue)) as opened,
         Retrainer(opened, bundles, model, loaded) as worker,
+        ExitStack() as beside,
     ):
         if once:
             if now:
@@ -74,6 +81,8 @@ def retrainer(
             _show(worker.step())
             return
         logging.basicConfig(level=logging.INFO, format="%(asctime)s retrainer: %(message)s")
+        if metrics_port is not None:
+            tell(f"metrics on {beside.enter_context(exporting(metrics_port, RetrainerCollector(opened, model)))}")
         tell(f"retrainer: watching {model}; Ctrl-C ends it")
         worker.run(interval, threading.Event())
 

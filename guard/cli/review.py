@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from guard.cli.options import Architecture, Bundles, Device, QueueUrl
+from guard.cli.options import Architecture, Bundles, Device, MetricsPort, QueueUrl
 from guard.cli.output import print_warning, progress_bar, say, tell, write
 from guard.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from guard.relabel.queue import Queue
     from guard.review.desk import Desk
+    from guard.review.status_history import MetricsSource
 
 Name = Annotated[str, typer.Argument(help="Name of the reviewer.")]
 
@@ -51,11 +53,22 @@ def review(
     ] = None,
     certificate: Annotated[Path | None, typer.Option(help="PEM file, to serve https.")] = None,
     key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's key.")] = None,
+    metrics_port: MetricsPort = None,
+    metrics_url: Annotated[
+        list[str] | None,
+        typer.Option(metavar="<url>", help="Metrics address of a server, for the status page; may be repeated."),
+    ] = None,
+    prometheus: Annotated[
+        str | None,
+        typer.Option(metavar="<url>", help="A Prometheus for the status page instead: its history survives restarts."),
+    ] = None,
 ) -> None:
     """Serve the review page until Ctrl-C."""
     if context.invoked_subcommand is not None:
         context.obj = queue
         return
+    from guard.observing.collectors import QueueCollector
+    from guard.observing.exporting import exporting
     from guard.relabel.queue import Queue
     from guard.relabel.settings import QueueSettings
     from guard.review.desk import ReviewSettings
@@ -70,11 +83,23 @@ def review(
         names = (*names, host)
     settings = QueueSettings(quorum=quorum, lease_s=60 * lease_minutes, retention_days=retention_days)
     with Queue.open(_named(queue), settings) as opened:
-        desk = open_desk(opened, bundles, images, weights, architecture, device, ReviewSettings(allowed_hosts=names))
+        desk = open_desk(
+            opened,
+            bundles,
+            images,
+            weights,
+            architecture,
+            device,
+            ReviewSettings(allowed_hosts=names),
+            metrics=_metrics_source(metrics_url or [], prometheus),
+        )
         if not desk.reviewers.names():
             tell("there is no reviewer yet: guard review --queue ... add-user NAME --role admin")
         pem = {name: str(path) if path else None for name, path in (("certificate", certificate), ("key", key))}
-        serve_until_stopped(desk, host, port, **pem, on_ready=_say_ready)
+        with ExitStack() as beside:
+            if metrics_port is not None:
+                say(f"metrics on {beside.enter_context(exporting(metrics_port, QueueCollector(opened)))}")
+            serve_until_stopped(desk, host, port, **pem, on_ready=_say_ready)
     say("stopped")
 
 
@@ -192,6 +217,7 @@ def open_desk(
     architecture: str | None = None,
     device: str = "cpu",
     settings: Any = None,
+    metrics: MetricsSource | None = None,
 ) -> Desk:
     """Return what the page works with, from what the command line names."""
     from guard.relabel.reviewers import Reviewers
@@ -223,7 +249,18 @@ def open_desk(
         clean,
         occlusion,
         settings or ReviewSettings(),
+        metrics,
     )
+
+
+def _metrics_source(urls: list[str], prometheus: str | None) -> MetricsSource | None:
+    """Return where the status page has its numbers from; a Prometheus knows more than the addresses themselves."""
+    from guard.review.status_prometheus import PrometheusSource
+    from guard.review.status_sampler import Sampler
+
+    if prometheus is not None:
+        return PrometheusSource(prometheus)
+    return Sampler(urls) if urls else None
 
 
 def _say_ready(url: str) -> None:

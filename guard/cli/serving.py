@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import sys
 import threading
@@ -151,16 +152,21 @@ def serve(
     retrain_option: Annotated[
         list[str] | None, typer.Option(metavar="<text>", help="Passed on to `guard retrainer`; may be repeated.")
     ] = None,
+    companion_metrics: Annotated[
+        bool, typer.Option(help="Let review page and retrainers export metrics, on the next free ports.")
+    ] = True,
 ) -> None:
     """Serve archives on loopback until Ctrl-C.
 
     Starts TorchServe, waits until every model answers, prints a line to try it, and stops it on Ctrl-C or SIGTERM.
     With --queue, flagged inputs go to a queue; review page and retrainer run beside the server, are started again if
-    they die, and stop with it.
+    they die, and stop with it. `guard observe` watches them all, with the file of targets that is named.
     """
+    from guard.observing.targets import Target, write_targets
     from guard.relabel.address import queue_url
     from guard.serving.companion import Companion
     from guard.serving.guarded import followed_bundles
+    from guard.serving.ports import LOOPBACK, free_port
     from guard.serving.torchserve import TorchServeInstance
 
     named = dict(_name_and_file(text) for text in models or ())
@@ -205,16 +211,32 @@ def serve(
         bundles = {name: followed_bundles(path) for name, path in instance.archives_served.items()}
         followed = {name: folder for name, folder in bundles.items() if folder is not None}
         commands = {}
+        watched = [Target("guard-server", f"{LOOPBACK}:{instance.ports.metrics}")]
+        taken = {*dataclasses.astuple(instance.ports), review_port}
+
+        def metrics_option(job: str) -> list[str]:
+            """Give a companion a port that is its own for as long as the server runs, however often it is restarted."""
+            if not companion_metrics:
+                return []
+            taken.add(chosen := free_port(taken, port and port + 3))
+            watched.append(Target(job, f"{LOOPBACK}:{chosen}"))
+            return ["--metrics-port", str(chosen)]
+
         if review:
             folders = list(dict.fromkeys(map(str, followed.values())))
             if len(folders) > 1:
                 tell(f"the review page knows the bundles in {folders[0]} only: other models' classes go by numbers")
             known = ["--bundles", folders[0]] if folders else []
-            commands["review page"] = ["review", "--port", str(review_port), *known, *(review_option or ())]
+            commands["review page"] = [
+                *("review", "--port", str(review_port), *known, "--metrics-url", instance.metrics_url),
+                *metrics_option("guard-review"),
+                *(review_option or ()),
+            ]
             say(f"review page on http://127.0.0.1:{review_port}")
         for name, folder in followed.items() if retrain else ():
             commands[f"retrainer of {name}"] = [
                 *("retrainer", "--model", name, "--bundles", str(folder)),
+                *metrics_option("guard-retrainer"),
                 *(retrain_option or ()),
             ]
         logs = instance.work_dir / "logs"
@@ -232,6 +254,10 @@ def serve(
             for companion in companions:
                 running.callback(companion.stop)
                 companion.start()
+            targets = instance.work_dir / "targets.json"
+            running.callback(targets.unlink, missing_ok=True)  # what was stopped on purpose is not down
+            write_targets(targets, watched)
+            say(f"to watch it: guard observe --targets {targets}")
             say("Ctrl-C stops it.")
             sys.stdout.flush()
             while not stopped.wait(0.5):

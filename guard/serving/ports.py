@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+from collections.abc import Collection
 from dataclasses import astuple, dataclass
 
 from guard.errors import ServerError
@@ -43,13 +44,29 @@ def choose_ports(inference: int = 0, management: int = 0, metrics: int = 0) -> P
             raise ServerError(f"{name} port {port} is taken by another program. Give another, or 0 for a free one.")
     chosen = dict(requested, grpc_inference=0, grpc_management=0)
     for name, port in chosen.items():
-        while not port:
-            candidate = random.SystemRandom().choice(_FREE_PORTS)
-            if candidate not in chosen.values() and port_is_free(candidate):
-                chosen[name] = port = candidate
+        if not port:
+            chosen[name] = free_port(chosen.values())
     ports = Ports(**chosen)
     assert len(set(astuple(ports))) == 5
     return ports
+
+
+def free_port(beside: Collection[int] = (), start: int = 0) -> int:
+    """Return a port that nobody listens on now: any, or the first one from `start` on; none of `beside`.
+
+    Raises
+    ------
+    ServerError
+        If there is none within a hundred of `start`.
+    """
+    if not start:
+        while (candidate := random.SystemRandom().choice(_FREE_PORTS)) in beside or not port_is_free(candidate):
+            pass
+        return candidate
+    for candidate in range(start, min(start + 100, 65536)):
+        if candidate not in beside and port_is_free(candidate):
+            return candidate
+    raise ServerError(f"there is no free port from {start} on. Give another --port, or 0 for free ones.")
 
 
 def port_is_free(port: int) -> bool:

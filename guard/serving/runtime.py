@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +20,10 @@ from guard.bundle import BundleStore
 from guard.config import SERVING_SETTINGS
 from guard.errors import BundleError, GuardError, InputRejectedError, SuspectModelError
 from guard.pipeline import Guard
+from guard.serving.bookkeeping import Bookkeeping
 from guard.serving.evidence import Evidence, collect_evidence
-from guard.serving.review_queue import RECEIPTS, Flagged, Receipt, ReviewQueue
+from guard.serving.review_queue import Flagged, Receipt, ReviewQueue
 from guard.suspect import SuspectModel
-from guard.telemetry import OUTCOMES, UNSCORED_REASONS, MetricBuffer
 from guard.types import Activations, Verdict
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,8 @@ class Outcome:
         One line for the sender where there is no verdict, else "".
     evidence : Evidence or None
         For `poisoned`, where flagged inputs are queued for review.
+    decided_ns : (int, int) or None
+        When the decision began and ended, in nanoseconds since 1970; only where decisions are traced.
     """
 
     kind: OutcomeKind
@@ -59,6 +61,7 @@ class Outcome:
     reason: str = ""
     message: str = ""
     evidence: Evidence | None = None
+    decided_ns: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)
@@ -135,9 +138,10 @@ class GuardRuntime:
         self.model_name = model_name
         queue_url = self._settings.get("queue_url")
         self.review_queue = ReviewQueue(queue_url, model_name) if queue_url else None
-        self.metrics = MetricBuffer()
+        self.books = Bookkeeping(model_name)
+        self.metrics = self.books.metrics
         self.current = self._first()
-        self._declare_series()
+        self.books.open(self.current, self._earlier_bundles())
         threading.Thread(target=self._follow, name="guard-bundles", daemon=True).start()
 
     def close(self) -> None:
@@ -197,9 +201,12 @@ class GuardRuntime:
             record = self._record
             if record is None:
                 return None
-            started = time.perf_counter()
+            started, began_ns = time.perf_counter(), time.time_ns()
             inputs = inputs if record.inputs is None else record.inputs
             outcomes = self.judge(guard, activations, inputs)
+            if self.books.spans is not None:
+                decided_ns = (began_ns, time.time_ns())
+                outcomes = [replace(outcome, decided_ns=decided_ns) for outcome in outcomes]
             record.passes += 1
             record.rows += outcomes
             replaced = self._relabelled(guard, activations, inputs, outcomes)
@@ -224,30 +231,12 @@ class GuardRuntime:
             logger.error("the guard failed on a batch: %s", type(error).__name__)  # no content of requests in logs
             return [unscored(guard, "guard_error", 500, "the guard failed on this input.")] * len(activations)
 
-    def count(self, outcome: Outcome, status: int) -> None:
-        """Count one answered request."""
-        verdict = outcome.verdict
-        action = verdict.action if verdict is not None and outcome.kind == "poisoned" else "none"
-        self.metrics.count("guard_requests_total", self.model_name, str(status))
-        self.metrics.count("guard_verdicts_total", self.model_name, outcome.kind, action)
-        if outcome.kind == "bypassed":
-            self.metrics.count("guard_bypassed_total", self.model_name, outcome.reason)
-        if verdict is not None:
-            self.metrics.observe("guard_p_value", self.model_name, value=verdict.p_value)
-
-    def time_stages(self, total_seconds: float, guard_seconds: float) -> None:
-        """Report how long one batch took: the user's own part, and the guard's."""
-        name = "guard_stage_duration_seconds"
-        self.metrics.observe(name, self.model_name, "handler", value=total_seconds - guard_seconds)
-        self.metrics.observe(name, self.model_name, "guard", value=guard_seconds)
-
     def send_to_review(self, flagged: list[Flagged], guard: Guard) -> list[Receipt]:
         """Queue the flagged requests of one batch for review; count and return one receipt each."""
         if not flagged or self.review_queue is None:
             return []
         receipts = self.review_queue.send(flagged, str(guard.digest))
-        for receipt in receipts:
-            self.metrics.count("guard_queued_total", self.model_name, receipt)
+        self.books.sent_to_review(receipts)
         return receipts
 
     def _judge_rows(self, guard: Guard, activations: Activations, inputs: torch.Tensor) -> list[Outcome]:
@@ -340,35 +329,17 @@ class GuardRuntime:
             guard = self._load(path)
         except Exception as error:  # whatever is wrong with it
             self._refused = attempt
-            self.metrics.count("guard_bundle_swaps_total", self.model_name, "refused")
             text = str(error) if isinstance(error, GuardError) else type(error).__name__
-            logger.error("new bundle refused, the old one stays: %s", text)
+            self.books.refused(digest, self.current, text)
             return
-        old, self.current, self._refused = self.current.digest, guard, ("", 0)
-        self.metrics.count("guard_bundle_swaps_total", self.model_name, "taken")
-        self._declare_verdicts()
-        self.metrics.set("guard_bundle_info", self.model_name, str(old), value=0)
-        self.metrics.set("guard_bundle_info", self.model_name, str(guard.digest), value=1)
-        logger.info("bundle %s is in use", guard.digest)
+        old, self.current, self._refused = self.current, guard, ("", 0)
+        self.books.swapped(old, guard)
 
-    def _declare_verdicts(self) -> None:
-        for kind in OUTCOMES:
-            action = self.current.action if kind == "poisoned" else "none"
-            self.metrics.count("guard_verdicts_total", self.model_name, kind, action, amount=0)
-
-    def _declare_series(self) -> None:
-        self._declare_verdicts()
-        for reason in UNSCORED_REASONS:
-            self.metrics.count("guard_bypassed_total", self.model_name, reason, amount=0)
-        for receipt in RECEIPTS:
-            self.metrics.count("guard_queued_total", self.model_name, receipt, amount=0)
-        for outcome in ("taken", "refused"):
-            self.metrics.count("guard_bundle_swaps_total", self.model_name, outcome, amount=0)
-        self.metrics.count("guard_requests_total", self.model_name, "200", amount=0)
-        self.metrics.declare_histogram("guard_p_value", self.model_name)
-        for stage in ("handler", "guard"):
-            self.metrics.declare_histogram("guard_stage_duration_seconds", self.model_name, stage)
-        self.metrics.set("guard_bundle_info", self.model_name, str(self.current.digest), value=1)
+    def _earlier_bundles(self) -> list[str]:
+        """Return the bundles that a worker before this one may have served; the server still shows its last word."""
+        if self._store is None:
+            return []
+        return [folder.name for folder in self._store.root.glob("?" * 64) if folder.name != self.current.digest]
 
 
 def unscored(guard: Guard, reason: str, status: int, message: str) -> Outcome:

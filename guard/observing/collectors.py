@@ -1,0 +1,139 @@
+"""Metrics of the review page and of the retrainer, counted by the queue's database at every scrape: no second books."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from sqlalchemy.engine import Connection
+
+from guard.errors import GuardError
+from guard.observing import statements
+from guard.relabel.items import State
+from guard.relabel.queue import Queue
+from guard.telemetry import Metric as Declared
+from guard.telemetry import label_value
+
+#: What the review page exports, and the retrainer; every scrape also says whether the queue answered.
+QUEUE_UP = Declared("guard_queue_up", "gauge", (), "1 if the queue's database answered this scrape, else 0.")
+PAGE_METRICS = {
+    metric.name: metric
+    for metric in (
+        Declared("guard_queue_items", "gauge", ("model", "state"), "Flagged inputs in the queue, by state."),
+        Declared(
+            "guard_queue_oldest_item_timestamp_seconds",
+            "gauge",
+            ("model",),
+            "When the oldest pending input came, in seconds since 1970; no series while none is pending.",
+        ),
+        Declared(
+            "guard_review_decisions_total",
+            "counter",
+            ("decision",),
+            "Answers that reviewers gave (poisoned, false_alarm), and answers that they took back (withdrawn).",
+        ),
+        Declared(
+            "guard_review_overturned_total",
+            "counter",
+            (),
+            "Answers that took the place of a standing one, anybody's, and say something else.",
+        ),
+    )
+}
+RETRAINER_METRICS = {
+    metric.name: metric
+    for metric in (
+        Declared(
+            "guard_retrain_runs_total",
+            "counter",
+            ("model", "outcome"),
+            "Retrainings that are over: promoted, refused by the gate, failed.",
+        ),
+    )
+}
+COMPANION_METRICS = {QUEUE_UP.name: QUEUE_UP, **PAGE_METRICS, **RETRAINER_METRICS}
+
+_DECISIONS = ("poisoned", "false_alarm", "withdrawn")
+_RUNS = ("promoted", "refused", "failed")
+
+
+class _FromQueue(Collector):
+    """Asks the queue's database at every scrape; where it does not answer, there is `guard_queue_up 0` and no more."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._database = queue.database
+
+    def collect(self) -> Iterator[Metric]:
+        """Return what Prometheus sees."""
+        try:
+            with self._database.reading() as connection:
+                found = self.read(connection)
+        except GuardError:  # numbers that nobody knows are left out, not told as zeros
+            found = []
+        yield _gauge(QUEUE_UP, [((), float(bool(found)))])
+        yield from found
+
+    def read(self, connection: Connection) -> list[Metric]:
+        """Return the metrics; one transaction sees one state of the queue."""
+        raise NotImplementedError
+
+
+class QueueCollector(_FromQueue):
+    """Items of the queue and answers of the reviewers, for the review page."""
+
+    def read(self, connection: Connection) -> list[Metric]:
+        """See `_FromQueue.read`."""
+        counts: Counter[tuple[str, str]] = Counter()
+        oldest: dict[str, float] = {}
+        for row in connection.execute(statements.ITEMS):
+            counts[row.model, row.state] = row.n
+            if row.oldest is not None:
+                oldest[row.model] = row.oldest.timestamp()
+        answers: Counter[str] = Counter()
+        overturned = 0
+        for row in connection.execute(statements.DECISIONS):
+            kind = "withdrawn" if row.kind == "withdrawal" else "poisoned" if row.is_poisoned else "false_alarm"
+            answers[kind] += row.n
+            overturned += row.overturned
+        models = sorted({model for model, _ in counts})
+        states = [(model, state.value) for model in models for state in State]
+        metric = PAGE_METRICS
+        return [
+            _gauge(metric["guard_queue_items"], [((label_value(key[0]), key[1]), counts[key]) for key in states]),
+            _gauge(
+                metric["guard_queue_oldest_item_timestamp_seconds"],
+                [((label_value(model),), moment) for model, moment in sorted(oldest.items())],
+            ),
+            _counter(metric["guard_review_decisions_total"], [((kind,), answers[kind]) for kind in _DECISIONS]),
+            _counter(metric["guard_review_overturned_total"], [((), overturned)]),
+        ]
+
+
+class RetrainerCollector(_FromQueue):
+    """Retrainings of one model, for its retrainer."""
+
+    def __init__(self, queue: Queue, model: str) -> None:
+        super().__init__(queue)
+        self._model = model
+
+    def read(self, connection: Connection) -> list[Metric]:
+        """See `_FromQueue.read`."""
+        runs = {row.outcome: row.n for row in connection.execute(statements.ROUNDS, {"model": self._model})}
+        told = [((label_value(self._model), outcome), runs.get(outcome, 0)) for outcome in _RUNS]
+        return [_counter(RETRAINER_METRICS["guard_retrain_runs_total"], told)]
+
+
+def _gauge(metric: Declared, samples: list[tuple[tuple[str, ...], float]]) -> Metric:
+    family = GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)
+    for labels, value in samples:
+        family.add_metric(labels, value)
+    return family
+
+
+def _counter(metric: Declared, samples: list[tuple[tuple[str, ...], float]]) -> Metric:
+    family = CounterMetricFamily(metric.name, metric.help, labels=metric.labels)
+    for labels, value in samples:
+        family.add_metric(labels, value)
+    return family

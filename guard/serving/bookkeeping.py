@@ -1,0 +1,183 @@
+"""What became of every request of one model: counted for Prometheus, and written to the log unless it was clean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from guard.fusion import fired
+from guard.pipeline import Guard
+from guard.serving.event_log import EventLog, loggable_id
+from guard.serving.review_queue import Receipt
+from guard.serving.tracing import decision_spans, trace_id
+from guard.telemetry import OUTCOMES, SHED_REASONS, UNSCORED_REASONS, MetricBuffer, label_value
+from guard.types import Verdict
+
+if TYPE_CHECKING:
+    from guard.serving.runtime import Outcome
+
+#: Why a flagged request was not queued, by the receipt that its answer tells.
+_SHED: dict[Receipt, str] = {"dropped": "full", "unavailable": "unavailable"}
+#: Answers that a server gives sooner or later; a series that is first seen at 1 has not increased for Prometheus.
+_KNOWN_CODES = ("200", "400", "422", "500")
+
+
+class Requests(Protocol):
+    """What a server knows of the requests of one batch."""
+
+    def get_request_id(self, idx: int) -> Any:
+        """Return the id that the caller gave a request, or the server."""
+
+    def get_all_request_header(self, idx: int) -> Mapping[str, Any]:
+        """Return the headers of a request."""
+
+
+class Bookkeeping:
+    """Counts of one model in one process, and its log.
+
+    Parameters
+    ----------
+    model : str
+        Label of the metrics.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.metrics = MetricBuffer()
+        self.log = EventLog(model)
+        self.spans = decision_spans()
+
+    def open(self, guard: Guard, known_bundles: Iterable[str]) -> None:
+        """Make every series known that may come, so that its first increase is seen.
+
+        Parameters
+        ----------
+        guard : Guard
+            The first one in use.
+        known_bundles : iterable of str
+            Digests of bundles that may have been in use before this process, as the server remembers them.
+        """
+        metrics, model = self.metrics, self.model
+        for code in _KNOWN_CODES:
+            metrics.count("guard_requests_total", model, code, amount=0)
+        for reason in UNSCORED_REASONS:
+            metrics.count("guard_bypassed_total", model, reason, amount=0)
+        for reason in SHED_REASONS:
+            metrics.count("guard_shed_total", model, reason, amount=0)
+        for outcome in ("taken", "refused"):
+            metrics.count("guard_bundle_swaps_total", model, outcome, amount=0)
+        for name in ("guard_queued_total", "guard_unflagged_low_total"):
+            metrics.count(name, model, amount=0)
+        metrics.declare_histogram("guard_p_value", model)
+        for stage in ("handler", "guard"):
+            metrics.declare_histogram("guard_stage_duration_seconds", model, stage)
+        for digest in known_bundles:
+            metrics.set("guard_bundle_info", model, digest, value=0)
+        self._declare(guard)
+
+    def swapped(self, old: Guard, new: Guard) -> None:
+        """Note that another bundle is in use."""
+        self.metrics.count("guard_bundle_swaps_total", self.model, "taken")
+        self.metrics.set("guard_bundle_info", self.model, str(old.digest), value=0)
+        self._declare(new)
+        self.log.write("bundle_taken", bundle=new.digest, instead_of=old.digest)
+
+    def refused(self, digest: str, current: Guard, why: str) -> None:
+        """Note that a new bundle was not taken."""
+        self.metrics.count("guard_bundle_swaps_total", self.model, "refused")
+        self.log.write("bundle_refused", bundle=digest, stays=current.digest, why=why)
+
+    def request(self, outcome: Outcome, status: int, guard: Guard, requests: Requests, index: int) -> None:
+        """Count one answered request; if it was not clean, write it to the log.
+
+        Parameters
+        ----------
+        outcome : Outcome
+        status : int
+            HTTP status of the answer.
+        guard : Guard
+            The one that judged it.
+        requests : Requests
+            Of its batch.
+        index : int
+            Of the request in its batch.
+        """
+        metrics, model, verdict, kind = self.metrics, self.model, outcome.verdict, outcome.kind
+        action = verdict.action if verdict is not None and kind == "poisoned" else "none"
+        metrics.count("guard_requests_total", model, str(status))
+        metrics.count("guard_verdicts_total", model, kind, action)
+        if verdict is not None:
+            metrics.observe("guard_p_value", model, value=verdict.p_value)
+        if self.spans is not None and outcome.decided_ns is not None:
+            self.spans.add(
+                requests.get_all_request_header(index),
+                outcome.decided_ns,
+                model=model,
+                bundle=guard.digest,
+                verdict=kind,
+                action=action,
+                p_value=verdict.p_value if verdict is not None else None,
+            )
+        if kind == "clean":
+            if verdict is not None and verdict.p_value <= low_p_value(guard):
+                metrics.count("guard_unflagged_low_total", model)
+            return
+        detectors = self._fired(guard, verdict) if verdict is not None else []
+        for name in detectors:
+            metrics.count("guard_detector_fired_total", model, label_value(name))
+        if kind == "bypassed":
+            metrics.count("guard_bypassed_total", model, outcome.reason)
+        told: dict[str, Any] = {
+            "request_id": loggable_id(requests.get_request_id(index)),
+            "bundle": guard.digest,
+            "verdict": kind,
+            "action": action,
+            "status": status,
+            "reason": outcome.reason,
+            "detectors": detectors,
+            "trace_id": trace_id(requests.get_all_request_header(index)),
+        }
+        if verdict is not None:
+            told |= {"label": verdict.label, "p_value": verdict.p_value}
+        self.log.write("request", **{name: value for name, value in told.items() if value not in ("", [], None)})
+
+    def stages(self, total_seconds: float, guard_seconds: float) -> None:
+        """Report how long one batch took: the user's own part, and the guard's."""
+        name = "guard_stage_duration_seconds"
+        self.metrics.observe(name, self.model, "handler", value=total_seconds - guard_seconds)
+        self.metrics.observe(name, self.model, "guard", value=guard_seconds)
+
+    def sent_to_review(self, receipts: Sequence[Receipt]) -> None:
+        """Count what became of flagged requests in the queue."""
+        for receipt in receipts:
+            if receipt == "queued":
+                self.metrics.count("guard_queued_total", self.model)
+            else:
+                self.metrics.count("guard_shed_total", self.model, _SHED[receipt])
+
+    def _declare(self, guard: Guard) -> None:
+        actions = ("relabel", "flag") if guard.action == "relabel" else (guard.action,)  # a backup may abstain
+        for kind in OUTCOMES:
+            for action in actions if kind == "poisoned" else ("none",):
+                self.metrics.count("guard_verdicts_total", self.model, kind, action, amount=0)
+        for name in guard.ensemble.names:
+            self.metrics.count("guard_detector_fired_total", self.model, label_value(name), amount=0)
+        self.metrics.set("guard_bundle_info", self.model, str(guard.digest), value=1)
+
+    @staticmethod
+    def _fired(guard: Guard, verdict: Verdict) -> list[str]:
+        raw = np.array([list(verdict.detector_scores.values())])
+        beyond = fired(guard.fusion.surprise(raw)[0], guard.config.mode, guard.config.false_positive_rate)
+        return [name for name, is_beyond in zip(verdict.detector_scores, beyond.tolist(), strict=True) if is_beyond]
+
+
+def low_p_value(guard: Guard) -> float:
+    """Return the p-value that a tenth of clean, unflagged traffic does not exceed, as long as it is like at `fit`.
+
+    P-values of clean inputs are uniform, and those up to the rate are flagged: what is left lies in (rate, 1]. `paper`
+    mode knows no requested rate; there, the one that it realised counts.
+    """
+    rate = guard.realised_false_positive_rate if guard.config.mode == "paper" else guard.config.false_positive_rate
+    return rate + 0.1 * (1 - rate)
