@@ -71,7 +71,7 @@ def shown_item(html: str) -> int | None:
 
 def small_bundle(folder: Path, class_names: list[str] | None, features: np.ndarray, labels: np.ndarray) -> str:
     """Write a bundle that holds just what the page reads, and return its digest."""
-    document = {"class_names": class_names, "settings": {"mode": "calibrated"}}
+    document = {"class_names": class_names, "settings": {"mode": "calibrated", "false_positive_rate": 0.01}}
     arrays = {"reference.features": features.astype(np.float32), "labels": labels.astype(np.int64)}
     return write_bundle(folder, document, arrays).name
 

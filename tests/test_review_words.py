@@ -75,7 +75,7 @@ def test_label_of_refuses_what_is_no_class(text):
 
 def test_signs_say_which_kinds_fired_and_where():
     item = flagged(surprise={"lof:features": 1.0, "lof:conv": 3.0, "disagreement:features": math.log(1500)})
-    head, lof = words.signs(item, "Stop", "calibrated")
+    head, lof = words.signs(item, "Stop", "calibrated", 0.01)
     assert head.text == "A second head, trained on clean images only, does not say Stop"
     assert head.fired
     assert head.places == [("the last layer", "1 in 1,500 clean images", True)]
@@ -84,15 +84,21 @@ def test_signs_say_which_kinds_fired_and_where():
     assert [place for place, _, _ in lof.places] == ["layer conv", "the last layer"]
 
 
+@pytest.mark.parametrize(("rate", "fires"), [(0.05, True), (0.04, False)])
+def test_sign_fires_where_the_detector_alone_would_flag_at_the_requested_rate(rate, fires):
+    [sign] = words.signs(flagged(surprise={"lof:features": -math.log(0.045)}), "Stop", "calibrated", rate)
+    assert (sign.fired, sign.places[0][2]) == (fires, fires)
+
+
 def test_signs_in_paper_mode_go_by_the_thresholds():
     item = flagged(surprise={"lof:norms": 0.1, "disagreement:features": -5.0})
-    lof, head = words.signs(item, "Stop", "paper")
+    lof, head = words.signs(item, "Stop", "paper", 0.01)
     assert (lof.fired, lof.places[0][1]) == (True, "above its threshold")
     assert (head.fired, head.places[0][1]) == (False, "below its threshold")
 
 
 def test_sign_of_an_unknown_detector_is_told_by_its_name():
-    [sign] = words.signs(flagged(surprise={"shadow:x": 9.0}), "Stop", None)
+    [sign] = words.signs(flagged(surprise={"shadow:x": 9.0}), "Stop", None, None)
     assert sign.text == "shadow fired"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -125,14 +125,14 @@ class RetrainerCollector(_FromQueue):
         return [_counter(RETRAINER_METRICS["guard_retrain_runs_total"], told)]
 
 
-def _gauge(metric: Declared, samples: list[tuple[tuple[str, ...], float]]) -> Metric:
+def _gauge(metric: Declared, samples: Sequence[tuple[tuple[str, ...], float]]) -> Metric:
     family = GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)
     for labels, value in samples:
         family.add_metric(labels, value)
     return family
 
 
-def _counter(metric: Declared, samples: list[tuple[tuple[str, ...], float]]) -> Metric:
+def _counter(metric: Declared, samples: Sequence[tuple[tuple[str, ...], float]]) -> Metric:
     family = CounterMetricFamily(metric.name, metric.help, labels=metric.labels)
     for labels, value in samples:
         family.add_metric(labels, value)

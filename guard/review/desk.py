@@ -249,7 +249,12 @@ class Desk:
             item,
             names,
             words.label_keys(names),
-            words.signs(flagged, names[flagged.suspect_label], known.mode if known else None),
+            words.signs(
+                flagged,
+                names[flagged.suspect_label],
+                known.mode if known else None,
+                known.false_positive_rate if known else None,
+            ),
             words.suspect_confidence(flagged),
             neighbours,
             why_not,

@@ -28,6 +28,8 @@ class KnownBundle:
     class_names : tuple of str or None
     mode : str
         `calibrated` or `paper`; says what a detector's surprise means.
+    false_positive_rate : float
+        The requested one.
     features : ndarray of shape (n, d), float32
         Of the clean reference, at the split layer.
     squares : ndarray of shape (n,), float64
@@ -39,6 +41,7 @@ class KnownBundle:
     digest: str
     class_names: tuple[str, ...] | None
     mode: str
+    false_positive_rate: float
     features: Float32Array
     squares: Float64Array
     labels: IntArray
@@ -105,6 +108,7 @@ def _read(path: Path) -> KnownBundle | None:
         stored.digest,
         tuple(names) if names else None,
         stored.document["settings"]["mode"],
+        stored.document["settings"]["false_positive_rate"],
         features,
         np.einsum("ij,ij->i", features, features, dtype=np.float64),
         stored.arrays["labels"],

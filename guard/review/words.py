@@ -10,14 +10,15 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from guard.config import GuardConfig
+from guard.fusion import fired
 from guard.relabel.items import FlaggedInput
 
 #: Keys with a meaning of their own on the page; they are no class's key.
 RESERVED_KEYS = "pfsuoxv"
-#: A detector counts as fired when at most one clean image in this many is as unusual.
-FIRED_ONE_IN = 50
 
 _FEATURES = "the last layer"
+_USUAL_RATE: float = GuardConfig.model_fields["false_positive_rate"].default
 #: Kind of a detector -> what it says when it fires, given the suspect's answer.
 _FIRED = {
     "lof": "Unlike any clean image that the model calls {label}",
@@ -54,7 +55,7 @@ class Sign:
     share: float
 
 
-def signs(flagged: FlaggedInput, label_name: str, mode: str | None) -> list[Sign]:
+def signs(flagged: FlaggedInput, label_name: str, mode: str | None, rate: float | None) -> list[Sign]:
     """Return what each kind of detector says of a flagged input, those that fired first.
 
     Parameters
@@ -64,6 +65,8 @@ def signs(flagged: FlaggedInput, label_name: str, mode: str | None) -> list[Sign
         Of the suspect's answer.
     mode : str or None
         Of the bundle. In `paper` mode a detector fires above its own threshold; else surprise is -log of a p-value.
+    rate : float or None
+        Requested false-positive rate of the bundle; None: the usual one. A detector counts as fired by `fusion.fired`.
     """
     by_kind: dict[str, list[tuple[str, float]]] = {}
     for name, surprise in flagged.surprise.items():
@@ -72,11 +75,15 @@ def signs(flagged: FlaggedInput, label_name: str, mode: str | None) -> list[Sign
     found = []
     for kind, places in by_kind.items():
         places.sort(key=lambda entry: -entry[1])
-        told = [(_place(place), *_unusual(surprise, mode)) for place, surprise in places]
-        fired = any(is_fired for _, _, is_fired in told)
-        words = (_FIRED if fired else _QUIET).get(kind, f"{kind} {'fired' if fired else 'did not fire'}")
+        beyond = fired(np.array([surprise for _, surprise in places]), mode or "calibrated", rate or _USUAL_RATE)
+        told = [
+            (_place(place), _unusual(surprise, mode), bool(is_fired))
+            for (place, surprise), is_fired in zip(places, beyond, strict=True)
+        ]
+        any_fired = bool(beyond.any())
+        words = (_FIRED if any_fired else _QUIET).get(kind, f"{kind} {'fired' if any_fired else 'did not fire'}")
         share = min(1.0, max(0.0, places[0][1] / (math.log(10_000) if mode != "paper" else 2.0)))
-        found.append(Sign(words.format(label=label_name), fired, told, share))
+        found.append(Sign(words.format(label=label_name), any_fired, told, share))
     return sorted(found, key=lambda sign: (not sign.fired, -sign.share))
 
 
@@ -84,10 +91,10 @@ def _place(name: str) -> str:
     return _FEATURES if name in ("features", "") else f"layer {name}"
 
 
-def _unusual(surprise: float, mode: str | None) -> tuple[str, bool]:
+def _unusual(surprise: float, mode: str | None) -> str:
     if mode == "paper":
-        return ("above its threshold" if surprise > 0 else "below its threshold"), surprise > 0
-    return one_in(math.exp(-min(max(surprise, 0.0), 700.0))), surprise >= math.log(FIRED_ONE_IN)
+        return "above its threshold" if surprise > 0 else "below its threshold"
+    return one_in(math.exp(-min(max(surprise, 0.0), 700.0)))
 
 
 def one_in(p_value: float) -> str:
