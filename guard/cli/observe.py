@@ -26,6 +26,10 @@ def observe(
     data_dir: Annotated[Path | None, typer.Option(help="Folder of its data; default: a temporary one.")] = None,
     prometheus: Annotated[Path | None, typer.Option(help="The program; default is the one on PATH.")] = None,
     scrape_seconds: Annotated[float, typer.Option(help="Seconds between two scrapes.")] = 5.0,
+    rules: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="<path>", help="File of rules instead of the package's; may be repeated."),
+    ] = None,
 ) -> None:
     """Watch servers with an installed Prometheus until Ctrl-C.
 
@@ -40,6 +44,9 @@ def observe(
         raise ConfigError(f"--port must be in [0, 65535], got {port}.")
     if not 0.1 <= scrape_seconds <= 120:
         raise ConfigError(f"--scrape-seconds must be in [0.1, 120], got {scrape_seconds:g}.")
+    for file in rules or ():
+        if not file.is_file():
+            raise ConfigError(f"--rules: there is no file {file}.")
     stopped = threading.Event()
     is_ready = threading.Event()
 
@@ -61,7 +68,12 @@ def observe(
         if not found:
             raise ObservingError(f"there is no target in {targets}. Start `guard serve`, and name the file it prints.")
         instance = PrometheusInstance(
-            targets, program=prometheus, port=port, data_dir=data_dir, scrape_seconds=scrape_seconds
+            targets,
+            program=prometheus,
+            port=port,
+            data_dir=data_dir,
+            scrape_seconds=scrape_seconds,
+            rules=rules or (),
         )
         with progress_bar("starting Prometheus", share_known=False):
             instance.start()

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,7 +47,7 @@ def find_prometheus(named: Path | None = None) -> Path:
     return Path(found)
 
 
-def prometheus_settings(targets: Path, scrape_seconds: float) -> dict[str, Any]:
+def prometheus_settings(targets: Path, scrape_seconds: float, rules: Sequence[Path] = ()) -> dict[str, Any]:
     """Return the shipped `prometheus.yml` for one machine: with full paths, and this file of targets.
 
     Parameters
@@ -55,11 +56,14 @@ def prometheus_settings(targets: Path, scrape_seconds: float) -> dict[str, Any]:
         JSON as Prometheus' file_sd has it; followed while it runs.
     scrape_seconds : float
         Between two scrapes, and between two evaluations of the rules.
+    rules : sequence of Path
+        Files of rules; empty = the shipped ones.
     """
     settings: dict[str, Any] = yaml.safe_load(resource_path("prometheus.yml").read_text(encoding="utf-8"))
     interval = f"{max(1, round(1000 * scrape_seconds))}ms"
     settings["global"] |= {"scrape_interval": interval, "evaluation_interval": interval, "scrape_timeout": interval}
-    settings["rule_files"] = [str(resource_path(RULES[name]).absolute()) for name in settings["rule_files"]]
+    chosen = rules or [resource_path(RULES[name]) for name in settings["rule_files"]]
+    settings["rule_files"] = [str(file.absolute()) for file in chosen]
     (job,) = settings["scrape_configs"]
     pattern = re.sub(r"([*?\[\\])", r"\\\1", str(targets.absolute()))  # it is a name, not a pattern
     job["file_sd_configs"] = [{"files": [pattern], "refresh_interval": "5s"}]
@@ -81,6 +85,8 @@ class PrometheusInstance:
         Folder of its data, kept; default is a temporary one, removed by `stop`.
     scrape_seconds : float
         Between two scrapes.
+    rules : sequence of Path
+        Files of rules instead of the shipped ones.
     """
 
     def __init__(
@@ -91,10 +97,12 @@ class PrometheusInstance:
         port: int = 0,
         data_dir: Path | None = None,
         scrape_seconds: float = 5.0,
+        rules: Sequence[Path] = (),
     ) -> None:
         self.targets = targets
         self.program = program
         self.scrape_seconds = scrape_seconds
+        self.rules = tuple(rules)
         self._requested_port = port
         self._requested_dir = data_dir
         self._process: subprocess.Popen[bytes] | None = None
@@ -118,7 +126,7 @@ class PrometheusInstance:
         folder = self.data_dir = (self._requested_dir or Path(tempfile.mkdtemp(prefix="guard-prom-"))).absolute()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            settings = yaml.safe_dump(prometheus_settings(self.targets, self.scrape_seconds), sort_keys=False)
+            settings = yaml.safe_dump(prometheus_settings(self.targets, self.scrape_seconds, self.rules), sort_keys=False)
             (folder / "prometheus.yml").write_text(settings, encoding="utf-8")
             self._process, _ = start_supervised(
                 [
