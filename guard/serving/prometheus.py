@@ -126,8 +126,8 @@ class PrometheusInstance:
         folder = self.data_dir = (self._requested_dir or Path(tempfile.mkdtemp(prefix="guard-prom-"))).absolute()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            settings = yaml.safe_dump(prometheus_settings(self.targets, self.scrape_seconds, self.rules), sort_keys=False)
-            (folder / "prometheus.yml").write_text(settings, encoding="utf-8")
+            settings = prometheus_settings(self.targets, self.scrape_seconds, self.rules)
+            (folder / "prometheus.yml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
             self._process, _ = start_supervised(
                 [
                     str(program),
