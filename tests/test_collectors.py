@@ -1,0 +1,181 @@
+"""Metrics of the review page and the retrainer: what the queue's database says, at every scrape anew."""
+
+from __future__ import annotations
+
+import socket
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+from queue_helpers import START, Clock, flagged
+
+from guard.errors import ObservingError, QueueUnavailable
+from guard.observing import statements
+from guard.observing.collectors import COMPANION_METRICS, PAGE_METRICS, QueueCollector, RetrainerCollector
+from guard.observing.exporting import exporting
+from guard.relabel.database import Database
+from guard.relabel.items import State
+from guard.relabel.queue import Queue
+from guard.relabel.rounds import Rounds
+
+
+@pytest.fixture
+def queue(queue_url: str) -> Iterator[Queue]:
+    """Six items of two models, one of them gold; answers given, withdrawn, overturned."""
+    clock = Clock()
+    with Queue.open(queue_url, clock=clock) as opened:
+        for number in range(5):
+            clock.advance(minutes=1)
+            opened.enqueue([flagged(number, model="digits" if number < 4 else "signs", received_at=clock())])
+        opened.add_gold(flagged(9), True, 1)
+        yield opened
+
+
+def samples(collector: QueueCollector | RetrainerCollector) -> dict[tuple[str, ...], float]:
+    """Return what a scrape sees: (name, label values) -> value."""
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return {(s.name, *s.labels.values()): s.value for family in registry.collect() for s in family.samples}
+
+
+def answer(queue: Queue, item_id: int, is_poisoned: bool, label: int | None, reviewer: str = "ada") -> int:
+    queue.claim_items(reviewer, [item_id])
+    return queue.decide(reviewer, item_id, is_poisoned=is_poisoned, true_label=label).id
+
+
+def test_queue_collector_counts_items_by_model_and_state_without_gold(queue: Queue) -> None:
+    queue.claim_items("ada", [2])
+    answer(queue, 3, True, 1)
+    found = samples(QueueCollector(queue))
+    assert found["guard_queue_up",] == 1
+    items = {key[1:]: value for key, value in found.items() if key[0] == "guard_queue_items"}
+    assert set(items) == {(model, state) for model in ("digits", "signs") for state in State}
+    assert {key: value for key, value in items.items() if value} == {
+        ("digits", "pending"): 2,
+        ("digits", "claimed"): 1,
+        ("digits", "decided"): 1,
+        ("signs", "pending"): 1,
+    }
+
+
+def test_queue_collector_tells_when_the_oldest_pending_item_came(queue: Queue) -> None:
+    name = "guard_queue_oldest_item_timestamp_seconds"
+    assert samples(QueueCollector(queue))[name, "digits"] == START.timestamp() + 60
+    answer(queue, 1, False, 3)
+    assert samples(QueueCollector(queue))[name, "digits"] == START.timestamp() + 120
+    answer(queue, 5, False, 3)
+    found = samples(QueueCollector(queue))
+    assert (name, "signs") not in found  # nothing is pending, so that nothing is old
+    assert found["guard_queue_items", "signs", "pending"] == 0
+
+
+def test_queue_collector_counts_what_reviewers_said_and_took_back(queue: Queue) -> None:
+    first = answer(queue, 1, True, 1)
+    second = answer(queue, 2, False, 3)
+    third = answer(queue, 3, True, 2, "bob")
+    answer(queue, 6, True, 1)  # gold: measures the reviewer, and is nobody's request
+    queue.withdraw("ada", second)
+    queue.supersede("bob", first, is_poisoned=False, true_label=3)  # another's answer, something else
+    queue.supersede("bob", third, is_poisoned=True, true_label=2, note="sure")  # one's own, the same again
+    found = samples(QueueCollector(queue))
+    said = {key[1]: value for key, value in found.items() if key[0] == "guard_review_decisions_total"}
+    assert said == {"poisoned": 3, "false_alarm": 2, "withdrawn": 1}
+    assert found["guard_review_overturned_total",] == 1
+    last = answer(queue, 4, True, 2)
+    queue.supersede("ada", last, is_poisoned=True, true_label=5)  # another label, by oneself
+    assert samples(QueueCollector(queue))["guard_review_overturned_total",] == 2
+
+
+def test_retrainer_collector_counts_runs_of_its_model_that_are_over(queue: Queue) -> None:
+    rounds = Rounds(queue)
+    for model, outcome in (("digits", "promoted"), ("digits", "refused"), ("digits", "refused"), ("signs", "failed")):
+        rounds.finish(rounds.begin(model, 1), outcome, {})
+    waiting = rounds.begin("digits", 1)
+    rounds.finish(waiting, "canary", {})
+    rounds.begin("digits", 1)
+    collector = RetrainerCollector(queue, "digits")
+    name = "guard_retrain_runs_total"
+    expected = {(name, "digits", "promoted"): 1, (name, "digits", "refused"): 2, (name, "digits", "failed"): 0}
+    assert samples(collector) == {("guard_queue_up",): 1, **expected}
+    rounds.finish(waiting, "promoted", {})
+    assert samples(collector)[name, "digits", "promoted"] == 2
+
+
+def test_database_that_is_away_is_no_zero_and_no_crash(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object) -> None:
+        raise QueueUnavailable("gone.")
+
+    monkeypatch.setattr(Database, "_transaction", away)
+    assert samples(QueueCollector(queue)) == {("guard_queue_up",): 0}
+    assert samples(RetrainerCollector(queue, "digits")) == {("guard_queue_up",): 0}
+    monkeypatch.undo()
+    assert samples(QueueCollector(queue))["guard_queue_up",] == 1
+
+
+def test_sqlite_file_that_was_replaced_by_nonsense_is_away(sqlite_template, tmp_path) -> None:
+    file = tmp_path / "queue.db"
+    file.write_bytes(sqlite_template.read_bytes())
+    with Queue.open(f"sqlite:///{file}") as queue:
+        queue.database.engine.dispose()
+        file.write_bytes(b"no database" * 1000)
+        assert samples(QueueCollector(queue)) == {("guard_queue_up",): 0}
+
+
+@pytest.mark.parametrize("statement", [statements.ITEMS, statements.DECISIONS], ids=["items", "decisions"])
+def test_scrape_reads_each_table_once_and_no_images(queue: Queue, statement) -> None:
+    text = str(statement.compile(queue.database.engine, compile_kwargs={"literal_binds": True}))
+    assert "blobs" not in text
+    if not queue.database.is_sqlite:
+        return
+    with queue.database.reading() as connection:
+        plan = [row[-1] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}")]
+    scans = [step for step in plan if step.startswith("SCAN")]
+    assert len(scans) == 1
+    assert all("INTEGER PRIMARY KEY" in step for step in plan if step.startswith("SEARCH"))
+
+
+def test_every_exported_metric_is_declared_with_its_labels(queue: Queue) -> None:
+    answer(queue, 1, True, 1)
+    for collector in (QueueCollector(queue), RetrainerCollector(queue, "digits")):
+        for family in collector.collect():
+            for sample in family.samples:
+                declared = COMPANION_METRICS[sample.name]
+                assert (family.type, tuple(sample.labels)) == (declared.kind, declared.labels)
+                assert family.documentation == declared.help
+
+
+# --- the endpoint
+
+
+def test_exporting_serves_what_the_database_says_now(queue: Queue) -> None:
+    with exporting(0, QueueCollector(queue)) as url:
+        assert url.startswith("http://127.0.0.1:")
+        for expected in (4, 3):
+            with urllib.request.urlopen(url, timeout=30) as reply:
+                page = reply.read().decode()
+            found = {
+                (sample.name, *sample.labels.values()): sample.value
+                for family in text_string_to_metric_families(page)
+                for sample in family.samples
+            }
+            assert found["guard_queue_items", "digits", "pending"] == expected
+            assert {name for name, *_ in found} == {"guard_queue_up", *PAGE_METRICS}
+            queue.claim_items("ada", [1])
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(url, timeout=5)
+
+
+def test_port_that_is_taken_or_none_is_one_clear_line(queue: Queue) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(ObservingError, match=rf"^metrics cannot be served on port {port}: .*--metrics-port"),
+            exporting(port, QueueCollector(queue)),
+        ):
+            pass
+    with pytest.raises(ObservingError, match="--metrics-port must be in"), exporting(70000, QueueCollector(queue)):
+        pass
