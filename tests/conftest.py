@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from browser_helpers import EXPECTED, FLAGS, PATIENCE, OpenPage, chromium
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
 from queue_helpers import PostgresServer, empty_postgresql_queue, postgresql_folder
 
 from guard import Activations, Guard, GuardConfig, SuspectModel
@@ -132,3 +134,41 @@ def queue_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     url: str = request.getfixturevalue("postgresql_url")
     empty_postgresql_queue(url)
     return url
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A real Chromium, started once."""
+    program = chromium()
+    if program is None:
+        pytest.skip("there is no chromium here: install Debian's package chromium")
+    with sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=program, args=list(FLAGS))
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def open_page(browser: Browser) -> Iterator[OpenPage]:
+    """Open pages, each as a browser of its own; at the end no script may have failed or been stopped by the policy."""
+    contexts: list[BrowserContext] = []
+    problems: list[str] = []
+
+    def note(message: ConsoleMessage) -> None:
+        if message.type == "error" and not EXPECTED.search(message.text):
+            problems.append(message.text)
+
+    def open_it(url: str, **settings: object) -> Page:
+        contexts.append(browser.new_context(**settings))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(PATIENCE)
+        page.on("console", note)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("dialog", lambda dialog: (problems.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.goto(url)
+        return page
+
+    yield open_it
+    for context in contexts:
+        context.close()
+    assert problems == []

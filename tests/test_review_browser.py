@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, expect, sync_playwright
+from browser_helpers import PATIENCE, log_in
+from playwright.sync_api import Page, expect
 from review_helpers import N_CLASSES, desk_of, picture, small_bundle
 from torch import nn
 
@@ -20,34 +21,6 @@ from guard.review import Desk
 from guard.review.known_bundles import KnownBundles
 from guard.review.occlusion import Occlusion
 from guard.review.server import serving_in_thread
-
-FLAGS = (
-    "--no-sandbox",  # as root, in a container
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-#: Milliseconds until something that should be on the page must be there.
-PATIENCE = 10_000
-
-#: What Chromium says of answers that a test provokes, and of pictures still on their way when the server stops.
-EXPECTED = re.compile(r"(status of|Error Code) (401|409|422|429|503)|ERR_CONNECTION_REFUSED")
-
-OpenPage = Callable[..., Page]
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("there is no chromium here: install Debian's package chromium")
-    with sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=program, args=list(FLAGS))
-        yield opened
-        opened.close()
 
 
 @pytest.fixture
@@ -62,41 +35,6 @@ def desk(queue: Queue) -> Desk:
     """Five flagged inputs of ten classes, the first the most suspicious."""
     queue.enqueue([picture(number) for number in range(5)])
     return desk_of(queue)
-
-
-@pytest.fixture
-def open_page(browser: Browser) -> Iterator[OpenPage]:
-    """Open pages, each as a browser of its own; at the end no script may have failed or been stopped by the policy."""
-    contexts: list[BrowserContext] = []
-    problems: list[str] = []
-
-    def note(message: ConsoleMessage) -> None:
-        if message.type == "error" and not EXPECTED.search(message.text):
-            problems.append(message.text)
-
-    def open_it(url: str, **settings: object) -> Page:
-        contexts.append(browser.new_context(**settings))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(PATIENCE)
-        page.on("console", note)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("dialog", lambda dialog: (problems.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.goto(url)
-        return page
-
-    yield open_it
-    for context in contexts:
-        context.close()
-    assert problems == []
-
-
-def log_in(page: Page, name: str, token: str) -> None:
-    """Log in by keyboard alone: the first field has the focus."""
-    page.keyboard.type(name)
-    page.keyboard.press("Tab")
-    page.keyboard.type(token)
-    page.keyboard.press("Enter")
-    page.wait_for_url("**/review*")
 
 
 def shows(page: Page, item: int) -> None:

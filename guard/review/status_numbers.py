@@ -157,18 +157,26 @@ class Numbers:
     def drift(self) -> Drift | None:
         """Of the whole span; None with too few clean requests."""
         total = self.history.total
+        if not self._counts_low:
+            return None
         return _drift(total("guard_unflagged_low_total"), total("guard_verdicts_total", "clean"))
 
     @property
     def drift_lately(self) -> Drift | None:
         """Of the last sixth of the span; None with too few clean requests."""
         history = self.history
+        if not self._counts_low:
+            return None
         last = -(history.span.points // 6)
         low, clean = (
             sum(rate or 0.0 for rate in rates[last:]) * history.span.step
             for rates in (history.rate("guard_unflagged_low_total"), history.rate("guard_verdicts_total", "clean"))
         )
         return _drift(low, clean)
+
+    @property
+    def _counts_low(self) -> bool:
+        return any(key.name == "guard_unflagged_low_total" for key in self.history.totals)
 
     def milliseconds(self, stage: str, share: float) -> float | None:
         """Return a quantile of what a stage took per batch."""

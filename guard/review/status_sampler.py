@@ -40,7 +40,7 @@ class Ring:
 
     def add(self, now: float, counts: Float64Array) -> None:
         """Keep a sample, unless the last one is too young."""
-        if not self.times or now - self.times[-1] >= 0.9 * self.step:
+        if not self.times or now - self.times[-1] >= self.step - 0.5 * RINGS[0][0]:
             self.times.append(now)
             self.counts.append(counts)
 

@@ -85,7 +85,7 @@ def _of_metrics(numbers: Numbers) -> list[Finding]:
     if not numbers.has_metrics:
         found.append(Finding("look", "the page was given no metrics address: start it with --metrics-url"))
     for line in history.away:
-        found.append(Finding("bad" if history.is_away else "look", line))
+        found.append(Finding("bad" if history.is_away else "look", f"numbers are missing: {line}"))
     if bypassed := verdicts["bypassed"]:
         reasons = history.parts("guard_bypassed_total")
         told = ", ".join(

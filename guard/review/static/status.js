@@ -15,6 +15,8 @@
     value == null ? "–" : value.toLocaleString("en", { maximumFractionDigits: value >= 100 ? 0 : digits });
   const data = () => JSON.parse(document.getElementById("chart-data").dataset.charts);
 
+  const half = (plot) => (plot.data[0][1] - plot.data[0][0]) / 2;
+
   function options(chart, width, tones) {
     const font = "11px system-ui, sans-serif";
     const bars = chart.bars;
@@ -27,7 +29,11 @@
         live: true,
         markers: { width: 2, dash: (_, at) => (at && chart.lines[at - 1].dashed ? "dashed" : "solid"), fill: () => "transparent" },
       },
-      scales: { x: { time: true }, y: { range: (_, low, high) => [0, high > 0 ? 1.08 * high : 1] } },
+      scales: {
+        // Half an interval on both sides: the outer bars are as whole as the others.
+        x: { time: true, range: (plot, low, high) => [low - half(plot), high + half(plot)] },
+        y: { range: (_, low, high) => [0, high > 0 ? 1.08 * high : 1] },
+      },
       axes: [
         { ...axis, space: 64, size: 26, values: (_, ticks) => ticks.map(clock) },
         { ...axis, size: 44, values: (_, ticks) => ticks.map((tick) => shown(tick, 2)) },
@@ -124,7 +130,9 @@
     tell();
     setInterval(refresh, EVERY_MS);
     document.addEventListener("visibilitychange", refresh);
-    document.getElementById("status-live").addEventListener("htmx:afterRequest", (event) => {
+    const live = document.getElementById("status-live");
+    live.addEventListener("htmx:sendError", (event) => event.stopPropagation());  // it is no answer that was lost
+    live.addEventListener("htmx:afterRequest", (event) => {
       if (event.detail.successful) {
         if (lost) offline("");
         lost = "";
