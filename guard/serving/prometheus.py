@@ -140,7 +140,7 @@ class PrometheusInstance:
                 log=folder / "prometheus.log",
                 environment=os.environ,
                 grace_seconds=_GRACE_SECONDS,
-                remove=[] if self._requested_dir is not None else [folder],
+                remove=[] if self._requested_dir is not None else [folder / "data"],  # not the log, which is read below
             )
             self._wait_ready()
         except OSError as error:
