@@ -98,6 +98,12 @@ def test_options_that_go_together(database, capsys, option):
     assert "go together" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--metrics-url", "--prometheus"])
+def test_address_for_the_status_page_that_is_none_is_one_line(database, capsys, option):
+    assert run(["review", "--queue", database, option, "localhost"]) == 2
+    assert f"{option} must be an http or https address, got 'localhost'" in " ".join(capsys.readouterr().err.split())
+
+
 def test_port_in_use_is_a_clear_error():
     with listening_socket("127.0.0.1", 0) as taken:
         taken.listen()
@@ -108,6 +114,7 @@ def test_port_in_use_is_a_clear_error():
 
 def test_review_serves_until_it_is_stopped(database):
     command = [sys.executable, "-m", "guard.cli", "review", "--queue", database, "--port", "0"]
+    command += ["--metrics-url", "http://127.0.0.1:9"]  # nothing is there, which is no reason not to start
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         watchdog = threading.Timer(60, process.kill)

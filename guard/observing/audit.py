@@ -183,7 +183,7 @@ def _note_edges(findings: _Findings, books: Books, inside: list[Noted] | None, s
     edge = timedelta(seconds=books.edge_s)
     noted = 0
     if inside is not None:
-        noted = sum(one.time < start + edge or one.time >= end - edge for one in inside)
+        noted = sum((books.has_begin and one.time < start + edge) or one.time >= end - edge for one in inside)
     near = max(books.near_ends, noted)
     if near:
         findings.notes.append(

@@ -41,6 +41,8 @@ class Books:
         Requests counted so near an end of the window that they may belong to the other side of it.
     edge_s : float
         How near that is, in seconds.
+    has_begin : bool
+        False if everything since the servers' start was counted: then nothing lies near the begin of the window.
     notes : list of str
         What a reader must know of these counts.
     """
@@ -51,6 +53,7 @@ class Books:
     shed: Counter[str] = field(default_factory=Counter)
     near_ends: int = 0
     edge_s: float = FLUSH_S
+    has_begin: bool = True
     notes: list[str] = field(default_factory=list)
 
     def add(self, series: Series, amount: float) -> None:
@@ -74,7 +77,9 @@ def totals_since_start(urls: Sequence[str], model: str | None) -> Books:
     ObservingError
         If one does not answer.
     """
-    books = Books(notes=["metrics addresses know totals since the server's start only, not the window"])
+    books = Books(
+        has_begin=False, notes=["metrics addresses know totals since the server's start only, not the window"]
+    )
     for url in urls:
         for series, value in read_endpoint(metrics_address(url)).items():
             if model is None or series.label("model") == label_value(model):
