@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +27,19 @@ from serving_helpers import png
 from guard import Guard
 from guard.attacks import MnistCnn, Poisoned
 from guard.bundle import BundleStore
+from guard.observing.audit import AuditReport, audit
 from guard.relabel.address import queue_url
 from guard.relabel.queue import Queue
 from guard.relabel.reviewers import Reviewers
-from guard.serving.client import Client
+from guard.serving.client import Client, Reply
 from guard.serving.guarded import ServedModel, make_guarded_archive
 from guard.serving.ports import choose_ports
+from guard.serving.prometheus import PrometheusInstance
+from guard.telemetry import label_value
 
 pytestmark = pytest.mark.torchserve
 
+ROOT = Path(__file__).resolve().parent.parent
 JSON = {"Content-Type": "application/json"}
 
 
@@ -44,6 +54,8 @@ class Together:
     key: str
     page: Client
     logs: Path
+    metrics: str
+    prometheus: PrometheusInstance | None
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
@@ -52,6 +64,14 @@ def wait_for(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     return found
+
+
+def query(prometheus: PrometheusInstance, expression: str) -> list[dict[str, Any]]:
+    """Return the series that an expression gives now, each with a value that is a number."""
+    asked_for = urllib.parse.urlencode({"query": expression})
+    with urllib.request.urlopen(f"{prometheus.url}/api/v1/query?{asked_for}", timeout=30) as reply:
+        found: list[dict[str, Any]] = json.load(reply)["data"]["result"]
+    return [series for series in found if series["value"][1] != "NaN"]
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
@@ -86,6 +106,7 @@ def together(
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "GUARD_QUEUE_URL": url},
     )
+    beside = contextlib.ExitStack()
     try:
         assert process.stdout is not None
         ready = process.stdout.readline()
@@ -93,12 +114,22 @@ def together(
         key_file = Path(process.stdout.readline().removeprefix("keys in ").strip())
         lines = [process.stdout.readline() for _ in range(3)]
         assert f"review page on http://127.0.0.1:{port}\n" in lines
+        targets = folder / "run" / "targets.json"
+        assert f"to watch it: guard observe --targets {targets}\n" in lines
         page = Client(f"http://127.0.0.1:{port}", token=token)
         wait_for(lambda: page.request("GET", "/api/v1/counts").status == 200)
         key = json.loads(key_file.read_text())["inference"]["key"]
-        yield Together(process, folder, url, ready.split()[5].rstrip(";"), key, page, folder / "run" / "logs")
+        prometheus = None
+        if shutil.which("prometheus") is not None:
+            prometheus = PrometheusInstance(targets, scrape_seconds=1.0).start()
+            beside.callback(prometheus.stop)
+            wait_for(lambda: len(query(prometheus, 'up{job=~"guard-.*"} == 1')) == 3)
+            wait_for(lambda: query(prometheus, "guard_verdicts_total"))
+        logs, (server, metrics) = folder / "run" / "logs", (ready.split()[5].rstrip(";"), ready.split()[-1])
+        yield Together(process, folder, url, server, key, page, logs, metrics, prometheus)
         page.close()
     finally:
+        beside.close()
         process.kill()
         process.wait()
 
@@ -110,6 +141,52 @@ def asked(together: Together, method: str, path: str, body: Any = None) -> Any:
     return json.loads(reply.body)
 
 
+def books_balance(together: Together, began: datetime, replies: list[Reply]) -> None:
+    """Compare what was just answered with queue and metrics, as `guard audit` does."""
+    log = together.folder / "client.jsonl"
+    rows = [
+        {
+            "time": began.isoformat(),
+            "request_id": reply.headers["x-request-id"],
+            "status": reply.status,
+            "verdict": reply.headers["guard-verdict"],
+            "review": reply.headers.get("guard-review", ""),
+        }
+        for reply in replies
+    ]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def report() -> AuditReport:
+        with Queue.open(together.queue) as queue:
+            return audit(
+                began, datetime.now(UTC), client_log=log, queue=queue, metrics_urls=[together.metrics], model="digits"
+            )
+
+    def balanced() -> AuditReport | None:
+        found = report()
+        return found if found.balances and found.sources["metrics"]["received"] == len(replies) else None
+
+    done = wait_for(balanced, 20.0)  # counts come once a second
+    assert done.sources["metrics"]["received"] == done.sources["client log"]["received"] == len(replies)
+    assert done.sources["queue"]["poisoned"] == done.sources["metrics"]["poisoned"] > 50
+
+
+def logged_in(together: Together) -> str:
+    """Return the cookie of somebody who has logged in on the page."""
+    with Queue.open(together.queue) as queue:
+        token = Reviewers(queue).add("eve")
+    together.page.close()
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    reply = together.page.request("POST", "/login", f"name=eve&token={token}", headers=form)
+    assert reply.status == 303
+    return reply.headers["set-cookie"].partition(";")[0]
+
+
+def status_of(together: Together, cookie: str) -> str:
+    together.page.close()
+    return together.page.request("GET", "/status", headers={"Cookie": cookie}).body.decode()
+
+
 def test_flagged_requests_are_reviewed_and_the_server_takes_what_was_learned(
     together: Together, triggered: Poisoned, clean_split: Any
 ) -> None:
@@ -117,6 +194,7 @@ def test_flagged_requests_are_reviewed_and_the_server_takes_what_was_learned(
         png(image): (int(label), True) for image, label in zip(triggered.images, triggered.true_labels, strict=True)
     }
     bodies |= {png(image): (int(label), False) for image, label in zip(*clean_split.test, strict=True)}
+    began = datetime.now(UTC)
     with Client(together.url, token=together.key) as client:
         replies = {body: client.predict("digits", body, content_type="image/png") for body in list(bodies)[:80]}
         replies |= {body: client.predict("digits", body, content_type="image/png") for body in list(bodies)[-400:]}
@@ -124,6 +202,7 @@ def test_flagged_requests_are_reviewed_and_the_server_takes_what_was_learned(
         flagged = [body for body, reply in replies.items() if reply.headers["guard-verdict"] == "poisoned"]
         assert {reply.headers.get("guard-review") for reply in replies.values()} == {None, "queued"}
         assert all(replies[body].headers["guard-review"] == "queued" for body in flagged)
+        books_balance(together, began, list(replies.values()))
         counts = asked(together, "GET", "/api/v1/counts")
         assert counts["by_state"]["pending"] == len(flagged) > 50
         with Queue.open(together.queue) as queue:
@@ -142,9 +221,58 @@ def test_flagged_requests_are_reviewed_and_the_server_takes_what_was_learned(
 
         wait_for(lambda: served_bundle() != first)
         wait_for(lambda: asked(together, "GET", "/api/v1/counts")["by_state"]["trained"])
-        assert served_bundle() == BundleStore(together.folder / "bundles").active_digest()
+        active = BundleStore(together.folder / "bundles").active_digest()
+        assert served_bundle() == active
+        # The status page has it from the metrics address and the queue.
+        cookie = logged_in(together)
+        wait_for(lambda: re.search(rf'title="{active}".*\s.*active.*in use', status_of(together, cookie)))
+        page = status_of(together, cookie)
+        judged = re.search(r"([\d,]+) of ([\d,]+) requests flagged in the last hour, no bypass", page)
+        assert judged is not None
+        assert [int(number.replace(",", "")) for number in judged.groups()] >= [len(flagged), len(replies)]
+        assert re.search(rf'ada</th><td class="num">{sum(one["is_poisoned"] for one in answers)}</td>', page)
     log = (together.logs / "retrainer_of_digits.log").read_text()
     assert "promoted" in log
+
+
+def watched(together: Together) -> PrometheusInstance:
+    if together.prometheus is None:
+        pytest.skip("there is no prometheus here: install Debian's prometheus")
+    return together.prometheus
+
+
+def test_every_panel_of_the_dashboard_has_data(together: Together) -> None:
+    prometheus = watched(together)
+    for panel in json.loads((ROOT / "deploy" / "grafana" / "guard.json").read_text())["panels"]:
+        for target in panel["targets"]:
+            expression = target["expr"].replace("$__rate_interval", "1m").replace("$model", ".*")
+            wait_for(lambda one=expression: query(prometheus, one), 30)
+
+
+def test_metrics_log_and_queue_tell_the_same_of_the_requests(together: Together) -> None:
+    prometheus = watched(together)
+    lines = [json.loads(line) for line in (together.logs / "guard_log.jsonl").read_text().splitlines()]
+    flagged = [line for line in lines if line["event"] == "request"]
+    assert {line["verdict"] for line in flagged} == {"poisoned"}
+    assert [line["event"] for line in lines].count("bundle_taken") == 1
+    with Queue.open(together.queue) as queue:
+        ids = {item.input.request_id for item in queue.items(limit=1000)}
+    assert {line["request_id"] for line in flagged} == ids
+
+    def value(expression: str) -> float:
+        (series,) = query(prometheus, expression)
+        return float(series["value"][1])
+
+    wait_for(lambda: value('sum(guard_verdicts_total{verdict="poisoned"})') == len(flagged), 30)
+    assert value("sum(guard_queued_total)") == value("sum(guard_queue_items)") == len(flagged)
+    assert value("sum(guard_requests_total)") == value("sum(guard_verdicts_total)") == value("guard_p_value_count")
+    assert value('guard_retrain_runs_total{outcome="promoted"}') == 1
+    answered = value('sum(guard_review_decisions_total{decision!="withdrawn"})')
+    assert answered == value('sum(guard_queue_items{state=~"decided|trained"})') > 0
+    in_use = [series["metric"]["digest"] for series in query(prometheus, "guard_bundle_info == 1")]
+    assert in_use == [BundleStore(together.folder / "bundles").active_digest()]
+    named = {series["metric"]["detector"] for series in query(prometheus, "guard_detector_fired_total > 0")}
+    assert named == {label_value(name) for line in flagged for name in line.get("detectors", [])} != set()
 
 
 def test_companion_that_is_killed_comes_back(together: Together) -> None:
@@ -163,6 +291,8 @@ def test_companion_that_is_killed_comes_back(together: Together) -> None:
     wait_for(lambda: together.page.request("GET", "/api/v1/counts").status == 200)
     (again,) = pages()
     assert again.pid != page.pid
+    if together.prometheus is not None:  # its metrics are where they were
+        wait_for(lambda: len(query(watched(together), 'up{job=~"guard-.*"} == 1')) == 3)
 
 
 def test_ctrl_c_ends_everything(together: Together) -> None:
@@ -173,6 +303,7 @@ def test_ctrl_c_ends_everything(together: Together) -> None:
     assert together.process.returncode == 0
     assert out.endswith("stopped\n")
     assert "review page has ended" in printed  # of the test before
+    assert not (together.folder / "run" / "targets.json").exists()  # what was stopped on purpose is not down
     assert psutil.wait_procs(children, timeout=10)[1] == []
 
 
