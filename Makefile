@@ -5,11 +5,12 @@ BIN    := $(VENV)/bin
 # Threads that wait for each other stall on a busy machine, and nothing here is large enough to gain from two.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint types bench bench-badnets bench-fusion bench-loop clean help
+.PHONY: setup demo test lint types bench bench-badnets bench-fusion bench-loop rehearsal clean help
 
 help:
 	@echo "make demo   set up, backdoor a network on real images, guard it, serve it, print the verdicts"
 	@echo "make test   set up and run all tests"
+	@echo "make rehearsal   start everything, attack it, let alerts go off and clear, compare the books (needs prometheus)"
 	@echo "make lint | types | bench | clean"
 
 setup: $(VENV)/.ready
@@ -34,6 +35,10 @@ lint: setup
 types: setup
 	$(BIN)/mypy --strict guard handlers
 
+# A bad night in four minutes: server, review page, retrainer and Prometheus; attack, bypass, failures, drift.
+rehearsal: setup
+	$(BIN)/python benchmarks/rehearsal/rehearse.py $(ARGS)
+
 bench: setup
 	$(BIN)/python benchmarks/detection.py
 	$(BIN)/python benchmarks/lof_speed.py
@@ -43,6 +48,7 @@ bench: setup
 
 # What a person's answers change, from the zoo (GUARD_DATA_DIR), and what live requests notice of a retraining.
 bench-loop: setup
+	$(BIN)/python benchmarks/fusion/table_8.py $(ARGS)
 	$(BIN)/python benchmarks/loop/stream.py $(ARGS)
 	$(BIN)/python benchmarks/loop/serving_during_retraining.py
 

@@ -1,0 +1,88 @@
+"""The timeline of a rehearsal as a picture: what was sent, what the guard said, which alerts fired."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from traffic import Span
+
+from guard.observing.scrape import Prometheus
+
+if TYPE_CHECKING:
+    from rehearse import Firing
+
+_COLOURS = {
+    "clean": "#4d8fd1",
+    "poisoned": "#c0392b",
+    "bypassed": "#e08214",
+    "failed": "#7b3294",
+    "rejected": "#b39ddb",
+}
+_SHADES = {
+    "attack": "#f6d5d0",
+    "bypass": "#fbe3c6",
+    "failures": "#e6d8ef",
+    "page killed": "#dddddd",
+    "drift": "#d8ecd8",
+}
+
+
+def draw(
+    prometheus: Prometheus,
+    spans: Sequence[Span],
+    found: Sequence[Firing],
+    start: float,
+    end: float,
+    file: Path,
+) -> None:
+    """Draw everything that Prometheus has seen between two moments (seconds since 1970)."""
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    verdicts, shares, drift, alerts = figure.subplots(4, 1, sharex=True, height_ratios=[3, 2, 2, 3])
+    rates = {
+        series.label("verdict"): points
+        for series, points in prometheus.over(
+            "sum by (verdict) (rate(guard_verdicts_total[5s]))", start, end, 1.0
+        ).items()
+    }
+    times = sorted({time for points in rates.values() for time, _ in points})
+    order = [name for name in _COLOURS if name in rates]
+    values = [[dict(rates[name]).get(time, 0.0) for time in times] for name in order]
+    verdicts.stackplot(
+        [time - start for time in times], values, labels=order, colors=[_COLOURS[name] for name in order], linewidth=0
+    )
+    verdicts.set_ylabel("requests per second\nby verdict")
+    verdicts.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
+    for axis, expression, label in (
+        (shares, "100 * guard:flagged:ratio_rate5m", "flagged, %"),
+        (drift, "guard_clean_drift", "clean drift\n(1 = as calibrated)"),
+    ):
+        for points in prometheus.over(expression, start, end, 0.5).values():
+            axis.plot([time - start for time, _ in points], [value for _, value in points], color="#333333", lw=1.3)
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+    drift.axhline(1.5, color="#c0392b", lw=0.8, ls=":")
+    names = list(dict.fromkeys(one.alert for one in found))
+    for one in found:
+        alerts.barh(names.index(one.alert), one.end - one.start, left=one.start - start, color="#c0392b", height=0.6)
+    alerts.set_yticks(range(len(names)), [name.removeprefix("Guard") for name in names])
+    alerts.invert_yaxis()
+    alerts.set_ylabel("alerts firing")
+    alerts.set_xlabel("seconds; windows of the shipped rules are divided by 60")
+    for axis in (verdicts, shares, drift, alerts):
+        axis.spines[["top", "right"]].set_visible(False)
+        for span in spans:
+            if span.phase.name in _SHADES:
+                axis.axvspan(span.start - start, span.end - start, color=_SHADES[span.phase.name], zorder=0, lw=0)
+    for span in spans:
+        if span.phase.name in _SHADES:
+            middle = (span.start + span.end) / 2 - start
+            verdicts.annotate(
+                span.phase.name, (middle, 1.02), xycoords=("data", "axes fraction"), ha="center", fontsize=9
+            )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100)
