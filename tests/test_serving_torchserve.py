@@ -280,6 +280,12 @@ def test_open_mode_bypasses_and_counts_over_http(site: Site) -> None:
             assert (reply.status, reply.headers["guard-verdict"]) == (203, "bypassed")
     assert wait_for(lambda: verdict_counts(site, "text") - before == Counter(bypassed=2))
     assert scrape(site, "text")["guard_bypassed_total", "not_finite"] == 2
+    lines = (site.server.work_dir / "logs" / "guard_log.jsonl").read_text().splitlines()
+    (first, second) = [told for told in map(json.loads, lines) if told["model"] == "text"][-2:]
+    assert first["request_id"] != second["request_id"]
+    assert {(told["verdict"], told["reason"], told["status"]) for told in (first, second)} == {
+        ("bypassed", "not_finite", 203)
+    }
 
 
 @pytest.mark.parametrize("switch", ["describe", "explain"])
@@ -321,7 +327,7 @@ def test_nothing_of_a_request_is_logged_or_counted_as_a_metric(site: Site) -> No
     assert after["clean"] + after["poisoned"] - before["clean"] - before["poisoned"] == 1
     assert after["rejected"] - before["rejected"] == 8
     logs = [file for file in site.server.work_dir.rglob("*") if file.is_file() and file.stat().st_size]
-    assert any(file.name == "model_log.log" for file in logs)
+    assert {"model_log.log", "guard_log.jsonl"} <= {file.name for file in logs}
     for file in logs:
         assert MARK.encode() not in file.read_bytes(), file.name
 
