@@ -34,6 +34,8 @@ SERVING_SETTINGS = frozenset(
         "bundle_poll_seconds",
         "model_attribute",
         "queue_url",
+        "max_guard_ms",
+        "deadline_header",
     }
 )
 
@@ -75,6 +77,9 @@ class GuardConfig(BaseModel):
     #: Gaussian noise on decision-head inputs while training, in standard deviations of each feature.
     feature_noise_std: float = Field(0.0, ge=0, allow_inf_nan=False)
 
+    #: Also fit heads at all depths together, and calibrate verdicts that look at the first depths only.
+    anytime: bool = False
+
     #: What is done with a flagged input.
     action: Action = "flag"
     #: `closed`: an input that cannot be scored is an error. `open`: it is answered, and marked `bypassed`.
@@ -89,6 +94,11 @@ class GuardConfig(BaseModel):
     bundle_poll_seconds: float = Field(0.25, gt=0, le=2)
     #: Attribute of the user's handler that holds the network.
     model_attribute: str = Field("model", min_length=1)
+
+    #: Milliseconds that a verdict on one batch may take; then fewer depths are looked at. Needs `anytime`. None = any.
+    max_guard_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
+    #: Request header with the same for one request. Clients can weaken verdicts with it: name it among friends only.
+    deadline_header: str | None = Field(None, min_length=1)
 
     #: Database of the queue that flagged inputs go to for review, `sqlite:///file` or `postgresql+psycopg://...`.
     queue_url: str | None = None

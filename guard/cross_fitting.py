@@ -13,7 +13,7 @@ from guard.config import GuardConfig
 from guard.ensemble import Ensemble
 from guard.errors import DataError
 from guard.fusion import Fusion, new_fusion
-from guard.types import Activations, AnyArray, BoolArray, Float64Array, IntArray
+from guard.types import BACKUP, Activations, AnyArray, BoolArray, Float64Array, IntArray
 
 #: Called with a line for a person and the share done, in [0, 1].
 Progress = Callable[[str, float], None]
@@ -83,6 +83,25 @@ class Labelled:
 
 
 @dataclass(frozen=True, slots=True)
+class EarlyFit:
+    """A verdict that looks at the first few depths only, with a calibration of its own.
+
+    Attributes
+    ----------
+    depth : str
+        The deepest that it looks at.
+    ensemble, fusion, clean_scores, realised_false_positive_rate
+        As of `CrossFit`.
+    """
+
+    depth: str
+    ensemble: Ensemble
+    fusion: Fusion
+    clean_scores: Float64Array
+    realised_false_positive_rate: float
+
+
+@dataclass(frozen=True, slots=True)
 class CrossFit:
     """Detectors fitted on all clean data, and their calibration from scores out of fold.
 
@@ -96,12 +115,15 @@ class CrossFit:
         Combined scores of the clean rows, each under detectors and a fusion that had not seen it.
     realised_false_positive_rate : float
         Share of clean rows flagged when each fold is ranked among the others.
+    early : tuple of EarlyFit
+        Where the settings ask for verdicts at several depths, one per depth before the split layer, in order.
     """
 
     ensemble: Ensemble
     fusion: Fusion
     clean_scores: Float64Array
     realised_false_positive_rate: float
+    early: tuple[EarlyFit, ...] = ()
 
 
 def cross_fit(
@@ -136,21 +158,27 @@ def cross_fit(
     part = stratified_folds(labels, config.folds, config.seed)
     anomalies = anomalies if anomalies is not None and len(anomalies) else None
     depths = tuple(activations.depths)
-    raw = np.empty((len(labels), len(Ensemble.for_mode(config, depths, demarcation=anomalies is not None).names)))
+    wanted = Ensemble.for_mode(config, depths, demarcation=anomalies is not None)
+    raw = np.empty((len(labels), len(wanted.names)))
+    layers = [depth for depth in depths if depth != BACKUP] if config.anytime else []
+    early_raw = [np.empty((len(labels), len(wanted.up_to(layers[: k + 1]).names))) for k in range(len(layers))]
     for fold in range(config.folds):
         report(f"cross-fitting, part {fold + 1} of {config.folds}", 0.1 + 0.7 * fold / config.folds)
         learn, hold = part != fold, part == fold
         fitted = _fitted_ensemble(config, activations, labels, noisy, labelled, anomalies, learn)
         raw[hold] = fitted.score(activations[hold])
+        for k, own in enumerate(early_raw):
+            own[hold] = fitted.up_to(layers[: k + 1]).score(activations[hold])
     report("fitting the detectors on all clean images", 0.8)
     everything = np.ones(len(labels), dtype=bool)
     ensemble = _fitted_ensemble(config, activations, labels, noisy, labelled, anomalies, everything)
     report("calibrating", 0.97)
-    fusion = new_fusion(config.mode).fit(raw)
-    combined = _cross_fitted_scores(config, raw, part)
-    rate = _realised_rate(config, fusion, combined, part)
+    early = [
+        EarlyFit(layers[k], ensemble.up_to(layers[: k + 1]), *_calibrated(config, own, part))
+        for k, own in enumerate(early_raw)
+    ]
     report("fitted", 1.0)
-    return CrossFit(ensemble, fusion, np.sort(combined), rate)
+    return CrossFit(ensemble, *_calibrated(config, raw, part), tuple(early))
 
 
 def _silent(_text: str, _share: float) -> None:
@@ -181,6 +209,13 @@ def _fitted_ensemble(
     scaled = config.replace(n_neighbors=max(1, round(config.n_neighbors * share)))
     ensemble = Ensemble.for_mode(scaled, tuple(activations.depths), demarcation=anomalies is not None)
     return ensemble.fit(Activations.concatenate(parts), np.concatenate(part_labels), is_poisoned, anomalies)
+
+
+def _calibrated(config: GuardConfig, raw: Float64Array, part: IntArray) -> tuple[Fusion, Float64Array, float]:
+    """Return fusion, ascending combined scores and realised rate of out-of-fold scores."""
+    fusion = new_fusion(config.mode).fit(raw)
+    combined = _cross_fitted_scores(config, raw, part)
+    return fusion, np.sort(combined), _realised_rate(config, fusion, combined, part)
 
 
 def _cross_fitted_scores(config: GuardConfig, raw: Float64Array, part: IntArray) -> Float64Array:

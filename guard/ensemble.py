@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from guard.config import GuardConfig
-from guard.detectors import DETECTORS, KINDS, BackupDisagreement, Demarcation, Detector
+from guard.detectors import DETECTORS, KINDS, AnytimeDisagreement, BackupDisagreement, Demarcation, Detector
 from guard.detectors.disagreement import HeadDisagreement
 from guard.detectors.lof import PerClassLof
 from guard.errors import BundleError, DataError
@@ -40,7 +40,8 @@ class Ensemble:
         In `calibrated` mode every registered detector joins; one with a `depth` setting joins once per depth. A setting
         that a detector shares by name with `GuardConfig` takes its value from there. With `demarcation` one more looks
         for the anomalies that `fit` is given, and where the depths hold a backup's logits, one compares these with the
-        suspect's answer; `paper` mode has no place for either.
+        suspect's answer. If the settings ask for it, heads at all depths that were trained together join. `paper` mode
+        has no place for any of these.
         """
         if config.mode == "paper":
             novelty = PerClassLof(
@@ -61,6 +62,9 @@ class Ensemble:
                 members.append(Member(f"{kind}:{depth}" if depth else kind, kind, detector_class(**chosen)))
         if demarcation:
             members.append(Member(f"demarcation:{FEATURES}", "demarcation", Demarcation()))
+        if config.anytime:
+            reads = (*(depth for depth in depths if depth != BACKUP), FEATURES)
+            members.append(Member("anytime", "anytime", AnytimeDisagreement(reads, config.seed)))
         if BACKUP in depths:
             members.append(Member("backup", "backup", BackupDisagreement()))
         return cls(members)
@@ -101,6 +105,17 @@ class Ensemble:
             else:
                 detector.fit(clean, clean_labels)
         return self
+
+    def up_to(self, depths: Sequence[str]) -> Self:
+        """Return the detectors that need no more than the first few depths; they are shared."""
+        members = []
+        for member in self.members:
+            detector = member.detector
+            if isinstance(detector, AnytimeDisagreement):
+                members.append(Member(member.name, member.kind, detector.up_to(len(depths))))
+            elif getattr(detector, "depth", FEATURES) in depths and not isinstance(detector, BackupDisagreement):
+                members.append(member)
+        return type(self)(members)
 
     def score(self, activations: Activations) -> Float64Array:
         """Return the raw scores, shape (n, n_detectors), columns in the order of `names`."""

@@ -16,7 +16,7 @@ from guard.backups.backup import Backup
 from guard.bundle import read_bundle, write_bundle
 from guard.calibration import check_rate, conformal_p_values
 from guard.config import SERVING_SETTINGS, GuardConfig
-from guard.cross_fitting import LabelledCounts, Progress, cross_fit
+from guard.cross_fitting import EarlyFit, LabelledCounts, Progress, cross_fit
 from guard.ensemble import Ensemble
 from guard.errors import BundleError, ConfigError, DataError
 from guard.fusion import Fusion, new_fusion
@@ -68,6 +68,10 @@ class Guard:
         Share of planted triggers that each candidate gave their true label, by name; empty if nothing was measured.
     relabels : bool
         False if the second opinion did not reach the floor: `relabel` then only flags.
+    early : tuple of EarlyFit
+        Verdicts that look at the first depths only, the shallowest first; see `at_depth`.
+    depth : str
+        Where this guard stops looking; empty for one that looks at everything.
     realised_false_positive_rate : float
         Share of clean images flagged at the rate of `fit`, on folds that neither detectors nor calibration had seen.
     digest : str or None
@@ -86,6 +90,7 @@ class Guard:
         realised_false_positive_rate: float,
         class_names: tuple[str, ...] | None = None,
         noisy_reference: Activations | None = None,
+        early: tuple[EarlyFit, ...] = (),
     ) -> None:
         self.config = config
         self.ensemble = ensemble
@@ -95,6 +100,8 @@ class Guard:
         self.realised_false_positive_rate = realised_false_positive_rate
         self.class_names = class_names
         self.noisy_reference = noisy_reference
+        self.early = early
+        self.depth = ""
         self.retrained_with: LabelledCounts | None = None
         self.suspect: SuspectModel | None = None
         self.input_shape: tuple[int, ...] | None = None
@@ -191,6 +198,8 @@ class Guard:
         check_rate(config.false_positive_rate, len(labels))
         if len(labels) < 2 * config.folds:
             raise DataError(f"folds={config.folds} needs at least {2 * config.folds} clean images, got {len(labels)}.")
+        if config.anytime and config.mode == "paper":
+            raise ConfigError("anytime goes with mode 'calibrated': the published rule knows one depth. Leave it out.")
         if noisy is not None and len(noisy) != len(labels):
             raise DataError(f"noisy activations must have {len(labels)} rows, one per image, got {len(noisy)}.")
         if class_names is not None and len(class_names) != n_classes:
@@ -207,6 +216,7 @@ class Guard:
             realised_false_positive_rate=fitted.realised_false_positive_rate,
             class_names=tuple(class_names) if class_names is not None else None,
             noisy_reference=noisy,
+            early=fitted.early,
         )
 
     def inspect(self, images: Float32Array) -> list[Verdict]:
@@ -287,6 +297,7 @@ class Guard:
                     dict(zip(self.ensemble.names, raw, strict=True)),
                     self._reason(scores, row) if is_poisoned else _CLEAN,
                     opinion,
+                    self.depth,
                 )
             )
         return verdicts
@@ -314,7 +325,7 @@ class Guard:
 
     def complete(self, activations: Activations, images: Images) -> Activations:
         """Return activations with the backup's logits where the backup is one of the detectors; else as they are."""
-        if self.backup is None or BACKUP not in self.reference.depths or BACKUP in activations.depths:
+        if self.backup is None or "backup" not in self.ensemble.names or BACKUP in activations.depths:
             return activations
         logits = self.backup.logits(images)
         return Activations(activations.logits, activations.features, {**activations.depths, BACKUP: logits})
@@ -349,7 +360,32 @@ class Guard:
         other = copy.copy(self)
         other.config = self.config.replace(**changes)
         check_rate(other.config.false_positive_rate, len(self._clean_scores))
+        if (other.config.max_guard_ms or other.config.deadline_header) and not self.early:
+            raise ConfigError(
+                "max_guard_ms and deadline_header need verdicts at several depths. Fit again with anytime = true, on a "
+                "network with earlier depths."
+            )
         return other
+
+    def at_depth(self, depth: str) -> Guard:
+        """Return the guard that looks no deeper than this, for a verdict in less time at the same false-positive rate.
+
+        It decides like any other, and cannot be saved.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such early verdict.
+        """
+        for early in self.early:
+            if early.depth == depth:
+                other = copy.copy(self)
+                other.depth, other.ensemble, other.fusion = depth, early.ensemble, early.fusion
+                other._clean_scores = early.clean_scores
+                other.realised_false_positive_rate = early.realised_false_positive_rate
+                return other
+        known = ", ".join(early.depth for early in self.early) or "none"
+        raise ConfigError(f"there is no verdict at depth {depth!r}: known are {known}. Fit with anytime = true.")
 
     def _reason(self, scores: Scores, row: int) -> str:
         top = int(scores.surprise[row].argmax())
@@ -375,7 +411,11 @@ class Guard:
         ------
         BundleError
             If the folder cannot be written.
+        DataError
+            If it stops at a depth: save the guard that it came from.
         """
+        if self.depth:
+            raise DataError(f"this guard stops at depth {self.depth!r}. Save the one that it came from.")
         weights_digest, points = self._about_suspect()
         document = {
             "settings": self.config.model_dump(mode="json", exclude={"data_dir"}),
@@ -392,6 +432,10 @@ class Guard:
             "backup": self.backup.description if self.backup is not None else None,
             "recovery": self.recovery,
             "relabels": self.relabels,
+            "early": [
+                {"depth": one.depth, "realised_false_positive_rate": one.realised_false_positive_rate}
+                for one in self.early
+            ],
             "retrained_with": self.retrained_with._asdict() if self.retrained_with is not None else None,
         }
         arrays: dict[str, AnyArray] = {"clean_scores": self._clean_scores, "labels": self.reference_labels}
@@ -403,6 +447,9 @@ class Guard:
             ("backup", self.backup.arrays() if self.backup is not None else {}),
         ):
             arrays |= {f"{prefix}.{name}": array for name, array in part.items()}
+        for place, one in enumerate(self.early):
+            own = {"clean_scores": one.clean_scores, **one.fusion.arrays()}
+            arrays |= {f"early.{place}.{name}": array for name, array in own.items()}
         path = write_bundle(directory, document, arrays)
         self.digest = path.name
         return path
@@ -442,6 +489,7 @@ class Guard:
                 realised_false_positive_rate=document["realised_false_positive_rate"],
                 class_names=tuple(document["class_names"]) if document["class_names"] else None,
             )
+            guard.early = _early_fits(guard, document.get("early", []), _below(stored.arrays, "early."))
             guard.input_shape = tuple(document["input_shape"]) if document["input_shape"] else None
             guard.preprocessing = document["preprocessing"]
             guard.recovery = dict(document.get("recovery") or {})
@@ -500,6 +548,20 @@ def _match(suspect: SuspectModel, document: Mapping[str, Any], digest: str) -> N
 
 def _split_points(points: Mapping[str, Any]) -> SplitPoints:
     return SplitPoints(points["split"], tuple(points["depths"]))
+
+
+def _early_fits(
+    guard: Guard, about: Sequence[Mapping[str, Any]], arrays: Mapping[str, AnyArray]
+) -> tuple[EarlyFit, ...]:
+    layers = [depth for depth in guard.reference.depths if depth != BACKUP]
+    fits = []
+    for place, one in enumerate(about):
+        own = _below(arrays, f"{place}.")
+        fusion = new_fusion(guard.config.mode).restore(own)
+        ensemble = guard.ensemble.up_to(layers[: place + 1])
+        rate = one["realised_false_positive_rate"]
+        fits.append(EarlyFit(one["depth"], ensemble, fusion, own["clean_scores"], rate))
+    return tuple(fits)
 
 
 def _activations(arrays: Mapping[str, AnyArray], depths: Sequence[str]) -> Activations:

@@ -89,6 +89,7 @@ def retrain(
         realised_false_positive_rate=fitted.realised_false_positive_rate,
         class_names=guard.class_names,
         noisy_reference=_copied(guard.noisy_reference) if guard.noisy_reference is not None else None,
+        early=fitted.early,
     )
     retrained.take_over(guard)
     retrained.retrained_with = labelled.counts

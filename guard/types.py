@@ -151,6 +151,8 @@ class Verdict:
     second_opinion : ndarray of shape (n_classes,), float32, or None
         Logits of the guard's backup, or of its replacement head if it has none; None where nobody asked, or they are
         not finite.
+    depth : str
+        The deepest layer that was looked at, where time allowed no more; empty if everything was.
     """
 
     label: int
@@ -162,3 +164,4 @@ class Verdict:
     detector_scores: Mapping[str, float]
     reason: str
     second_opinion: Float32Array | None = field(default=None, compare=False, repr=False)
+    depth: str = ""

@@ -88,9 +88,9 @@ class GuardHandler:
         """Run the user's handler once; None if a batch fails or cannot be told apart into its requests."""
         alone, empty = len(data) == 1, any(map(_is_empty, data))
         asks = alone and empty and any(context.get_request_header(0, name) == "True" for name in _SWITCHES)
-        started, record = time.perf_counter(), Record()
+        started, record, headers = time.perf_counter(), Record(), map(context.get_all_request_header, range(len(data)))
         try:
-            with self._runtime.watching(guard if watch else None) as record:
+            with self._runtime.watching(guard if watch else None, headers) as record:
                 bodies = self._inner.handle(data, context) if asks or not empty else []
             if empty and (record.model_ran or not asks):
                 raise InputRejectedError("the request has no body.", 400)

@@ -12,6 +12,8 @@ from guard import GuardConfig
 from guard.config import SERVING_SETTINGS, load_config, load_settings
 from guard.errors import ConfigError
 
+NONE_BY_DEFAULT = {"queue_url", "max_guard_ms", "deadline_header"}
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -77,6 +79,8 @@ def test_load_config_environment_empty_is_not_given(monkeypatch):
         ("false_positive_rate", "0.05", 0.05),
         ("max_image_pixels", "1000", 1000),
         ("queue_url", "sqlite:////var/queue.db", "sqlite:////var/queue.db"),
+        ("max_guard_ms", "2.5", 2.5),
+        ("deadline_header", "Guard-Max-Ms", "Guard-Max-Ms"),
     ],
 )
 def test_load_config_environment_text_becomes_the_settings_type(monkeypatch, name, text, value):
@@ -84,7 +88,7 @@ def test_load_config_environment_text_becomes_the_settings_type(monkeypatch, nam
     assert load_settings() == {name: value}
 
 
-@pytest.mark.parametrize("name", sorted(SERVING_SETTINGS - {"queue_url"}))  # whose default is None
+@pytest.mark.parametrize("name", sorted(SERVING_SETTINGS - NONE_BY_DEFAULT))
 def test_load_config_environment_takes_every_serving_settings_default_as_text(monkeypatch, name):
     default = getattr(GuardConfig(), name)
     monkeypatch.setenv(f"GUARD_{name.upper()}", str(default))

@@ -83,7 +83,7 @@ def test_ensemble_arrays_of_more_than_ten_detectors_do_not_mix(clean):
 def test_ensemble_restore_unknown_kind_raises_bundle_error(clean):
     entry = {"name": "oracle", "kind": "oracle", "settings": {}}
     with pytest.raises(
-        BundleError, match=r"^unknown detector 'oracle': known are \['backup', 'demarcation', 'disagreement', 'lof'.*Upgrade"
+        BundleError, match=r"^unknown detector 'oracle': known are \['anytime', 'backup', .*'lof'.*Upgrade"
     ):
         Ensemble.restore([entry], {})
 

@@ -1,5 +1,6 @@
 """Detectors: one file each. To add one, write the file and add its line here."""
 
+from guard.detectors.anytime import AnytimeDisagreement
 from guard.detectors.base import Detector
 from guard.detectors.demarcation import Demarcation
 from guard.detectors.disagreement import BackupDisagreement, HeadDisagreement
@@ -12,11 +13,12 @@ DETECTORS: dict[str, type[Detector]] = {
 }
 
 #: Everything that a bundle may hold. Demarcation joins only where there are anomalies to learn from: never in `fit`.
-#: A backup joins only where the activations hold its logits.
+#: A backup joins only where the activations hold its logits, and heads at several depths only if settings ask for them.
 KINDS: dict[str, type[Detector] | type[Demarcation]] = {
     **DETECTORS,
     "demarcation": Demarcation,
     "backup": BackupDisagreement,
+    "anytime": AnytimeDisagreement,
 }
 
-__all__ = ["DETECTORS", "KINDS", "BackupDisagreement", "Demarcation", "Detector"]
+__all__ = ["DETECTORS", "KINDS", "AnytimeDisagreement", "BackupDisagreement", "Demarcation", "Detector"]

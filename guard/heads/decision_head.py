@@ -91,7 +91,7 @@ class DecisionHead:
         scale = np.where(spread > 1e-6 * max(float(spread.max()), 1e-30), spread, 1.0).astype(np.float32)
         inputs = torch.from_numpy((features - mean) / scale)
         targets = torch.from_numpy(np.array(labels, dtype=np.int64))
-        with _one_thread():
+        with one_thread():
             weights = self._train(inputs, targets, n_classes)
         arrays = [tensor.detach().numpy() for tensor in weights]
         first = arrays[0] / scale[:, None]  # (d, h1)
@@ -180,7 +180,7 @@ class DecisionHead:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Train on one thread: the matrices are small, and threads that wait for each other stall on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -23,12 +23,14 @@ _USUAL_RATE: float = GuardConfig.model_fields["false_positive_rate"].default
 _FIRED = {
     "lof": "Unlike any clean image that the model calls {label}",
     "disagreement": "A second head, trained on clean images only, does not say {label}",
+    "anytime": "Heads at several depths, trained on clean images only, do not say {label}",
     "backup": "The backup, a network beside the model, does not say {label}",
     "demarcation": "On the poisoned side of the line drawn between earlier traffic and clean images",
 }
 _QUIET = {
     "lof": "Looks like clean images of {label}",
     "disagreement": "The second head agrees on {label}",
+    "anytime": "The heads at several depths agree on {label}",
     "backup": "The backup agrees on {label}",
     "demarcation": "On the clean side of the line drawn between earlier traffic and clean images",
 }

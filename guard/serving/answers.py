@@ -62,6 +62,8 @@ def make_answer(
         "Guard-Action": action,
         "Guard-Bundle": digest,
     }
+    if verdict.depth:
+        headers["Guard-Depth"] = verdict.depth
     if receipt is not None:
         headers["Guard-Review"] = receipt
     if action == "block":

@@ -169,7 +169,8 @@ class Bookkeeping:
     @staticmethod
     def _fired(guard: Guard, verdict: Verdict) -> list[str]:
         raw = np.array([list(verdict.detector_scores.values())])
-        beyond = fired(guard.fusion.surprise(raw)[0], guard.config.mode, guard.config.false_positive_rate)
+        judge = guard.at_depth(verdict.depth) if verdict.depth else guard
+        beyond = fired(judge.fusion.surprise(raw)[0], guard.config.mode, guard.config.false_positive_rate)
         return [name for name, is_beyond in zip(verdict.detector_scores, beyond.tolist(), strict=True) if is_beyond]
 
 

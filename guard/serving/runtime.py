@@ -6,11 +6,12 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from guard.errors import BundleError, GuardError, InputRejectedError, SuspectMod
 from guard.pipeline import Guard
 from guard.serving.bookkeeping import Bookkeeping
 from guard.serving.evidence import Evidence, collect_evidence
+from guard.serving.pace import Pace, allowed_milliseconds
 from guard.serving.review_queue import Flagged, Receipt, ReviewQueue
 from guard.suspect import SuspectModel
 from guard.types import Activations, Verdict
@@ -78,6 +80,8 @@ class Record:
         Whether the model began to work on an input of the right shape.
     guard_seconds : float
         What the guard itself took.
+    allowed_ms : float or None
+        Milliseconds that a verdict on one batch may take; None = any.
     inputs : Tensor or None
         Of the latest forward pass, as it began: a backup must not see what a model that works in place left of it.
     """
@@ -86,6 +90,7 @@ class Record:
     passes: int = 0
     model_ran: bool = False
     guard_seconds: float = 0.0
+    allowed_ms: float | None = None
     inputs: torch.Tensor | None = None
 
 
@@ -140,6 +145,7 @@ class GuardRuntime:
         self.review_queue = ReviewQueue(queue_url, model_name) if queue_url else None
         self.books = Bookkeeping(model_name)
         self.metrics = self.books.metrics
+        self._paces: WeakKeyDictionary[Guard, Pace] = WeakKeyDictionary()
         self.current = self._first()
         self.books.open(self.current, self._earlier_bundles())
         threading.Thread(target=self._follow, name="guard-bundles", daemon=True).start()
@@ -154,12 +160,13 @@ class GuardRuntime:
             self.review_queue.close()
 
     @contextmanager
-    def watching(self, guard: Guard | None) -> Iterator[Record]:
+    def watching(self, guard: Guard | None, headers: Iterable[Mapping[str, str]] = ()) -> Iterator[Record]:
         """Judge every row of every forward pass made inside the block, all by the same guard; None watches nothing.
 
         Under `relabel` the logits of flagged rows are replaced before the server sees them; where a request may make
         several rows, those of the whole forward pass. Under `closed`, an input of another shape than the guard was
-        fitted on is refused before the model runs. One block at a time.
+        fitted on is refused before the model runs. One block at a time. Of the requests' headers only a deadline is
+        looked at, where the settings name one: then the verdict looks as deep as time allows.
 
         Raises
         ------
@@ -170,6 +177,8 @@ class GuardRuntime:
             if guard is not self._watched:
                 self._watch(guard)
             self._record = record = Record()
+            if guard is not None and guard in self._paces:
+                record.allowed_ms = allowed_milliseconds(guard, headers)
             try:
                 yield record
             finally:
@@ -203,7 +212,7 @@ class GuardRuntime:
                 return None
             started, began_ns = time.perf_counter(), time.time_ns()
             inputs = inputs if record.inputs is None else record.inputs
-            outcomes = self.judge(guard, activations, inputs)
+            outcomes = self._judge_in_time(guard, activations, inputs, record.allowed_ms)
             if self.books.spans is not None:
                 decided_ns = (began_ns, time.time_ns())
                 outcomes = [replace(outcome, decided_ns=decided_ns) for outcome in outcomes]
@@ -216,6 +225,18 @@ class GuardRuntime:
         self._hooks.callback(self._module.register_forward_pre_hook(before, with_kwargs=True).remove)
         self._hooks.enter_context(suspect.watch(after))
         self._watched = guard
+
+    def _judge_in_time(
+        self, guard: Guard, activations: Activations, inputs: torch.Tensor, allowed_ms: float | None
+    ) -> list[Outcome]:
+        if allowed_ms is None:
+            return self.judge(guard, activations, inputs)
+        pace, started = self._paces[guard], time.perf_counter()
+        chosen = pace.deepest_within(allowed_ms, guard, len(activations))
+        outcomes = self.judge(chosen, activations, inputs)
+        if all(outcome.kind == "clean" for outcome in outcomes):
+            pace.took(chosen, len(outcomes), time.perf_counter() - started)
+        return outcomes
 
     def judge(self, guard: Guard, activations: Activations, inputs: torch.Tensor) -> list[Outcome]:
         """Return one outcome per row; never raises, and an input that cannot be scored is never `clean`."""
@@ -292,7 +313,10 @@ class GuardRuntime:
         guard = Guard.load(path, SuspectModel(self._module))  # split points of its own: the old guard stays usable
         if guard.suspect is None or guard.suspect.split_points is None:
             raise BundleError(f"bundle {path.name[:12]} was fitted without a suspect model; it cannot watch one.")
-        return guard.with_config(**self._settings)
+        guard = guard.with_config(**self._settings)
+        if guard.config.max_guard_ms is not None or guard.config.deadline_header is not None:
+            self._paces[guard] = Pace(guard)
+        return guard
 
     def _first(self) -> Guard:
         if self._store is not None and self._store.root.is_dir():

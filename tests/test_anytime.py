@@ -1,0 +1,223 @@
+"""Verdicts at several depths: heads trained together, each depth with its own calibration, as deep as time allows."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from serving_helpers import Workshop, png
+
+from guard import Guard, GuardConfig, SuspectModel
+from guard.errors import ConfigError, DataError, NotFittedError
+from guard.heads.anytime import AnytimeHeads
+from guard.serving.pace import Pace, allowed_milliseconds
+
+N = 240
+
+
+@pytest.fixture(scope="module")
+def features():
+    """Features at three depths, each telling the classes a little better; labels (n,) of three classes."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, N)
+    centres = rng.normal(size=(3, 6))
+    return [(centres[labels] + rng.normal(size=(N, 6)) * noise).astype(np.float32) for noise in (3.0, 1.5, 0.7)], labels
+
+
+# --- the heads
+
+
+@pytest.mark.parametrize("weighting", ["adaptive", "constant", "linear"])
+def test_heads_learn_and_deeper_ones_know_more(features, weighting):
+    inputs, labels = features
+    heads = AnytimeHeads(width=16, weighting=weighting, epochs=60, batch_size=48, learning_rate=1e-2).fit(
+        inputs, labels, 3
+    )
+    right = [float((logits.argmax(1) == labels).mean()) for logits in heads.answers(inputs)]
+    assert right[0] > 0.4
+    assert right[2] > 0.9
+    assert right[2] > right[0]
+
+
+def test_weights_are_inverse_to_each_losss_running_mean():
+    means = torch.tensor([2.0, 1.0, 0.5])
+    torch.testing.assert_close(AnytimeHeads()._weights(means), torch.tensor([0.25, 0.5, 1.0]) * 3 / 1.75)
+    torch.testing.assert_close(AnytimeHeads(weighting="linear")._weights(means), torch.tensor([0.5, 1.0, 1.5]))
+    torch.testing.assert_close(AnytimeHeads(weighting="constant")._weights(means), torch.ones(3))
+
+
+def test_first_heads_need_the_first_depths_only_and_cost_less(features):
+    inputs, labels = features
+    heads = AnytimeHeads(width=8, epochs=2).fit(inputs, labels, 3)
+    everything = list(heads.answers(inputs))
+    for n_depths in (1, 2, 3):
+        np.testing.assert_array_equal(heads.logits(inputs[:n_depths]), everything[n_depths - 1])
+    first = 6 * 8 + 8 * 3
+    assert heads.multiply_adds() == [first, 2 * first + 64, 3 * first + 128]
+
+
+def test_standardisation_is_folded_in_and_heads_repeat_with_their_seed(features):
+    inputs, labels = features
+    moved = [one * 100 + 7 for one in inputs]
+    one, other = (AnytimeHeads(width=8, epochs=3, seed=1).fit(given, labels, 3) for given in (inputs, moved))
+    np.testing.assert_allclose(one.logits(inputs), other.logits(moved), rtol=1e-2, atol=1e-2)
+    again = AnytimeHeads.from_state(one.state())
+    np.testing.assert_array_equal(one.logits(inputs), again.logits(inputs))
+    assert any((a != b).any() for a, b in zip(one.state().values(), other.state().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"weighting": "quadratic"}, "weighting must be one of adaptive"),
+        ({"features": []}, "must be one or more"),
+        ({"features": [np.zeros((3, 2), dtype=np.float32)]}, "of the length of the labels"),
+        ({"features": [np.full((N, 2), np.nan, dtype=np.float32)]}, "must be finite"),
+        ({"n_classes": 2}, r"labels must be in \[0, 2\)"),
+    ],
+)
+def test_heads_refuse_what_breaks_a_rule(features, changes, said):
+    given = {"features": features[0], "weighting": "adaptive", "n_classes": 3} | changes
+    with pytest.raises(DataError, match=said):
+        AnytimeHeads(weighting=given["weighting"]).fit(given["features"], features[1], given["n_classes"])
+
+
+def test_heads_refuse_other_widths_and_being_asked_before_fit(features):
+    inputs, labels = features
+    with pytest.raises(NotFittedError):
+        AnytimeHeads().logits(inputs)
+    heads = AnytimeHeads(width=8, epochs=1).fit(inputs[:1], labels, 3)
+    with pytest.raises(DataError, match="there are 1 heads"):
+        heads.logits(inputs)
+    with pytest.raises(DataError, match="has 2 columns, fit saw 6"):
+        heads.logits([inputs[0][:, :2]])
+
+
+# --- in the guard
+
+
+@pytest.fixture(scope="module")
+def anytime(suspect, clean_split):
+    return Guard.fit(suspect, *clean_split.validation, GuardConfig(false_positive_rate=0.05, anytime=True))
+
+
+def test_every_depth_keeps_the_false_positive_rate(anytime, clean_activations, triggered_activations):
+    assert [one.depth for one in anytime.early] == list(anytime.reference.depths)
+    caught = []
+    for one in anytime.early:
+        early = anytime.at_depth(one.depth)
+        assert 0.03 <= one.realised_false_positive_rate <= 0.07
+        assert 0.02 <= early.scores(clean_activations).is_poisoned.mean() <= 0.085
+        caught.append(early.scores(triggered_activations).is_poisoned.mean())
+    caught.append(anytime.scores(triggered_activations).is_poisoned.mean())
+    assert caught[-1] > 0.9
+
+
+def test_early_verdict_looks_at_the_first_depths_only_and_says_so(anytime, clean_activations):
+    first, second = list(anytime.reference.depths)[:2]
+    early = anytime.at_depth(first)
+    assert set(early.ensemble.names) == {f"lof:{first}", f"disagreement:{first}", "anytime"}
+    assert f"lof:{second}" in anytime.at_depth(second).ensemble.names
+    blind = copy.copy(clean_activations[:20])
+    hidden = {name: array if name == first else array * np.nan for name, array in blind.depths.items()}
+    blind = type(blind)(blind.logits, blind.features * np.nan, hidden)
+    verdicts = early.decide(blind)
+    assert verdicts == early.decide(clean_activations[:20])
+    assert {verdict.depth for verdict in verdicts} == {first}
+    assert {verdict.depth for verdict in anytime.decide(clean_activations[:2])} == {""}
+
+
+def test_early_verdicts_live_in_the_bundle(anytime, suspect, clean_activations, tmp_path):
+    folder = copy.copy(anytime).save(tmp_path)
+    again = Guard.load(folder, SuspectModel(suspect.module))
+    for one in anytime.early:
+        assert again.at_depth(one.depth).decide(clean_activations[:30]) == anytime.at_depth(one.depth).decide(
+            clean_activations[:30]
+        )
+    assert Guard.load(folder).save(tmp_path / "again").name == folder.name
+    with pytest.raises(DataError, match="Save the one that it came from"):
+        anytime.at_depth(anytime.early[0].depth).save(tmp_path)
+
+
+def test_budget_without_early_verdicts_and_anytime_in_paper_mode_are_refused(fitted_guard, anytime, clean_split):
+    with pytest.raises(ConfigError, match="need verdicts at several depths"):
+        fitted_guard.with_config(max_guard_ms=2)
+    with pytest.raises(ConfigError, match="max_guard_ms"):
+        anytime.with_config(max_guard_ms=0)
+    with pytest.raises(ConfigError, match="no verdict at depth 'nowhere'"):
+        anytime.at_depth("nowhere")
+    with pytest.raises(ConfigError, match="anytime goes with mode 'calibrated'"):
+        Guard.fit_activations(anytime.reference, clean_split.validation.labels, GuardConfig(mode="paper", anytime=True))
+
+
+# --- in time
+
+
+class SlowClock:
+    """Each call comes a whole millisecond after the one before, so that every measured verdict takes that long."""
+
+    now = 0.0
+
+    def __call__(self):
+        self.now += 0.001
+        return self.now
+
+
+def test_pace_takes_the_deepest_verdict_that_fits(anytime):
+    pace = Pace(anytime, clock=SlowClock())
+    depths = [one.depth for one in anytime.early]
+    for place, depth in enumerate([*depths, ""]):
+        pace._costs[depth] = [0.001 * (place + 1), 0.001 * (place + 1) + 0.031]  # and 1 ms per further row
+    assert pace.deepest_within(0.1, anytime, 1).depth == depths[0]  # none fits: the quickest
+    assert pace.deepest_within(2.5, anytime, 1).depth == depths[1]
+    assert pace.deepest_within(2.5, anytime, 2).depth == depths[0]
+    assert pace.deepest_within(100, anytime, 1) is anytime
+    pace.took(anytime, 1, 0.4)  # a hundred times as long as measured
+    assert pace.slowness > 5
+    assert pace.deepest_within(10, anytime, 1).depth == depths[0]
+    for _ in range(200):
+        pace.took(anytime, 1, 0.004)
+    assert pace.deepest_within(10, anytime, 1) is anytime
+
+
+def test_pace_measures_every_depth_and_keeps_no_guard_alive(anytime):
+    clock, guard = SlowClock(), copy.copy(anytime)
+    pace = Pace(guard, clock=clock)
+    assert clock.now == pytest.approx(0.001 * 2 * 5 * 2 * (len(anytime.early) + 1))
+    assert pace.deepest_within(1.5, guard, 1) is guard
+    assert pace.deepest_within(0.5, guard, 1).depth == anytime.early[0].depth
+    watched = weakref.ref(guard)
+    del guard
+    gc.collect()
+    assert watched() is None
+
+
+def test_allowed_time_is_the_shortest_of_setting_and_deadlines(anytime):
+    headers = [{"guard-max-ms": "7.5"}, {"Guard-Max-Ms": "3"}, {"Guard-Max-Ms": "soon"}, {"Guard-Max-Ms": "-1"}, {}]
+    assert allowed_milliseconds(anytime, headers) is None  # no header is listened to unless settings name it
+    listening = anytime.with_config(deadline_header="Guard-Max-Ms")
+    assert allowed_milliseconds(listening, headers) == 3.0
+    assert allowed_milliseconds(listening, headers[2:]) is None
+    assert allowed_milliseconds(listening.with_config(max_guard_ms=2.0), headers) == 2.0
+
+
+def test_served_answers_say_how_deep_the_guard_looked(anytime, badnet, clean_split, triggered, tmp_path):
+    shop = Workshop(anytime, badnet, tmp_path)
+    try:
+        body, bad = png(clean_split.test.images[0]), png(triggered.images[0])
+        shallowest = anytime.early[0].depth
+        hurried = shop.guarded(max_guard_ms=1e-6)
+        assert [one.headers.get("Guard-Depth") for one in hurried.ask(body, bad)] == [shallowest] * 2
+        relaxed = shop.guarded(max_guard_ms=1e6)
+        assert "Guard-Depth" not in relaxed.ask(body)[0].headers
+        asked = shop.guarded(deadline_header="Guard-Max-Ms")
+        assert "Guard-Depth" not in asked.ask(body)[0].headers
+        assert asked.ask(body, headers=[{"Guard-Max-Ms": "0.000001"}])[0].headers["Guard-Depth"] == shallowest
+        deaf = shop.guarded()
+        assert "Guard-Depth" not in deaf.ask(body, headers=[{"Guard-Max-Ms": "0.000001"}])[0].headers
+    finally:
+        shop.close()
