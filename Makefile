@@ -45,6 +45,7 @@ bench: setup
 	$(BIN)/python benchmarks/guard_time.py
 	$(BIN)/python benchmarks/serving_overhead.py
 	$(BIN)/python benchmarks/queue_speed.py
+	$(BIN)/python benchmarks/observing_cost.py
 
 # What a person's answers change, from the zoo (GUARD_DATA_DIR), and what live requests notice of a retraining.
 bench-loop: setup

@@ -205,6 +205,15 @@ def test_observe_says_in_one_line_what_is_wrong(
     assert captured.out == ""
 
 
+def test_metrics_of_a_retrainer_that_does_not_stay_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["retrainer", "--model", "m", "--queue", "q.db", "--once", "--metrics-port", "0"]) == 2
+    assert capsys.readouterr().err == "error: --metrics-port is for a retrainer that stays. Leave out --once.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_observe_runs_until_ctrl_c_and_leaves_nothing(prometheus: Path, tmp_path: Path) -> None:
     port = free_port()
     with exporting(0, OneMetric()) as url:

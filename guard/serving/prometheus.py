@@ -106,7 +106,7 @@ class PrometheusInstance:
         self._requested_port = port
         self._requested_dir = data_dir
         self._process: subprocess.Popen[bytes] | None = None
-        self.port = 0
+        self.port = self.pid = 0
         self.data_dir: Path | None = None  # known after start
 
     def start(self) -> PrometheusInstance:
@@ -128,7 +128,7 @@ class PrometheusInstance:
             folder.mkdir(parents=True, exist_ok=True)
             settings = prometheus_settings(self.targets, self.scrape_seconds, self.rules)
             (folder / "prometheus.yml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-            self._process, _ = start_supervised(
+            self._process, self.pid = start_supervised(
                 [
                     str(program),
                     f"--config.file={folder / 'prometheus.yml'}",
