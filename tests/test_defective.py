@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
+import architectures
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from guard.attacks.networks import NETWORKS
+from guard.attacks.networks import ResNet as WideResNet
 from guard.backups.clean_set import CleanSet
 from guard.backups.defective import (
     DefectiveConv2d,
@@ -108,6 +112,49 @@ def test_bottom_is_what_sees_half_of_the_image_or_more(name, shape, expected):
     assert not any(block.startswith(("stages.2", "stage3", "conv2", "fc")) for block in bottom)
     made = make_defective(network, 0.5, image_shape=shape)
     assert {name for name, one in made.named_modules() if isinstance(one, DefectiveConv2d)} == bottom
+
+
+def vgg19():
+    """Sixteen convolutions in five stages, two, two and three times four, as narrow as can be."""
+    layers, channels = [], 3
+    for convolutions in (2, 2, 4, 4, 4):
+        for _ in range(convolutions):
+            layers += [nn.Conv2d(channels, 4, 3, padding=1), nn.ReLU()]
+            channels = 4
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(
+        OrderedDict(features=nn.Sequential(*layers), flatten=nn.Flatten(), classifier=nn.Linear(4, 10))
+    )
+
+
+#: Networks of the paper's list, and how many convolutions are in the blocks that it makes defective on 32 x 32 images.
+PAPERS_NETWORKS = {
+    "ResNet-18": (lambda: NETWORKS["resnet18"](10, seed=0), ("conv1", "stages.0", "stages.1"), 1 + 4 + 5),
+    "ResNet-50": (lambda: architectures.ResNet("bottleneck"), ("conv1", "layer1", "layer2"), 1 + 8 + 8),
+    "DenseNet-121": (
+        lambda: NETWORKS["densenet121"](10, seed=0),
+        ("stem", "blocks.block1", "blocks.block2"),
+        1 + 12 + 24,
+    ),
+    "SENet-18": (lambda: architectures.ResNet("gated"), ("conv1", "layer1", "layer2"), 1 + 4 + 5),
+    "VGG-19": (vgg19, ("features.0", "features.2", "features.5", "features.7"), 4),
+    "WRN-32": (lambda: WideResNet((8, 16, 32), 5, True, 10, 3), ("conv1", "stages.0", "stages.1"), 1 + 10 + 11),
+}
+
+
+@pytest.mark.parametrize("name", PAPERS_NETWORKS)
+def test_bottoms_of_the_papers_networks_are_found_or_named(name):
+    make, blocks, expected = PAPERS_NETWORKS[name]
+    colour, network = (3, 32, 32), make()
+    named = make_defective(network, 0.5, blocks, image_shape=colour, fresh=False)
+    found = make_defective(network, 0.5, image_shape=colour, fresh=False)
+    of_named, of_found = (
+        {name for name, one in made.named_modules() if isinstance(one, DefectiveConv2d)} for made in (named, found)
+    )
+    assert len(of_named) == expected
+    assert of_named <= of_found  # by themselves, first 1 x 1 convolutions of the next block are found too
+    assert all(not any(name.startswith(block) for block in blocks) for name in of_found - of_named)
+    assert named(torch.rand(2, *colour)).shape == (2, 10)
 
 
 def test_training_learns_and_a_pretraining_hook_comes_first():

@@ -379,6 +379,11 @@ def test_fit_command_with_a_backup_writes_it_and_says_what_was_measured(
     ):
         assert run([*fit, *wrong]) == 2
         assert said in " ".join(capfd.readouterr().err.split())
+    np.savez("few.npz", images=images[:60], labels=labels[:60])
+    fit[fit.index("clean.npz")] = "few.npz"
+    assert run([*fit, "--backup", "defective"]) == 1
+    assert "classes needs at least 5 clean images" in " ".join(capfd.readouterr().err.split())
+    fit[fit.index("few.npz")] = "clean.npz"
     assert not (tmp_path / "bundles").exists()
     quick = dataclasses.replace(BackupRequest(triggers=["pattern"]), settings=QUICK, planting=PLANTING)
     monkeypatch.setattr(

@@ -356,6 +356,13 @@ def test_anp_that_diverges_says_so():
         purify(network, *bands(60), "anp", settings=AnpSettings(iterations=2))
 
 
+def test_last_layer_that_diverges_says_so_and_leaves_the_network(trained):
+    before = weights_digest(trained)
+    with pytest.raises(DataError, match="training diverged in epoch"):
+        purify(trained, *bands(60), "rtll", settings=LastLayerSettings(learning_rate=3e37))
+    assert weights_digest(trained) == before
+
+
 def test_network_with_one_layer_cannot_be_pruned():
     images, labels = bands(60)
     with pytest.raises(SuspectModelError, match="two or more"):

@@ -17,8 +17,9 @@ from guard.heads.decision_head import one_thread
 from guard.types import AnyArray, Float32Array, FloatArray, IntArray
 
 #: `adaptive`: inverse to each loss's running mean. `constant`: all the same. `linear`: as deep as the head is.
-Weighting = Literal["adaptive", "constant", "linear"]
-_WEIGHTINGS = ("adaptive", "constant", "linear")
+#: `last`: the deepest head alone, to compare with.
+Weighting = Literal["adaptive", "constant", "linear", "last"]
+_WEIGHTINGS = ("adaptive", "constant", "linear", "last")
 _MEMORY = 0.99  # share of a running mean that stays at every step
 _LAYERS = ("inputs", "state", "bias", "outputs", "offset")
 
@@ -37,7 +38,7 @@ class AnytimeHeads:
     ----------
     width : int
         Of the states.
-    weighting : {"adaptive", "constant", "linear"}
+    weighting : {"adaptive", "constant", "linear", "last"}
     epochs, batch_size : int
     learning_rate, weight_decay : float
         AdamW's; the rate falls along a cosine.
@@ -142,6 +143,8 @@ class AnytimeHeads:
     def _weights(self, means: Tensor) -> Tensor:
         if self.weighting == "constant":
             return torch.ones_like(means)
+        if self.weighting == "last":
+            return torch.eye(len(means))[-1]
         weights: Tensor = torch.arange(1.0, len(means) + 1)
         if self.weighting == "adaptive":
             weights = means.clamp(min=1e-3).reciprocal()
