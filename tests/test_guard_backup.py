@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from serving_helpers import Workshop, png
 
 from guard import Guard, GuardConfig, SuspectModel
 from guard.assess.backups import HEAD, BackupRequest, with_backup
@@ -131,6 +134,21 @@ def test_serving_runs_the_backup_once_per_flagged_row_whoever_asks(
     seen.clear()
     forward(module, runtime, images[clean])
     assert seen == []
+
+
+def test_archive_answers_flagged_requests_with_the_backups_label(backed, badnet, clean_split, triggered, tmp_path):
+    shop = Workshop(backed, badnet, tmp_path)
+    bodies = [png(image) for image in mixed(clean_split, triggered, 4)]
+    images = np.stack([np.asarray(Image.open(io.BytesIO(body)), dtype=np.float32)[None] / 255 for body in bodies])
+    try:
+        answers = shop.guarded(action="relabel").ask(*bodies)
+    finally:
+        shop.close()
+    flagged = [answer.headers["Guard-Action"] == "relabel" for answer in answers]
+    assert sum(flagged) >= 4
+    for answer, verdict, opinion in zip(answers, backed.inspect(images), backed.backup.logits(images), strict=True):
+        expected = opinion.argmax() if answer.headers["Guard-Action"] == "relabel" else verdict.label
+        assert answer.body["label"] == expected
 
 
 def test_reviewers_get_the_backups_label_under_every_action(backed, triggered, clean_split, passes):

@@ -240,12 +240,7 @@ def copy_network(module: nn.Module) -> nn.Module:
     SuspectModelError
         If the network cannot be copied.
     """
-    try:
-        twin = copy.deepcopy(module)
-    except Exception as error:
-        raise SuspectModelError(
-            f"the suspect model cannot be copied, so no twin can be made: {type(error).__name__}: {error}."
-        ) from error
+    twin = _deep_copy(module)
     for inner in twin.modules():
         for hooks in (inner._forward_pre_hooks, inner._forward_hooks):
             for key in [key for key, hook in hooks.items() if getattr(hook, "__module__", "").startswith("guard.")]:
@@ -253,6 +248,17 @@ def copy_network(module: nn.Module) -> nn.Module:
     for parameter in twin.float().parameters():
         parameter.requires_grad_()
     return twin.eval()
+
+
+def _deep_copy(module: nn.Module, attempts: int = 3) -> nn.Module:
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:
+        if attempts > 1 and isinstance(error, RuntimeError):  # a server may be putting its hooks on just now
+            return _deep_copy(module, attempts - 1)
+        raise SuspectModelError(
+            f"the suspect model cannot be copied, so no twin can be made: {type(error).__name__}: {error}."
+        ) from error
 
 
 def _augmented(batch: Tensor, settings: FitSettings, generator: torch.Generator) -> Tensor:

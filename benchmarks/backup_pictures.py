@@ -1,0 +1,280 @@
+"""Draw and tabulate what the benchmarks of backups measured, for docs/backups.md.
+
+    python benchmarks/backup_pictures.py
+
+Reads `backups.csv`, `backups_curves.csv`, `defective.csv`, `anytime.csv` and `anytime_depths.csv`, as far as they are
+there; writes pictures to `docs/images/`, and puts tables between the marks in the documents. Measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parent.parent
+BACKUPS = ("head", "defective", "norm-pruning", "fine-pruning", "anp", "rtll")
+COLOURS = dict(zip(BACKUPS, ("#8c8c8c", "#0072b2", "#009e73", "#56b4e9", "#d55e00", "#cc79a7"), strict=True))
+#: What `relabel` should reach of a backup's own clean accuracy.
+AIM = 0.9
+
+Rows = list[dict[str, str]]
+
+
+def read(file: Path) -> Rows:
+    """Return the rows of a table; none if it is not there."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def draw_backups(rows: Rows, file: Path) -> None:
+    """Draw recovery accuracy and guarded attack success of every model and backup."""
+    rows = [row for row in rows if row["recovery_accuracy"]]
+    models = sorted({row["model"] for row in rows}, reverse=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.8 + 0.24 * len(models)), sharey=True, layout="constrained")
+    panels = (
+        ("recovery_accuracy", "true label found, % of triggered images"),
+        ("guarded_attack_success", "attack success after `relabel`, %"),
+    )
+    for axis, (column, title) in zip(axes, panels, strict=True):
+        for backup in BACKUPS:
+            own = [row for row in rows if row["backup"] == backup]
+            axis.plot(
+                [100 * float(row[column]) for row in own],
+                [models.index(row["model"]) for row in own],
+                "o",
+                color=COLOURS[backup],
+                markersize=5,
+                alpha=0.85,
+                label="replacement head" if backup == "head" else backup,
+            )
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlim(-2, 102)
+        axis.set_ylim(-0.8, len(models) - 0.2)
+        axis.set_yticks(range(len(models)), models, fontsize=8)
+        axis.grid(axis="both", color="#e5e5e5", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(BACKUPS), frameon=False, fontsize=9)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def draw_curves(rows: Rows, file: Path, pattern: str = r"cifar10-(badnets|blend)-") -> None:
+    """Draw clean accuracy and attack success of adversarial neuron pruning against the threshold."""
+    models = sorted({row["model"] for row in rows if row["backup"] == "anp" and re.match(pattern, row["model"])})
+    if not models:
+        return
+    figure, axes = plt.subplots(
+        1, len(models), figsize=(5 * len(models), 3.4), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, model in zip(axes[0], models, strict=True):
+        own = [row for row in rows if (row["model"], row["backup"]) == (model, "anp")]
+        own.sort(key=lambda row: float(row["at"]))
+        at = [float(row["at"]) for row in own]
+        for column, label, colour in (
+            ("test_accuracy", "clean accuracy", "#0072b2"),
+            ("attack_success", "attack success", "#d55e00"),
+        ):
+            axis.plot(at, [100 * float(row[column]) for row in own], "o-", markersize=4, color=colour, label=label)
+        axis.axvline(0.2, color="#8c8c8c", linewidth=0.8, linestyle=":")
+        axis.set_title(model, fontsize=10, loc="left")
+        axis.set_xlabel("threshold of the masks (the paper's: 0.2)")
+        axis.set_ylim(-2, 102)
+        axis.grid(color="#e5e5e5", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("% of test images")
+    axes[0][0].legend(frameon=False, fontsize=9)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def draw_defective(rows: Rows, file: Path) -> None:
+    """Draw defence against transferred PGD over clean accuracy, and accuracy under noise, per data set."""
+    data_sets = sorted({row["data_set"] for row in rows}, reverse=True)
+    if not data_sets:
+        return
+    figure, axes = plt.subplots(
+        len(data_sets), 2, figsize=(10, 3.6 * len(data_sets)), layout="constrained", squeeze=False
+    )
+    for (left, right), data_set in zip(axes, data_sets, strict=True):
+        own = [row for row in rows if row["data_set"] == data_set]
+        values = {(row["network"], row["measure"]): 100 * float(row["value"]) for row in own}
+        for network in dict.fromkeys(row["network"] for row in own):
+            colour = _colour_of(network)
+            x, y = values[network, "clean_accuracy"], values[network, "pgd_defence"]
+            left.plot(x, y, "o", color=colour)
+            left.annotate(network, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=8, color=colour)
+            if network in ("standard", "0.5 bottom", "0.1 bottom", "0.5 top", "0.5 bottom, channels"):
+                levels = sorted(
+                    int(one.removeprefix("noise_"))
+                    for name, one in values
+                    if name == network and one.startswith("noise_")
+                )
+                right.plot(
+                    levels,
+                    [values[network, f"noise_{level}"] for level in levels],
+                    "o-",
+                    markersize=3,
+                    color=colour,
+                    label=network,
+                )
+        left.set_title(f"{data_set}: keeps its label under transferred PGD, %", fontsize=10, loc="left")
+        left.set_xlabel("clean accuracy, %")
+        left.margins(x=0.18, y=0.12)
+        right.set_title(f"{data_set}: accuracy under Gaussian noise, %", fontsize=10, loc="left")
+        right.set_xlabel("standard deviation, of 255")
+        right.legend(frameon=False, fontsize=8)
+        for axis in (left, right):
+            axis.grid(color="#e5e5e5", linewidth=0.6)
+            axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _colour_of(network: str) -> str:
+    for word, colour in (("top", "#d55e00"), ("channels", "#cc79a7"), ("shared", "#009e73"), ("bottom", "#0072b2")):
+        if word in network:
+            shades = {"0.7": 0.45, "0.5": 0.65, "0.3": 0.8, "0.1": 1.0}
+            red, green, blue = mpl.colors.to_rgb(colour)
+            strength = shades[network[:3]]
+            return mpl.colors.to_hex([1 - strength * (1 - one) for one in (red, green, blue)])
+    return "#303030"
+
+
+def backups_table(rows: Rows) -> str:
+    """Return one line per model: recovery and clean accuracy of every backup, and attack success after `relabel`."""
+    lines = [
+        "| model | " + " | ".join("replacement head" if one == "head" else f"`{one}`" for one in BACKUPS) + " |",
+        "|---" * (len(BACKUPS) + 1) + "|",
+    ]
+    for model in sorted({row["model"] for row in rows if row["recovery_accuracy"]}):
+        cells = []
+        for backup in BACKUPS:
+            found = [row for row in rows if (row["model"], row["backup"]) == (model, backup)]
+            cells.append(_cell(found[0]) if found else "")
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, str]) -> str:
+    recovery, clean, guarded = (
+        100 * float(row[name]) for name in ("recovery_accuracy", "clean_accuracy", "guarded_attack_success")
+    )
+    shown = f"{recovery:.1f}"
+    return f"{f'**{shown}**' if recovery >= 100 * AIM * clean / 100 else shown} / {clean:.1f} / {guarded:.1f}"
+
+
+def costs_table(rows: Rows) -> str:
+    """Return training seconds, size and milliseconds of every backup: the median over the models of a data set."""
+    data_sets = sorted({row["model"].partition("-")[0] for row in rows})
+    lines = ["| backup | " + " | ".join(data_sets) + " |", "|---" * (len(data_sets) + 1) + "|"]
+    for backup in BACKUPS:
+        cells = []
+        for data_set in data_sets:
+            own = [row for row in rows if row["backup"] == backup and row["model"].startswith(f"{data_set}-")]
+            middle = [
+                statistics.median(float(row[name]) for row in own)
+                for name in ("training_seconds", "megabytes", "milliseconds")
+                if own
+            ]
+            cells.append(f"{middle[0]:.0f} s, {middle[1]:.2f} MB, {middle[2]:.2f} ms" if own else "")
+        lines.append(f"| {backup} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def defective_table(rows: Rows) -> str:
+    """Return a line per network: accuracy, defence rates and the other measures, with the paper's where it has any."""
+    measures = ("clean_accuracy", "fgsm_defence", "pgd_defence", "noise_16", "shuffled_2x2", "boundary_distance")
+    titles = ("clean", "FGSM", "PGD", "noise 16", "shuffled 2 x 2", "boundary distance")
+    lines = ["| images | network | " + " | ".join(titles) + " |", "|---" * (len(titles) + 2) + "|"]
+    for data_set, network in dict.fromkeys((row["data_set"], row["network"]) for row in rows):
+        cells = []
+        for measure in measures:
+            found = [r for r in rows if (r["data_set"], r["network"], r["measure"]) == (data_set, network, measure)]
+            cells.append(_with_paper(found[0], measure) if found else "")
+        lines.append(f"| {data_set} | {network} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _with_paper(row: dict[str, str], measure: str) -> str:
+    def shown(text: str) -> str:
+        return f"{float(text):.1e}" if measure == "boundary_distance" else f"{100 * float(text):.1f}"
+
+    return shown(row["value"]) + (f" ({shown(row['paper'])})" if row["paper"] else "")
+
+
+def anytime_table(rows: Rows) -> str:
+    """Return the mean relative increase in error over OPT per weighting and part of the cost."""
+    parts = list(dict.fromkeys(row["part_of_cost"] for row in rows))
+    lines = [
+        "| weights | " + " | ".join(f"{part} of the cost" for part in parts) + " |",
+        "|---" * (len(parts) + 1) + "|",
+    ]
+    for weights in dict.fromkeys(row["weights"] for row in rows):
+        cells = []
+        for part in parts:
+            own = [row for row in rows if (row["weights"], row["part_of_cost"]) == (weights, part)]
+            ours = statistics.mean(float(row["increase_percent"]) for row in own)
+            cells.append(f"{ours:.1f} ({float(own[0]['paper_increase_percent']):.1f})")
+        lines.append(f"| {weights} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def depths_table(rows: Rows) -> str:
+    """Return what is flagged at every depth."""
+    lines = ["| model | depth | clean flagged | triggered flagged | time |", "|---|---|---|---|---|"]
+    for row in rows:
+        clean, caught = (100 * float(row[name]) for name in ("false_positive_rate", "true_positive_rate"))
+        time = f"{float(row['microseconds']):.0f} µs"
+        lines.append(f"| {row['model']} | {row['depth']} | {clean:.1f} % | {caught:.1f} % | {time} |")
+    return "\n".join(lines)
+
+
+def put(document: Path, name: str, table: str) -> None:
+    """Put a table between the marks of its name."""
+    text = document.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name}: benchmarks/backup_pictures.py -->", f"<!-- end of {name} -->"
+    before, found, rest = text.partition(begin)
+    if found:
+        _, _, after = rest.partition(end)
+        document.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw the pictures and fill the tables in."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    chosen = parser.parse_args(arguments)
+    images: Path = chosen.docs / "images"
+    backups, curves = read(chosen.results / "backups.csv"), read(chosen.results / "backups_curves.csv")
+    defective = read(chosen.results / "defective.csv")
+    if backups:
+        draw_backups(backups, images / "backups.png")
+    draw_curves(curves, images / "anp_curves.png")
+    draw_defective(defective, images / "defective.png")
+    tables: list[tuple[str, str, Rows, Callable[[Rows], str]]] = [
+        ("backups.md", "backups", backups, backups_table),
+        ("backups.md", "costs", backups, costs_table),
+        ("backups.md", "defective", defective, defective_table),
+        ("detection.md", "anytime", read(chosen.results / "anytime.csv"), anytime_table),
+        ("detection.md", "depths", read(chosen.results / "anytime_depths.csv"), depths_table),
+    ]
+    for document, name, rows, make in tables:
+        if rows:
+            put(chosen.docs / document, name, make(rows))
+
+
+if __name__ == "__main__":
+    main()
