@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import struct
 import zlib
@@ -624,3 +625,27 @@ def test_page_says_why_there_are_no_clean_images_and_no_map(ada):
     assert "No clean images were given" in html
     assert "No map of where it looks" in html
     assert ada.get("/images/items/1/occlusion").status_code == 404
+
+
+# --- the backup ---
+
+
+@pytest.mark.parametrize(
+    ("backup", "expected"),
+    [(4, [(4, "backup"), (2, "suspect")]), (2, [(2, "backup and suspect"), (1, "second choice")])],
+)
+def test_backups_label_and_sureness_are_shown_and_its_label_is_the_first_choice(queue, backup, expected):
+    queue.enqueue([picture(suspect_label=2, backup_label=backup, backup_confidence=0.84)])
+    html = log_in(desk_of(queue)).get("/review").text
+    likely = html[html.index('class="likely"') : html.index('class="choices"')]
+    offered = re.findall(r'for="label-(\d+)".*?<i>(.*?)</i>', likely)
+    assert offered[0] == (str(expected[0][0]), expected[0][1])
+    assert offered[1][1] == expected[1][1]
+    assert "84 % sure" in html
+
+
+def test_guard_without_an_opinion_offers_the_models_second_choice(queue):
+    queue.enqueue([picture(suspect_label=2, backup_label=None, backup_confidence=None)])
+    html = log_in(desk_of(queue)).get("/review").text
+    assert "this guard has no backup" in html
+    assert re.findall(r"<i>(.*?)</i>", html[html.index('class="likely"') :])[0] == "second choice"
