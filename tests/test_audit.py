@@ -188,7 +188,7 @@ def test_answers_of_the_server_itself_and_none_at_all_are_no_difference(watched,
 
 
 def test_full_queue_is_counted_by_metrics_or_by_the_queue_itself(tmp_path, watched):
-    start = watched.at(0)
+    start = watched.at(0.5)
     with Queue.open(f"sqlite:///{tmp_path / 'small.db'}", QueueSettings(max_items=4)) as queue:
         inputs = [flagged(number, request_id=f"r{number}", received_at=watched.at(number)) for number in range(1, 10)]
         ids = [item_id for one in inputs for item_id in queue.enqueue([one]).ids]
@@ -206,6 +206,7 @@ def test_full_queue_is_counted_by_metrics_or_by_the_queue_itself(tmp_path, watch
         with answering(lambda path: (200, counters.text())) as url:
             known = audit(start, watched.at(60), client_log=log, queue=queue, metrics_urls=[url])
             assert known.problems == []
+            assert known.allowed == 0  # totals since the start have no begin that cuts
             assert f"{9 - admitted} flagged requests are not in the queue: full {9 - admitted}" in known.notes
             assert any("totals since the server's start" in note for note in known.notes)
             counters.add("guard_shed_total", -1, reason="full")

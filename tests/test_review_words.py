@@ -140,6 +140,22 @@ def test_before_and_after_of_a_report_with_parts():
     assert words.before_and_after({}) == []
 
 
+def test_figures_of_a_retraining_are_told_in_words_and_what_nothing_was_held_back_of_is_left_out():
+    def measured(hits: int) -> dict[str, object]:
+        nothing = {"hits": 0, "of": 0, "rate": None}
+        return {
+            "other_groups_flagged": nothing,
+            "recovered": {"hits": hits, "of": 17, "rate": hits / 17},
+            "clean_right": {"hits": 470, "of": 496, "rate": 470 / 496},
+        }
+
+    assert words.before_and_after({"before": measured(12), "after": measured(16)}) == [
+        ("clean images answered rightly", "470 of 496 (94.8 %)", "470 of 496 (94.8 %)", "same"),
+        ("poisoned inputs whose true label the guard finds", "12 of 17 (70.6 %)", "16 of 17 (94.1 %)", "+23.5 points"),
+    ]
+    assert words.before_and_after({"before": measured(16), "after": measured(12)})[1][3] == "−23.5 points"
+
+
 def test_reasons_may_be_a_line_or_several():
     assert words.reasons({"reasons": "one"}) == ["one"]
     assert words.reasons({"reasons": ["one", 2]}) == ["one", "2"]

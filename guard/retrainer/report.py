@@ -9,7 +9,8 @@ from guard.retrainer.candidate import Trial
 from guard.retrainer.material import Material
 from guard.retrainer.measuring import Measurement
 
-_SENTENCES = (
+#: What a round measures, in words, and the name that its figure has in a report.
+SENTENCES = (
     ("clean images answered rightly", "clean_right"),
     ("clean images flagged", "clean_flagged"),
     ("poisoned inputs of new look-alike groups flagged", "other_groups_flagged"),
@@ -76,5 +77,5 @@ def about_trial(trial: Trial) -> dict[str, Any]:
 
 def changes(before: Measurement, after: Measurement) -> list[str]:
     """Return what the answers changed, in sentences for the people who gave them; all of it on hold-outs."""
-    pairs = [(text, before.count(name), after.count(name)) for text, name in _SENTENCES]
+    pairs = [(text, before.count(name), after.count(name)) for text, name in SENTENCES]
     return [f"{text}: {old.hits} of {old.of} before, {new.hits} of {new.of} now" for text, old, new in pairs if new.of]

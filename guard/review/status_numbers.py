@@ -14,12 +14,14 @@ from guard.relabel.rounds import Round
 from guard.review.status_history import History, add_up
 from guard.telemetry import OUTCOMES
 
-#: Clean requests below which an interval says nothing of drift: a tenth of them is what is compared.
+#: Fewer clean requests say nothing of drift: a tenth of them is what is compared.
 DRIFT_LEAST = 100
 #: Requests below which a share of them is not drawn.
 SHARE_LEAST = 1
 #: Share of clean requests whose p-value is in the lowest tenth of what is left to them, as calibrated.
 LOW_SHARE = 0.1
+#: Intervals that drift is drawn over: it needs many requests.
+_TRAILING = 10
 #: More flagged requests than expected of clean traffic are no chance from so many standard deviations on, and so many.
 FLAGGED_SURPRISE, FLAGGED_LEAST = 4.0, 3
 
@@ -163,11 +165,11 @@ class Numbers:
 
     @property
     def drift_lately(self) -> Drift | None:
-        """Of the last sixth of the span; None with too few clean requests."""
+        """Of the last intervals; None with too few clean requests."""
         history = self.history
         if not self._counts_low:
             return None
-        last = -(history.span.points // 6)
+        last = -_TRAILING
         low, clean = (
             sum(rate or 0.0 for rate in rates[last:]) * history.span.step
             for rates in (history.rate("guard_unflagged_low_total"), history.rate("guard_verdicts_total", "clean"))
@@ -233,8 +235,8 @@ def charts(numbers: Numbers) -> list[Chart]:
     per_minute = {verdict: _times(minute, values) for verdict, values in verdicts.items()}
     received = add_up(list(per_minute.values()))
     share = _times(100, history.ratio(poisoned, judged, SHARE_LEAST))
-    drift = _times(1 / LOW_SHARE, history.ratio(history.rate("guard_unflagged_low_total"), clean, DRIFT_LEAST))
-    points = history.span.points
+    drift = _times(1 / LOW_SHARE, _trailing_ratio(history.rate("guard_unflagged_low_total"), clean, history.span.step))
+    points, while_drift = history.span.points, _step_text(_TRAILING * history.span.step)
     found = [
         Chart(
             "flagged",
@@ -268,12 +270,17 @@ def charts(numbers: Numbers) -> list[Chart]:
         Chart(
             "drift",
             "Drift of clean traffic",
-            "times as many low p-values as calibrated",
+            f"times as many low p-values as calibrated, over {while_drift}",
             [
                 Line("drift", "accent", drift),
                 Line("as calibrated", "soft", [1.0] * points, is_dashed=True),
             ],
-            _range("drift", drift, "{:.2f}", f"Fewer than {DRIFT_LEAST} clean requests in any interval."),
+            _range(
+                "drift",
+                drift,
+                "{:.2f}",
+                f"Fewer than {DRIFT_LEAST} clean requests in {while_drift}.",
+            ),
             2,
         ),
         Chart(
@@ -313,6 +320,16 @@ def _latency(numbers: Numbers) -> Chart:
 
 def _times(factor: float, values: Iterable[float | None]) -> list[float | None]:
     return [None if value is None else factor * value for value in values]
+
+
+def _trailing_ratio(above: list[float | None], below: list[float | None], step: float) -> list[float | None]:
+    """Return above / below over the intervals up to each; None where nothing is known of it, or of too few."""
+    found: list[float | None] = []
+    for place, now in enumerate(below):
+        begin = max(0, place + 1 - _TRAILING)
+        top, bottom = (sum(rate or 0.0 for rate in rates[begin : place + 1]) for rates in (above, below))
+        found.append(top / bottom if now is not None and bottom * step >= DRIFT_LEAST else None)
+    return found
 
 
 def _range(name: str, values: list[float | None], form: str, nothing: str) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from guard.config import GuardConfig
 from guard.fusion import fired
 from guard.relabel.items import FlaggedInput
+from guard.retrainer.report import SENTENCES
 
 #: Keys with a meaning of their own on the page; they are no class's key.
 RESERVED_KEYS = "pfsuoxv"
@@ -34,6 +35,9 @@ _QUIET = {
     "backup": "The backup agrees on {label}",
     "demarcation": "On the clean side of the line drawn between earlier traffic and clean images",
 }
+
+
+_IN_WORDS = {name: text for text, name in SENTENCES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,16 +184,23 @@ def moment(time: datetime | None) -> str:
 def before_and_after(report: Mapping[str, object]) -> list[tuple[str, str, str, str]]:
     """Return (name, before, after, change) of every figure that a round's report gives both before and after.
 
-    Figures inside of figures are named by their path, as in "false alarms / gtsrb".
+    Figures inside of figures are named by their path, as in "false alarms / gtsrb"; those that a retraining measures,
+    in words and first. Counts of a kind of input of which none was held back are left out.
     """
     before, after = _flat(report.get("before")), _flat(report.get("after"))
+    known = [name for _, name in SENTENCES if name in before or name in after]
     rows = []
-    for name in dict.fromkeys([*before, *after]):
+    for name in dict.fromkeys([*known, *before, *after]):
         old, new = before.get(name), after.get(name)
         change = ""
-        if isinstance(old, int | float) and isinstance(new, int | float) and not isinstance(old, bool):
+        if isinstance(old, _Share) and isinstance(new, _Share):
+            if old.of == new.of == 0:
+                continue  # nothing was held back of that kind
+            points = 100 * (new.rate - old.rate) if old.rate is not None and new.rate is not None else None
+            change = "" if points is None else "same" if points == 0 else f"{points:+.1f} points".replace("-", "−")
+        elif isinstance(old, int | float) and isinstance(new, int | float) and not isinstance(old, bool):
             change = "same" if abs(new - old) < 5e-7 else f"{new - old:+.4g}".replace("-", "−")
-        rows.append((name.replace("_", " "), _figure(old), _figure(new), change))
+        rows.append((_IN_WORDS.get(name, name.replace("_", " ")), _figure(old), _figure(new), change))
     return rows
 
 
@@ -207,7 +218,23 @@ def reasons(report: Mapping[str, object]) -> list[str]:
     return [told] if isinstance(told, str) else [str(line) for line in told] if isinstance(told, list) else [str(told)]
 
 
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """So many of so many."""
+
+    hits: int
+    of: int
+
+    @property
+    def rate(self) -> float | None:
+        return self.hits / self.of if self.of else None
+
+
 def _flat(value: object, path: str = "") -> dict[str, object]:
+    if isinstance(value, Mapping) and value.keys() == {"hits", "of", "rate"}:
+        hits, of = value["hits"], value["of"]
+        if isinstance(hits, int) and isinstance(of, int) and path:
+            return {path: _Share(hits, of)}
     if not isinstance(value, Mapping):
         return {path: value} if path else {}
     flat: dict[str, object] = {}
@@ -219,6 +246,9 @@ def _flat(value: object, path: str = "") -> dict[str, object]:
 def _figure(value: object) -> str:
     if value is None:
         return "-"
+    if isinstance(value, _Share):
+        share = "" if value.rate is None else f" ({100 * value.rate:.1f} %)"
+        return f"{value.hits:,} of {value.of:,}{share}"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
