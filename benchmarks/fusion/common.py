@@ -116,8 +116,8 @@ class Column:
 
     @property
     def is_count(self) -> bool:
-        """True if the value is a number of inputs, no rate."""
-        return self.quantity.endswith("inputs")
+        """True if the value is a number of things, no rate."""
+        return self.quantity.endswith(("inputs", "rounds"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ from guard.zoo.splits import load_split
 NOISE_STD = 0.02
 #: What somebody who does not compare with the paper may ask for; table 4 shows it too.
 USUAL_RATE = 0.05
-#: Share of the test images that a person has seen when table 8 retrains; the paper says that 10-20 % are enough.
+#: Share of the test images that a person has seen before retraining; the paper says that 10-20 % are enough.
 SEEN_SHARE = 0.2
 #: Seed of the images that are seen first; the guards take the seed of their model.
 STREAM_SEED = 0
@@ -63,6 +63,9 @@ _DECIDING = (
     *(f"{name}.py" for name in ("calibration", "cross_fitting", "ensemble", "evaluation", "fusion", "pipeline")),
     *(f"{name}.py" for name in ("recording", "split_points", "suspect")),
 )
+
+#: The same for what happens in service.
+_DECIDING_ONLINE = ("relabel/*.py", "retrainer/*.py", "serving/*.py")
 
 Record = dict[str, dict[str, Any]]
 
@@ -96,7 +99,7 @@ AUGMENTED = Request("guard", noise_std=NOISE_STD)
 HALF = Request("guard", validation_quarters=2)
 THREE_QUARTERS = Request("guard", validation_quarters=3)
 LAST_LAYER = Request("last_layer")
-RETRAINED = Request("retraining", noise_std=NOISE_STD)
+ONLINE = Request("online", noise_std=NOISE_STD)
 RETRAINED_PLAIN = Request("retraining")
 NORM_STUDY = Request("norm_orders")
 NOISE_STUDY = Request("noise_std")
@@ -281,6 +284,13 @@ def study_retraining(subject: Subject, request: Request) -> Record:
     return record
 
 
+def study_online(subject: Subject, request: Request) -> Record:
+    """Let both guards learn in service: from a real server, through the queue, with the retrainer and its gate."""
+    from online import learn_in_service  # the other studies need no server
+
+    return learn_in_service(subject, request)
+
+
 def _rates_on_rest(subject: Subject, guarded: Guard, rest: BoolArray) -> dict[str, Any]:
     clean, labels = subject.clean[rest], subject.split.test.labels[rest]
     triggered = [(activations, one, rest[one.source_rows]) for activations, one in subject.triggered]
@@ -362,6 +372,7 @@ STUDIES: Mapping[str, Callable[[Subject, Request], Record]] = {
     "guard": study_guard,
     "last_layer": study_last_layer,
     "retraining": study_retraining,
+    "online": study_online,
     "norm_orders": study_norm_orders,
     "noise_std": study_noise_std,
     "benign_noise": study_benign_noise,
@@ -429,18 +440,21 @@ def record_path(folder: Path, card: ZooCard, request: Request) -> Path:
         "request": asdict(request),
         "constants": [SEEN_SHARE, STREAM_SEED, USUAL_RATE, card.seed, NORM_CHOICES, NOISE_CHOICES],
         "config": GuardConfig().model_dump(mode="json", exclude={"data_dir"}),
-        "code": code_digest(),
+        "code": code_digest(request.kind == "online"),
     }
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     return folder / f"{card.name}.{request.label}.{digest[:16]}.json"
 
 
 @functools.cache
-def code_digest() -> str:
+def code_digest(online: bool) -> str:
     """Return a digest of the code that decides the numbers: what `guard` computes with, and this folder's studies."""
     package, here = Path(guard.__file__).parent, Path(__file__).parent
-    files = [path for pattern in _DECIDING for path in package.glob(pattern)]
-    files += [here / "studies.py", here / "last_layer.py", here / "trained_once.py"]
+    patterns = (*_DECIDING, *_DECIDING_ONLINE) if online else _DECIDING
+    files = [path for pattern in patterns for path in package.glob(pattern)]
+    files += [
+        here / f"{name}.py" for name in ("studies", "last_layer", "trained_once", *(["online"] if online else []))
+    ]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
 
 
