@@ -111,6 +111,7 @@ class Guard:
         self.relabels = True
         self.digest: str | None = None
         self._clean_scores = clean_scores  # combined, out of fold, ascending
+        self._whole = ensemble  # with the replacement head, whatever depth this guard looks at
         self._of_suspect: tuple[str | None, SplitPoints | None] = (None, None)  # what a bundle said, without its model
 
     @classmethod
@@ -316,7 +317,7 @@ class Guard:
             If there is a backup and no images.
         """
         if self.backup is None:
-            return self.ensemble.replacement_logits(activations[rows])
+            return self._whole.replacement_logits(activations[rows])
         if BACKUP in activations.depths:
             return activations.at(BACKUP)[rows]
         if images is None:

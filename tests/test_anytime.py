@@ -131,6 +131,15 @@ def test_early_verdict_looks_at_the_first_depths_only_and_says_so(anytime, clean
     assert {verdict.depth for verdict in anytime.decide(clean_activations[:2])} == {""}
 
 
+def test_early_verdict_relabels_with_the_same_second_opinion(anytime, triggered_activations):
+    early = anytime.at_depth(anytime.early[0].depth).with_config(action="relabel", false_positive_rate=0.5)
+    expected = anytime.ensemble.replacement_logits(triggered_activations[:50]).argmax(axis=1)
+    verdicts = early.decide(triggered_activations[:50])
+    assert any(verdict.is_poisoned for verdict in verdicts)
+    for verdict, label in zip(verdicts, expected, strict=True):
+        assert verdict.final_label == (label if verdict.is_poisoned else verdict.label)
+
+
 def test_early_verdicts_live_in_the_bundle(anytime, suspect, clean_activations, tmp_path):
     folder = copy.copy(anytime).save(tmp_path)
     again = Guard.load(folder, SuspectModel(suspect.module))

@@ -49,7 +49,7 @@ class FlaggedInput:
     bundle_digest: str
     #: The suspect model's own answer, 0-based.
     suspect_label: int
-    #: Second opinion of the replacement head, and its confidence in [0, 1]; None = the guard has none.
+    #: Second opinion of the guard's backup or replacement head, and its confidence in [0, 1]; None = there is none.
     backup_label: int | None
     backup_confidence: float | None
     #: Per detector: its score, and how unusual that score is; higher = more suspicious.
