@@ -28,6 +28,14 @@ AIM = 0.9
 
 Rows = list[dict[str, str]]
 
+#: Name of a table -> the picture below it, and what it shows.
+PICTURES = {"backups": "backups.png", "anp": "anp_curves.png", "defective": "defective.png"}
+ALTERNATIVES = {
+    "backups": "Recovery accuracy, and attack success after relabel, of every backup on every model",
+    "anp": "Clean accuracy and attack success against the threshold of the masks",
+    "defective": "Defence against transferred PGD over clean accuracy, and accuracy under noise",
+}
+
 
 def read(file: Path) -> Rows:
     """Return the rows of a table; none if it is not there."""
@@ -44,7 +52,7 @@ def draw_backups(rows: Rows, file: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.8 + 0.24 * len(models)), sharey=True, layout="constrained")
     panels = (
         ("recovery_accuracy", "true label found, % of triggered images"),
-        ("guarded_attack_success", "attack success after `relabel`, %"),
+        ("guarded_attack_success", "attack success after relabel, %"),
     )
     for axis, (column, title) in zip(axes, panels, strict=True):
         for backup in BACKUPS:
@@ -70,9 +78,15 @@ def draw_backups(rows: Rows, file: Path) -> None:
     plt.close(figure)
 
 
-def draw_curves(rows: Rows, file: Path, pattern: str = r"cifar10-(badnets|blend)-") -> None:
+def shown_models(rows: Rows) -> list[str]:
+    """Return the models whose curves of adversarial neuron pruning are shown: CIFAR-10 first, at most three."""
+    models = {row["model"] for row in rows if row["backup"] == "anp" and row["attack_success"]}
+    return sorted(models, key=lambda model: (not re.match("cifar10-(badnets|blend)", model), model))[:3]
+
+
+def draw_curves(rows: Rows, file: Path) -> None:
     """Draw clean accuracy and attack success of adversarial neuron pruning against the threshold."""
-    models = sorted({row["model"] for row in rows if row["backup"] == "anp" and re.match(pattern, row["model"])})
+    models = shown_models(rows)
     if not models:
         return
     figure, axes = plt.subplots(
@@ -175,6 +189,39 @@ def _cell(row: dict[str, str]) -> str:
     return f"{f'**{shown}**' if recovery >= 100 * AIM * clean / 100 else shown} / {clean:.1f} / {guarded:.1f}"
 
 
+def fine_pruning_table(rows: Rows) -> str:
+    """Return fine-pruning on the Fusion paper's cases beside that paper's figures; of several triggers the mean."""
+    paper: dict[tuple[str, str], list[float]] = {}
+    for row in read(ROOT / "benchmarks/fusion/table_4.expected.csv"):
+        for kind in ("clean_accuracy", "attack_success"):
+            if row["quantity"].startswith(f"fine_pruning_{kind}") and row["paper"]:
+                paper.setdefault((row["case"], kind), []).append(float(row["paper"]))
+    lines = ["| model | clean accuracy (paper) | attack success (paper) |", "|---|---|---|"]
+    for row in rows:
+        case = row["model"].split("-")[1]
+        if row["backup"] == "fine-pruning" and (case, "attack_success") in paper:
+            cells = [
+                f"{100 * float(row[kind]):.1f} ({statistics.mean(paper[case, kind]):.1f})"
+                for kind in ("clean_accuracy", "attack_success")
+            ]
+            lines.append(f"| {row['model']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def anp_table(rows: Rows) -> str:
+    """Return clean accuracy and attack success at some thresholds."""
+    at = ("0.0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.7", "0.9")
+    lines = ["| model | " + " | ".join(f"at {one}" for one in at) + " |", "|---" * (len(at) + 1) + "|"]
+    for model in shown_models(rows):
+        own = {row["at"]: row for row in rows if row["model"] == model}
+        cells = [
+            f"{100 * float(own[one]['test_accuracy']):.1f} / {100 * float(own[one]['attack_success']):.1f}"
+            for one in at
+        ]
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def costs_table(rows: Rows) -> str:
     """Return training seconds, size and milliseconds of every backup: the median over the models of a data set."""
     data_sets = sorted({row["model"].partition("-")[0] for row in rows})
@@ -267,13 +314,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tables: list[tuple[str, str, Rows, Callable[[Rows], str]]] = [
         ("backups.md", "backups", backups, backups_table),
         ("backups.md", "costs", backups, costs_table),
+        ("backups.md", "fine-pruning", backups, fine_pruning_table),
+        ("backups.md", "anp", [row for row in curves if row["backup"] == "anp"], anp_table),
         ("backups.md", "defective", defective, defective_table),
         ("detection.md", "anytime", read(chosen.results / "anytime.csv"), anytime_table),
         ("detection.md", "depths", read(chosen.results / "anytime_depths.csv"), depths_table),
     ]
     for document, name, rows, make in tables:
         if rows:
-            put(chosen.docs / document, name, make(rows))
+            picture = f"\n\n![{ALTERNATIVES[name]}](images/{PICTURES[name]})" if name in PICTURES else ""
+            put(chosen.docs / document, name, make(rows) + picture)
 
 
 if __name__ == "__main__":
