@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # Threads that wait for each other stall on a busy machine, and nothing here is large enough to gain from two.
 export OMP_NUM_THREADS ?= 1
+# Test files that run at the same time; JOBS=0 runs all in one process.
+JOBS ?= 2
 
 .PHONY: setup demo test lint types bench bench-badnets bench-fusion bench-loop rehearsal clean help
 
@@ -26,7 +28,7 @@ demo: setup
 	$(BIN)/guard demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
