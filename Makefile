@@ -39,7 +39,7 @@ types: setup
 
 # A bad night in four minutes: server, review page, retrainer and Prometheus; attack, bypass, failures, drift.
 rehearsal: setup
-	$(BIN)/python benchmarks/rehearsal/rehearse.py $(ARGS)
+	$(BIN)/python benchmarks/rehearsal/rehearse.py --runbook docs/operations.md $(ARGS)
 
 bench: setup
 	$(BIN)/python benchmarks/detection.py

@@ -6,7 +6,8 @@ Starts what `guard serve --queue --review --retrain` and `guard observe` start, 
 simulated reviewer answer and ask for retraining, and watches the alerts go off and clear. The rules are the shipped
 ones with every time divided by 60, so that an hour's window slides by in a minute. Ends with the books of client,
 queue and Prometheus compared, and with nothing left running. Writes docs/pictures/rehearsal.png and
-benchmarks/results/rehearsal.csv (alert, cause, fired_after_s, cleared_after_s; empty = did not). About four minutes.
+benchmarks/results/rehearsal.csv (alert, cause, fired_after_s, cleared_after_s; empty = did not), and the table in
+docs/operations.md with `--runbook docs/operations.md`. About four minutes.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from guard.observing.audit import AuditReport, audit
 from guard.observing.scrape import Prometheus
 from guard.relabel.queue import Queue
 
+_MARK, _END = "<!-- rehearsal -->", "<!-- end -->"
 PROJECT = Path(__file__).resolve().parent.parent.parent
 SEED = 0
 PER_SECOND = 60.0
@@ -68,6 +70,10 @@ CAUSES = {
     "GuardCleanDrift": "drift",
     "GuardRetrainingRefused": "retraining refused",
 }
+
+
+#: What happens in a moment, at the start of its phase.
+MOMENTARY = ("page killed",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +120,8 @@ def delays(found: Sequence[Firing], causes: Sequence[Span]) -> list[Delay]:
         cause = next((span for span in causes if span.phase.name == name), None)
         after = [one for one in found if cause is not None and one.alert == alert and one.start >= cause.start]
         fired = after[0].start - cause.start if cause is not None and after else None
-        cleared = after[-1].end - cause.end if cause is not None and after else None
+        over = None if cause is None else cause.start if name in MOMENTARY else cause.end
+        cleared = after[-1].end - over if over is not None and after else None
         rows.append(Delay(alert, name, fired, cleared))
     return rows
 
@@ -141,7 +148,7 @@ def kill_page(service: Service) -> None:
     raise RuntimeError("there is no review page to kill")
 
 
-def run(folder: Path, image: Path, results: Path) -> int:
+def run(folder: Path, image: Path, results: Path, runbook: Path | None) -> int:
     """Run the rehearsal in a folder; return the exit status."""
     started = time.perf_counter()
     say(f"seed {SEED}; preparing a backdoored network, its guard and its archive")
@@ -212,6 +219,8 @@ def run(folder: Path, image: Path, results: Path) -> int:
         draw(prometheus, spans, found, begin, end, image)
         still = firing_now(prometheus)
     write(rows, results)
+    if runbook is not None:
+        document(rows, runbook)
     return report(rows, empty, books, still, time.perf_counter() - started)
 
 
@@ -246,6 +255,17 @@ def write(rows: Sequence[Delay], file: Path) -> None:
                     *("" if value is None else round(value, 1) for value in (row.fired_after_s, row.cleared_after_s)),
                 )
             )
+
+
+def document(rows: Sequence[Delay], file: Path) -> None:
+    """Put the delays into the runbook, between its marks."""
+    lines = ["| alert | cause | fired after | cleared after the cause ended |", "|---|---|---|---|"]
+    for row in rows:
+        cells = ("never" if value is None else f"{value:.1f}" for value in (row.fired_after_s, row.cleared_after_s))
+        lines.append(f"| {row.alert} | {row.cause} | {' | '.join(cells)} |")
+    before, _, rest = file.read_text(encoding="utf-8").partition(_MARK)
+    after = rest.partition(_END)[2]
+    file.write_text(f"{before}{_MARK}\n" + "\n".join(lines) + f"\n{_END}{after}", encoding="utf-8")
 
 
 def report(
@@ -290,15 +310,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--image", type=Path, default=PROJECT / "docs" / "pictures" / "rehearsal.png")
     options.add_argument("--results", type=Path, default=PROJECT / "benchmarks" / "results" / "rehearsal.csv")
+    options.add_argument("--runbook", type=Path, help="document whose table of delays is written anew")
     options.add_argument("--folder", type=Path, help="keep everything here; default: a temporary folder")
     given = options.parse_args(arguments)
     before = {one.pid for one in psutil.Process().children(recursive=True)}
     if given.folder is not None:
         given.folder.mkdir(parents=True)
-        status = run(given.folder.absolute(), given.image, given.results)
+        status = run(given.folder.absolute(), given.image, given.results, given.runbook)
     else:
         with tempfile.TemporaryDirectory(prefix="guard-rehearsal-") as scratch:
-            status = run(Path(scratch), given.image, given.results)
+            status = run(Path(scratch), given.image, given.results, given.runbook)
     left = [one for one in psutil.Process().children(recursive=True) if one.pid not in before]
     if left:
         say(f"PROBLEM: {len(left)} processes run on")
