@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from traffic import Span
 
+from guard.observing.client_log import read_client_log
 from guard.observing.scrape import Prometheus
 
 if TYPE_CHECKING:
@@ -37,24 +39,20 @@ def draw(
     found: Sequence[Firing],
     start: float,
     end: float,
+    log: Path,
     file: Path,
 ) -> None:
-    """Draw everything that Prometheus has seen between two moments (seconds since 1970)."""
+    """Draw what clients noted and Prometheus has seen between two moments (seconds since 1970)."""
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     verdicts, shares, drift, alerts = figure.subplots(4, 1, sharex=True, height_ratios=[3, 2, 2, 3])
-    rates = {
-        series.label("verdict"): points
-        for series, points in prometheus.over(
-            "sum by (verdict) (rate(guard_verdicts_total[5s]))", start, end, 1.0
-        ).items()
-    }
-    times = sorted({time for points in rates.values() for time, _ in points})
-    order = [name for name in _COLOURS if name in rates]
-    values = [[dict(rates[name]).get(time, 0.0) for time in times] for name in order]
-    verdicts.stackplot(
-        [time - start for time in times], values, labels=order, colors=[_COLOURS[name] for name in order], linewidth=0
-    )
+    sent = [one for one in read_client_log(log) if start <= one.time.timestamp() < end]
+    seconds = np.arange(0, np.ceil(end - start) + 1)
+    order = [name for name in _COLOURS if any(one.kind == name for one in sent)]
+    counts = [
+        np.histogram([one.time.timestamp() - start for one in sent if one.kind == name], seconds)[0] for name in order
+    ]
+    verdicts.stackplot(seconds[:-1] + 0.5, counts, labels=order, colors=[_COLOURS[name] for name in order], linewidth=0)
     verdicts.set_ylabel("requests per second\nby verdict")
     verdicts.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
     for axis, expression, label in (

@@ -216,7 +216,7 @@ def run(folder: Path, image: Path, results: Path, runbook: Path | None) -> int:
                 prometheus=service.prometheus_url,
                 model=MODEL,
             )
-        draw(prometheus, spans, found, begin, end, image)
+        draw(prometheus, spans, found, begin, end, log, image)
         still = firing_now(prometheus)
     write(rows, results)
     if runbook is not None:
