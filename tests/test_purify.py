@@ -151,6 +151,24 @@ def test_anp_masks_stay_in_range_and_first_step_follows_the_gradient():
     assert all(((mask >= 0) & (mask <= 1)).all() for mask in masks)
 
 
+def test_anp_learns_masks_on_statistics_of_the_batch_and_leaves_the_stored_ones(trained):
+    from guard.backups.anp import _find_neurons
+
+    network, (images, labels) = copy_network(trained), bands(60)
+    norm = next(layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d))
+    with torch.no_grad():
+        norm.running_mean += 1000.0  # a network that only the batch's own statistics can save
+    before, seen = weights_digest(network), []
+    handle = norm.register_forward_hook(lambda _layer, _args, output: seen.append(float(output.detach().abs().max())))
+    neurons, _ = _find_neurons(network, images)
+    settings = AnpSettings(iterations=2, batch_size=16)
+    learn_masks(network, neurons, CleanSet.split(images, labels, N_CLASSES, 0), settings, 0, lambda _share: None)
+    handle.remove()
+    assert max(seen) < 100
+    assert weights_digest(network) == before
+    assert (norm.training, norm.momentum) == (False, 0.1)
+
+
 def test_anp_threshold_of_none_keeps_the_clean_accuracy(trained):
     images, labels = bands(60)
     settings = AnpSettings(iterations=30, threshold=None, allowed_accuracy_loss=0.0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -94,8 +95,10 @@ def prune_adversarially(
         alpha * L(m * w, b) + (1 - alpha) * L((m + delta) * w, (1 + xi) * b)
 
     and are cut to [0, 1]. Neurons are the channels of batch normalisation. A network without any has masks on the
-    filters of its convolutions and the rows of its fully connected layers but the last, and a note says so. Running
-    statistics stay as they are; the bias of a pruned neuron stays too, as in the paper's equation.
+    filters of its convolutions and the rows of its fully connected layers but the last, and a note says so. While masks
+    are learned, batch normalisation uses the statistics of the batch, as in the authors' experiments: with the stored
+    ones, pushed neurons throw the later layers so far off that masks fall everywhere. The stored ones stay as they are;
+    the bias of a pruned neuron stays too, as in the paper's equation.
 
     Raises
     ------
@@ -146,44 +149,65 @@ def learn_masks(
                 changed[layer.bias] = fixed[layer.bias] * shifts[place]
         return F.cross_entropy(logits_of(functional_call(twin, changed, (images,))), labels)
 
-    for iteration in range(settings.iterations):
-        rows = torch.randint(len(x), (settings.batch_size,), generator=generator)
-        images, labels = x[rows], y[rows].to(device)
-        if settings.augmentation is not None:
-            images = settings.augmentation(images, generator)
-        images = images.to(device)
-        deltas = [torch.zeros(layer.units, device=device, requires_grad=True) for layer in neurons]
-        xis = [torch.zeros(layer.units, device=device, requires_grad=True) for layer in neurons]
-        pushed = [mask.detach() + delta for mask, delta in zip(masks, deltas, strict=True)]
-        worst = torch.autograd.grad(
-            loss(pushed, [1.0 + xi for xi in xis], images, labels), [*deltas, *xis], allow_unused=True
-        )
-        steps = [
-            torch.zeros_like(at) if slope is None else settings.epsilon * slope.sign()
-            for slope, at in zip(worst, [*deltas, *xis], strict=True)
-        ]
-        delta_steps, xi_steps = steps[: len(neurons)], steps[len(neurons) :]
-        robust = loss(
-            [mask + step for mask, step in zip(masks, delta_steps, strict=True)],
-            [1.0 + step for step in xi_steps],
-            images,
-            labels,
-        )
-        total = settings.alpha * loss(masks, None, images, labels) + (1.0 - settings.alpha) * robust
-        if not torch.isfinite(total):
-            raise DataError(
-                f"adversarial pruning diverged in iteration {iteration + 1}: the loss is no longer finite. Lower "
-                f"learning_rate (now {settings.learning_rate:g}) or epsilon (now {settings.epsilon:g})."
+    with _batch_statistics(twin):
+        for iteration in range(settings.iterations):
+            rows = torch.randint(len(x), (settings.batch_size,), generator=generator)
+            images, labels = x[rows], y[rows].to(device)
+            if settings.augmentation is not None:
+                images = settings.augmentation(images, generator)
+            images = images.to(device)
+            deltas = [torch.zeros(layer.units, device=device, requires_grad=True) for layer in neurons]
+            xis = [torch.zeros(layer.units, device=device, requires_grad=True) for layer in neurons]
+            pushed = [mask.detach() + delta for mask, delta in zip(masks, deltas, strict=True)]
+            worst = torch.autograd.grad(
+                loss(pushed, [1.0 + xi for xi in xis], images, labels), [*deltas, *xis], allow_unused=True
             )
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        with torch.no_grad():
-            for mask in masks:
-                mask.clamp_(0.0, 1.0)
-        if iteration % _REPORT_EVERY == 0:
-            progress(iteration / settings.iterations)
+            steps = [
+                torch.zeros_like(at) if slope is None else settings.epsilon * slope.sign()
+                for slope, at in zip(worst, [*deltas, *xis], strict=True)
+            ]
+            delta_steps, xi_steps = steps[: len(neurons)], steps[len(neurons) :]
+            robust = loss(
+                [mask + step for mask, step in zip(masks, delta_steps, strict=True)],
+                [1.0 + step for step in xi_steps],
+                images,
+                labels,
+            )
+            total = settings.alpha * loss(masks, None, images, labels) + (1.0 - settings.alpha) * robust
+            if not torch.isfinite(total):
+                raise DataError(
+                    f"adversarial pruning diverged in iteration {iteration + 1}: the loss is no longer finite. Lower "
+                    f"learning_rate (now {settings.learning_rate:g}) or epsilon (now {settings.epsilon:g})."
+                )
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            with torch.no_grad():
+                for mask in masks:
+                    mask.clamp_(0.0, 1.0)
+            if iteration % _REPORT_EVERY == 0:
+                progress(iteration / settings.iterations)
     return [mask.detach().cpu().numpy() for mask in masks]
+
+
+@contextmanager
+def _batch_statistics(twin: nn.Module) -> Iterator[None]:
+    """Let batch normalisation use the statistics of each batch meanwhile, and leave the stored ones alone."""
+    layers = [layer for layer in twin.modules() if isinstance(layer, _BatchNorm)]
+    before = [(layer.training, layer.momentum) for layer in layers]
+    buffers = {name: buffer.clone() for name, buffer in twin.named_buffers()}
+    for layer in layers:
+        layer.train()
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, (training, momentum) in zip(layers, before, strict=True):
+            layer.train(training)
+            layer.momentum = momentum
+        with torch.no_grad():
+            for name, buffer in twin.named_buffers():
+                buffer.copy_(buffers[name])
 
 
 def _find_neurons(twin: nn.Module, images: Float32Array) -> tuple[list[_Neurons], tuple[str, ...]]:
