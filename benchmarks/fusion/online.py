@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.torch import save_file
+from studies import rates_on_rest
 
 from guard.bundle import BundleStore
-from guard.evaluation import attack_success_rate, clean_accuracy
 from guard.pipeline import Guard
 from guard.relabel.groups import refresh_groups
 from guard.relabel.items import Answer
@@ -223,20 +223,5 @@ def _answer(queue: Queue, sent: Sent, said: Mapping[str, list[bool]]) -> None:
 
 
 def _rates(condition: str, subject: Subject, guarded: Guard, rest: BoolArray) -> dict[str, Any]:
-    """Return the rates on the test images that were not sent, clean and triggered."""
-    clean, labels = subject.clean[rest], subject.split.test.labels[rest]
-    triggered = [(activations, one, rest[one.source_rows]) for activations, one in subject.triggered]
-    return {
-        f"{condition}_clean_accuracy": clean_accuracy(
-            clean.predicted_labels, labels, guarded.scores(clean).is_poisoned
-        ),
-        f"{condition}_attack_success": [
-            attack_success_rate(
-                activations.predicted_labels[rows],
-                one.labels[rows],
-                one.true_labels[rows],
-                guarded.scores(activations[rows]).is_poisoned,
-            )
-            for activations, one, rows in triggered
-        ],
-    }
+    """Return the rates on the test images that were not sent, clean and triggered, under a condition's names."""
+    return {f"{condition}_{measure}": value for measure, value in rates_on_rest(subject, guarded, rest).items()}

@@ -279,7 +279,7 @@ def study_retraining(subject: Subject, request: Request) -> Record:
         again = retrain(fitted, reviewed)
         record[mode] = {"inputs": len(reviewed.true_labels), "poisoned_inputs": int(reviewed.is_poisoned.sum())}
         for state, guarded in (("not_retrained", fitted), ("retrained", again)):
-            rest = _rates_on_rest(subject, guarded, ~is_seen)
+            rest = rates_on_rest(subject, guarded, ~is_seen)
             record[mode] |= {f"{state}_{measure}": value for measure, value in rest.items()}
     return record
 
@@ -291,7 +291,8 @@ def study_online(subject: Subject, request: Request) -> Record:
     return learn_in_service(subject, request)
 
 
-def _rates_on_rest(subject: Subject, guarded: Guard, rest: BoolArray) -> dict[str, Any]:
+def rates_on_rest(subject: Subject, guarded: Guard, rest: BoolArray) -> dict[str, Any]:
+    """Return clean accuracy and attack success on some of the test images, clean and triggered; fractions."""
     clean, labels = subject.clean[rest], subject.split.test.labels[rest]
     triggered = [(activations, one, rest[one.source_rows]) for activations, one in subject.triggered]
     return {
