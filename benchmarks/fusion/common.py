@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -101,6 +102,8 @@ class Column:
         Which record holds our value; None if we have none.
     source : tuple of str
         Group and rate in the record.
+    backup : str
+        Kind of backup in `benchmarks/results/backups.csv` whose rate `source[1]` is our value instead; "" = none.
     """
 
     quantity: str
@@ -108,6 +111,7 @@ class Column:
     title: str
     request: Request | None = None
     source: tuple[str, str] = ("", "")
+    backup: str = ""
 
     @property
     def is_per_trigger(self) -> bool:
@@ -205,8 +209,29 @@ def rows_of(table: Table, records: Records) -> list[Row]:
         found = [model for model in case.models if records.has(model)]
         rows += [Row(name, "missing", model, None, None) for model in case.models if model not in found]
         for column in table.columns:
-            rows += _rows_of_column(case, column, [records.get(model, column.request) for model in found], expected)
+            measured = [records.get(model, column.request) for model in found]
+            if column.backup:
+                measured = [backup_record(model, column, case) for model in found]
+            rows += _rows_of_column(case, column, measured, expected)
     return rows
+
+
+def backup_record(model: str, column: Column, case: Case) -> Record | None:
+    """Return what `benchmarks/backups.py` has measured of a backup, as a record; None if it has not yet.
+
+    It pools the triggers of a model, so it has no value per trigger.
+    """
+    row = _backups().get((model, column.backup))
+    if row is None or (column.is_per_trigger and case.triggers):
+        return None
+    return {column.source[0]: {column.source[1]: float(row[column.source[1]])}}
+
+
+@functools.cache
+def _backups() -> dict[tuple[str, str], dict[str, str]]:
+    file = PROJECT / "benchmarks" / "results" / "backups.csv"
+    with file.open(encoding="utf-8", newline="") as opened:
+        return {(row["model"], row["backup"]): row for row in csv.DictReader(opened)}
 
 
 def _rows_of_column(
@@ -220,11 +245,11 @@ def _rows_of_column(
         values = [record[group][rate] for record in records if record is not None]
         values = [value[number] if isinstance(value, list) else value for value in values]
         printed = expected.get((case.name, quantity))
-        if column.request is None and printed is None:
+        if column.request is None and not column.backup and printed is None:
             continue
         shown = [float(value) if column.is_count else percent(value) for value in values]
         rows.append(Row(case.name, column.mode, quantity, round(statistics.mean(shown), 2) if shown else None, printed))
-        if len(case.models) > 1 and shown:
+        if len(case.models) > 1 and len(shown) > 1:
             worst = max(shown) if column.quantity.endswith(LOW_IS_GOOD) else min(shown)
             rows.append(Row(case.name, column.mode, f"{quantity}_worst_seed", worst, None))
     return rows
