@@ -454,6 +454,26 @@ def test_killed_worker_comes_back_and_no_answer_is_wrong(site: Site) -> None:
     assert -8 <= len(answered) - counted <= at_risk  # Java keeps the counters; what was not yet handed over is lost
 
 
+def scale(site: Site, model: str, workers: int) -> None:
+    with Client(site.server.management_url, token=site.server.token("management")) as client:
+        path = f"/models/{model}?min_worker={workers}&max_worker={workers}&synchronous=true"
+        assert client.request("PUT", path).status in (200, 202)
+    assert wait_for(lambda: len(site.server.worker_pids(model)) == workers, 60)
+
+
+def test_counts_of_two_workers_add_up(site: Site) -> None:
+    before = settled(site, "digits")
+    scale(site, "digits", 2)
+    try:
+        bodies = [*site.bodies, *site.bodies]
+        replies = run_load(site.server.inference_url, "digits", bodies, token=site.server.token(), clients=8)
+        assert all(site.agrees(reply, index % len(site.bodies)) for index, reply in enumerate(replies))
+        assert settled(site, "digits") - before == Counter(reply.headers["guard-verdict"] for reply in replies)
+        assert len(site.server.worker_pids("digits")) == 2  # none of them died meanwhile
+    finally:
+        scale(site, "digits", 1)
+
+
 def test_all_models_at_once(site: Site) -> None:
     models = ["digits", "plain", "blocking", "relabelling", "crops", "text"] * 30
     bodies = [site.bodies[index % len(site.bodies)] for index in range(len(models))]
