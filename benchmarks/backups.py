@@ -10,10 +10,11 @@ test images: the share of triggered images that it gives their true label (recov
 of the backup alone, and of the whole guard in `relabel`: a flagged image gets the backup's label, any other the suspect
 model's.
 
-Twins also write their curve, before any fine-tuning, to `backups_curves.csv`. No figure of a triggered image has any
-influence on a backup. Settings are the defaults, but for the iterations of anp (`--anp-iterations`). Training of
-residual networks runs in bfloat16 where the processor can, which halves the time. Seconds are processor time of
-training on one thread; milliseconds are for one image, the median of 30.
+Twins also write their curve, before any fine-tuning, to `backups_curves.csv`. No figure of a triggered image measured
+here has any influence on a backup; docs/backups.md says how the defaults were chosen. Settings are the defaults, but
+for the iterations of anp (`--anp-iterations`). Training of residual networks runs in bfloat16 where the processor can,
+which halves the time. Seconds are processor time of training on one thread; milliseconds are for one image, the median
+of 30.
 """
 
 from __future__ import annotations
