@@ -20,6 +20,7 @@ from guard import Activations, Guard, GuardConfig, SuspectModel
 from guard.attacks import DEMO_ATTACKS, AttackRecipe, MnistCnn, Poisoned, poisoned_test_set, train_badnet
 from guard.datasets import load_dataset, split_rows, to_tensor_images
 from guard.relabel.queue import Queue
+from guard.relabel.settings import QueueSettings
 from guard.types import Float32Array, IntArray
 
 #: Rows of the shipped MNIST images: to train the network, to fit the guard, to test.
@@ -93,6 +94,15 @@ def clean_activations(fitted_guard: Guard, suspect: SuspectModel, clean_split: C
 @pytest.fixture(scope="session")
 def triggered_activations(fitted_guard: Guard, suspect: SuspectModel, triggered: Poisoned) -> Activations:
     return suspect.activations(triggered.images)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patience() -> None:
+    """Let queues wait as long as a busy test machine needs; a server's quarter of a second is a test's own choice."""
+    defaults = QueueSettings.__init__.__kwdefaults__
+    assert defaults is not None
+    assert defaults["enqueue_timeout_s"] == 0.25
+    defaults["enqueue_timeout_s"] = 20.0
 
 
 @pytest.fixture(scope="session")

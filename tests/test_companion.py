@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 
 from guard.errors import ServerError
 from guard.serving import companion as module
+from guard.serving import supervisor
 from guard.serving.companion import Companion
 
 Make = Callable[..., Companion]
@@ -148,3 +151,49 @@ def test_companion_that_cannot_be_run_says_so(tmp_path: Path) -> None:
     companion = Companion("x", [str(tmp_path / "missing")], folder=tmp_path, log=tmp_path / "log.txt")
     with pytest.raises(ServerError, match=r"^missing cannot be started: its supervisor ended at once\.$"):
         companion.start()
+
+
+def test_start_that_is_interrupted_leaves_no_supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, pid_file = tmp_path / "slow-python", tmp_path / "pid"
+    slow.write_text(
+        f'#!/bin/sh\necho $$ > "{pid_file}.part"; mv "{pid_file}.part" "{pid_file}"; sleep 1\n'
+        f'exec "{sys.executable}" "$@"\n'
+    )
+    slow.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(slow))
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+
+    def interrupt() -> None:
+        wait_for(pid_file.exists)
+        os.kill(os.getpid(), signal.SIGALRM)
+
+    thread = threading.Thread(target=interrupt)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    try:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            Companion("x", ["sleep", "600"], folder=folder, log=folder / "log.txt").start()
+    finally:
+        thread.join()
+        signal.signal(signal.SIGALRM, before)
+    assert not alive(int(pid_file.read_text()))
+
+
+@pytest.mark.parametrize(("gave_up", "words"), [(True, ""), (False, "FileNotFoundError")])
+def test_supervisor_is_silent_about_a_missing_folder_only_when_nobody_waits(
+    tmp_path: Path, gave_up: bool, words: str
+) -> None:
+    gone = tmp_path / "gone"
+    job = {"command": ["true"], "folder": str(gone), "log": str(gone / "log.txt"), "parent": os.getpid()}
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", str(supervisor.__file__), json.dumps(job)],
+        stdin=subprocess.DEVNULL if gave_up else subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        printed = process.stderr.read()
+    assert words in printed
+    assert bool(printed) == bool(words)
+    assert process.returncode != 0

@@ -28,7 +28,9 @@ from guard.relabel.queue import Queue
 from guard.relabel.schema import REVISION, metadata
 from guard.relabel.settings import QueueSettings
 
-QUICK = QueueSettings(wait_s=0.2, enqueue_timeout_s=0.1)
+HURRIED = QueueSettings(wait_s=0.2, enqueue_timeout_s=0.1)
+#: Seconds that a hurried call may take on a busy machine; without its limit it would wait for ever.
+SOON = 10.0
 
 
 @pytest.fixture
@@ -39,8 +41,15 @@ def sqlite_url(tmp_path: Path, sqlite_template: Path) -> str:
 
 @pytest.fixture
 def queue(queue_url: str) -> Iterator[Queue]:
-    with Queue.open(queue_url, QUICK) as queue:
+    with Queue.open(queue_url) as queue:
         yield queue
+
+
+@pytest.fixture
+def hurried(queue_url: str, queue: Queue) -> Iterator[Queue]:
+    """The same queue, for a caller that hardly waits: what fails here because the machine is busy, fails by chance."""
+    with Queue.open(queue_url, HURRIED) as hurried:
+        yield hurried
 
 
 def decide_one(queue: Queue, number: int = 0) -> int:
@@ -52,7 +61,7 @@ def decide_one(queue: Queue, number: int = 0) -> int:
 # --- locked ---
 
 
-def test_locked_queue_is_unavailable_in_time_and_works_again_later(queue):
+def test_locked_queue_is_unavailable_in_time_and_works_again_later(queue, hurried):
     [item_id] = queue.enqueue([flagged()]).ids
     queue.claim("ana")
     other = Database(str(queue.database.engine.url.render_as_string(hide_password=False)), 5)
@@ -61,10 +70,10 @@ def test_locked_queue_is_unavailable_in_time_and_works_again_later(queue):
         connection.execute(statements.LOCK_ITEMS, {"ids": [item_id]})
         began = time.monotonic()
         with pytest.raises(QueueUnavailable, match=r"locked by others for too long|did not answer within"):
-            queue.enqueue([flagged(1)])
-        assert time.monotonic() - began < 0.1 + 0.4  # enqueue_timeout_s, and a busy machine
+            hurried.enqueue([flagged(1)])
         with pytest.raises(QueueUnavailable, match="locked by others for too long"):
-            queue.decide("ana", item_id, is_poisoned=True, true_label=5)
+            hurried.decide("ana", item_id, is_poisoned=True, true_label=5)
+        assert time.monotonic() - began < SOON
         assert queue.counts().by_state[State.CLAIMED] == 1  # reading goes on
     other.close()
     queue.decide("ana", item_id, is_poisoned=True, true_label=5)
@@ -98,7 +107,7 @@ def test_threads_share_one_queue(queue_url):
 
 
 def test_full_disk_is_unavailable_and_keeps_what_was_acknowledged(sqlite_url):
-    with Queue.open(sqlite_url, QUICK) as queue:
+    with Queue.open(sqlite_url) as queue:
         sa.event.listen(queue.database.engine, "connect", _limit_pages)
         queue.database.engine.dispose()
         acknowledged: list[int] = []
@@ -130,7 +139,7 @@ def test_database_that_cannot_be_reached_is_unavailable(tmp_path):
     began = time.monotonic()
     with pytest.raises(QueueUnavailable):
         Queue.open("postgresql://guard@127.0.0.1:1/queue")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < SOON
 
 
 def test_file_that_is_no_database_is_refused(tmp_path):
@@ -154,18 +163,19 @@ def own_server() -> Iterator[PostgresServer]:
 
 
 def test_postgresql_gone_for_a_while_loses_nothing_and_is_used_again(own_server):
-    with Queue.open(own_server.create_database(), QUICK) as queue:
+    url = own_server.create_database()
+    with Queue.open(url) as queue, Queue.open(url, HURRIED) as hurried:
         ids = queue.enqueue([flagged(number) for number in range(5)]).ids
         queue.claim_items("ana", ids[:2])
         decision = queue.decide("ana", ids[0], is_poisoned=True, true_label=5)
         own_server.stop()
+        began = time.monotonic()
         for _ in range(2):
-            began = time.monotonic()
             with pytest.raises(QueueUnavailable):
-                queue.enqueue([flagged(9)])
-            assert time.monotonic() - began < 0.1 + 0.4
+                hurried.enqueue([flagged(9)])
             with pytest.raises(QueueUnavailable):
-                queue.decide("ana", ids[1], is_poisoned=True, true_label=5)
+                hurried.decide("ana", ids[1], is_poisoned=True, true_label=5)
+        assert time.monotonic() - began < SOON
         own_server.start()
         queue.decide("ana", ids[1], is_poisoned=True, true_label=5)
         assert queue.get(ids[0]).decision == decision
@@ -178,21 +188,23 @@ def test_postgresql_gone_for_a_while_loses_nothing_and_is_used_again(own_server)
 
 
 def test_postgresql_that_hangs_is_unavailable_in_time(own_server):
-    with Queue.open(own_server.create_database(), QUICK) as queue:
+    url = own_server.create_database()
+    with Queue.open(url) as queue, Queue.open(url, HURRIED) as hurried:
         queue.enqueue([flagged(0)])
         own_server.freeze()
         try:
-            for longest in (0.1 + 0.4, 0.1):  # the second does not even try
-                began = time.monotonic()
-                with pytest.raises(QueueUnavailable, match=r"did not answer within|still does not answer"):
-                    queue.enqueue([flagged(1)])
-                assert time.monotonic() - began < longest
+            began = time.monotonic()
+            with pytest.raises(QueueUnavailable, match="did not answer within"):
+                hurried.enqueue([flagged(1)])
+            with pytest.raises(QueueUnavailable, match="still does not answer"):  # this one does not even try
+                hurried.enqueue([flagged(1)])
+            assert time.monotonic() - began < SOON
         finally:
             own_server.freeze(signal.SIGCONT)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             with suppress(QueueUnavailable):
-                if queue.enqueue([flagged(2)]).ids[0] is not None:
+                if hurried.enqueue([flagged(2)]).ids[0] is not None:
                     break
         assert queue.items()[-1].input.request_id == "request-2"
 

@@ -73,10 +73,13 @@ def start_supervised(
         start_new_session=True,  # so that Ctrl-C reaches us alone, and we stop everything in order
     )
     assert process.stdout is not None
-    first_line = process.stdout.readline()
-    if not first_line.strip().isdigit():
+    try:
+        first_line = process.stdout.readline()
+        if not first_line.strip().isdigit():
+            raise ServerError(f"{Path(command[0]).name} cannot be started: its supervisor ended at once.")
+    except BaseException:  # Ctrl-C too: the caller gets nothing to end, and may remove the folder it runs in
         end_supervised(process, grace_seconds)
-        raise ServerError(f"{Path(command[0]).name} cannot be started: its supervisor ended at once.")
+        raise
     return process, int(first_line)
 
 

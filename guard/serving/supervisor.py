@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 POLL_SECONDS = 0.5
 
@@ -23,15 +24,12 @@ POLL_SECONDS = 0.5
 def main() -> int:
     """Read the job from the first argument, run it, clean up; return the exit status of the command."""
     job = json.loads(sys.argv[1])
-    with open(job["log"], "ab") as log:  # noqa: PTH123 - pathlib would double the start-up time of this script
-        command = subprocess.Popen(
-            job["command"],
-            cwd=job["folder"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            process_group=0,
-        )
+    try:
+        command = _start(job)
+    except OSError:
+        if _is_alone(job["parent"]):  # and its folders may be gone with the parent: nobody waits for this command
+            return -int(signal.SIGKILL)
+        raise
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # only the pipe ends us, so that nothing is left behind
     print(command.pid, flush=True)
@@ -47,15 +45,32 @@ def main() -> int:
     return status if status is not None else -int(signal.SIGKILL)
 
 
+def _start(job: dict[str, Any]) -> subprocess.Popen[bytes]:
+    with open(job["log"], "ab") as log:  # noqa: PTH123 - pathlib would double the start-up time of this script
+        return subprocess.Popen(
+            job["command"],
+            cwd=job["folder"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            process_group=0,
+        )
+
+
 def _wait_for_end(command: subprocess.Popen[bytes], parent: int) -> int | None:
     """Return the command's exit status, or None as soon as the parent has closed the pipe or has gone."""
     while command.poll() is None:
-        readable, _, _ = select.select([0], [], [], POLL_SECONDS)
-        if readable and not os.read(0, 64):
-            return None
-        if os.getppid() != parent:  # a forked sibling may still hold the pipe open
+        if _is_alone(parent, POLL_SECONDS):
             return None
     return command.returncode
+
+
+def _is_alone(parent: int, wait_seconds: float = 0.0) -> bool:
+    """Return whether the parent has closed the pipe or has gone."""
+    readable, _, _ = select.select([0], [], [], wait_seconds)
+    if readable and not os.read(0, 64):
+        return True
+    return os.getppid() != parent  # a forked sibling may still hold the pipe open
 
 
 def _wait(command: subprocess.Popen[bytes], seconds: float) -> int | None:
