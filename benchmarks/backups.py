@@ -116,7 +116,9 @@ class Bench:
         if kind == "anp":
             few = ANP_IMAGES_PER_CLASS * self.card.n_classes
             images, labels = images[:few], labels[:few]
-        with torch.autocast("cpu", torch.bfloat16) if halved else contextlib.nullcontext():
+        # Without the cache: it would go on with the weights of the first step.
+        half = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+        with half if halved else contextlib.nullcontext():
             if kind == DEFECTIVE:
                 return Backup.train(kind, self.network, images, labels, seed=self.card.seed), []
             probes = {"test_accuracy": Probe(self.test[:_PROBED], self.truth[:_PROBED])}

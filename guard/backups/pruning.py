@@ -91,6 +91,9 @@ def prune_by_norm(
 ) -> Outcome:
     """Silence the units with the smallest norm, in place, then fine-tune.
 
+    Batch normalisation learns its statistics anew meanwhile: the stored ones are of a network with all its units, and
+    nothing is relearned behind them.
+
     References
     ----------
     .. [1] Mishra, Varshney, Yadav (2023), Mitigating adversarial attacks using pruning.
@@ -102,7 +105,8 @@ def prune_by_norm(
     chosen = {share: _smallest(norms, share, settings.scope == "global") for share in {*SHARES, settings.share}}
     curve = tuple(_point(twin, layers, chosen[share], share, measure) for share in SHARES)
     keep = _silence_all(twin, layers, chosen[settings.share])
-    _fine_tune(twin, clean, settings.fine_tuning, seed, keep, progress)
+    if settings.fine_tuning is not None:
+        fit_network(twin, clean, settings.fine_tuning, seed=seed, keep=keep, progress=progress)
     pruned = sum(len(units) for units in chosen[settings.share])
     return Outcome(sum(layer.units for layer in layers), pruned, curve)
 
@@ -130,7 +134,8 @@ def prune_by_activation(
             break
         pruned = count
     keep = silence(twin, layer, order[:pruned])
-    _fine_tune(twin, clean, settings.fine_tuning, seed, keep, progress)
+    if settings.fine_tuning is not None:
+        fit_network(twin, clean, settings.fine_tuning, seed=seed, keep=keep, freeze_statistics=True, progress=progress)
     return Outcome(layer.units, pruned, curve)
 
 
@@ -198,15 +203,3 @@ def _silence_all(twin: nn.Module, layers: Sequence[UnitLayer], units: Sequence[A
     for layer, own in zip(layers, units, strict=True):
         keep |= silence(twin, layer, (int(unit) for unit in own))
     return keep
-
-
-def _fine_tune(
-    twin: nn.Module,
-    clean: CleanSet,
-    settings: FitSettings | None,
-    seed: int,
-    keep: dict[str, Tensor],
-    progress: Report,
-) -> None:
-    if settings is not None:
-        fit_network(twin, clean, settings, seed=seed, keep=keep, freeze_statistics=True, progress=progress)
