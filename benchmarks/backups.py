@@ -20,12 +20,12 @@ of 30.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ from guard.config import GuardConfig
 from guard.evaluation import attack_success_rate, clean_accuracy, recovery_accuracy
 from guard.pipeline import Guard
 from guard.suspect import SuspectModel
-from guard.types import IntArray
+from guard.types import Float32Array, IntArray
+from guard.zoo.card import ZooCard
 from guard.zoo.collection import Zoo, default_zoo_dir
 from guard.zoo.splits import load_split
 
@@ -111,20 +112,13 @@ class Bench:
         return {"model": self.name, "backup": kind, **values}, curve
 
     def _train(self, kind: str, anp: AnpSettings) -> tuple[Backup, Rows]:
-        halved = self.card.architecture.startswith("resnet") and kind != DEFECTIVE
         images, labels = self.images, self.labels
         if kind == "anp":
             few = ANP_IMAGES_PER_CLASS * self.card.n_classes
             images, labels = images[:few], labels[:few]
-        # Without the cache: it would go on with the weights of the first step.
-        half = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
-        with half if halved else contextlib.nullcontext():
-            if kind == DEFECTIVE:
-                return Backup.train(kind, self.network, images, labels, seed=self.card.seed), []
-            probes = {"test_accuracy": Probe(self.test[:_PROBED], self.truth[:_PROBED])}
-            if len(self.poisoned):
-                some = np.random.default_rng(0).permutation(len(self.poisoned))[:_PROBED]
-                probes["attack_success"] = Probe(self.poisoned[some], self.wanted[some])
+        if kind == DEFECTIVE:
+            return Backup.train(kind, self.network, images, labels, seed=self.card.seed), []
+        with half_precision(self.card):
             done = purify(
                 self.network,
                 images,
@@ -132,7 +126,7 @@ class Bench:
                 kind,
                 settings=anp if kind == "anp" else None,
                 seed=self.card.seed,
-                probes=probes,
+                probes=probes_of(self.test, self.truth, self.poisoned, self.wanted),
             )
         curve = [
             {
@@ -169,6 +163,22 @@ class Bench:
             median_milliseconds(call),
         )
         return dict(zip(COLUMNS[2:], values, strict=True))
+
+
+def half_precision(card: ZooCard) -> AbstractContextManager[object]:
+    """Return what training of a residual network runs in."""
+    if not card.architecture.startswith("resnet"):
+        return nullcontext()
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)  # cached weights would be those of the first step
+
+
+def probes_of(test: Float32Array, truth: IntArray, poisoned: Float32Array, wanted: IntArray) -> dict[str, Probe]:
+    """Return what a curve is measured on: some test images, and some triggered ones if there are any."""
+    probes = {"test_accuracy": Probe(test[:_PROBED], truth[:_PROBED])}
+    if len(poisoned):
+        some = np.random.default_rng(0).permutation(len(poisoned))[:_PROBED]
+        probes["attack_success"] = Probe(poisoned[some], wanted[some])
+    return probes
 
 
 def median_milliseconds(call: Callable[[], Any], repeats: int = 30) -> float:

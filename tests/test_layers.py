@@ -24,6 +24,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "config recording datasets fusion detectors",
         "suspect image_files ensemble zoo backups",
         "cross_fitting",
+        "fitted",
         "pipeline telemetry relabel",
         "retraining assess observing snapshot",
         "retrainer",

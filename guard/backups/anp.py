@@ -89,8 +89,8 @@ def prune_adversarially(
 ) -> Outcome:
     """Learn a mask in [0, 1] per neuron, and set the weights of those with a small mask to zero, in place.
 
-    Every iteration draws a batch; one step along the sign of the gradient finds the change of all neurons' weights
-    and biases, of at most `epsilon`, that hurts most; then the masks m take a step down
+    Every iteration draws a batch; from a random change of all neurons' weights and biases, of at most `epsilon`, one
+    step along the sign of the gradient finds one that hurts; then the masks m take a step down
 
         alpha * L(m * w, b) + (1 - alpha) * L((m + delta) * w, (1 + xi) * b)
 
@@ -131,7 +131,7 @@ def learn_masks(
     progress: Report,
 ) -> list[Float32Array]:
     """Return one mask per neuron, an array of shape (units,) per layer, each in [0, 1]; the network is not changed."""
-    device = device_of(twin)
+    device, epsilon = device_of(twin), settings.epsilon
     generator = torch.Generator().manual_seed(seed)
     for parameter in twin.parameters():
         parameter.requires_grad_(False)  # only masks and perturbations are learned
@@ -149,6 +149,10 @@ def learn_masks(
                 changed[layer.bias] = fixed[layer.bias] * shifts[place]
         return F.cross_entropy(logits_of(functional_call(twin, changed, (images,))), labels)
 
+    def start(layer: _Neurons) -> Tensor:
+        drawn = torch.empty(layer.units).uniform_(-epsilon, epsilon, generator=generator)
+        return drawn.to(device).requires_grad_()
+
     with _batch_statistics(twin):
         for iteration in range(settings.iterations):
             rows = torch.randint(len(x), (settings.batch_size,), generator=generator)
@@ -156,14 +160,15 @@ def learn_masks(
             if settings.augmentation is not None:
                 images = settings.augmentation(images, generator)
             images = images.to(device)
-            deltas = [torch.zeros(layer.units, device=device, requires_grad=True) for layer in neurons]
-            xis = [torch.zeros(layer.units, device=device, requires_grad=True) for layer in neurons]
+            deltas, xis = ([start(layer) for layer in neurons] for _ in range(2))
             pushed = [mask.detach() + delta for mask, delta in zip(masks, deltas, strict=True)]
             worst = torch.autograd.grad(
                 loss(pushed, [1.0 + xi for xi in xis], images, labels), [*deltas, *xis], allow_unused=True
             )
             steps = [
-                torch.zeros_like(at) if slope is None else settings.epsilon * slope.sign()
+                torch.zeros_like(at)
+                if slope is None
+                else (at.detach() + epsilon * slope.sign()).clamp(-epsilon, epsilon)
                 for slope, at in zip(worst, [*deltas, *xis], strict=True)
             ]
             delta_steps, xi_steps = steps[: len(neurons)], steps[len(neurons) :]
