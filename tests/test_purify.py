@@ -169,6 +169,32 @@ def test_anp_learns_masks_on_statistics_of_the_batch_and_leaves_the_stored_ones(
     assert (norm.training, norm.momentum) == (False, 0.1)
 
 
+def test_anp_pushes_every_neuron_from_a_random_place_and_stays_in_the_box(trained, monkeypatch):
+    from guard.backups import anp
+
+    pushes, call = [], anp.functional_call
+
+    def watch(module, changed, args):
+        fixed = dict(module.named_parameters())
+        pushes.append({name: ((value / fixed[name]) - 1.0).detach() for name, value in changed.items()})
+        return call(module, changed, args)
+
+    monkeypatch.setattr(anp, "functional_call", watch)
+    network, (images, labels) = copy_network(trained), bands(60)
+    neurons, _ = anp._find_neurons(network, images)
+    clean = CleanSet.split(images, labels, N_CLASSES, 0)
+    learn_masks(network, neurons, clean, AnpSettings(iterations=1, epsilon=0.25), 0, lambda _share: None)
+    start, pushed, alone = pushes
+    assert len(start) == len(pushed) == 4
+    for name in start:
+        assert 0.0 < start[name].abs().max() <= 0.2501
+        assert len(start[name].unique()) == len(start[name])
+        assert pushed[name].abs().max() <= 0.2501
+        moved = (pushed[name] - start[name]).abs()
+        assert ((moved - 0.25).abs() < 1e-4).logical_or((pushed[name].abs() - 0.25).abs() < 1e-4).all()
+    assert all(not push.any() for push in alone.values())
+
+
 def test_anp_threshold_of_none_keeps_the_clean_accuracy(trained):
     images, labels = bands(60)
     settings = AnpSettings(iterations=30, threshold=None, allowed_accuracy_loss=0.0)

@@ -61,14 +61,14 @@ def guard(work: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixt
 
 
 def test_purify_writes_twin_card_and_picture(guard: Run, work: Path) -> None:
-    status, shown, problem = guard(*QUICK, "--class-names", "left,middle,right")
+    status, shown, problem = guard(*QUICK, "--class-names", "left,middle,right", "--epsilon", "0.2")
     assert status == 0, problem
     assert "clean accuracy" in shown
     assert sorted(file.name for file in (work / "twin").iterdir()) == ["twin.json", "twin.png", "twin.safetensors"]
     card = json.loads((work / "twin" / "twin.json").read_text())
     assert (card["method"], card["class_names"]) == ("anp", ["left", "middle", "right"])
     assert len(card["per_class_after"]) == 3
-    assert card["settings"]["iterations"] == 2
+    assert (card["settings"]["iterations"], card["settings"]["epsilon"]) == (2, 0.2)
     twin = SuspectModel.load(work / "twin" / "twin.safetensors", "purify_network:make")
     assert twin.digest == card["twin_digest"]
     assert SuspectModel.load(work / "weights.safetensors", "purify_network:make").digest == card["suspect_digest"]
@@ -90,6 +90,7 @@ def test_purify_runs_every_method(guard: Run, work: Path, method: str) -> None:
     [
         (["--method", "magic"], 2, "--method must be one of anp, norm-pruning, fine-pruning, rtll, got 'magic'."),
         (["--share", "0.5"], 2, "--share goes with --method norm-pruning, got 'anp'. Leave it out."),
+        (["--epsilon", "0"], 2, "--method anp: epsilon and learning_rate must be > 0, got 0.0 and 0.2."),
         (["--threshold", "2"], 2, "--method anp: threshold must be in [0, 1], got 2.0."),
         (["--threshold", "0.1", "--allowed-accuracy-loss", "0.1"], 2, "Give one of them."),
         (["--seed", "-1"], 2, "--seed must be >= 0, got -1."),

@@ -22,6 +22,7 @@ WEIGHTS, CARD, PICTURE = "twin.safetensors", "twin.json", "twin.png"
 #: Options, and the methods that take them.
 _TAKEN_BY = {
     "iterations": ("anp",),
+    "epsilon": ("anp",),
     "threshold": ("anp",),
     "norm": ("norm-pruning",),
     "scope": ("norm-pruning",),
@@ -50,6 +51,9 @@ def purify(
     ] = None,
     method: Annotated[str, typer.Option(help="anp, norm-pruning, fine-pruning or rtll.")] = "anp",
     iterations: Annotated[int | None, typer.Option(help="anp: steps of the masks; default 2000.")] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="anp: how far the adversary may push a neuron; default 0.4.")
+    ] = None,
     threshold: Annotated[
         float | None, typer.Option(help="anp: neurons with a smaller mask are pruned; default 0.2.")
     ] = None,
@@ -80,6 +84,7 @@ def purify(
     config = load_config(settings)
     given = {
         "iterations": iterations,
+        "epsilon": epsilon,
         "threshold": threshold,
         "norm": norm,
         "scope": scope,
