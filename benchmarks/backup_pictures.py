@@ -2,8 +2,9 @@
 
     python benchmarks/backup_pictures.py
 
-Reads `backups.csv`, `backups_curves.csv`, `defective.csv`, `anytime.csv` and `anytime_depths.csv`, as far as they are
-there; writes pictures to `docs/images/`, and puts tables between the marks in the documents. Measures nothing.
+Reads `backups.csv`, `backups_curves.csv`, `anp.csv`, `defective.csv`, `anytime.csv` and `anytime_depths.csv`, as far
+as they are there; writes pictures to `docs/images/`, and puts tables between the marks in the documents. Measures
+nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import csv
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -23,6 +24,8 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 BACKUPS = ("head", "defective", "norm-pruning", "fine-pruning", "anp", "rtll")
 COLOURS = dict(zip(BACKUPS, ("#8c8c8c", "#0072b2", "#009e73", "#56b4e9", "#d55e00", "#cc79a7"), strict=True))
+#: Of adversarial neuron pruning.
+PAPER_EPSILON = "0.4"
 #: What `relabel` should reach of a backup's own clean accuracy.
 AIM = 0.9
 
@@ -78,29 +81,42 @@ def draw_backups(rows: Rows, file: Path) -> None:
     plt.close(figure)
 
 
-def shown_models(rows: Rows) -> list[str]:
-    """Return the models whose curves of adversarial neuron pruning are shown: CIFAR-10 first, at most three."""
-    models = {row["model"] for row in rows if row["backup"] == "anp" and row["attack_success"]}
-    return sorted(models, key=lambda model: (not re.match("cifar10-(badnets|blend)", model), model))[:3]
+def pruning_curves(curves: Rows, weaker: Rows) -> dict[tuple[str, str], Rows]:
+    """Return the curves of adversarial neuron pruning by model and epsilon: those of CIFAR-10's BadNets and Blend."""
+    rows = [{**row, "epsilon": PAPER_EPSILON} for row in curves if row["backup"] == "anp"] + weaker
+    rows = [row for row in rows if re.match("cifar10-(badnets|blend)", row["model"])]
+    keys = sorted({(row["model"], row["epsilon"]) for row in rows}, key=lambda key: (key[0], -float(key[1])))
+    return {
+        key: sorted((row for row in rows if (row["model"], row["epsilon"]) == key), key=lambda row: float(row["at"]))
+        for key in keys
+    }
 
 
-def draw_curves(rows: Rows, file: Path) -> None:
+def draw_curves(curves: dict[tuple[str, str], Rows], file: Path) -> None:
     """Draw clean accuracy and attack success of adversarial neuron pruning against the threshold."""
-    models = shown_models(rows)
+    models = list(dict.fromkeys(model for model, _ in curves))
     if not models:
         return
     figure, axes = plt.subplots(
-        1, len(models), figsize=(5 * len(models), 3.4), sharey=True, layout="constrained", squeeze=False
+        1, len(models), figsize=(5 * len(models), 3.6), sharey=True, layout="constrained", squeeze=False
     )
     for axis, model in zip(axes[0], models, strict=True):
-        own = [row for row in rows if (row["model"], row["backup"]) == (model, "anp")]
-        own.sort(key=lambda row: float(row["at"]))
-        at = [float(row["at"]) for row in own]
-        for column, label, colour in (
-            ("test_accuracy", "clean accuracy", "#0072b2"),
-            ("attack_success", "attack success", "#d55e00"),
-        ):
-            axis.plot(at, [100 * float(row[column]) for row in own], "o-", markersize=4, color=colour, label=label)
+        for (name, epsilon), own in curves.items():
+            if name != model:
+                continue
+            for column, label, colour in (
+                ("test_accuracy", "clean accuracy", "#0072b2"),
+                ("attack_success", "attack success", "#d55e00"),
+            ):
+                axis.plot(
+                    [float(row["at"]) for row in own],
+                    [100 * float(row[column]) for row in own],
+                    "o-" if epsilon == PAPER_EPSILON else "s--",
+                    markersize=4,
+                    color=colour,
+                    alpha=1.0 if epsilon == PAPER_EPSILON else 0.55,
+                    label=f"{label}, epsilon {float(epsilon):g}",
+                )
         axis.axvline(0.2, color="#8c8c8c", linewidth=0.8, linestyle=":")
         axis.set_title(model, fontsize=10, loc="left")
         axis.set_xlabel("threshold of the masks (the paper's: 0.2)")
@@ -108,7 +124,8 @@ def draw_curves(rows: Rows, file: Path) -> None:
         axis.grid(color="#e5e5e5", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("% of test images")
-    axes[0][0].legend(frameon=False, fontsize=9)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
@@ -208,17 +225,17 @@ def fine_pruning_table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def anp_table(rows: Rows) -> str:
+def anp_table(curves: dict[tuple[str, str], Rows]) -> str:
     """Return clean accuracy and attack success at some thresholds."""
     at = ("0.0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.7", "0.9")
-    lines = ["| model | " + " | ".join(f"at {one}" for one in at) + " |", "|---" * (len(at) + 1) + "|"]
-    for model in shown_models(rows):
-        own = {row["at"]: row for row in rows if row["model"] == model}
+    lines = ["| model | epsilon | " + " | ".join(f"at {one}" for one in at) + " |", "|---" * (len(at) + 2) + "|"]
+    for (model, epsilon), rows in curves.items():
+        own = {row["at"]: row for row in rows}
         cells = [
             f"{100 * float(own[one]['test_accuracy']):.1f} / {100 * float(own[one]['attack_success']):.1f}"
             for one in at
         ]
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+        lines.append(f"| {model} | {float(epsilon):g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -307,23 +324,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     images: Path = chosen.docs / "images"
     backups, curves = read(chosen.results / "backups.csv"), read(chosen.results / "backups_curves.csv")
     defective = read(chosen.results / "defective.csv")
+    pruning = pruning_curves(curves, read(chosen.results / "anp.csv"))
     if backups:
         draw_backups(backups, images / "backups.png")
-    draw_curves(curves, images / "anp_curves.png")
+    draw_curves(pruning, images / "anp_curves.png")
     draw_defective(defective, images / "defective.png")
-    tables: list[tuple[str, str, Rows, Callable[[Rows], str]]] = [
-        ("backups.md", "backups", backups, backups_table),
-        ("backups.md", "costs", backups, costs_table),
-        ("backups.md", "fine-pruning", backups, fine_pruning_table),
-        ("backups.md", "anp", [row for row in curves if row["backup"] == "anp"], anp_table),
-        ("backups.md", "defective", defective, defective_table),
-        ("detection.md", "anytime", read(chosen.results / "anytime.csv"), anytime_table),
-        ("detection.md", "depths", read(chosen.results / "anytime_depths.csv"), depths_table),
+    tables = [
+        ("backups.md", "backups", backups_table(backups)),
+        ("backups.md", "costs", costs_table(backups)),
+        ("backups.md", "fine-pruning", fine_pruning_table(backups)),
+        ("backups.md", "anp", anp_table(pruning)),
+        ("backups.md", "defective", defective_table(defective)),
+        ("detection.md", "anytime", anytime_table(read(chosen.results / "anytime.csv"))),
+        ("detection.md", "depths", depths_table(read(chosen.results / "anytime_depths.csv"))),
     ]
-    for document, name, rows, make in tables:
-        if rows:
+    for document, name, table in tables:
+        if len(table.splitlines()) > 2:  # more than the heading
             picture = f"\n\n![{ALTERNATIVES[name]}](images/{PICTURES[name]})" if name in PICTURES else ""
-            put(chosen.docs / document, name, make(rows) + picture)
+            put(chosen.docs / document, name, table + picture)
 
 
 if __name__ == "__main__":
