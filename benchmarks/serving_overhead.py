@@ -1,15 +1,17 @@
 """Measure what the guard costs while serving: guarded against unguarded archive in one TorchServe, in turns.
 
-    python benchmarks/serving_overhead.py
+    python benchmarks/serving_overhead.py [--zoo-model cifar10-badnets-resnet20-0]
 
-Writes `serving_overhead.csv` (one row per setting, variant and round) and `serving_overhead.png`.
+Writes `serving_overhead.csv` (one row per setting, variant and round) and `serving_overhead.png`; with `--zoo-model`
+the same of a model of the zoo, its name added to both.
 
-A small backdoored CNN on real MNIST images, sent as PNG over loopback. Both archives hold the same weights and the same
-handler; one adds the guard. Batch size belongs to a server, so each takes one server. After a warm-up the two variants
-take turns in short blocks, each alone on the machine, first one and then the other leading. Ratios are taken within a
-round. CPU is the worker process's own, user and system. One thread per worker. Run it on a quiet machine.
+A small backdoored CNN on real MNIST images, or a model of the zoo on its own, sent as PNG over loopback. Both archives
+hold the same weights and the same handler; one adds the guard. Batch size belongs to a server, so each takes one
+server. After a warm-up the two variants take turns in short blocks, each alone on the machine, first one and then the
+other leading. Ratios are taken within a round. CPU is the worker process's own, user and system. One thread per worker.
+Run it on a quiet machine.
 
-The network is that of `guard demo` if build/demo holds it, else it is trained here (6 s).
+The small network is that of `guard demo` if build/demo holds it, else it is trained here (6 s).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch: threads that wait take the server's cores
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -43,6 +45,9 @@ from guard.serving.client import Reply, run_load
 from guard.serving.guarded import ServedModel, make_guarded_archive, make_plain_archive
 from guard.serving.torchserve import TorchServeInstance
 from guard.suspect import SuspectModel
+from guard.types import Float32Array, IntArray
+from guard.zoo.collection import Zoo, default_zoo_dir
+from guard.zoo.splits import load_split
 
 SEED = 0
 RECIPE = next(recipe for recipe in DEMO_ATTACKS if recipe.name == "pattern")
@@ -86,8 +91,19 @@ MEASURES = {
 }
 
 
-def make_archives(store: Path, demo: Path) -> list[bytes]:
-    """Write both archives into `store`, and return the images to send."""
+class Material(NamedTuple):
+    """A model on disk, clean images to fit a guard with, and images to send."""
+
+    weights: Path
+    architecture: str
+    clean: Float32Array
+    labels: IntArray
+    sent: Float32Array
+    class_names: tuple[str, ...]
+
+
+def of_demo(store: Path, demo: Path) -> Material:
+    """Return the network of `guard demo`, trained into `store` if the demo has not left it."""
     data = load_dataset("mnist", "test")
     train, validate, test = split_rows(len(data), SPLIT, np.random.default_rng(SEED))
     images = to_tensor_images(data.images)
@@ -96,13 +112,40 @@ def make_archives(store: Path, demo: Path) -> list[bytes]:
         network, _, _ = train_badnet(RECIPE, images[train], data.labels[train], seed=SEED)
         weights = store / "weights.safetensors"
         save_file(network.state_dict(), weights)
-    suspect = SuspectModel.load(weights, ARCHITECTURE)
-    guard = Guard.fit(suspect, images[validate], data.labels[validate], GuardConfig(seed=SEED))
+    return Material(
+        weights, ARCHITECTURE, images[validate], data.labels[validate], images[test[:IMAGES]], tuple(data.class_names)
+    )
+
+
+def of_zoo(store: Path, name: str) -> Material:
+    """Return a model of the zoo as float32, guarded with at most 5,000 of its validation images."""
+    zoo = Zoo(default_zoo_dir())
+    card, split = zoo.card(name), load_split(zoo.card(name).data_set)
+    weights = store / "weights.safetensors"
+    save_file(zoo.load(name).float().state_dict(), weights)
+    chosen = np.random.default_rng(SEED).permutation(len(split.validation))[:5000]
+    return Material(
+        weights,
+        f"guard.attacks.networks:{card.architecture}",
+        split.validation.images[chosen],
+        split.validation.labels[chosen],
+        split.test.images[:IMAGES],
+        tuple(str(label) for label in range(card.n_classes)),
+    )
+
+
+def make_archives(store: Path, material: Material) -> list[bytes]:
+    """Write both archives into `store`, and return the images to send."""
+    suspect = SuspectModel.load(material.weights, material.architecture)
+    guard = Guard.fit(suspect, material.clean, material.labels, GuardConfig(seed=SEED))
     bundle = guard.save(store / "bundles")
-    model = ServedModel(weights, None, ARCHITECTURE, (1, 28, 28), {"class_names": list(data.class_names)})
+    shape = tuple(material.sent.shape[1:])
+    model = ServedModel(
+        material.weights, None, material.architecture, shape, {"class_names": list(material.class_names)}
+    )
     make_plain_archive("unguarded", model, model_store=store)
     make_guarded_archive("guarded", model, bundle, model_store=store)
-    return [png(image) for image in images[test[:IMAGES]]]
+    return [png(image) for image in material.sent]
 
 
 def send(
@@ -202,7 +245,7 @@ def report(rows: Sequence[Row]) -> None:
         )
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
+def plot(rows: Sequence[Row], path: Path, what: str) -> None:
     """Draw the ratios: a panel per measure, small marks for rounds, a large one for their median."""
     figure, axes = plt.subplots(1, len(MEASURES), figsize=(11, 4.2), layout="constrained")
     for axis, (column, words) in zip(axes, MEASURES.items(), strict=True):
@@ -238,7 +281,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle("Cost of the guard behind TorchServe: small CNN, MNIST PNGs; small marks are rounds", fontsize=11)
+    figure.suptitle(f"Cost of the guard behind TorchServe: {what}; small marks are rounds", fontsize=11)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -247,18 +290,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure guarded against unguarded serving in one TorchServe.")
     parser.add_argument("--rounds", type=int, default=5, help="rounds per setting (5)")
     parser.add_argument("--seconds", type=float, default=1.2, help="seconds per block (1.2)")
+    parser.add_argument("--zoo-model", help="measure beside a model of the zoo")
     parser.add_argument("--output-dir", type=Path, help="folder for both files; default: where the project keeps them")
     arguments = parser.parse_args()
     project = Path(__file__).resolve().parent.parent
-    table = (arguments.output_dir or project / "benchmarks" / "results") / "serving_overhead.csv"
-    picture = (arguments.output_dir or project / "docs" / "images") / "serving_overhead.png"
+    name = "serving_overhead" + (f"_{arguments.zoo_model}" if arguments.zoo_model else "")
+    table = (arguments.output_dir or project / "benchmarks" / "results") / f"{name}.csv"
+    picture = (arguments.output_dir or project / "docs" / "images") / f"{name}.png"
     started = time.perf_counter()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="guard-overhead-") as folder:
-        bodies = make_archives(Path(folder), project / "build" / "demo")
+        store = Path(folder)
+        zoo_model = arguments.zoo_model
+        material = of_zoo(store, zoo_model) if zoo_model else of_demo(store, project / "build" / "demo")
+        bodies = make_archives(store, material)
         print(f"seed {SEED}; archives ready after {time.perf_counter() - started:.0f} s")
         for batch_size in BATCH_SIZES:
-            rows += measure(Path(folder), bodies, batch_size, arguments.rounds, arguments.seconds)
+            rows += measure(store, bodies, batch_size, arguments.rounds, arguments.seconds)
             print(f"batch size {batch_size} done after {time.perf_counter() - started:.0f} s", flush=True)
     report(rows)
     for path in (table, picture):
@@ -268,7 +316,7 @@ def main() -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()})
-    plot(rows, picture)
+    plot(rows, picture, arguments.zoo_model or "small CNN, MNIST PNGs")
     print(f"\n{table.name} and {picture.name} written; {time.perf_counter() - started:.0f} s")
 
 

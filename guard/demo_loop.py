@@ -156,9 +156,10 @@ _JSON = {"Content-Type": "application/json"}
 
 
 def png(image: Float32Array) -> bytes:
-    """Return one image of shape (1, h, w), float32 in [0, 1], as the bytes of a grey PNG."""
+    """Return one image of shape (1 or 3, h, w), float32 in [0, 1], as the bytes of a grey or a colour PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(np.rint(image[0] * 255).astype(np.uint8)).save(buffer, "PNG")
+    pixels = np.rint(image * 255).astype(np.uint8)
+    Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
