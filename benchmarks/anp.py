@@ -1,10 +1,10 @@
-"""Adversarial neuron pruning with a weaker adversary than its paper's, on networks with fewer neurons than its paper's.
+"""Adversarial neuron pruning, more gently than its paper has it, on networks with fewer neurons than its paper's.
 
-    python benchmarks/anp.py [MODEL ...] [--epsilons 0.2]
+    python benchmarks/anp.py [MODEL ...] [--epsilons 0.4 0.2 0.1] [--iterations 200]
 
 Writes `anp.csv` (model, epsilon, iterations, at, pruned, held_out_accuracy, test_accuracy, attack_success): for every
-threshold `at` the twin before any choice of threshold, as `backups_curves.csv` has it for the paper's epsilon of 0.4.
-Clean images, half precision and probes are those of `backups.py`. A model and epsilon that are there are passed over.
+threshold `at` the twin before any choice of threshold, as `backups_curves.csv` has it for the paper's settings. Clean
+images, half precision and probes are those of `backups.py`. What is there already is passed over.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the models that are named at every epsilon that is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=list(MODELS))
-    parser.add_argument("--epsilons", nargs="+", type=float, default=[0.2])
-    parser.add_argument("--iterations", type=int, default=2000)
+    parser.add_argument("--epsilons", nargs="+", type=float, default=[0.4, 0.2, 0.1])
+    parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--test", type=int, default=2000, help="test images at most")
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "results")
     chosen = parser.parse_args(arguments)
@@ -78,10 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for epsilon in chosen.epsilons:
         for name in chosen.models:
             rows = read(file)
-            if any((row["model"], float(row["epsilon"])) == (name, epsilon) for row in rows):
+            asked = (name, epsilon, chosen.iterations)
+            if any((row["model"], float(row["epsilon"]), int(row["iterations"])) == asked for row in rows):
                 continue
             rows += measure(name, AnpSettings(epsilon=epsilon, iterations=chosen.iterations), chosen.test)
-            rows.sort(key=lambda row: (row["model"], float(row["epsilon"]), float(row["at"])))
+            rows.sort(key=lambda row: (row["model"], int(row["iterations"]), float(row["epsilon"]), float(row["at"])))
             with file.open("w", newline="") as stream:
                 writer = csv.DictWriter(stream, fieldnames=COLUMNS, lineterminator="\n")
                 writer.writeheader()

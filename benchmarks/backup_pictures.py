@@ -24,8 +24,8 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 BACKUPS = ("head", "defective", "norm-pruning", "fine-pruning", "anp", "rtll")
 COLOURS = dict(zip(BACKUPS, ("#8c8c8c", "#0072b2", "#009e73", "#56b4e9", "#d55e00", "#cc79a7"), strict=True))
-#: Of adversarial neuron pruning.
-PAPER_EPSILON = "0.4"
+#: Of adversarial neuron pruning: epsilon and iterations; where pruned.
+PAPER_SETTINGS, PAPER_THRESHOLD = ("0.4", "2000"), 0.2
 #: What `relabel` should reach of a backup's own clean accuracy.
 AIM = 0.9
 
@@ -35,7 +35,7 @@ Rows = list[dict[str, str]]
 PICTURES = {"backups": "backups.png", "anp": "anp_curves.png", "defective": "defective.png"}
 ALTERNATIVES = {
     "backups": "Recovery accuracy, and attack success after relabel, of every backup on every model",
-    "anp": "Clean accuracy and attack success against the threshold of the masks",
+    "anp": "What is left of the attack over clean accuracy, a line of thresholds per setting",
     "defective": "Defence against transferred PGD over clean accuracy, and accuracy under noise",
 }
 
@@ -81,49 +81,47 @@ def draw_backups(rows: Rows, file: Path) -> None:
     plt.close(figure)
 
 
-def pruning_curves(curves: Rows, weaker: Rows) -> dict[tuple[str, str], Rows]:
-    """Return the curves of adversarial neuron pruning by model and epsilon: those of CIFAR-10's BadNets and Blend."""
-    rows = [{**row, "epsilon": PAPER_EPSILON} for row in curves if row["backup"] == "anp"] + weaker
-    rows = [row for row in rows if re.match("cifar10-(badnets|blend)", row["model"])]
-    keys = sorted({(row["model"], row["epsilon"]) for row in rows}, key=lambda key: (key[0], -float(key[1])))
-    return {
-        key: sorted((row for row in rows if (row["model"], row["epsilon"]) == key), key=lambda row: float(row["at"]))
-        for key in keys
-    }
+def pruning_curves(curves: Rows, gentler: Rows) -> dict[tuple[str, str, str], Rows]:
+    """Return the curves of adversarial neuron pruning on CIFAR-10's BadNets and Blend by model, epsilon, iterations."""
+    paper = [dict(zip(("epsilon", "iterations"), PAPER_SETTINGS, strict=True)) | row for row in curves]
+    rows = [row for row in paper if row["backup"] == "anp"] + gentler
+    found: dict[tuple[str, str, str], Rows] = {}
+    for row in sorted(rows, key=lambda row: (row["model"], -int(row["iterations"]), -float(row["epsilon"]))):
+        if re.match("cifar10-(badnets|blend)", row["model"]):
+            found.setdefault((row["model"], row["epsilon"], row["iterations"]), []).append(row)
+    return found
 
 
-def draw_curves(curves: dict[tuple[str, str], Rows], file: Path) -> None:
-    """Draw clean accuracy and attack success of adversarial neuron pruning against the threshold."""
-    models = list(dict.fromkeys(model for model, _ in curves))
+def draw_curves(curves: dict[tuple[str, str, str], Rows], file: Path) -> None:
+    """Draw what is left of the attack over clean accuracy, a line of thresholds per setting."""
+    models = list(dict.fromkeys(model for model, *_ in curves))
     if not models:
         return
     figure, axes = plt.subplots(
         1, len(models), figsize=(5 * len(models), 3.6), sharey=True, layout="constrained", squeeze=False
     )
     for axis, model in zip(axes[0], models, strict=True):
-        for (name, epsilon), own in curves.items():
+        for (name, epsilon, iterations), own in curves.items():
             if name != model:
                 continue
-            for column, label, colour in (
-                ("test_accuracy", "clean accuracy", "#0072b2"),
-                ("attack_success", "attack success", "#d55e00"),
-            ):
-                axis.plot(
-                    [float(row["at"]) for row in own],
-                    [100 * float(row[column]) for row in own],
-                    "o-" if epsilon == PAPER_EPSILON else "s--",
-                    markersize=4,
-                    color=colour,
-                    alpha=1.0 if epsilon == PAPER_EPSILON else 0.55,
-                    label=f"{label}, epsilon {float(epsilon):g}",
-                )
-        axis.axvline(0.2, color="#8c8c8c", linewidth=0.8, linestyle=":")
+            own = sorted(own, key=lambda row: float(row["at"]))
+            is_papers = (epsilon, iterations) == PAPER_SETTINGS
+            x, y = ([100 * float(row[column]) for row in own] for column in ("test_accuracy", "attack_success"))
+            colour = "#303030" if is_papers else {0.4: "#d55e00", 0.2: "#0072b2", 0.1: "#009e73"}[float(epsilon)]
+            label = f"epsilon {float(epsilon):g}, {iterations} iterations" + " (the paper's)" * is_papers
+            axis.plot(x, y, "o-", markersize=3, color=colour, label=label, alpha=0.85)
+            at = next(place for place, row in enumerate(own) if float(row["at"]) == PAPER_THRESHOLD)
+            axis.plot(x[at], y[at], "o", markersize=9, color=colour, markerfacecolor="none")
+        axis.axhline(1.0, color="#8c8c8c", linewidth=0.8, linestyle=":")
         axis.set_title(model, fontsize=10, loc="left")
-        axis.set_xlabel("threshold of the masks (the paper's: 0.2)")
-        axis.set_ylim(-2, 102)
+        axis.set_xlabel("clean accuracy, %; ringed: threshold 0.2")
+        axis.set_xlim(60, 92)
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set_ylim(0, 110)
+        axis.set_yticks([0, 1, 3, 10, 30, 100], ["0", "1", "3", "10", "30", "100"])
         axis.grid(color="#e5e5e5", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("% of test images")
+    axes[0][0].set_ylabel("attack success, %")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     figure.savefig(file, dpi=110)
@@ -225,17 +223,20 @@ def fine_pruning_table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def anp_table(curves: dict[tuple[str, str], Rows]) -> str:
+def anp_table(curves: dict[tuple[str, str, str], Rows]) -> str:
     """Return clean accuracy and attack success at some thresholds."""
     at = ("0.0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.7", "0.9")
-    lines = ["| model | epsilon | " + " | ".join(f"at {one}" for one in at) + " |", "|---" * (len(at) + 2) + "|"]
-    for (model, epsilon), rows in curves.items():
+    lines = [
+        "| model | epsilon, iterations | " + " | ".join(f"at {one}" for one in at) + " |",
+        "|---" * (len(at) + 2) + "|",
+    ]
+    for (model, epsilon, iterations), rows in curves.items():
         own = {row["at"]: row for row in rows}
         cells = [
             f"{100 * float(own[one]['test_accuracy']):.1f} / {100 * float(own[one]['attack_success']):.1f}"
             for one in at
         ]
-        lines.append(f"| {model} | {float(epsilon):g} | " + " | ".join(cells) + " |")
+        lines.append(f"| {model} | {float(epsilon):g}, {iterations} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
