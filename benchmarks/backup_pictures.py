@@ -29,6 +29,9 @@ PAPER_SETTINGS, PAPER_THRESHOLD = ("0.4", "2000"), 0.2
 #: What `relabel` should reach of a backup's own clean accuracy.
 AIM = 0.9
 
+#: Of networks that are not dead neuron by neuron at the bottom.
+MARKERS = {"standard": "*", "top": "^", "channels": "s", "shared": "D"}
+
 Rows = list[dict[str, str]]
 
 #: Name of a table -> the picture below it, and what it shows.
@@ -142,8 +145,8 @@ def draw_defective(rows: Rows, file: Path) -> None:
         for network in dict.fromkeys(row["network"] for row in own):
             colour = _colour_of(network)
             x, y = values[network, "clean_accuracy"], values[network, "pgd_defence"]
-            left.plot(x, y, "o", color=colour)
-            left.annotate(network, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=8, color=colour)
+            marker = next((one for word, one in MARKERS.items() if word in network), "o")
+            left.plot(x, y, marker, color=colour, markersize=7, linestyle="none", label=network)
             if network in ("standard", "0.5 bottom", "0.1 bottom", "0.5 top", "0.5 bottom, channels"):
                 levels = sorted(
                     int(one.removeprefix("noise_"))
@@ -160,7 +163,8 @@ def draw_defective(rows: Rows, file: Path) -> None:
                 )
         left.set_title(f"{data_set}: keeps its label under transferred PGD, %", fontsize=10, loc="left")
         left.set_xlabel("clean accuracy, %")
-        left.margins(x=0.18, y=0.12)
+        left.margins(x=0.08, y=0.12)
+        left.legend(frameon=False, fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
         right.set_title(f"{data_set}: accuracy under Gaussian noise, %", fontsize=10, loc="left")
         right.set_xlabel("standard deviation, of 255")
         right.legend(frameon=False, fontsize=8)
