@@ -224,6 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all networks on the data sets that are named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data_sets", nargs="*", default=["mnist", "cifar10"])
+    names = [network.name for network in NETWORKS]
+    parser.add_argument("--networks", nargs="+", default=names, choices=names)
     parser.add_argument("--train", type=int, default=20_000, help="images to train on, at most")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--test", type=int, default=1000)
@@ -237,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows = list(csv.DictReader(stream))
     for data_set in chosen.data_sets:
         there = {row["network"] for row in rows if row["data_set"] == data_set}
-        missing = [network for network in NETWORKS if network.name not in there]
+        missing = [network for network in NETWORKS if network.name in set(chosen.networks) - there]
         if not missing:
             continue
         tests: Tests = Tests.make(data_set, chosen.test)
