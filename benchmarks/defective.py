@@ -135,6 +135,7 @@ class Tests:
             "fgsm": foolbox.attacks.LinfFastGradientAttack(),
             "pgd": foolbox.attacks.LinfProjectedGradientDescentAttack(steps=STEPS, abs_stepsize=epsilon / 10),
         }
+        torch.manual_seed(0)  # PGD starts at random
         attacked = {name: _attack(attack, source, images, labels, epsilon) for name, attack in attacks.items()}
         fooled = {
             name: np.flatnonzero(predict_logits(source, changed).argmax(axis=1) != labels)
