@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
+import errno
 import sqlite3
 import tempfile
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from guard.bundle import ACTIVE, HISTORY, BundleStore, read_bundle
 from guard.errors import BundleError, GuardError, SnapshotError
+from guard.files import (
+    copy_private,
+    digest_plain,
+    list_plain,
+    make_private_file,
+    make_private_folder,
+    read_plain,
+    sync_folder,
+    write_private,
+)
 from guard.relabel.queue import Queue
 
 QUEUE, BUNDLES, SUMS = "queue.db", "bundles", "SHA256SUMS"
 _SQLITE = "sqlite:///"
+_MOST_SUMS_BYTES = 2**26
 _CHUNK_PAGES = 256  # copied at a time; between them, servers and reviewers write
 
 
@@ -47,7 +56,7 @@ def save_snapshot(folder: Path, *, queue_url: str | None, bundles: Path | None) 
     """Copy queue and bundles into a new folder while everything runs.
 
     The queue comes first, then the bundles: whatever the copied queue names is among the copied bundles. The folder
-    gets its name when it is whole.
+    gets its name when it is whole. Only its owner may read it.
 
     Parameters
     ----------
@@ -73,15 +82,17 @@ def save_snapshot(folder: Path, *, queue_url: str | None, bundles: Path | None) 
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             writing = Path(scratch) / "snapshot"
-            writing.mkdir()
+            make_private_folder(writing)
             if source is not None:
                 _copy_database(source, writing / QUEUE)
             if bundles is not None:
                 _copy_bundles(bundles, writing / BUNDLES)
             about = _look_at(writing, folder)
-            (writing / SUMS).write_text(_sums(writing))
-            _flush(writing)
+            write_private(writing / SUMS, _sums(writing))
+            for path in (*list_plain(writing), writing):
+                sync_folder(path)
             writing.rename(folder)
+            sync_folder(folder.parent)
     except OSError as error:
         raise SnapshotError(f"{folder} cannot be written: {error}. Is there room?") from error
     return about
@@ -89,6 +100,9 @@ def save_snapshot(folder: Path, *, queue_url: str | None, bundles: Path | None) 
 
 def restore_snapshot(folder: Path, *, queue_url: str | None, bundles: Path | None) -> Snapshot:
     """Put queue and bundles of a snapshot in their places; nothing that is there is replaced.
+
+    Only the owner of what is written may read it. Copies are compared with the snapshot's sums before they get their
+    names.
 
     Parameters
     ----------
@@ -107,6 +121,7 @@ def restore_snapshot(folder: Path, *, queue_url: str | None, bundles: Path | Non
     if queue_url is None and bundles is None:
         raise SnapshotError("there is nothing to restore. Name a place for the queue, for the bundles, or both.")
     about = verify_snapshot(folder)
+    sums = _read_sums(folder)
     target = _sqlite_file(queue_url) if queue_url is not None else None
     for wanted, name, what in ((target, QUEUE, "queue"), (bundles, BUNDLES, "folder of bundles")):
         if wanted is not None and not (folder / name).exists():
@@ -122,9 +137,11 @@ def restore_snapshot(folder: Path, *, queue_url: str | None, bundles: Path | Non
             place.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as scratch:
                 copy = Path(scratch) / name
-                (shutil.copytree if (folder / name).is_dir() else shutil.copyfile)(folder / name, copy)
-                _flush(Path(scratch))
+                copy_private(folder / name, copy)
+                if _sums(Path(scratch)) != "".join(line for line in sums if _below(line, name)):
+                    raise SnapshotError(f"{folder} was changed while it was restored. Look who writes to it.")
                 copy.rename(place)
+                sync_folder(place.parent)
     except OSError as error:
         raise SnapshotError(f"{folder} cannot be restored: {error}.") from error
     return about
@@ -138,16 +155,34 @@ def verify_snapshot(folder: Path) -> Snapshot:
     SnapshotError
         If it is none, or anything in it was changed.
     """
+    sums = _read_sums(folder)
     try:
-        sums = (folder / SUMS).read_text()
-        same = sums == _sums(folder)
+        same = "".join(sums) == _sums(folder)
+    except OSError as error:
+        raise SnapshotError(f"{folder} is damaged: {_what(error)}. Take another snapshot.") from error
+    if not same:
+        raise SnapshotError(f"{folder} is damaged: its files do not match {SUMS}. Take another snapshot.")
+    return _look_at(folder, folder)
+
+
+def _read_sums(folder: Path) -> list[str]:
+    try:
+        return read_plain(folder / SUMS, _MOST_SUMS_BYTES).decode().splitlines(keepends=True)
     except (OSError, ValueError) as error:
         raise SnapshotError(f"{folder} is no snapshot: {SUMS} cannot be read. `guard snapshot save` makes one.") from (
             error
         )
-    if not same:
-        raise SnapshotError(f"{folder} is damaged: its files do not match {SUMS}. Take another snapshot.")
-    return _look_at(folder, folder)
+
+
+def _below(line: str, name: str) -> bool:
+    path = line.rstrip("\n").partition("  ")[2]
+    return path == name or path.startswith(f"{name}/")
+
+
+def _what(error: OSError) -> str:
+    """Say what is wrong with a file; links of all kinds are refused, for they lead out of the snapshot."""
+    strange = error.errno in (errno.ELOOP, errno.EINVAL)
+    return f"{error.filename} is no plain file or folder: {error.strerror}" if strange else str(error)
 
 
 def _sqlite_file(url: str) -> Path:
@@ -160,6 +195,7 @@ def _copy_database(source: Path, target: Path) -> None:
     """Copy a SQLite database as it is at one moment, while others write."""
     if not source.is_file():
         raise SnapshotError(f"there is no queue {source}. Is the path right?")
+    make_private_file(target)
     try:
         with (
             closing(sqlite3.connect(f"file:{source.absolute().as_posix()}?mode=ro", uri=True, timeout=30)) as live,
@@ -174,14 +210,14 @@ def _copy_database(source: Path, target: Path) -> None:
 def _copy_bundles(source: Path, target: Path) -> None:
     """Copy every bundle and what points at them. ACTIVE is read first: what it names is there when it is copied."""
     store = BundleStore(source)
-    pointers = {name: (source / name).read_bytes() for name in (ACTIVE, HISTORY) if (source / name).is_file()}
+    pointers = [name for name in (ACTIVE, HISTORY) if (source / name).is_file()]
+    make_private_folder(target)
+    for name in pointers:
+        copy_private(source / name, target / name)
     store.active_path()
-    target.mkdir()
-    for folder in sorted(source.glob("?" * 64)):
-        read_bundle(folder)
-        shutil.copytree(folder, target / folder.name)
-    for name, data in pointers.items():
-        (target / name).write_bytes(data)
+    for digest in store.digests():
+        read_bundle(store.folder_of(digest))
+        copy_private(store.folder_of(digest), target / digest)
 
 
 def _look_at(folder: Path, name: Path) -> Snapshot:
@@ -191,9 +227,9 @@ def _look_at(folder: Path, name: Path) -> Snapshot:
     try:
         if (folder / BUNDLES).is_dir():
             store = BundleStore(folder / BUNDLES)
-            digests = tuple(sorted(path.name for path in store.root.glob("?" * 64)))
+            digests = tuple(store.digests())
             for digest in digests:
-                read_bundle(store.root / digest)
+                read_bundle(store.folder_of(digest))
             active = read_bundle(store.active_path()).digest
         if (folder / QUEUE).is_file():
             decisions, head = _audited(folder / QUEUE)
@@ -210,7 +246,7 @@ def _audited(database: Path) -> tuple[int, str]:
         if found != "ok":
             raise SnapshotError(f"the queue's database is damaged: {found}.")
         with tempfile.TemporaryDirectory() as scratch:
-            shutil.copyfile(database, Path(scratch) / QUEUE)
+            copy_private(database, Path(scratch) / QUEUE)
             with Queue.open(f"{_SQLITE}{scratch}/{QUEUE}") as queue:
                 audit = queue.verify_decisions()
     except sqlite3.Error as error:
@@ -224,23 +260,7 @@ def _audited(database: Path) -> tuple[int, str]:
     return audit.rows, audit.head
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS)
-
-
 def _sums(folder: Path) -> str:
-    lines = []
-    for path in _files(folder):
-        with path.open("rb") as file:
-            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.relative_to(folder).as_posix()}\n")
-    return "".join(lines)
-
-
-def _flush(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        with suppress(OSError):  # a folder cannot be flushed everywhere
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+    """Return a line with digest and path of every file below a folder; OSError if there is anything but plain files."""
+    files = [path for path in list_plain(folder) if not path.is_dir() and path != folder / SUMS]
+    return "".join(f"{digest_plain(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)

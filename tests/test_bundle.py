@@ -240,7 +240,7 @@ def test_read_bundle_symlink_in_place_of_a_file_is_refused(bundle, tmp_path):
     outside = tmp_path / "outside.json"
     (bundle / "guard.json").rename(outside)
     (bundle / "guard.json").symlink_to(outside)
-    with pytest.raises(BundleError, match=r"lists a file that does not belong there: 'guard\.json'"):
+    with pytest.raises(BundleError, match=r"guard\.json cannot be read \(it is a symbolic link\)\.$"):
         read_bundle(bundle)
 
 

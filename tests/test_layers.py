@@ -20,6 +20,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
     for line in (
         "errors",
         "types",
+        "files",
         "resources weights split_points calibration evaluation heads attacks bundle",
         "config recording datasets fusion detectors",
         "suspect image_files ensemble zoo backups",
@@ -87,7 +88,7 @@ def test_module_imports_lower_rooms_only(file):
 def test_telemetry_and_relabel_import_nouns_only():
     for file in sources():
         if room_of(file) in NOUNS_ONLY:
-            assert imported_rooms(file) - {room_of(file)} <= {"errors", "types"}, file
+            assert imported_rooms(file) - {room_of(file)} <= {"errors", "types", "files"}, file
 
 
 #: Runs a user's TorchServe handler where images are read from files, so it needs TorchServe itself; only when called.

@@ -157,6 +157,7 @@ def export(
 ) -> None:
     """Write items to a file, so that a team may label them elsewhere."""
     from guard.relabel import exchange
+    from guard.files import open_private
     from guard.review.admin import EXPORTS
     from guard.review.pictures import picture_of_tensor
 
@@ -180,7 +181,7 @@ def export(
             for part in parts:
                 write(part)
             return
-        with output.open("w", encoding="utf-8", newline="") as file:
+        with open_private(output, encoding="utf-8", newline="") as file:  # inputs and answers
             file.writelines(parts)
     say(str(output))
 

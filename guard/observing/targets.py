@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from guard.errors import ObservingError
+from guard.files import replace_file
 
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
 
@@ -49,6 +48,8 @@ def parse_address(text: str) -> str:
 def write_targets(file: Path, targets: Sequence[Target]) -> None:
     """Write the file anew, so that a Prometheus that reads it meanwhile sees the old or the new one.
 
+    It is private, as its folder is: a Prometheus of another user needs a copy.
+
     Raises
     ------
     ObservingError
@@ -56,11 +57,7 @@ def write_targets(file: Path, targets: Sequence[Target]) -> None:
     """
     groups = [{"targets": [target.address], "labels": {"job": target.job}} for target in targets]
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
-        with os.fdopen(handle, "w", encoding="ascii") as written:
-            written.write(json.dumps(groups, indent=2) + "\n")
-        Path(temporary).chmod(0o644)  # another user's Prometheus may read it
-        Path(temporary).replace(file)
+        replace_file(file, (json.dumps(groups, indent=2) + "\n").encode("ascii"))
     except OSError as error:
         raise ObservingError(f"{file} cannot be written: {error.strerror}.") from error
 

@@ -8,6 +8,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -17,6 +18,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from guard.errors import ConfigError, QueueError, QueueUnavailable
+from guard.files import close_to_others, make_private_file
 
 #: How a transaction begins: it reads; it writes what may be forgotten; it writes; it writes and is flushed to disk.
 Mode = Literal["read", "passing", "write", "durable"]
@@ -47,14 +49,14 @@ class Database:
         self.wait_s = wait_s
         try:
             parsed = sa.make_url(url)
-        except exc.ArgumentError:
+        except (exc.ArgumentError, ValueError):
             raise ConfigError(_bad_url("one that cannot be read")) from None  # it may hold a password
         kind = parsed.get_backend_name()
         self.is_sqlite = kind == "sqlite"
         if self.is_sqlite:
             if parsed.database in (None, "", ":memory:"):
                 raise ConfigError(_bad_url("no file: a queue in memory would forget what it acknowledged"))
-            _create_private(parsed.database)
+            _close_files(parsed.database)
             self.engine = sa.create_engine(parsed, max_overflow=-1, connect_args={"check_same_thread": False})
             event.listen(self.engine, "connect", _prepare_sqlite)
         elif kind == "postgresql":
@@ -149,10 +151,15 @@ def _bad_url(got: str) -> str:
     return f"the queue's URL must be sqlite:///path or postgresql://user@host/name, got {got}."
 
 
-def _create_private(path: str) -> None:
-    """Create the file so that nobody else may read it; SQLite gives its log the same rights. An older file stays."""
+def _close_files(path: str) -> None:
+    """Make the file if it is missing, and let nobody else read it; SQLite gives its log and journal the same rights.
+
+    Older ones that everybody may read are closed, as `guard snapshot restore` once left them.
+    """
     with suppress(OSError):  # SQLite will say it better
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        make_private_file(Path(path))
+    for end in ("-wal", "-shm", "-journal"):
+        close_to_others(Path(path + end))
 
 
 def _prepare_sqlite(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 from guard.bundle import BundleStore, read_bundle, write_bundle
 from guard.errors import BundleError
+from guard.files import replace_file, sync_folder
 from guard.pipeline import Guard
 from guard.relabel.queue import Queue
 from guard.relabel.rounds import Rounds
@@ -177,11 +177,11 @@ class Promoter:
 
     def _remove_journal(self) -> None:
         (self.store.root / JOURNAL).unlink(missing_ok=True)
-        _sync_folder(self.store.root)
+        sync_folder(self.store.root)
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replace a file as a whole, and see to it that a power cut does not undo that.
+    """Replace a file as a whole, readable by its owner alone, and see to it that a power cut does not undo that.
 
     Raises
     ------
@@ -189,13 +189,7 @@ def write_durably(path: Path, text: str) -> None:
         If it cannot be written.
     """
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f"{path.name}-", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-        _sync_folder(path.parent)
+        replace_file(path, text.encode())
     except OSError as error:
         raise BundleError(f"{path} cannot be written: {error}. Is there room?") from error
 
@@ -210,7 +204,7 @@ def same_network(store: BundleStore, active: Path, digests: Iterable[str]) -> se
     found = set()
     for digest in digests:
         try:
-            if _network(store.root / digest) == wanted:
+            if _network(store.folder_of(digest)) == wanted:
                 found.add(digest)
         except BundleError:
             continue
@@ -220,11 +214,3 @@ def same_network(store: BundleStore, active: Path, digests: Iterable[str]) -> se
 def _network(path: Path) -> list[Any]:
     document = read_bundle(path).document
     return [document.get(name) for name in (*_FROM_PARENT, "depths", "n_classes")]
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

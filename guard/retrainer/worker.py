@@ -15,6 +15,7 @@ from typing import IO, Any, Self
 
 from guard.bundle import BundleStore
 from guard.errors import BundleError, GuardError, RetrainingError
+from guard.files import open_private
 from guard.pipeline import Guard
 from guard.relabel.items import Decision, QueueItem, State
 from guard.relabel.queue import Queue
@@ -64,7 +65,7 @@ class Retrainer:
     def __enter__(self) -> Self:
         root = self.store.root
         try:
-            file = (root / LOCK).open("a")
+            file = open_private(root / LOCK, "a")
         except OSError as error:
             raise RetrainingError(f"{root}: {error.strerror}. A folder of bundles is needed: `guard fit`.") from error
         try:
@@ -211,13 +212,13 @@ class Retrainer:
         for one in self.rounds.all(model=self.model):
             if one.candidate_digest is not None:
                 with suppress(BundleError):
-                    return Lineage.read(self.store.root / one.candidate_digest).locked_items
+                    return Lineage.read(self.store.folder_of(one.candidate_digest)).locked_items
         return ()  # removed, or there was none; the hash holds out the same ones, but for single groups
 
     def _promote(self, round_id: int, report: dict[str, Any]) -> Finished:
         digest = report["candidate"]
         try:
-            learned = Lineage.read(self.store.root / digest).learned
+            learned = Lineage.read(self.store.folder_of(digest)).learned
             self.promoter.promote(Promotion(round_id, digest, report["parent"], learned, report))
         except Exception as error:
             if self.store.active_digest() == digest:  # it serves; `recover` writes the rest down
@@ -248,7 +249,7 @@ class Retrainer:
         try:
             if self.store.active_digest() != report["parent"]:
                 raise RetrainingError("another bundle became active while the candidate waited: it is not promoted.")
-            pair = Pair(*(Guard.load(self.store.root / report[name]) for name in ("parent", "candidate")))
+            pair = Pair(*(Guard.load(self.store.folder_of(report[name])) for name in ("parent", "candidate")))
             judgement = compare_on(flagged, pair, settings)
         except Exception as error:
             return self._failed(waiting.id, report, error)

@@ -12,6 +12,7 @@ import numpy as np
 
 from guard.bundle import BundleStore, read_bundle
 from guard.errors import BundleError
+from guard.fitted import check_stored
 from guard.types import Float32Array, Float64Array, IntArray
 
 #: Bundles kept in memory.
@@ -89,7 +90,7 @@ class KnownBundles:
 
     def active(self) -> KnownBundle | None:
         """Return the bundle that serves now; None if there is none."""
-        digest = self.store.active_digest() if self.store is not None else None
+        digest = self.store.known_active() if self.store is not None else None
         return self.find(digest) if digest else None
 
     def class_names(self, digest: str) -> tuple[str, ...] | None:
@@ -101,6 +102,7 @@ class KnownBundles:
 def _read(path: Path) -> KnownBundle | None:
     try:
         stored = read_bundle(path)
+        check_stored(stored)
     except BundleError:
         return None
     names, features = stored.document["class_names"], stored.arrays["reference.features"]

@@ -49,7 +49,7 @@ def ask_to_roll_back(request: Request, desk: TheDesk, session: SignedIn) -> Resp
     need_admin(session.reviewer.role)
     store, listed = desk.bundle_list.store, {one.digest: one for one in desk.bundle_list.newest()}
     context = {
-        "active": store.active_digest() if store is not None else None,
+        "active": store.known_active() if store is not None else None,
         "target": desk.bundle_list.way_back(),
         "listed": listed,
         **shared(desk, session),
@@ -78,7 +78,7 @@ def _context(desk: Desk, session: Session, span_name: str, model_name: str) -> d
         read_queue(desk.activity, frame["counts"], history, model),
         desk.bundle_list.expected_rate(),
         next((entry for entry in rounds if entry.outcome is not None), None),
-        store.active_digest() if store is not None else None,
+        store.known_active() if store is not None else None,
         desk.metrics is not None,
     )
     charts = status_numbers.charts(numbers)

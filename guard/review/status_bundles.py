@@ -72,9 +72,9 @@ class BundleList:
         """Return the active bundle and the newest others; damaged ones are left out."""
         if self.store is None:
             return []
-        active = self.store.active_digest()
+        active = self.store.known_active()
         made_by = {entry.candidate_digest: entry for entry in reversed(self._rounds.all()) if entry.candidate_digest}
-        folders = sorted(self.store.root.glob("?" * 64), key=_made_at, reverse=True)
+        folders = sorted(map(self.store.folder_of, self.store.digests()), key=_made_at, reverse=True)
         folders.sort(key=lambda folder: folder.name != active)
         listed = []
         for folder in folders[:SHOWN]:
@@ -85,8 +85,8 @@ class BundleList:
 
     def expected_rate(self) -> float | None:
         """Return the share of clean inputs that the active bundle flags, as measured; None if nobody knows."""
-        digest = self.store.active_digest() if self.store is not None else None
-        document = self._document(self.store.root / digest) if self.store is not None and digest else None
+        digest = self.store.known_active() if self.store is not None else None
+        document = self._document(self.store.folder_of(digest)) if self.store is not None and digest else None
         return None if document is None else document.get("realised_false_positive_rate")
 
     def way_back(self) -> str | None:

@@ -7,16 +7,15 @@ import os
 import re
 import stat
 import sys
-import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 from guard.errors import ArchiveError, ServerError
+from guard.files import PRIVATE_FILE, READABLE_FILE, whole_file
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 #: In a worker the archive's folder comes first on sys.path: such a file would replace what everybody imports.
@@ -47,6 +46,7 @@ def make_archive(
     version: str = "1.0",
     config_yaml: Path | None = None,
     force: bool = False,
+    private: bool = False,
 ) -> Path:
     """Write `<model_store>/<name>.mar`.
 
@@ -75,6 +75,8 @@ def make_archive(
         TorchServe's model configuration.
     force : bool
         Replace an archive of this name; a server that runs keeps the old one.
+    private : bool
+        Let nobody but the owner read it, whatever the umask: for one that holds settings. Else everybody may.
 
     Returns
     -------
@@ -99,7 +101,7 @@ def make_archive(
     manifest = _manifest(name, version, handler, weights, model_file, config_yaml)
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
-        _write(archive, members, manifest)
+        _write(archive, members, manifest, PRIVATE_FILE if private else READABLE_FILE)
     except OSError as error:
         raise ArchiveError(f"{archive} cannot be written: {error}. Check the folder and the disk.") from error
     return archive
@@ -223,27 +225,10 @@ def _manifest(
     return json.dumps(manifest, indent=2)
 
 
-def _write(archive: Path, members: dict[str, Path], manifest: str) -> None:
-    with whole_file(archive) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
+def _write(archive: Path, members: dict[str, Path], manifest: str, mode: int) -> None:
+    with whole_file(archive, mode) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
         packed.writestr(plain_entry("MAR-INF/MANIFEST.json"), manifest)
         add_files(packed, members)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that appears under its name when all of it is on the disk, and not at all if it fails."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        os.close(handle)
-        with Path(temporary).open("w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def add_files(packed: zipfile.ZipFile, members: Mapping[str, Path]) -> None:

@@ -71,6 +71,7 @@ def start_supervised(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,  # so that Ctrl-C reaches us alone, and we stop everything in order
+        umask=0o077,  # logs, keys and unpacked models are nobody else's, whatever folder they go to
     )
     assert process.stdout is not None
     try:

@@ -142,6 +142,7 @@ def make_guarded_archive(
             ],
             version=model.version,
             force=force,
+            private=True,
         )
 
 

@@ -14,7 +14,7 @@ from guard.errors import DatasetError, ServerError
 from guard.resources import resource_path
 from guard.serving.archive import Archive
 from guard.serving.java import find_java, java_executable
-from guard.serving.ports import LOOPBACK, Ports
+from guard.serving.ports import LOOPBACK, Ports, grpc_address
 
 
 def server_settings(
@@ -41,9 +41,9 @@ def server_settings(
         "inference_address": f"http://{LOOPBACK}:{ports.inference}",
         "management_address": f"http://{LOOPBACK}:{ports.management}",
         "metrics_address": f"http://{LOOPBACK}:{ports.metrics}",
-        "grpc_inference_address": LOOPBACK,
+        "grpc_inference_address": grpc_address(),
         "grpc_inference_port": str(ports.grpc_inference),
-        "grpc_management_address": LOOPBACK,
+        "grpc_management_address": grpc_address(),
         "grpc_management_port": str(ports.grpc_management),
         "disable_token_authorization": str(not token_authorization).lower(),
         "model_store": str(model_store),

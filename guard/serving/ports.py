@@ -10,13 +10,16 @@ from dataclasses import astuple, dataclass
 from guard.errors import ServerError
 
 LOOPBACK = "127.0.0.1"
+#: The broadcast address of loopback. On Linux a server may listen there, and TCP to a broadcast address is refused to
+#: everybody: a port there is open to nobody.
+NOWHERE = "127.255.255.255"
 #: Below the range from which Linux takes the ports of outgoing connections.
 _FREE_PORTS = range(20_000, 32_000)
 
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """The five ports of one instance; gRPC cannot be switched off in TorchServe 0.12."""
+    """The five ports of one instance; gRPC cannot be switched off in TorchServe 0.12, see `grpc_address`."""
 
     inference: int
     management: int
@@ -49,6 +52,32 @@ def choose_ports(inference: int = 0, management: int = 0, metrics: int = 0) -> P
     ports = Ports(**chosen)
     assert len(set(astuple(ports))) == 5
     return ports
+
+
+def grpc_address() -> str:
+    """Return where TorchServe's gRPC servers shall listen: nowhere, if this system allows that, else on loopback.
+
+    TorchServe 0.12 always starts them, and one call of `StreamPredictions` with the inference key ends a worker. Whether
+    `NOWHERE` keeps its word is tried out: a port is opened there, and must not be reachable.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as server:
+        try:
+            server.bind((NOWHERE, 0))
+            server.listen(1)
+        except OSError:
+            return LOOPBACK
+        port = server.getsockname()[1]
+        reachable = [is_reachable(address, port) for address in (NOWHERE, LOOPBACK)]
+        return LOOPBACK if any(reachable) else NOWHERE
+
+
+def is_reachable(address: str, port: int, timeout_seconds: float = 1.0) -> bool:
+    """Return whether a TCP connection to this port can be opened."""
+    try:
+        socket.create_connection((address, port), timeout_seconds).close()
+    except OSError:
+        return False
+    return True
 
 
 def free_port(beside: Collection[int] = (), start: int = 0) -> int:

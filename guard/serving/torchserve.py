@@ -18,6 +18,7 @@ from typing import Any, Literal
 import psutil
 
 from guard.errors import ServerError
+from guard.files import PRIVATE_FOLDER, make_private_folder, write_private
 from guard.resources import resource_path
 from guard.serving.archive import Archive, find_archives
 from guard.serving.client import NO_REPLY, Client
@@ -49,7 +50,8 @@ class TorchServeInstance:
         Folder for logs, keys, temporary files and the generated settings, for this instance alone. Default is a new
         temporary folder, removed by `stop`; a folder given here is kept, without the keys.
     inference_port, management_port, metrics_port : int, optional
-        0 or None picks a free port. gRPC always gets free ports.
+        0 or None picks a free port. gRPC always gets free ports, where nobody can connect if the system allows that
+        (`guard.serving.ports.grpc_address`).
     workers : int
         Worker processes per model.
     batch_size : int
@@ -305,8 +307,9 @@ class TorchServeInstance:
             self._work_dir = Path(tempfile.mkdtemp(prefix="guard-ts-")).resolve()
         else:
             self._work_dir = Path(self._requested_work_dir).resolve()
-            self._work_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (self._work_dir / "logs").mkdir(exist_ok=True)
+            self._work_dir.parent.mkdir(parents=True, exist_ok=True)
+            self._work_dir.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)  # somebody's own folder keeps its rights
+        make_private_folder(self._work_dir / "logs")
         (self._work_dir / "key_file.json").unlink(missing_ok=True)  # of an earlier run: its keys are void
         parent = self._work_dir if len(os.fsencode(self._work_dir)) <= _LONGEST_TEMP_PATH - 10 else None
         self._temp_dir = Path(tempfile.mkdtemp(prefix="tmp-" if parent else "guard-ts-", dir=parent)).resolve()
@@ -331,7 +334,7 @@ class TorchServeInstance:
                 "responseTimeout": self.response_timeout_seconds,
             },
         )
-        (self.work_dir / "config.properties").write_text(format_properties(settings), encoding="ascii")
+        write_private(self.work_dir / "config.properties", format_properties(settings))
 
     def _command(self) -> list[str]:
         assert self._temp_dir is not None

@@ -16,8 +16,9 @@ import yaml
 
 from guard.bundle import read_bundle
 from guard.errors import ArchiveError, GuardError, SuspectModelError, UnsafeWeightsError
+from guard.files import READABLE_FILE, whole_file
 from guard.resources import resource_path
-from guard.serving.archive import add_files, check_module_names, plain_entry, whole_file
+from guard.serving.archive import add_files, check_module_names, plain_entry
 from guard.serving.guarded import guard_files
 from guard.serving.manifest import MANIFEST, Manifest, parse_manifest
 from guard.serving.original import RECIPE, make_recipe, original_bytes, original_digest
@@ -210,7 +211,7 @@ def unwrap(guarded: Path, output: Path, *, force: bool = False) -> str:
         digest = original_digest(opened)
         check_output(output, guarded, force)
         try:
-            with whole_file(output) as file:
+            with whole_file(output, READABLE_FILE) as file:
                 for part in original_bytes(opened):
                     file.write(part)
         except OSError as error:
