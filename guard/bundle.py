@@ -119,7 +119,9 @@ def read_bundle(path: str | os.PathLike[str]) -> StoredBundle:
     """
     path = Path(path)
     if path.is_symlink():
-        raise BundleError(f"bundle {path.name[:_SHORT]} is a symbolic link, which is not followed. Copy the folder there.")
+        raise BundleError(
+            f"bundle {path.name[:_SHORT]} is a symbolic link, which is not followed. Copy the folder there."
+        )
     try:
         sums = read_plain(path / SUMS, _MAX_BYTES[SUMS])
     except OSError as error:
@@ -182,7 +184,7 @@ class BundleStore:
             If that is no digest: nothing else may become part of a path.
         """
         if not _DIGEST.fullmatch(digest):
-            raise BundleError(f"a bundle is named by the 64 hex digits of its digest, got {ascii(digest[:80])}.")
+            raise BundleError(f"a bundle is named by the 64 hex digits of its digest, got {digest[:80]!a}.")
         return self.root / digest
 
     def digests(self) -> list[str]:
@@ -202,7 +204,7 @@ class BundleStore:
     def resolve(self, prefix: str) -> Path:
         """Return the folder of the bundle whose digest starts with `prefix` (at least 6 digits)."""
         if len(prefix) < 6 or not set(prefix) <= set("0123456789abcdef"):
-            raise BundleError(f"a bundle is named by at least 6 hex digits of its digest, got {ascii(prefix[:80])}.")
+            raise BundleError(f"a bundle is named by at least 6 hex digits of its digest, got {prefix[:80]!a}.")
         found = [digest for digest in self.digests() if digest.startswith(prefix)]
         if len(found) != 1:
             raise BundleError(f"{len(found)} bundles in {self.root} start with {prefix!r}. See `guard bundle list`.")
@@ -298,7 +300,7 @@ class BundleStore:
             return None
         except OSError as error:
             raise BundleError(
-                f"{self.root / name} cannot be read ({error.strerror}). Remove it, and run `guard bundle activate DIGEST`."
+                f"{self.root / name} cannot be read ({error.strerror}). Remove it, and run `guard bundle activate`."
             ) from error
 
     def _replace(self, name: str, text: str) -> None:

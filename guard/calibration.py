@@ -9,6 +9,7 @@ from typing import Self
 
 import numpy as np
 
+from guard.arrays import require
 from guard.errors import DataError
 from guard.types import AnyArray, Float64Array, IntArray
 
@@ -17,6 +18,8 @@ TAIL_START = 0.9
 _BODY_KNOTS = 33
 _MAX_SHAPE = 0.9  # a shape of 1 has no mean
 _HUGE = 1e30  # stands for infinity where a finite number is needed
+_LEAST_SCALE = 1e-12  # a tenth of the least mean excess, and less
+_MAX_LEVEL = 10.0  # surprise at the last knot, -log(1 - 0.9), and room for later versions
 
 
 def images_needed(false_positive_rate: float) -> int:
@@ -147,8 +150,16 @@ class SurpriseMap:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, AnyArray]) -> Self:
-        """Return the map from what `arrays` returned."""
-        return cls(**{name: arrays[name] for name in ("knots", "levels", "scale", "shape")})
+        """Return the map from what `arrays` returned; DataError if that is none."""
+        knots = require(arrays, "knots", (None, None), low=-_HUGE, high=_HUGE, ascending=True)
+        n_detectors, n_knots = knots.shape
+        if n_detectors < 1 or n_knots < 2:
+            raise DataError(f"array knots must have at least 1 row and 2 columns, got shape {knots.shape}.")
+        levels = require(arrays, "levels", (n_knots,), low=0.0, high=_MAX_LEVEL, ascending=True)
+        if levels[0] == levels[-1]:
+            raise DataError("array levels must rise from the first knot to the last, and is constant.")
+        scale = require(arrays, "scale", (n_detectors,), low=_LEAST_SCALE, high=_HUGE)
+        return cls(knots, levels, scale, require(arrays, "shape", (n_detectors,), low=0.0, high=_MAX_SHAPE))
 
 
 def _pareto_shape(relative_excess: Float64Array) -> float:

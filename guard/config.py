@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,44 +23,19 @@ from guard.types import Action
 SETTINGS_FILE = "guard.toml"
 ENVIRONMENT_PREFIX = "GUARD_"
 
-#: Settings that may change after a guard was fitted; the others are fixed in its bundle.
-SERVING_SETTINGS = frozenset(
-    {
-        "false_positive_rate",
-        "action",
-        "failure_mode",
-        "rows_per_request",
-        "verdict_in_body",
-        "max_image_pixels",
-        "bundle_poll_seconds",
-        "model_attribute",
-        "queue_url",
-        "max_guard_ms",
-        "deadline_header",
-    }
-)
-
 #: Variables of other parts of the program: secrets, which are no settings, so that no file keeps them.
-OTHER_VARIABLES = frozenset({"GUARD_QUEUE_KEY"})
+OTHER_VARIABLES = frozenset({"GUARD_QUEUE_KEY", "GUARD_QUEUE_URL_FILE"})
+#: Largest file that `GUARD_QUEUE_URL_FILE` may name.
+_MOST_URL_BYTES = 2**14
 
 NormOrder = Literal["l0", "l1", "l2", "linf"]
 #: Environment variables are text, and 1 is a number.
 RowsPerRequest = Annotated[Literal[1, "any"], BeforeValidator(lambda value: 1 if value == "1" else value)]
 
 
-class GuardConfig(BaseModel):
-    """Settings of one guard: how it is fitted, what it does with a flagged input, how it serves.
+class FitSettings(BaseModel):
+    """What is fixed when a guard is fitted, and kept in its bundle."""
 
-    Raises
-    ------
-    ConfigError
-        If a key is unknown or a value breaks its rule; the text names key, rule and value.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-    #: Share of clean inputs that may be flagged, a fraction.
-    false_positive_rate: float = Field(0.01, gt=0, lt=1)
     #: `calibrated` combines all detectors at the requested rate; `paper` is eq. 13 of arXiv 2011.02526.
     mode: Literal["calibrated", "paper"] = "calibrated"
     #: Seeds the folds and the training of decision heads.
@@ -80,6 +56,12 @@ class GuardConfig(BaseModel):
     #: Also fit heads at all depths together, and calibrate verdicts that look at the first depths only.
     anytime: bool = False
 
+
+class ServingSettings(BaseModel):
+    """What may change after a guard was fitted; bundles and archives keep it as a default."""
+
+    #: Share of clean inputs that may be flagged, a fraction.
+    false_positive_rate: float = Field(0.01, gt=0, lt=1)
     #: What is done with a flagged input.
     action: Action = "flag"
     #: `closed`: an input that cannot be scored is an error. `open`: it is answered, and marked `bypassed`.
@@ -94,17 +76,41 @@ class GuardConfig(BaseModel):
     bundle_poll_seconds: float = Field(0.25, gt=0, le=2)
     #: Attribute of the user's handler that holds the network.
     model_attribute: str = Field("model", min_length=1)
+    #: Send flagged inputs to the queue for review, where the server has one (see `Places`).
+    review: bool = True
 
     #: Milliseconds that a verdict on one batch may take; then fewer depths are looked at. Needs `anytime`. None = any.
     max_guard_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
     #: Request header with the same for one request. Clients can weaken verdicts with it: name it among friends only.
     deadline_header: str | None = Field(None, min_length=1)
 
+
+class Places(BaseModel):
+    """Where things are on one machine; may hold a password, so no bundle and no archive keeps it."""
+
     #: Database of the queue that flagged inputs go to for review, `sqlite:///file` or `postgresql+psycopg://...`.
-    queue_url: str | None = None
+    queue_url: str | None = Field(None, repr=False)
 
     #: Folder of the image sets.
     data_dir: Path | None = None
+
+
+#: Settings that may change after a guard was fitted; the others are fixed in its bundle.
+SERVING_SETTINGS = frozenset(ServingSettings.model_fields)
+#: Settings that are no part of a guard; see `Places`.
+PLACES = frozenset(Places.model_fields)
+
+
+class GuardConfig(FitSettings, ServingSettings, Places):
+    """Settings of one guard: how it is fitted, what it does with a flagged input, how it serves, and where things are.
+
+    Raises
+    ------
+    ConfigError
+        If a key is unknown or a value breaks its rule; the text names key, rule and value.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -116,6 +122,19 @@ class GuardConfig(BaseModel):
         """Return a copy with some settings changed, checked like new ones."""
         return GuardConfig(**{**self.model_dump(), **changes})
 
+    def portable(self) -> dict[str, Any]:
+        """Return the settings that may leave this machine, ready for JSON: all but `Places`."""
+        return self.model_dump(mode="json", exclude=set(PLACES))
+
+    @classmethod
+    def from_portable(cls, settings: Mapping[str, Any]) -> tuple[GuardConfig, list[str]]:
+        """Return settings from what `portable` returned, and the names of places that an older version left in them.
+
+        The places themselves are dropped.
+        """
+        left = sorted(name for name in PLACES if settings.get(name) is not None)
+        return cls(**{name: value for name, value in settings.items() if name not in PLACES}), left
+
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
@@ -124,6 +143,8 @@ def _one_line(error: ValidationError) -> str:
         return _unknown(key)
     if key == "false_positive_rate" and isinstance(first["input"], int | float):
         return f"false_positive_rate must be in (0, 1), got {first['input']}."
+    if key in PLACES:  # the value may hold a password
+        return f"{key}: {first['msg'][:1].lower()}{first['msg'][1:]}, got another type."
     return f"{key}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {first['input']!r}."
 
 
@@ -185,4 +206,31 @@ def load_settings(settings_file: Path | None = None, **flags: Any) -> dict[str, 
         raise ConfigError(_one_line(error)) from None
     except (ValueError, SettingsError) as error:  # TOML that does not parse, a GUARD_* value that is no JSON
         raise ConfigError(f"settings cannot be read: {error}. Look at {toml} and the GUARD_* variables.") from error
-    return {name: getattr(sources, name) for name in sources.model_fields_set}
+    found = {name: getattr(sources, name) for name in sources.model_fields_set}
+    if flags.get("queue_url") is None and not os.environ.get("GUARD_QUEUE_URL") and (url := queue_url_from_file()):
+        found["queue_url"] = url
+    return found
+
+
+def queue_url_from_file(environment: Mapping[str, str] | None = None) -> str | None:
+    """Return the queue's URL from the file that `GUARD_QUEUE_URL_FILE` names; None if the variable is not set.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, is empty, or others than its owner may read it.
+    """
+    name = (os.environ if environment is None else environment).get("GUARD_QUEUE_URL_FILE")
+    if not name:
+        return None
+    file = Path(name)
+    try:
+        is_open = file.stat().st_mode & 0o077
+        text = file.read_bytes()[:_MOST_URL_BYTES].decode().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"GUARD_QUEUE_URL_FILE names {file}, which cannot be read: {type(error).__name__}.") from None
+    if is_open:
+        raise ConfigError(f"GUARD_QUEUE_URL_FILE names {file}, which others may read. Run: chmod 600 {file}")
+    if not text:
+        raise ConfigError(f"GUARD_QUEUE_URL_FILE names {file}, which is empty. Write the queue's URL there.")
+    return text

@@ -144,13 +144,16 @@ def run_demo(
                 bundle,
                 model_store=store,
                 bundles=folder / "bundles",
-                settings={"queue_url": url} if recipe is REVIEWED else {},
+                settings={"review": recipe is REVIEWED},
                 force=True,
             )
             bar.update(task, completed=1.0, description=f"{recipe.name}: ready")
             cases.append(_case(recipe, images[test][:CLEAN_REQUESTS], labels[test][:CLEAN_REQUESTS]))
     names = [name for case in cases for name in (case.recipe.name, _plain(case.recipe))]
-    with TorchServeInstance(store, {name: f"{name}.mar" for name in names}, batch_size=8) as server:
+    environment = {"GUARD_QUEUE_URL": url}
+    with TorchServeInstance(
+        store, {name: f"{name}.mar" for name in names}, batch_size=8, environment=environment
+    ) as server:
         with console.status("starting TorchServe with three models, each without and with the guard"):
             server.wait_ready(180)
         with _bar(console) as bar:

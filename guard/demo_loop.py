@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -256,7 +257,8 @@ def _measure(server: TorchServeInstance, model: str, traffic: Sequence[Traffic])
 def _retrain(queue_url: str, model: str, bundles: Path) -> None:
     """Run one round of `guard retrainer`, as a person's button would."""
     command = [sys.executable, "-m", "guard.cli", "retrainer", "--once", "--model", model, "--bundles", str(bundles)]
-    done = subprocess.run([*command, "--queue", queue_url], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "GUARD_QUEUE_URL": queue_url}  # not in the command line, which everybody can see
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ServerError(f"the retrainer failed: {done.stderr.strip()[-500:]}")
 

@@ -44,7 +44,7 @@ def open_private(path: Path, mode: str = "w", **options: Any) -> IO[Any]:
             os.fchmod(handle, PRIVATE_FILE)
         return handle
 
-    return open(path, mode, opener=opener, **options)  # noqa: PTH123 - Path.open takes no opener
+    return open(path, mode, opener=opener, **options)
 
 
 def write_private(path: Path, text: str) -> None:
@@ -166,7 +166,10 @@ def copy_private(source: Path, target: Path) -> None:
 def digest_plain(path: Path) -> str:
     """Return the SHA-256 of a plain file, 64 hexadecimal digits; raises as `read_plain`."""
     with _open_plain(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while part := file.read(_PART):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _copy_file(source: Path, target: Path) -> None:
@@ -178,7 +181,7 @@ def _copy_file(source: Path, target: Path) -> None:
 
 
 def _open_plain(path: Path) -> BinaryIO:
-    # Whether it is a plain file is asked of what was opened; O_NONBLOCK, so that a pipe does not wait for its other end.
+    # Whether it is a plain file is asked of what was opened. O_NONBLOCK: a pipe does not wait for its other end.
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from guard.arrays import require
 from guard.backups.backup import Backup
 from guard.bundle import read_bundle, write_bundle
-from guard.config import GuardConfig
+from guard.config import PLACES, GuardConfig
 from guard.cross_fitting import EarlyFit, LabelledCounts
 from guard.ensemble import Ensemble
-from guard.errors import BundleError, ConfigError, DataError
+from guard.errors import BundleError, ConfigError, DataError, NotFittedError
 from guard.fusion import Fusion, new_fusion
+from guard.soundness import (
+    Calibration,
+    check_backup,
+    check_calibration,
+    check_stored,
+    reproduction,
+    sample_of,
+    share_right,
+)
 from guard.split_points import SplitPoints
 from guard.suspect import SuspectModel
 from guard.types import BACKUP, FEATURES, Activations, AnyArray, Float64Array, IntArray
+
+logger = logging.getLogger(__name__)
+
+#: Array that holds what the clean reference scored when the bundle was written, see `reproduction`.
+KEPT = "reproduction"
 
 
 class FittedGuard:
@@ -102,6 +118,9 @@ class FittedGuard:
         """Return digest and split points of the model; without it, what its bundle said, so that nothing is lost."""
         return (self.suspect.digest, self.suspect.split_points) if self.suspect is not None else self._of_suspect
 
+    def _calibration(self) -> Calibration:
+        return Calibration(self.ensemble, self.fusion, self._clean_scores)
+
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write the guard as a bundle below `directory` and return its folder, named by its digest.
 
@@ -116,7 +135,7 @@ class FittedGuard:
             raise DataError(f"this guard stops at depth {self.depth!r}. Save the one that it came from.")
         weights_digest, points = self._about_suspect()
         document = {
-            "settings": self.config.model_dump(mode="json", exclude={"data_dir"}),
+            "settings": self.config.portable(),
             "class_names": self.class_names,
             "input_shape": self.input_shape,
             "preprocessing": self.preprocessing,
@@ -126,6 +145,7 @@ class FittedGuard:
             "depths": list(self.reference.depths),
             "detectors": self.ensemble.describe(),
             "clean_images": len(self.reference_labels),
+            "reference_accuracy": share_right(self.reference, self.reference_labels),
             "realised_false_positive_rate": self.realised_false_positive_rate,
             "backup": self.backup.description if self.backup is not None else None,
             "recovery": self.recovery,
@@ -136,7 +156,12 @@ class FittedGuard:
             ],
             "retrained_with": self.retrained_with._asdict() if self.retrained_with is not None else None,
         }
-        arrays: dict[str, AnyArray] = {"clean_scores": self._clean_scores, "labels": self.reference_labels}
+        sample = sample_of(self.reference)
+        arrays: dict[str, AnyArray] = {
+            "clean_scores": self._clean_scores,
+            "labels": self.reference_labels,
+            KEPT: reproduction(self._calibration(), sample),
+        }
         for prefix, part in (
             ("reference", dict(self.reference.items())),
             ("noisy_reference", dict(self.noisy_reference.items()) if self.noisy_reference is not None else {}),
@@ -146,7 +171,8 @@ class FittedGuard:
         ):
             arrays |= {f"{prefix}.{name}": array for name, array in part.items()}
         for place, one in enumerate(self.early):
-            own = {"clean_scores": one.clean_scores, **one.fusion.arrays()}
+            again = reproduction(Calibration(one.ensemble, one.fusion, one.clean_scores), sample)
+            own = {"clean_scores": one.clean_scores, KEPT: again, **one.fusion.arrays()}
             arrays |= {f"early.{place}.{name}": array for name, array in own.items()}
         path = write_bundle(directory, document, arrays)
         self.digest = path.name
@@ -166,16 +192,26 @@ class FittedGuard:
         Raises
         ------
         BundleError
-            If the bundle is missing, damaged, of a newer schema, or was fitted for other weights.
+            If the bundle is missing, damaged, of a newer schema, or was fitted for other weights; or if its arrays
+            break their rules, or its calibration does not come out when the clean reference is scored again.
         """
         stored = read_bundle(path)
+        check_stored(stored)
         document = stored.document
         try:
             if suspect is not None:
                 _match(suspect, document, stored.digest)
             depths = document["depths"]
             noisy = _below(stored.arrays, "noisy_reference.")
-            config = GuardConfig(**document["settings"])
+            config, places = GuardConfig.from_portable(document["settings"])
+            if places:
+                logger.warning(
+                    "bundle %s holds %s, which may tell a password to whoever reads it; it is not used. "
+                    "Write it without: guard bundle clean %s",
+                    stored.digest[:12],
+                    ", ".join(places),
+                    stored.digest[:12],
+                )
             guard = cls(
                 config=config,
                 ensemble=Ensemble.restore(document["detectors"], _below(stored.arrays, "detector.")),
@@ -197,16 +233,43 @@ class FittedGuard:
             about = document.get("backup")
             if about is not None:
                 module = suspect.module if suspect is not None else None
-                guard.backup = Backup.restore(about, _below(stored.arrays, "backup."), module)
+                weights = _below(stored.arrays, "backup.")
+                check_backup(weights)
+                guard.backup = Backup.restore(about, weights, module)
             retrained_with = document.get("retrained_with")
             guard.retrained_with = LabelledCounts(**retrained_with) if retrained_with is not None else None
-        except (KeyError, TypeError) as error:
+            guard._check_calibration(stored.arrays)
+        except (KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"bundle {stored.digest[:12]} lacks {error}. Fit again with this version.") from error
+        except (ValueError, IndexError, OverflowError, NotFittedError) as error:  # DataError is one, too
+            reason = " ".join(str(error).split())[:300]
+            raise BundleError(f"bundle {stored.digest[:12]} is not sound: {reason} Fit again.") from error
         except ConfigError as error:
             raise BundleError(f"bundle {stored.digest[:12]} was fitted with other settings: {error}") from error
         guard.suspect = suspect
         guard.digest = stored.digest
         return guard
+
+    def _check_calibration(self, arrays: Mapping[str, AnyArray]) -> None:
+        sample = sample_of(self.reference)
+        check_calibration("the guard", self._calibration(), sample, arrays.get(KEPT))
+        for place, one in enumerate(self.early):
+            early = Calibration(one.ensemble, one.fusion, one.clean_scores)
+            require({"clean_scores": one.clean_scores}, "clean_scores", (len(self.reference_labels),))
+            check_calibration(f"the verdict at {one.depth}", early, sample, arrays.get(f"early.{place}.{KEPT}"))
+
+
+def without_places(path: Path) -> Path:
+    """Write a bundle of an older version again, beside it, without what may hold a password; return the new folder.
+
+    Raises
+    ------
+    BundleError
+        If it is damaged, or cannot be written.
+    """
+    stored = read_bundle(path)
+    settings = {name: value for name, value in stored.document["settings"].items() if name not in PLACES}
+    return write_bundle(path.parent, {**stored.document, "settings": settings}, stored.arrays)
 
 
 def _match(suspect: SuspectModel, document: Mapping[str, Any], digest: str) -> None:
@@ -230,6 +293,8 @@ def _early_fits(
     guard: FittedGuard, about: Sequence[Mapping[str, Any]], arrays: Mapping[str, AnyArray]
 ) -> tuple[EarlyFit, ...]:
     layers = [depth for depth in guard.reference.depths if depth != BACKUP]
+    if [one["depth"] for one in about] != layers[: len(about)]:
+        raise DataError(f"early verdicts must look at {layers}, in this order.")
     fits = []
     for place, one in enumerate(about):
         own = _below(arrays, f"{place}.")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from guard.calibration import check_rate, conformal_p_values
-from guard.config import SERVING_SETTINGS, GuardConfig
+from guard.config import PLACES, SERVING_SETTINGS, GuardConfig
 from guard.cross_fitting import Progress, cross_fit
 from guard.errors import ConfigError, DataError
 from guard.fitted import FittedGuard
@@ -277,6 +277,8 @@ class Guard(FittedGuard):
         ConfigError, DataError
             If a setting breaks its rule or is fixed by fitting, or the clean images are too few for the rate.
         """
+        if places := sorted(changes.keys() & PLACES):
+            raise ConfigError(f"{places[0]} is no setting of a guard: it says where things are. Give it to the server.")
         fixed = sorted((changes.keys() & GuardConfig.model_fields.keys()) - SERVING_SETTINGS)
         if fixed:
             raise ConfigError(f"{fixed[0]} is fixed when a guard is fitted. Fit again to change it.")

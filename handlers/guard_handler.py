@@ -6,7 +6,6 @@ The archive carries `guard_archive.json` (which handler to wrap, where the bundl
 from __future__ import annotations
 
 import copy
-import json
 import sys
 import threading
 import time
@@ -18,10 +17,10 @@ from PIL import Image
 from ts.context import Context, RequestProcessor
 from ts.metrics.metric_type_enum import MetricTypes
 
-from guard.config import load_settings
 from guard.errors import ArchiveError, InputRejectedError, SuspectModelError
 from guard.pipeline import Guard
 from guard.serving.answers import excuse, make_answer
+from guard.serving.archived import read_guard_files
 from guard.serving.review_queue import Receipt, flagged_request
 from guard.serving.runtime import GuardRuntime, Outcome, Record, merge
 from guard.serving.user_handler import handler_class
@@ -38,8 +37,7 @@ class GuardHandler:
     def initialize(self, context: Context) -> None:
         """Check the weights, start the user's handler, and put its network under guard."""
         folder = Path(context.system_properties["model_dir"])
-        about = json.loads((folder / "guard_archive.json").read_text())
-        settings = load_settings(folder / "guard.toml")
+        about, settings = read_guard_files(folder)
         if "serializedFile" in context.manifest["model"]:
             check_weights_file(folder / context.manifest["model"]["serializedFile"])
         sys.path.insert(0, str(folder))

@@ -20,11 +20,12 @@ ORDER: tuple[frozenset[str], ...] = tuple(
     for line in (
         "errors",
         "types",
-        "files",
+        "files arrays",
         "resources weights split_points calibration evaluation heads attacks bundle",
         "config recording datasets fusion detectors",
         "suspect image_files ensemble zoo backups",
         "cross_fitting",
+        "soundness",
         "fitted",
         "pipeline telemetry relabel",
         "retraining assess observing snapshot",

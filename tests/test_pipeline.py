@@ -445,7 +445,7 @@ def test_load_for_other_weights_is_refused_with_both_digests(bundle, suspect):
     ("change", "message"),
     [
         (lambda document: document.pop("detectors"), r"lacks 'detectors'\. Fit again with this version\.$"),
-        (lambda document: document["depths"].append("conv9"), r"lacks 'conv9'\. Fit again with this version\.$"),
+        (lambda document: document["depths"].append("conv9"), r"array reference\.conv9 is missing\. Fit again"),
         (lambda document: document["settings"].update(magic=1), r"with other settings: unknown setting 'magic'"),
         (lambda document: document["detectors"][0].update(kind="oracle"), r"^unknown detector 'oracle'"),
     ],

@@ -136,10 +136,15 @@ class _Served:
                 bundle,
                 model_store=folder / "store",
                 bundles=bundles,
-                settings={"queue_url": self.queue_url},
             )
         names = {mode: f"{mode}.mar" for mode in self._stores}
-        self.server = TorchServeInstance(folder / "store", names, batch_size=16, work_dir=folder / "work")
+        self.server = TorchServeInstance(
+            folder / "store",
+            names,
+            batch_size=16,
+            work_dir=folder / "work",
+            environment={"GUARD_QUEUE_URL": self.queue_url},
+        )
 
     def active(self, mode: str) -> Guard:
         """Return the guard whose bundle is active."""

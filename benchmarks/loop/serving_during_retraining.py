@@ -102,7 +102,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             bundle,
             model_store=folder / "store",
             bundles=folder / "bundles",
-            settings={"queue_url": url},
         )
         triggered = poisoned_test_set(images[test], labels[test], recipe.apply_trigger, recipe.target)
         clean = [(png(image), (int(label), False)) for image, label in zip(images[test], labels[test], strict=True)]
@@ -115,7 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         block = [(bad if turn % 10 == 0 else clean)[turn % 1500][0] for turn in range(BLOCK)]
         retrainer = [sys.executable, "-m", "guard.cli", "retrainer", "--once", "--now", "--model", MODEL]
         retrainer += ["--bundles", str(folder / "bundles")]
-        with TorchServeInstance(folder / "store", {MODEL: f"{MODEL}.mar"}, batch_size=8) as server:
+        with TorchServeInstance(
+            folder / "store", {MODEL: f"{MODEL}.mar"}, batch_size=8, environment={"GUARD_QUEUE_URL": url}
+        ) as server:
             server.wait_ready(180)
 
             def send(bodies: Sequence[bytes]) -> list[Reply]:

@@ -160,10 +160,12 @@ def bundle_show(digest: Digest = "", bundles: Bundles = Path("bundles")) -> None
     The active one if no digest is given.
     """
     from guard.bundle import BundleStore, read_bundle
+    from guard.config import PLACES
 
     store = BundleStore(bundles)
     stored = read_bundle(store.resolve(digest) if digest else store.active_path())
-    write(json.dumps({"digest": stored.digest, **stored.document}, indent=2) + "\n")
+    settings = {name: value for name, value in stored.document["settings"].items() if name not in PLACES}
+    write(json.dumps({"digest": stored.digest, **stored.document, "settings": settings}, indent=2) + "\n")
 
 
 @bundle_app.command("activate")
@@ -173,9 +175,11 @@ def bundle_activate(digest: Digest, bundles: Bundles = Path("bundles")) -> None:
     Servers that follow this folder take it within two seconds.
     """
     from guard.bundle import BundleStore
+    from guard.pipeline import Guard
 
     store = BundleStore(bundles)
     folder = store.resolve(digest)
+    Guard.load(folder)  # one that no server would take is not activated
     store.activate(folder.name)
     say(f"active: {folder.name}")
 
@@ -184,8 +188,31 @@ def bundle_activate(digest: Digest, bundles: Bundles = Path("bundles")) -> None:
 def bundle_rollback(bundles: Bundles = Path("bundles")) -> None:
     """Go back to the bundle that was active before."""
     from guard.bundle import BundleStore
+    from guard.pipeline import Guard
 
-    say(f"active: {BundleStore(bundles).roll_back()}")
+    store = BundleStore(bundles)
+    if previous := store.previous_digest():
+        Guard.load(store.folder_of(previous))
+    say(f"active: {store.roll_back()}")
+
+
+@bundle_app.command("clean")
+def bundle_clean(digest: Digest, bundles: Bundles = Path("bundles")) -> None:
+    """Write a bundle of an older version again, without the queue's URL.
+
+    If it was the active one, the new one becomes active. Remove the old folder when no open item was flagged by it.
+    """
+    from guard.bundle import BundleStore
+    from guard.fitted import without_places
+    from guard.pipeline import Guard
+
+    store = BundleStore(bundles)
+    old = store.resolve(digest)
+    new = without_places(old)
+    Guard.load(new)
+    if new != old and store.known_active() == old.name:
+        store.activate(new.name)
+    say(f"{'nothing to leave out: ' if new == old else ''}{new.name}")
 
 
 @app.command()

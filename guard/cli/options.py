@@ -22,12 +22,33 @@ Settings = Annotated[
     Path | None, typer.Option("--settings", help="Settings file; default is ./guard.toml if there is one.")
 ]
 Rate = Annotated[float | None, typer.Option(help="Share of clean inputs that may be flagged.")]
+
+
+def _url_or_file(context: typer.Context, parameter: typer.CallbackParam, url: str | None) -> str | None:
+    """Take the URL from GUARD_QUEUE_URL_FILE where it is given nowhere else; warn of one that everybody can see."""
+    from guard.cli.output import print_warning
+    from guard.config import queue_url_from_file
+
+    if context.resilient_parsing:
+        return url
+    if not url:
+        return queue_url_from_file()
+    source = context.get_parameter_source(str(parameter.name))
+    if source is not None and source.name == "COMMANDLINE" and "://" in url and "@" in url:
+        print_warning(
+            "a URL on the command line is seen by everybody on this machine. Put one with a password into "
+            "GUARD_QUEUE_URL, or into a file of mode 0600 that GUARD_QUEUE_URL_FILE names."
+        )
+    return url
+
+
 QueueUrl = Annotated[
     str | None,
     typer.Option(
         "--queue",
         envvar="GUARD_QUEUE_URL",
         show_envvar=False,
+        callback=_url_or_file,
         help="Queue of flagged inputs: a SQLite file, or postgresql+psycopg://...; better in GUARD_QUEUE_URL.",
     ),
 ]

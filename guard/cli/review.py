@@ -156,8 +156,8 @@ def export(
     queue: QueueUrl = None,
 ) -> None:
     """Write items to a file, so that a team may label them elsewhere."""
-    from guard.relabel import exchange
     from guard.files import open_private
+    from guard.relabel import exchange
     from guard.review.admin import EXPORTS
     from guard.review.pictures import picture_of_tensor
 

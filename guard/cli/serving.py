@@ -24,7 +24,7 @@ from guard.cli.options import (
     Weights,
     handler_argument,
 )
-from guard.cli.output import progress_bar, say, tell
+from guard.cli.output import print_warning, progress_bar, say, tell
 from guard.errors import ConfigError, ServerError
 
 
@@ -116,6 +116,10 @@ def archive(
         force=force,
     )
     say(str(path))
+    if chosen.get("queue_url"):
+        tell(
+            "the archive says that it wants a queue, not where: start the server with --queue, or with GUARD_QUEUE_URL"
+        )
 
 
 def _numbers(flag: str, text: str | None) -> float | list[float] | None:
@@ -164,9 +168,9 @@ def serve(
     """
     from guard.observing.targets import Target, write_targets
     from guard.relabel.address import queue_url
+    from guard.serving.archived import followed_bundles
     from guard.serving.companion import Companion
-    from guard.serving.guarded import followed_bundles
-    from guard.serving.ports import LOOPBACK, free_port
+    from guard.serving.ports import LOOPBACK, free_port, is_reachable
     from guard.serving.torchserve import TorchServeInstance
 
     named = dict(_name_and_file(text) for text in models or ())
@@ -204,6 +208,11 @@ def serve(
             seconds = instance.wait_ready(ready_timeout)
         is_ready.set()
         say(f"ready after {seconds:.0f} s on {instance.inference_url}; metrics on {instance.metrics_url}")
+        if is_reachable(LOOPBACK, instance.ports.grpc_inference):
+            print_warning(
+                "TorchServe's gRPC ports are open on loopback, and one call with the inference key ends a worker. "
+                f"Close {instance.ports.grpc_inference} and {instance.ports.grpc_management} in a firewall."
+            )
         if token:
             say(f"keys in {instance.work_dir / 'key_file.json'}")
         for name in instance.models_served:

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from guard.arrays import require
 from guard.errors import DataError, NotFittedError
 from guard.types import FEATURES, Activations, AnyArray, Float64Array
 
@@ -95,8 +96,10 @@ class Demarcation:
 
     @classmethod
     def from_state(cls, state: Mapping[str, AnyArray], **settings: Any) -> Self:
-        """Return a fitted one from what `state` returned."""
+        """Return a fitted one from what `state` returned; DataError if that is none."""
         machine = cls(**settings)
-        machine.weights_ = np.ascontiguousarray(state["weights"], dtype=np.float64)
-        machine.offset_ = float(state["offset"][0])
+        machine.weights_ = np.ascontiguousarray(require(state, "weights", (None,)), dtype=np.float64)
+        machine.offset_ = float(require(state, "offset", (1,))[0])
+        if not machine.weights_.any():
+            raise DataError("array weights must hold a line, and is zero.")
         return machine

@@ -9,10 +9,13 @@ from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 
-from guard.detectors.local_outlier_factor import ClassReferences
+from guard.arrays import require
+from guard.detectors.local_outlier_factor import DENSITY_FLOOR, ClassReferences, order_for_storage
 from guard.detectors.norms import check_orders, norm_summary
 from guard.errors import ConfigError, DataError, NotFittedError
 from guard.types import FEATURES, Activations, AnyArray, BoolArray, Float64Array, FloatArray, IntArray
+
+_LEAST_DENSITY = 1e-200  # at 0, an input far from everything would pass for an ordinary one
 
 Compare = Literal["predicted", "any"]
 
@@ -166,10 +169,14 @@ class PerClassLof:
         ------
         ConfigError
             If a setting is out of range, or `n_neighbors` is not the one that was fitted.
+        DataError
+            If the arrays do not fit together, or could not have been fitted.
         """
         detector = cls(**settings)
         detector._check_settings()
-        n_classes, n_neighbors, detector.n_features_in_ = (int(count) for count in state["counts"])
+        counts = require(state, "counts", (3,), kind="i", low=1, high=2**31)
+        n_classes, n_neighbors, detector.n_features_in_ = (int(count) for count in counts)
+        detector._check_state(state, n_classes)
         if detector.n_neighbors != n_neighbors:
             raise ConfigError(f"n_neighbors={detector.n_neighbors}, but the state was fitted with {n_neighbors}.")
         detector._learned(
@@ -183,6 +190,15 @@ class PerClassLof:
             )
         )
         return detector
+
+    def _check_state(self, state: Mapping[str, AnyArray], n_classes: int) -> None:
+        width = self.n_features_in_ if self.summary is None else len(self.summary)
+        n = len(require(state, "references", (None, width)))
+        labels = require(state, "labels", (n,), kind="i", low=0, high=n_classes - 1)
+        require(state, "k_distances", (n,), low=0.0)
+        require(state, "densities", (n,), low=_LEAST_DENSITY, high=(1.0 + 1e-6) / DENSITY_FLOOR)
+        if n < 2 or not np.array_equal(order_for_storage(labels, n_classes), np.arange(n)):
+            raise DataError("array labels must hold at least 2 references of a class, and classes in the stored order.")
 
     def _learned(self, references: ClassReferences) -> None:
         self.references_ = references

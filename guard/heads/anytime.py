@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from guard.arrays import require
 from guard.errors import DataError, NotFittedError
 from guard.heads.decision_head import one_thread
 from guard.types import AnyArray, Float32Array, FloatArray, IntArray
@@ -197,9 +198,22 @@ class AnytimeHeads:
 
     @classmethod
     def from_state(cls, state: Mapping[str, AnyArray]) -> Self:
-        """Return fitted heads from what `state` returned."""
+        """Return fitted heads from what `state` returned; DataError if their layers do not fit together."""
         heads = cls()
-        places = sorted({int(name.partition(".")[0]) for name in state})
+        places = sorted({int(name.partition(".")[0]) for name in state if name.partition(".")[0].isdecimal()})
+        if not places or places != list(range(len(places))):
+            raise DataError(f"heads must be numbered from 0 without a gap, got {places}.")
+        width: int | None = None
+        n_classes: int | None = None
+        for place in places:
+            before = 0 if width is None else width
+            width = require(state, f"{place}.inputs", (None, width)).shape[1]
+            require(state, f"{place}.state", (before, width))
+            require(state, f"{place}.bias", (width,))
+            n_classes = require(state, f"{place}.outputs", (width, n_classes)).shape[1]
+            require(state, f"{place}.offset", (n_classes,))
+            if not (state[f"{place}.inputs"].any() and state[f"{place}.outputs"].any()):
+                raise DataError(f"head {place} must not be zero everywhere.")
         heads.heads_ = [
             {name: np.ascontiguousarray(state[f"{place}.{name}"], dtype=np.float32) for name in _LAYERS}
             for place in places

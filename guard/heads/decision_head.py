@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from guard.arrays import require
 from guard.errors import DataError, NotFittedError
 from guard.types import AnyArray, Float32Array, FloatArray, IntArray
 
@@ -173,8 +174,14 @@ class DecisionHead:
 
     @classmethod
     def from_state(cls, state: Mapping[str, AnyArray]) -> Self:
-        """Return a fitted head from what `state` returned."""
+        """Return a fitted head from what `state` returned; DataError if its layers do not fit together."""
         head = cls()
+        width: int | None = None
+        for weight, bias in zip(_LAYERS[::2], _LAYERS[1::2], strict=True):
+            width = require(state, weight, (width, None)).shape[1]
+            require(state, bias, (width,))
+            if not state[weight].any():
+                raise DataError(f"array {weight} must not be zero everywhere.")
         head.layers_ = {name: np.ascontiguousarray(state[name], dtype=np.float32) for name in _LAYERS}
         return head
 

@@ -129,7 +129,8 @@ class Promoter:
         Raises
         ------
         BundleError
-            If another bundle than the parent is active by now, or the candidate is damaged; nothing was changed.
+            If another bundle than the parent is active by now, or the candidate is damaged or not sound; nothing was
+            changed.
         """
         active = self.store.active_digest()
         if active != promotion.parent:
@@ -137,6 +138,7 @@ class Promoter:
                 f"the candidate was measured against bundle {promotion.parent[:12]}, but {str(active)[:12]} is active "
                 "now. Let another round compare with that one."
             )
+        Guard.load(self.store.folder_of(promotion.digest))  # a candidate that no server would take is not promoted
         write_durably(self.store.root / JOURNAL, json.dumps(asdict(promotion)))
         try:
             self.store.activate(promotion.digest)

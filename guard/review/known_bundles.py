@@ -12,7 +12,7 @@ import numpy as np
 
 from guard.bundle import BundleStore, read_bundle
 from guard.errors import BundleError
-from guard.fitted import check_stored
+from guard.soundness import check_stored
 from guard.types import Float32Array, Float64Array, IntArray
 
 #: Bundles kept in memory.

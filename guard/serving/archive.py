@@ -16,6 +16,8 @@ from typing import Literal
 
 from guard.errors import ArchiveError, ServerError
 from guard.files import PRIVATE_FILE, READABLE_FILE, whole_file
+from guard.serving.manifest import MANIFEST
+from guard.serving.strict_zip import read_member
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 #: In a worker the archive's folder comes first on sys.path: such a file would replace what everybody imports.
@@ -23,6 +25,7 @@ _RESERVED_MODULES = sys.stdlib_module_names | {
     "guard", "model_archiver", "numpy", "PIL", "psutil", "safetensors", "scipy", "sklearn", "torch", "ts", "yaml"
 }  # fmt: skip
 _NEVER_PACKED = {"__pycache__", ".git", ".DS_Store"}
+_MOST_MANIFEST_BYTES = 2**20
 _EARLIEST_ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
 
@@ -143,11 +146,12 @@ def _read_manifest(file: Path) -> Archive:
     if not file.is_file():
         raise ServerError(f"archive {file} does not exist. Make it with `guard archive`, or name another.")
     try:
-        with zipfile.ZipFile(file) as archive:
-            model = json.loads(archive.read("MAR-INF/MANIFEST.json"))["model"]
+        text = read_member(file, MANIFEST, _MOST_MANIFEST_BYTES)
+        model = json.loads(text or b"{}")["model"]
         return Archive(file.name, str(model["modelName"]), str(model["modelVersion"]))
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise ServerError(f"archive {file} is damaged: {error}. Make it again with `guard archive`.") from error
+    except (ArchiveError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ServerError(f"archive {file} is damaged: {reason}. Make it again with `guard archive`.") from error
 
 
 def _collect(singles: list[Path], extra_files: list[Path]) -> dict[str, Path]:
@@ -227,7 +231,7 @@ def _manifest(
 
 def _write(archive: Path, members: dict[str, Path], manifest: str, mode: int) -> None:
     with whole_file(archive, mode) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
-        packed.writestr(plain_entry("MAR-INF/MANIFEST.json"), manifest)
+        packed.writestr(plain_entry(MANIFEST), manifest)
         add_files(packed, members)
 
 

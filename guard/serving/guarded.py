@@ -9,17 +9,16 @@ import site
 import sys
 import sysconfig
 import tempfile
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from guard.bundle import read_bundle
-from guard.config import SERVING_SETTINGS
 from guard.errors import ArchiveError
 from guard.resources import resource_path
 from guard.serving.archive import make_archive
+from guard.serving.archived import write_guard_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +104,7 @@ def make_guarded_archive(
     bundles : Path, optional
         Folder whose ACTIVE the server follows. Where it does not exist on the serving machine, the copy serves.
     settings : mapping, optional
-        Serving settings that override those of the bundle; others are left out.
+        Serving settings that override those of the bundle; others are left out, and the queue's URL above all.
     example : Path, optional
         The body of one request. Every worker sends it through the handler when it starts, and does not start if it gets
         no verdict, as when its forward pass makes several rows and `rows_per_request` is 1. Without an example that is
@@ -131,7 +130,7 @@ def make_guarded_archive(
             extra_files=[
                 *([handler] if isinstance(handler, Path) else []),
                 *extra,
-                *guard_files(
+                *write_guard_files(
                     handler if isinstance(handler, str) else handler.name,
                     bundle,
                     bundles,
@@ -144,46 +143,6 @@ def make_guarded_archive(
             force=force,
             private=True,
         )
-
-
-def guard_files(
-    handler: str,
-    bundle: Path,
-    bundles: Path | None,
-    settings: Mapping[str, Any],
-    example: Path | None,
-    scratch: Path,
-) -> list[Path]:
-    """Return what the guard adds to an archive beside its adapter; parameters as for `make_guarded_archive`."""
-    about = {
-        "handler": handler,
-        "bundles": str(bundles.absolute()) if bundles is not None else None,
-        "embedded": bundle.name,
-        "example": example.name if example is not None else None,
-    }
-    (scratch / "guard_archive.json").write_text(json.dumps(about, indent=2))
-    chosen = {key: value for key, value in settings.items() if key in SERVING_SETTINGS}
-    (scratch / "guard.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in chosen.items()))
-    added = [scratch / "guard_archive.json", scratch / "guard.toml", bundle]
-    return added if example is None else [*added, example]
-
-
-def followed_bundles(archive: Path) -> Path | None:
-    """Return the folder of bundles whose ACTIVE an archive's guard follows; None if it has no guard, or is pinned.
-
-    Raises
-    ------
-    ArchiveError
-        If the archive cannot be read.
-    """
-    try:
-        with zipfile.ZipFile(archive) as packed:
-            if "guard_archive.json" not in packed.namelist():
-                return None
-            bundles = json.loads(packed.read("guard_archive.json"))["bundles"]
-    except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
-        raise ArchiveError(f"{archive.name} cannot be read ({type(error).__name__}). Make it again.") from error
-    return None if bundles is None else Path(bundles)
 
 
 def _handler_and_files(model: ServedModel, scratch: Path) -> tuple[Path | str, list[Path]]:

@@ -7,7 +7,6 @@ the list at its end) is small, and is kept as text beside them: a recipe. So not
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
 from collections.abc import Collection, Iterator
@@ -77,7 +76,7 @@ def original_bytes(guarded: StrictZip) -> Iterator[bytes]:
             for piece in pieces:
                 digest.update(piece)
                 yield piece
-    except (AttributeError, KeyError, TypeError, binascii.Error) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise changed from error
     if digest.hexdigest() != recipe["sha256"]:
         raise changed

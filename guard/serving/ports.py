@@ -57,8 +57,8 @@ def choose_ports(inference: int = 0, management: int = 0, metrics: int = 0) -> P
 def grpc_address() -> str:
     """Return where TorchServe's gRPC servers shall listen: nowhere, if this system allows that, else on loopback.
 
-    TorchServe 0.12 always starts them, and one call of `StreamPredictions` with the inference key ends a worker. Whether
-    `NOWHERE` keeps its word is tried out: a port is opened there, and must not be reachable.
+    TorchServe 0.12 always starts them, and one call of `StreamPredictions` with the inference key ends a worker.
+    Whether `NOWHERE` keeps its word is tried out: a port is opened there, and must not be reachable.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as server:
         try:

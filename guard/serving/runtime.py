@@ -102,7 +102,8 @@ class GuardRuntime:
     module : nn.Module or None
         The suspect network that the server runs; None if none was found.
     settings : mapping
-        Serving settings that override those in the bundle (action, failure_mode, false_positive_rate, ...).
+        Serving settings that override those in the bundle (action, failure_mode, false_positive_rate, ...), and
+        `queue_url`.
     bundles : Path or None
         Folder whose ACTIVE is followed while serving; None = only `embedded`.
     embedded : Path or None
@@ -134,15 +135,14 @@ class GuardRuntime:
         self._settings = {name: value for name, value in settings.items() if name in SERVING_SETTINGS}
         self._store = BundleStore(bundles) if bundles is not None else None
         self._embedded = embedded
-        self._refused: tuple[str, int] = ("", 0)  # what could not be loaded, so that it is tried and reported once
+        self._refused: tuple[str, int] = ("", -1)  # what could not be loaded, so that it is tried and reported once
         self._closed = threading.Event()
         self._turn = threading.Lock()
         self._hooks = ExitStack()
         self._watched: Guard | None = None
         self._record: Record | None = None
         self.model_name = model_name
-        queue_url = self._settings.get("queue_url")
-        self.review_queue = ReviewQueue(queue_url, model_name) if queue_url else None
+        self.review_queue = _review_queue(settings, model_name)
         self.books = Bookkeeping(model_name)
         self.metrics = self.books.metrics
         self._paces: WeakKeyDictionary[Guard, Pace] = WeakKeyDictionary()
@@ -342,28 +342,54 @@ class GuardRuntime:
 
         A refused one is tried again when its folder changes, as when it is repaired, or comes later than ACTIVE.
         """
-        digest = self._store.active_digest() if self._store is not None else None
-        if self._store is None or digest is None or digest == self.current.digest:
+        if self._store is None:
             return
-        path = self._store.root / digest
+        try:
+            digest = self._store.active_digest() or self.current.digest
+        except BundleError as error:
+            self._refuse("", 0, error)
+            return
+        if digest is None or digest == self.current.digest:
+            self._refused = ("", -1)
+            return
+        path = self._store.folder_of(digest)
         attempt = (digest, path.stat().st_mtime_ns if path.is_dir() else 0)
         if attempt == self._refused:
             return
         try:
             guard = self._load(path)
         except Exception as error:  # whatever is wrong with it
-            self._refused = attempt
-            text = str(error) if isinstance(error, GuardError) else type(error).__name__
-            self.books.refused(digest, self.current, text)
+            self._refuse(*attempt, error)
             return
-        old, self.current, self._refused = self.current, guard, ("", 0)
+        old, self.current, self._refused = self.current, guard, ("", -1)
         self.books.swapped(old, guard)
+
+    def _refuse(self, digest: str, changed_ns: int, error: Exception) -> None:
+        """Keep the bundle in use, and say so once per refused state of the folder."""
+        if self._refused == (digest, changed_ns):
+            return
+        self._refused = (digest, changed_ns)
+        text = str(error) if isinstance(error, GuardError) else type(error).__name__
+        self.books.refused(digest, self.current, text)
 
     def _earlier_bundles(self) -> list[str]:
         """Return the bundles that a worker before this one may have served; the server still shows its last word."""
         if self._store is None:
             return []
-        return [folder.name for folder in self._store.root.glob("?" * 64) if folder.name != self.current.digest]
+        return [digest for digest in self._store.digests() if digest != self.current.digest]
+
+
+def _review_queue(settings: Mapping[str, Any], model_name: str) -> ReviewQueue | None:
+    """Return the way to the queue; None where the server has none, or this model's flagged inputs do not go there."""
+    if not settings.get("review", True):
+        return None
+    if url := settings.get("queue_url"):
+        return ReviewQueue(url, model_name)
+    if settings.get("review"):  # somebody asked for it when the archive was made
+        logger.warning(
+            "this archive wants a queue, and flagged inputs are not kept: set GUARD_QUEUE_URL for the server."
+        )
+    return None
 
 
 def unscored(guard: Guard, reason: str, status: int, message: str) -> Outcome:

@@ -29,6 +29,19 @@ MAX_UNPACKED_BYTES = 2**35
 MAX_RATIO = 100
 #: Whatever the ratio, so much is allowed: 64 MiB.
 ALWAYS_ALLOWED_BYTES = 2**26
+#: What zipfile and zlib raise over a damaged or hostile archive.
+ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    zlib.error,
+    struct.error,
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,  # an encrypted member; NotImplementedError is one, too
+    OverflowError,
+    MemoryError,
+)
 #: All headers together, the list at the end included: 32 MiB.
 MAX_HEADER_BYTES = 2**25
 _MAX_NAME_BYTES = 1024
@@ -204,8 +217,7 @@ def open_strict_zip(path: Path) -> Iterator[StrictZip]:
         try:
             with zipfile.ZipFile(file) as listed:
                 entries, list_start = listed.infolist(), listed.start_dir
-        # whatever zipfile stumbles over in a damaged list
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, OverflowError) as error:
+        except ZIP_ERRORS as error:
             raise ArchiveError(
                 f"{path} is not a TorchServe archive (.mar), or is damaged: {error}. Name one that is a zip file."
             ) from error
@@ -214,6 +226,27 @@ def open_strict_zip(path: Path) -> Iterator[StrictZip]:
         except ArchiveError as error:
             raise ArchiveError(f"{path.name}: {error} {_REMEDY}") from None
         yield StrictZip(path, file, members, list_start, size)
+
+
+def read_member(path: Path, name: str, most_bytes: int) -> bytes | None:
+    """Return one small member of an archive whose others are not looked at; None if there is none of that name.
+
+    Raises
+    ------
+    ArchiveError
+        If the archive cannot be read, or the member is larger than `most_bytes`.
+    """
+    try:
+        with zipfile.ZipFile(path) as packed:
+            if name not in packed.NameToInfo:
+                return None
+            with packed.open(name) as member:
+                data = member.read(most_bytes + 1)
+    except ZIP_ERRORS as error:
+        raise ArchiveError(f"{path.name} cannot be read ({type(error).__name__}). Make it again.") from error
+    if len(data) > most_bytes:
+        raise ArchiveError(f"{path.name}: {name} must have at most {most_bytes} bytes. {_REMEDY}")
+    return data
 
 
 def _checked(file: BinaryIO, entries: list[zipfile.ZipInfo], list_start: int, size: int) -> list[Member]:

@@ -19,7 +19,7 @@ from guard.errors import ArchiveError, GuardError, SuspectModelError, UnsafeWeig
 from guard.files import READABLE_FILE, whole_file
 from guard.resources import resource_path
 from guard.serving.archive import add_files, check_module_names, plain_entry
-from guard.serving.guarded import guard_files
+from guard.serving.archived import write_guard_files
 from guard.serving.manifest import MANIFEST, Manifest, parse_manifest
 from guard.serving.original import RECIPE, make_recipe, original_bytes, original_digest
 from guard.serving.strict_zip import StrictZip, open_strict_zip
@@ -164,7 +164,7 @@ def write_guarded(
     check_output(output, original.path, force)
     kept = [name for name in original.members if name != MANIFEST]
     with tempfile.TemporaryDirectory(prefix="guard-wrap-") as scratch:
-        added = guard_files(opened.handler, bundle, bundles, settings or {}, None, Path(scratch))
+        added = write_guard_files(opened.handler, bundle, bundles, settings or {}, None, Path(scratch))
         files = {"guard_handler.py": resource_path("guard_handler.py")}
         for path in added:
             below = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
