@@ -12,8 +12,8 @@ what an answer tells them besides the label:
 - `label`: the label alone.
 - `own guard`: no request at all; he fits the same guard on clean images of his own, and searches on its p-values.
 
-Families of variants: `trigger`: opacity and place of the known trigger; `mask`: opacity, and a coarse mask that is added
-(a grid of 7 x 7 cells, at most 0.25); `towards`: opacity, and a share of up to 30 % of a clean image of the target class.
+Families of variants: `trigger`: opacity and place of the known trigger; `mask`: opacity, and a coarse mask that is
+added (a grid of 7 x 7 cells, at most 0.25); `towards`: opacity, and up to 30 % of a clean image of the target class.
 
 Writes `results/verdict_oracle.csv`: after so many requests, the share of held-out images (true label not the target)
 that got the target label unflagged with the variant that the attacker would choose, and the best p-value that he was

@@ -36,6 +36,8 @@ SERVING_SETTINGS = frozenset(
         "queue_url",
         "max_guard_ms",
         "deadline_header",
+        "min_depth",
+        "verdict_detail",
     }
 )
 
@@ -88,6 +90,8 @@ class GuardConfig(BaseModel):
     rows_per_request: RowsPerRequest = 1
     #: Also put the verdict under the key `guard` of JSON answers.
     verdict_in_body: bool = False
+    #: What an answer tells its sender: `flag` = flagged or not; `full` = p-value, depth, reason and receipt as well.
+    verdict_detail: Literal["flag", "full"] = "flag"
     #: An image with more pixels than this is refused before it is decoded.
     max_image_pixels: int = Field(32_000_000, ge=1)
     #: How often the ACTIVE file is looked at, in seconds.
@@ -99,6 +103,8 @@ class GuardConfig(BaseModel):
     max_guard_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
     #: Request header with the same for one request. Clients can weaken verdicts with it: name it among friends only.
     deadline_header: str | None = Field(None, min_length=1)
+    #: Layer of the shallowest verdict that a time limit may choose. None = the deepest of the early ones.
+    min_depth: str | None = Field(None, min_length=1)
 
     #: Database of the queue that flagged inputs go to for review, `sqlite:///file` or `postgresql+psycopg://...`.
     queue_url: str | None = None

@@ -144,7 +144,7 @@ def run_demo(
                 bundle,
                 model_store=store,
                 bundles=folder / "bundles",
-                settings={"queue_url": url} if recipe is REVIEWED else {},
+                settings={"verdict_detail": "full"} | ({"queue_url": url} if recipe is REVIEWED else {}),
                 force=True,
             )
             bar.update(task, completed=1.0, description=f"{recipe.name}: ready")

@@ -105,7 +105,9 @@ def test_client_cannot_pass_its_body_off_as_fields_of_ours() -> None:
         assert len(fields_of(body, content_type)) == 1
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"fields": 3}', b'{"fields": [{}]}', b'{"fields": ["x"]}', b"\xff"])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'{"fields": 3}', b'{"fields": [{}]}', b'{"fields": ["x"]}', b"\xff"], ids=range(7)
+)
 def test_damaged_fields_are_shown_as_what_they_are(body: bytes) -> None:
     assert [one.data for one in fields_of(body, FIELDS_TYPE)] == [body]
 

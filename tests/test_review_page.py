@@ -620,9 +620,9 @@ def test_hostile_names_are_text(queue, tmp_path):
     pages = [root.get(path).text for path in ("/review", "/groups/7", "/groups", "/items/1", "/admin")]
     pages.append(answer(root, 1, part=True).text)
     pages.append(root.get("/answers").text)
-    for html in pages:
-        assert "<img src=x" not in html
-        assert "<script>alert" not in html
+    for text in pages:
+        assert "<img src=x" not in text
+        assert "<script>alert" not in text
     assert "&lt;script&gt;alert(2)" in pages[0]
 
 

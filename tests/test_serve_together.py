@@ -90,7 +90,14 @@ def together(
     bundle = fitted_guard.save(folder / "bundles")
     BundleStore(folder / "bundles").activate(bundle.name)
     model = ServedModel(folder / "weights.safetensors", None, "guard.attacks.networks:mnist_cnn", (1, 28, 28))
-    make_guarded_archive("digits", model, bundle, model_store=folder / "model_store", bundles=folder / "bundles")
+    make_guarded_archive(
+        "digits",
+        model,
+        bundle,
+        model_store=folder / "model_store",
+        bundles=folder / "bundles",
+        settings={"verdict_detail": "full"},
+    )
     with Queue.open(url) as queue:
         token = Reviewers(queue).add("ada", "admin")
     port = choose_ports(0, 0, 0).inference

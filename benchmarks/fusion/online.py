@@ -136,7 +136,7 @@ class _Served:
                 bundle,
                 model_store=folder / "store",
                 bundles=bundles,
-                settings={"queue_url": self.queue_url},
+                settings={"queue_url": self.queue_url, "verdict_detail": "full"},
             )
         names = {mode: f"{mode}.mar" for mode in self._stores}
         self.server = TorchServeInstance(folder / "store", names, batch_size=16, work_dir=folder / "work")
