@@ -218,6 +218,19 @@ def test_flood_pushes_no_verdict_below_the_floor(anytime):
         assert pace.deepest_within(1e-6, unlimited, 1)[1] is False
 
 
+def test_guard_measured_during_a_flood_looks_deep_again_after_it(anytime):
+    pace = Pace(anytime, clock=SlowClock())
+    depths = [one.depth for one in anytime.early]
+    for place, depth in enumerate([*depths, ""]):
+        pace._costs[depth] = [0.015 * (place + 1)] * 2  # fifteen times what it takes in quiet
+    guard = anytime.with_config(max_guard_ms=5)
+    chosen, is_late = pace.deepest_within(5, guard, 1)
+    assert (chosen.depth, is_late) == (depths[-1], True)
+    for _ in range(100):
+        pace.took(chosen, 1, 0.001 * len(depths))
+    assert pace.deepest_within(5, guard, 1) == (guard, False)
+
+
 def test_pace_measures_every_depth_and_keeps_no_guard_alive(anytime):
     clock, guard = SlowClock(), copy.copy(anytime)
     pace = Pace(guard, clock=clock)

@@ -1,7 +1,7 @@
 """The body of a flagged request as the queue keeps it: as it came, or all fields of a request that had several.
 
-One field is kept as it came. Several (parts of a form, parameters of the query, keys of an instance in a service
-envelope) go into one JSON document, whose content type is `FIELDS_TYPE`: a handler may have looked at any of them.
+One field is kept as it came. Several (parts of a form, keys of an instance in a service envelope) go into one JSON
+document, whose content type is `FIELDS_TYPE`: a handler may have looked at any of them.
 """
 
 from __future__ import annotations

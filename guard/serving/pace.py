@@ -15,7 +15,7 @@ from guard.types import BACKUP, Activations
 _SIZES = (1, 32)  # rows of the two batches that are measured; what lies between is interpolated
 _REPEATS = 5
 _MEMORY = 0.9  # share of the running mean of the slowness that stays with every batch
-_SLOWEST = 20.0
+_FASTEST, _SLOWEST = 0.05, 20.0  # below 1: a guard that was measured while the machine was busy
 
 
 class Pace:
@@ -57,7 +57,7 @@ class Pace:
         """Take note of how long a verdict without a second opinion took."""
         if n_rows:
             ratio = self.slowness * seconds / max(self._expected(guard, n_rows), 1e-9)
-            self.slowness = min(max(_MEMORY * self.slowness + (1.0 - _MEMORY) * ratio, 1.0), _SLOWEST)
+            self.slowness = min(max(_MEMORY * self.slowness + (1.0 - _MEMORY) * ratio, _FASTEST), _SLOWEST)
 
     def _expected(self, guard: Guard, n_rows: int) -> float:
         few, many = self._costs[guard.depth]
