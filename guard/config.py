@@ -70,6 +70,8 @@ class ServingSettings(BaseModel):
     rows_per_request: RowsPerRequest = 1
     #: Also put the verdict under the key `guard` of JSON answers.
     verdict_in_body: bool = False
+    #: What an answer tells its sender: `flag` = flagged or not; `full` = p-value, depth, reason and receipt as well.
+    verdict_detail: Literal["flag", "full"] = "flag"
     #: An image with more pixels than this is refused before it is decoded.
     max_image_pixels: int = Field(32_000_000, ge=1)
     #: How often the ACTIVE file is looked at, in seconds.
@@ -83,6 +85,8 @@ class ServingSettings(BaseModel):
     max_guard_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
     #: Request header with the same for one request. Clients can weaken verdicts with it: name it among friends only.
     deadline_header: str | None = Field(None, min_length=1)
+    #: Layer of the shallowest verdict that a time limit may choose. None = the deepest of the early ones.
+    min_depth: str | None = Field(None, min_length=1)
 
 
 class Places(BaseModel):

@@ -144,7 +144,7 @@ def run_demo(
                 bundle,
                 model_store=store,
                 bundles=folder / "bundles",
-                settings={"review": recipe is REVIEWED},
+                settings={"verdict_detail": "full", "review": recipe is REVIEWED},
                 force=True,
             )
             bar.update(task, completed=1.0, description=f"{recipe.name}: ready")

@@ -290,6 +290,8 @@ class Guard(FittedGuard):
                 "max_guard_ms and deadline_header need verdicts at several depths. Fit again with anytime = true, on a "
                 "network with earlier depths."
             )
+        if other.config.min_depth is not None:
+            other.at_depth(other.config.min_depth)
         return other
 
     def at_depth(self, depth: str) -> Guard:

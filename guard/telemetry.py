@@ -47,6 +47,15 @@ METRICS = {
             ("model",),
             "Clean requests whose p-value lies in the lowest tenth of what is left to them; see guard_clean_drift.",
         ),
+        Metric(
+            "guard_shallow_total", "counter", ("model",), "Inputs judged by an early verdict, as time allowed no more."
+        ),
+        Metric(
+            "guard_depth_floor_total",
+            "counter",
+            ("model",),
+            "Inputs for which even the shallowest verdict allowed was expected to take longer than max_guard_ms.",
+        ),
         Metric("guard_queued_total", "counter", ("model",), "Flagged requests that the queue took."),
         Metric("guard_shed_total", "counter", ("model", "reason"), "Flagged requests that it did not take, and why."),
         Metric("guard_bundle_swaps_total", "counter", ("model", "outcome"), "New ACTIVE bundles taken or refused."),

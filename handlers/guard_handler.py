@@ -19,7 +19,7 @@ from ts.metrics.metric_type_enum import MetricTypes
 
 from guard.errors import ArchiveError, InputRejectedError, SuspectModelError
 from guard.pipeline import Guard
-from guard.serving.answers import excuse, make_answer
+from guard.serving.answers import excuse, make_answer, set_answer
 from guard.serving.archived import read_guard_files
 from guard.serving.review_queue import Receipt, flagged_request
 from guard.serving.runtime import GuardRuntime, Outcome, Record, merge
@@ -61,6 +61,7 @@ class GuardHandler:
     def handle(self, data: list[dict[str, Any]], context: Context) -> list[Any]:
         """Return one answer per request, in order; a bad one spoils only itself."""
         guard = self._runtime.current  # once: no batch mixes two bundles
+        context.cl_socket = None  # a handler that streams would answer before there is a verdict
         Image.MAX_IMAGE_PIXELS = guard.config.max_image_pixels
         for index, item in enumerate(data):
             headers = context.get_all_request_header(index)
@@ -111,18 +112,10 @@ class GuardHandler:
         self, context: Context, index: int, guard: Guard, body: Any, outcome: Outcome | None, receipt: Receipt | None
     ) -> Any:
         """Set status and headers of one answer, count it, and return its body."""
-        if outcome is None:
-            return body
-        answer = make_answer(
-            outcome, body, str(guard.digest), verdict_in_body=guard.config.verdict_in_body, receipt=receipt
-        )
-        if answer.is_error:
-            context.get_response_headers(index).clear()  # the user's own may tell what the body must not
-            context.set_response_status(answer.status, "", index)
-            context.set_response_content_type(index, "application/json")
-        for name, value in answer.headers.items():
-            context.set_response_header(index, name, value)
-        self._runtime.books.request(outcome, context.get_response_status(index)[0], guard, context, index)
+        answer = make_answer(outcome, body, str(guard.digest), guard.config, receipt)
+        set_answer(context, index, answer)
+        if outcome is not None:
+            self._runtime.books.request(outcome, context.get_response_status(index)[0], guard, context, index)
         return answer.body
 
 

@@ -155,9 +155,12 @@ class Workshop:
         self.workers: list[Worker] = []
 
     def guarded(self, handler: str = "image", *, name: str | None = None, start: bool = True, **options: Any) -> Any:
-        """Return a worker with a guarded archive; settings go in as keywords, like `action="block"`."""
+        """Return a worker with a guarded archive; settings go in as keywords, like `action="block"`.
+
+        Unless told otherwise its answers carry all details, which tests compare with what the library says.
+        """
         others = ("bundles", "example", "bundle", "flush")
-        settings = {key: options.pop(key) for key in list(options) if key not in others}
+        settings = {"verdict_detail": "full"} | {key: options.pop(key) for key in list(options) if key not in others}
         flush = options.pop("flush", False)
         name = name or f"{handler}-{len(list(self.folder.glob('*.mar')))}"
         archive = make_guarded_archive(

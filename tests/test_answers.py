@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from guard import GuardConfig
 from guard.errors import ArchiveError, InputRejectedError, SuspectModelError
-from guard.serving.answers import excuse, make_answer
+from guard.serving.answers import Answer, excuse, make_answer, set_answer
 from guard.serving.runtime import Outcome
 from guard.types import Action, Verdict
 
+FULL = GuardConfig(verdict_detail="full")
+IN_BODY = GuardConfig(verdict_detail="full", verdict_in_body=True)
 CLEAN = Verdict(3, 3, False, 0.512345678, 1.5, "observe", {"lof": 1.0}, "no more suspicious than clean images")
 
 
@@ -23,7 +27,7 @@ def flagged(action: Action) -> Outcome:
 @pytest.mark.parametrize("body", [{"label": 7}, b"\x00\xff", "text", None, [1, 2]])
 @pytest.mark.parametrize("action", ["observe", "flag", "relabel"])
 def test_make_answer_passes_the_very_body_and_tells_the_verdict_in_headers(body: Any, action: Action) -> None:
-    answer = make_answer(flagged(action), body, "abc")
+    answer = make_answer(flagged(action), body, "abc", FULL)
     assert answer.body is body
     assert (answer.status, answer.is_error) == (200, False)
     assert answer.headers == {
@@ -35,12 +39,12 @@ def test_make_answer_passes_the_very_body_and_tells_the_verdict_in_headers(body:
 
 
 def test_make_answer_clean_has_no_action_and_six_digits() -> None:
-    headers = make_answer(Outcome("clean", CLEAN), "body", "abc").headers
+    headers = make_answer(Outcome("clean", CLEAN), "body", "abc", FULL).headers
     assert (headers["Guard-Action"], headers["Guard-P-Value"]) == ("none", "0.512346")
 
 
 def test_make_answer_block_is_a_422_with_the_reason() -> None:
-    answer = make_answer(flagged("block"), {"label": 7}, "abc", verdict_in_body=True)
+    answer = make_answer(flagged("block"), {"label": 7}, "abc", IN_BODY)
     assert (answer.status, answer.is_error) == (422, True)
     assert answer.body == {
         "code": 422,
@@ -67,7 +71,7 @@ def test_make_answer_block_is_a_422_with_the_reason() -> None:
     ],
 )
 def test_make_answer_verdict_in_body_changes_json_alone(body: Any, changed: Any) -> None:
-    got = make_answer(Outcome("clean", CLEAN), body, "abc", verdict_in_body=True).body
+    got = make_answer(Outcome("clean", CLEAN), body, "abc", IN_BODY).body
     told = {"verdict": "clean", "p_value": 0.512345678, "action": "none", "bundle": "abc"}
     assert type(got) is type(body) or not isinstance(body, str | bytes)
     if got != body and isinstance(got, str | bytes):
@@ -79,12 +83,12 @@ def test_make_answer_verdict_in_body_changes_json_alone(body: Any, changed: Any)
 
 def test_make_answer_bypassed_is_marked_and_has_no_p_value() -> None:
     outcome = Outcome("bypassed", reason="shape", message="another shape")
-    assert make_answer(outcome, "body", "abc").headers == {
+    assert make_answer(outcome, "body", "abc", FULL).headers == {
         "Guard-Verdict": "bypassed",
         "Guard-Action": "none",
         "Guard-Bundle": "abc",
     }
-    told = make_answer(outcome, {}, "abc", verdict_in_body=True).body["guard"]
+    told = make_answer(outcome, {}, "abc", IN_BODY).body["guard"]
     assert told == {"verdict": "bypassed", "p_value": None, "action": "none", "bundle": "abc"}
 
 
@@ -92,14 +96,88 @@ def test_make_answer_bypassed_is_marked_and_has_no_p_value() -> None:
     ("kind", "status", "name"), [("rejected", 422, "InputRejected"), ("failed", 500, "GuardFailed")]
 )
 def test_make_answer_without_a_verdict_never_shows_the_models_body(kind: Any, status: int, name: str) -> None:
-    answer = make_answer(Outcome(kind, status=status, message="why"), {"label": 7}, "abc", verdict_in_body=True)
+    answer = make_answer(Outcome(kind, status=status, message="why"), {"label": 7}, "abc", IN_BODY)
     assert answer.body == {"code": status, "type": name, "message": "why"}
     assert (answer.status, answer.headers, answer.is_error) == (status, {}, True)
 
 
 def test_make_answer_leaves_the_users_own_refusal_alone() -> None:
-    answer = make_answer(Outcome("rejected", status=415), {"sorry": 1}, "abc", verdict_in_body=True)
+    answer = make_answer(Outcome("rejected", status=415), {"sorry": 1}, "abc", IN_BODY)
     assert (answer.status, answer.body, answer.headers, answer.is_error) == (415, {"sorry": 1}, {}, False)
+
+
+# --- what the sender may know
+
+
+def flagged_as(p_value: float, depth: str, action: Action = "flag") -> Outcome:
+    return Outcome(
+        "poisoned", Verdict(7, 7, True, p_value, 9 / p_value, action, {"lof": 9.0}, f"as {p_value}", depth=depth)
+    )
+
+
+@pytest.mark.parametrize("in_body", [False, True])
+@pytest.mark.parametrize("action", ["observe", "flag", "relabel", "block"])
+def test_flag_alone_makes_the_answers_to_two_flagged_inputs_the_same(action: Action, in_body: bool) -> None:
+    config = GuardConfig(verdict_in_body=in_body)
+    assert config.verdict_detail == "flag"
+    one = make_answer(flagged_as(0.001, "", action), {"label": 7}, "abc", config, "queued")
+    for other in (flagged_as(0.009, "", action), flagged_as(0.001, "relu1", action)):
+        for receipt in ("queued", "dropped", "unavailable", None):
+            assert make_answer(other, {"label": 7}, "abc", config, receipt) == one  # type: ignore[arg-type]
+    assert one.headers == {"Guard-Verdict": "poisoned", "Guard-Action": action, "Guard-Bundle": "abc"}
+    text = json.dumps(one.body)
+    assert "0.001" not in text
+    assert "p_value" not in text
+
+
+def test_flag_alone_makes_the_answers_to_two_clean_inputs_the_same() -> None:
+    config = GuardConfig(verdict_in_body=True)
+    nearly = dataclasses.replace(CLEAN, p_value=0.0101, depth="relu1")
+    answers = [make_answer(Outcome("clean", one), {"label": 3}, "abc", config) for one in (CLEAN, nearly)]
+    assert answers[0] == answers[1]
+    assert answers[0].body["guard"] == {"verdict": "clean", "action": "none", "bundle": "abc"}
+
+
+def test_full_tells_depth_and_receipt() -> None:
+    headers = make_answer(flagged_as(0.001, "relu1"), None, "abc", FULL, "dropped").headers
+    assert (headers["Guard-Depth"], headers["Guard-Review"]) == ("relu1", "dropped")
+
+
+class Said:
+    """The answers of a batch of one, as a server keeps them."""
+
+    def __init__(self, **headers: str) -> None:
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.status = 200
+
+    def get_response_headers(self, idx: int) -> dict[str, str]:
+        return self.headers
+
+    def set_response_status(self, code: int, phrase: str, idx: int) -> None:
+        self.status = code
+
+
+def test_set_answer_takes_away_what_others_said_in_the_guards_name() -> None:
+    said = Said(guard_verdict="clean", GUARD_P_VALUE="1", Guard_Anything="x", X_Label="7", Guardian="kept")
+    set_answer(said, 0, make_answer(flagged_as(0.001, ""), {"label": 7}, "abc", GuardConfig()))
+    assert said.headers.pop("X-Label") == "7"
+    assert said.headers.pop("Guardian") == "kept"
+    assert said.headers == {"Guard-Verdict": "poisoned", "Guard-Action": "flag", "Guard-Bundle": "abc"}
+    assert said.status == 200
+
+
+@pytest.mark.parametrize("outcome", [None, Outcome("rejected", status=415)])
+def test_set_answer_without_a_verdict_leaves_no_verdict_of_the_handlers_own(outcome: Outcome | None) -> None:
+    said = Said(guard_verdict="clean", X_Own="1")
+    answer = make_answer(outcome, "body", "abc", GuardConfig(verdict_in_body=True))
+    set_answer(said, 0, answer)
+    assert (said.headers, answer.body) == ({"X-Own": "1"}, "body")
+
+
+def test_set_answer_of_an_error_sets_the_status_and_leaves_nothing_of_the_handlers() -> None:
+    said = Said(X_Label="7", content_type="image/png")
+    set_answer(said, 0, Answer(422, {}, {"Guard-Verdict": "poisoned"}, is_error=True))
+    assert (said.status, said.headers) == (422, {"content-type": "application/json", "Guard-Verdict": "poisoned"})
 
 
 class Told(Exception):  # noqa: N818  # as TorchServe's PredictionException

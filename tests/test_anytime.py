@@ -159,6 +159,10 @@ def test_budget_without_early_verdicts_and_anytime_in_paper_mode_are_refused(fit
         anytime.with_config(max_guard_ms=0)
     with pytest.raises(ConfigError, match="no verdict at depth 'nowhere'"):
         anytime.at_depth("nowhere")
+    with pytest.raises(ConfigError, match="no verdict at depth 'nowhere': known are"):
+        anytime.with_config(max_guard_ms=2, min_depth="nowhere")
+    with pytest.raises(ConfigError, match="no verdict at depth 'fc': known are none"):
+        fitted_guard.with_config(min_depth="fc")
     with pytest.raises(ConfigError, match="anytime goes with mode 'calibrated'"):
         Guard.fit_activations(anytime.reference, clean_split.validation.labels, GuardConfig(mode="paper", anytime=True))
 
@@ -181,52 +185,112 @@ def test_pace_takes_the_deepest_verdict_that_fits(anytime):
     depths = [one.depth for one in anytime.early]
     for place, depth in enumerate([*depths, ""]):
         pace._costs[depth] = [0.001 * (place + 1), 0.001 * (place + 1) + 0.031]  # and 1 ms per further row
-    assert pace.deepest_within(0.1, anytime, 1).depth == depths[0]  # none fits: the quickest
-    assert pace.deepest_within(2.5, anytime, 1).depth == depths[1]
-    assert pace.deepest_within(2.5, anytime, 2).depth == depths[0]
-    assert pace.deepest_within(100, anytime, 1) is anytime
-    pace.took(anytime, 1, 0.4)  # a hundred times as long as measured
+    guard = anytime.with_config(min_depth=depths[0])
+    assert pace.deepest_within(0.1, guard, 1)[0].depth == depths[0]  # none fits: the quickest
+    assert pace.deepest_within(2.5, guard, 1)[0].depth == depths[1]
+    assert pace.deepest_within(2.5, guard, 2)[0].depth == depths[0]
+    assert pace.deepest_within(100, guard, 1)[0] is guard
+    pace.took(guard, 1, 0.4)  # a hundred times as long as measured
     assert pace.slowness > 5
-    assert pace.deepest_within(10, anytime, 1).depth == depths[0]
+    assert pace.deepest_within(10, guard, 1)[0].depth == depths[0]
     for _ in range(200):
-        pace.took(anytime, 1, 0.004)
-    assert pace.deepest_within(10, anytime, 1) is anytime
+        pace.took(guard, 1, 0.004)
+    assert pace.deepest_within(10, guard, 1)[0] is guard
+
+
+def test_flood_pushes_no_verdict_below_the_floor(anytime):
+    pace = Pace(anytime, clock=SlowClock())
+    depths = [one.depth for one in anytime.early]
+    for place, depth in enumerate([*depths, ""]):
+        pace._costs[depth] = [0.001 * (place + 1)] * 2
+    for min_depth, floor in ((None, depths[-1]), *((depth, depth) for depth in depths)):
+        guard = anytime.with_config(min_depth=min_depth, max_guard_ms=10)
+        pace.slowness = 1.0
+        assert pace.deepest_within(10, guard, 1) == (guard, False)
+        assert pace.deepest_within(1e-6, guard, 1)[0].depth == floor  # a client's own wish
+        assert not pace.deepest_within(1e-6, guard, 1)[1]
+        for _ in range(100):
+            pace.took(guard, 1, 10.0)
+        assert pace.slowness == 20.0
+        chosen, is_late = pace.deepest_within(10, guard, 1)
+        assert (chosen.depth, is_late) == (floor, True)
+        unlimited = anytime.with_config(min_depth=min_depth, deadline_header="Guard-Max-Ms")
+        assert pace.deepest_within(1e-6, unlimited, 1)[1] is False
+
+
+def test_guard_measured_during_a_flood_looks_deep_again_after_it(anytime):
+    pace = Pace(anytime, clock=SlowClock())
+    depths = [one.depth for one in anytime.early]
+    for place, depth in enumerate([*depths, ""]):
+        pace._costs[depth] = [0.015 * (place + 1)] * 2  # fifteen times what it takes in quiet
+    guard = anytime.with_config(max_guard_ms=5)
+    chosen, is_late = pace.deepest_within(5, guard, 1)
+    assert (chosen.depth, is_late) == (depths[-1], True)
+    for _ in range(100):
+        pace.took(chosen, 1, 0.001 * len(depths))
+    assert pace.deepest_within(5, guard, 1) == (guard, False)
 
 
 def test_pace_measures_every_depth_and_keeps_no_guard_alive(anytime):
     clock, guard = SlowClock(), copy.copy(anytime)
     pace = Pace(guard, clock=clock)
     assert clock.now == pytest.approx(0.001 * 2 * 5 * 2 * (len(anytime.early) + 1))
-    assert pace.deepest_within(1.5, guard, 1) is guard
-    assert pace.deepest_within(0.5, guard, 1).depth == anytime.early[0].depth
+    assert pace.deepest_within(1.5, guard, 1)[0] is guard
+    assert pace.deepest_within(0.5, guard, 1)[0].depth == anytime.early[-1].depth
     watched = weakref.ref(guard)
     del guard
     gc.collect()
     assert watched() is None
 
 
-def test_allowed_time_is_the_shortest_of_setting_and_deadlines(anytime):
-    headers = [{"guard-max-ms": "7.5"}, {"Guard-Max-Ms": "3"}, {"Guard-Max-Ms": "soon"}, {"Guard-Max-Ms": "-1"}, {}]
+@pytest.mark.parametrize(
+    ("deadlines", "header_alone", "with_setting"),
+    [
+        (["7.5"], 7.5, 5.0),
+        (["3"], 3.0, 3.0),
+        (["3", "7.5"], 7.5, 5.0),  # nobody's verdict is weaker than its own sender asked for
+        (["3", None], None, 5.0),
+        ([None, "0.001", "0.001"], None, 5.0),
+        (["3", "soon"], None, 5.0),
+        (["3", "-1"], None, 5.0),
+        (["0", "nan", "inf", "1e-400", ""], None, 5.0),
+        ([None], None, 5.0),
+    ],
+)
+def test_deadline_never_shortens_the_time_of_another_request(anytime, deadlines, header_alone, with_setting):
+    headers = [{} if text is None else {"guard-max-ms": text, "x": "0.1"} for text in deadlines]
     assert allowed_milliseconds(anytime, headers) is None  # no header is listened to unless settings name it
     listening = anytime.with_config(deadline_header="Guard-Max-Ms")
-    assert allowed_milliseconds(listening, headers) == 3.0
-    assert allowed_milliseconds(listening, headers[2:]) is None
-    assert allowed_milliseconds(listening.with_config(max_guard_ms=2.0), headers) == 2.0
+    assert allowed_milliseconds(listening, headers) == header_alone
+    assert allowed_milliseconds(listening.with_config(max_guard_ms=5.0), headers) == with_setting
 
 
 def test_served_answers_say_how_deep_the_guard_looked(anytime, badnet, clean_split, triggered, tmp_path):
     shop = Workshop(anytime, badnet, tmp_path)
     try:
         body, bad = png(clean_split.test.images[0]), png(triggered.images[0])
-        shallowest = anytime.early[0].depth
-        hurried = shop.guarded(max_guard_ms=1e-6)
+        shallowest, floor = anytime.early[0].depth, anytime.early[-1].depth
+        assert shallowest != floor
+        hurried = shop.guarded(max_guard_ms=1e-6, min_depth=shallowest)
         assert [one.headers.get("Guard-Depth") for one in hurried.ask(body, bad)] == [shallowest] * 2
+        held = shop.guarded(max_guard_ms=1e-6)
+        assert [one.headers.get("Guard-Depth") for one in held.ask(body, bad)] == [floor] * 2
+        counted, model = held.counts(), held.context.model_name
+        assert counted[f"guard_shallow_total{{{model}}}"] == counted[f"guard_depth_floor_total{{{model}}}"] == 2
         relaxed = shop.guarded(max_guard_ms=1e6)
         assert "Guard-Depth" not in relaxed.ask(body)[0].headers
+        counted, model = relaxed.counts(), relaxed.context.model_name
+        assert counted[f"guard_shallow_total{{{model}}}"] == counted[f"guard_depth_floor_total{{{model}}}"] == 0
         asked = shop.guarded(deadline_header="Guard-Max-Ms")
         assert "Guard-Depth" not in asked.ask(body)[0].headers
-        assert asked.ask(body, headers=[{"Guard-Max-Ms": "0.000001"}])[0].headers["Guard-Depth"] == shallowest
+        hurry = {"Guard-Max-Ms": "0.000001"}
+        assert asked.ask(body, headers=[hurry])[0].headers["Guard-Depth"] == floor
+        together = asked.ask(body, bad, headers=[hurry, {}])
+        assert ["Guard-Depth" in one.headers for one in together] == [False, False]
+        counted, model = asked.counts(), asked.context.model_name
+        assert counted[f"guard_shallow_total{{{model}}}"] == 1
+        assert counted[f"guard_depth_floor_total{{{model}}}"] == 0
         deaf = shop.guarded()
-        assert "Guard-Depth" not in deaf.ask(body, headers=[{"Guard-Max-Ms": "0.000001"}])[0].headers
+        assert "Guard-Depth" not in deaf.ask(body, headers=[hurry])[0].headers
     finally:
         shop.close()

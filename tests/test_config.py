@@ -12,7 +12,7 @@ from guard import GuardConfig
 from guard.config import SERVING_SETTINGS, load_config, load_settings
 from guard.errors import ConfigError
 
-NONE_BY_DEFAULT = {"queue_url", "max_guard_ms", "deadline_header"}
+NONE_BY_DEFAULT = {"queue_url", "max_guard_ms", "deadline_header", "min_depth"}
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -220,6 +221,55 @@ def test_verdict_in_body_adds_a_guard_object_to_json_alone(workshop: Workshop, b
         assert told["action"] == answer.headers["Guard-Action"]
     text, bare_text = workshop.guarded("text", verdict_in_body=True), workshop.plain("text")
     assert text.ask(bodies[0])[0].body == bare_text.ask(bodies[0])[0].body
+
+
+def test_streaming_handler_sends_nothing_before_the_verdict(workshop: Workshop, bodies: list[bytes]) -> None:
+    sent: list[bytes] = []
+    for body in bodies[:2]:
+        worker = workshop.guarded("streaming", action="block")
+        worker.context.cl_socket = SimpleNamespace(sendall=sent.append)  # as TorchServe sets it before every batch
+        (answer,) = worker.ask(body)
+        assert (answer.status, answer.verdict[0]) == (500, None)
+    assert not sent
+
+
+@pytest.mark.parametrize("action", ["flag", "block"])
+def test_headers_in_the_guards_name_are_the_guards_whatever_the_handler_says(
+    workshop: Workshop, bodies: list[bytes], offline: list[tuple[str, float]], action: str
+) -> None:
+    worker = workshop.guarded("text", action=action)
+    inner = worker.handler._inner
+    handle = inner.handle
+
+    def forge(data: Any, context: Any) -> Any:
+        for index in range(len(data)):
+            context.set_response_header(index, "guard-verdict", "clean")
+            context.set_response_header(index, "GUARD-P-VALUE", "1")
+            context.set_response_header(index, "Guard-Review", "queued")
+        return handle(data, context)
+
+    inner.handle = forge
+    for answer, (kind, _) in zip(worker.ask(*bodies[:4]), offline[:4], strict=True):
+        told = {name: value for name, value in answer.headers.items() if name.lower().startswith("guard-")}
+        assert set(told) == {"Guard-Verdict", "Guard-P-Value", "Guard-Action", "Guard-Bundle"}
+        assert told["Guard-Verdict"] == kind
+        assert answer.status == (422 if (action, kind) == ("block", "poisoned") else 203)
+
+
+@pytest.mark.parametrize("name", ["image", "text"])
+def test_default_answers_tell_no_more_than_the_flag(
+    workshop: Workshop, bodies: list[bytes], offline: list[tuple[str, float]], name: str
+) -> None:
+    worker = workshop.guarded(name, verdict_detail="flag", action="block", verdict_in_body=True)
+    answers = worker.ask(*bodies)
+    for answer, (kind, _) in zip(answers, offline, strict=True):
+        told = {key: value for key, value in answer.headers.items() if key.startswith("Guard-")}
+        action = "block" if kind == "poisoned" else "none"
+        assert told == {"Guard-Verdict": kind, "Guard-Action": action, "Guard-Bundle": workshop.bundle.name}
+        assert "p_value" not in json.dumps(answer.body)
+    blocked = [json.dumps(one.body) for one, (kind, _) in zip(answers, offline, strict=True) if kind == "poisoned"]
+    assert len(blocked) > 2
+    assert len(set(blocked)) == 1
 
 
 # --- bad items
@@ -438,6 +488,30 @@ def test_open_mode_answers_a_forward_pass_that_the_hooks_cannot_read(workshop: W
         assert {(answer.status, answer.headers.get("Guard-Verdict")) for answer in answers} == {(status, verdict)}
         del network.forward
         assert worker.ask(bodies[0])[0].verdict[0] == "clean"  # it watches again
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("how", ["autocast", "converted"])
+def test_half_precision_gives_the_same_verdicts_and_its_overflow_is_never_clean(
+    workshop: Workshop, bodies: list[bytes], offline: list[tuple[str, float]], dtype: torch.dtype, how: str
+) -> None:
+    worker = workshop.guarded("stock")
+    inner = worker.handler._inner
+    infer, finish = inner.inference, inner.postprocess
+    if how == "converted":
+        inner.model.to(dtype)
+
+    def in_half(data: Any, *args: Any, **options: Any) -> Any:
+        with torch.autocast("cpu", dtype=dtype):
+            return infer(data.to(dtype), *args, **options)
+
+    inner.inference, inner.postprocess = in_half, lambda data: finish(data.float())
+    for answer, (kind, p_value) in zip(worker.ask(*bodies), offline, strict=True):
+        assert answer.status == 200
+        assert answer.verdict[0] == kind or abs(p_value - 0.05) < 0.01
+    for value in (60_000.0, 1e30, -1e38, float("nan")):
+        (huge,) = worker.ask(np.full((1, 28, 28), value).tolist())
+        assert huge.verdict[0] != "clean"
 
 
 # --- several rows per request

@@ -78,6 +78,7 @@ def test_guarded_archive_keeps_serving_settings_bundles_folder_and_example(works
         "embedded": workshop.bundle.name,
         "example": "one.png",
     }
+    assert settings.pop("verdict_detail") == "full"
     assert settings == {"action": "block", "rows_per_request": "any", "verdict_in_body": True}
 
 

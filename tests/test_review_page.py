@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 import shutil
@@ -19,6 +20,7 @@ from starlette.testclient import TestClient
 from guard.errors import AlreadyDecided, QueueUnavailable
 from guard.relabel.items import State
 from guard.relabel.queue import Queue
+from guard.relabel.request_body import pack_body
 from guard.relabel.settings import QueueSettings
 from guard.review import Desk, ReviewSettings
 from guard.review.access import LoginLimit, TooManyAttemptsError
@@ -568,6 +570,35 @@ def test_body_with_script_behind_a_real_picture_loses_it(queue):
     assert b"script" not in response.content
 
 
+def test_page_shows_every_picture_of_a_request_the_models_input_first(queue):
+    evil = '"><img src=x onerror=alert(1)>'
+    clean, triggered = picture(7), picture(0)
+    body, content_type = pack_body({"data": clean.body, evil: "words", "body": triggered.body}, "multipart/form-data")
+    queue.enqueue([picture(0, body=body, content_type=content_type)])
+    client = log_in(desk_of(queue))
+    page = client.get("/review").text
+    views = re.findall(r'data-(model|sent\d+)="([^"]+)"', page)
+    assert [name for name, _ in views] == ["model", "sent0", "sent1"]
+    assert re.findall(r">(As [^<]+)</button>", page) == ["As the model saw it", "As sent: 1 data", "As sent: 2 body"]
+    assert "3 fields" in page
+    assert "<img src=x" not in page
+    shown = [client.get(html.unescape(path)).content for _, path in views]
+    pixels = [np.asarray(Image.open(io.BytesIO(one))) for one in shown]
+    originals = [np.asarray(Image.open(io.BytesIO(one.body))) for one in (triggered, clean, triggered)]
+    for one, original in zip(pixels, originals, strict=True):
+        np.testing.assert_array_equal(one, original)
+    assert client.get("/images/items/1.png?view=sent&place=2").status_code == 404
+    assert client.get("/images/items/1.png?view=sent&place=-1").status_code == 404
+
+
+def test_fields_without_a_picture_are_said_to_be_none(queue):
+    body, content_type = pack_body({"data": b"<script>", "body": "words"}, "")
+    queue.enqueue([picture(0, body=body, content_type=content_type)])
+    client = log_in(desk_of(queue))
+    assert client.get("/images/items/1.png?view=sent").status_code == 422
+    assert "<script>" not in client.get("/images/items/1.png?view=sent").text
+
+
 def test_hostile_names_are_text(queue, tmp_path):
     evil = '"><img src=x onerror=alert(1)><script>alert(2)</script>'
     names = [f"{evil} {label}" for label in range(N_CLASSES)]
@@ -589,9 +620,9 @@ def test_hostile_names_are_text(queue, tmp_path):
     pages = [root.get(path).text for path in ("/review", "/groups/7", "/groups", "/items/1", "/admin")]
     pages.append(answer(root, 1, part=True).text)
     pages.append(root.get("/answers").text)
-    for html in pages:
-        assert "<img src=x" not in html
-        assert "<script>alert" not in html
+    for text in pages:
+        assert "<img src=x" not in text
+        assert "<script>alert" not in text
     assert "&lt;script&gt;alert(2)" in pages[0]
 
 

@@ -18,10 +18,11 @@ from serving_helpers import Worker, Workshop, png
 
 from guard import Guard
 from guard.attacks import MnistCnn, Poisoned
-from guard.errors import ConfigError
+from guard.errors import ConfigError, DataError
 from guard.relabel.address import queue_url
 from guard.relabel.items import QueueItem, State
 from guard.relabel.queue import Queue
+from guard.relabel.request_body import fields_of, pictures_of
 from guard.serving import review_queue
 
 Serve = Callable[..., Worker]
@@ -131,6 +132,51 @@ def test_json_body_is_queued_as_json(serve: Serve, url: str, flagged: Any) -> No
     worker.ask({"body": {"data": text}}, headers=[{"Content-Type": "application/json"}])
     (item,) = queued(url)
     assert json.loads(item.input.body) == {"data": text}
+
+
+@pytest.mark.parametrize("decoy", ["clean picture", "\ud800", [[["x"]]], b"", {"data": None}], ids=range(5))
+def test_field_that_was_not_looked_at_does_not_hide_the_one_that_was(
+    serve: Serve, url: str, flagged: Any, unflagged: Any, decoy: Any
+) -> None:
+    worker = serve()
+    body, clean = png(flagged[0]), png(unflagged[0])
+    decoy = clean if decoy == "clean picture" else decoy
+    other, answer = worker.ask(clean, {"data": decoy, "body": body})  # the handler looks at `body`
+    (item,) = queued(url)
+    assert (other.headers["Guard-Verdict"], answer.headers["Guard-Review"]) == ("clean", "queued")
+    kept = {one.name: one.data for one in fields_of(item.input.body, item.input.content_type)}
+    assert kept["body"] == body
+    assert "data" in kept
+    assert body in [one.data for one in pictures_of(item.input.body, item.input.content_type)]
+    np.testing.assert_allclose(item.input.inputs, flagged[0], atol=0.5 / 255 + 1e-6)
+
+
+def test_request_that_no_queue_can_take_costs_its_neighbours_nothing(
+    serve: Serve, url: str, flagged: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = serve()
+    as_input = review_queue.ReviewQueue._input
+
+    def strange(queue: Any, one: Any, *rest: Any) -> Any:
+        if one.request_id == "id-0":
+            raise DataError("combined must be finite, got inf.")
+        return as_input(queue, one, *rest)
+
+    monkeypatch.setattr(review_queue.ReviewQueue, "_input", strange)
+    answers = worker.ask(*map(png, flagged[:2])) + worker.ask(b"x" * 8, png(flagged[2]))
+    assert [one.headers.get("Guard-Review") for one in answers] == ["unavailable", "queued", None, "queued"]
+    assert len(queued(url)) == 2
+
+
+def test_id_and_content_type_are_kept_as_a_database_takes_them(serve: Serve, url: str, flagged: Any) -> None:
+    worker = serve()
+    hostile = "a\x00b\ud800" + "x" * 100_000
+    worker.context.get_request_id = lambda index=0: hostile
+    (answer,) = worker.ask(png(flagged[0]), headers=[{"Content-Type": hostile}])
+    del worker.context.get_request_id
+    (item,) = queued(url)
+    assert answer.headers["Guard-Review"] == "queued"
+    assert item.input.request_id == item.input.content_type == "a?b?" + "x" * 1020
 
 
 def test_request_with_several_rows_is_queued_once_by_its_most_suspicious_row(

@@ -30,6 +30,7 @@ from guard.bundle import BundleStore
 from guard.observing.audit import AuditReport, audit
 from guard.relabel.address import queue_url
 from guard.relabel.queue import Queue
+from guard.relabel.request_body import pictures_of
 from guard.relabel.reviewers import Reviewers
 from guard.serving.client import Client, Reply
 from guard.serving.guarded import ServedModel, make_guarded_archive
@@ -90,7 +91,14 @@ def together(
     bundle = fitted_guard.save(folder / "bundles")
     BundleStore(folder / "bundles").activate(bundle.name)
     model = ServedModel(folder / "weights.safetensors", None, "guard.attacks.networks:mnist_cnn", (1, 28, 28))
-    make_guarded_archive("digits", model, bundle, model_store=folder / "model_store", bundles=folder / "bundles")
+    make_guarded_archive(
+        "digits",
+        model,
+        bundle,
+        model_store=folder / "model_store",
+        bundles=folder / "bundles",
+        settings={"verdict_detail": "full"},
+    )
     with Queue.open(url) as queue:
         token = Reviewers(queue).add("ada", "admin")
     port = choose_ports(0, 0, 0).inference
@@ -132,6 +140,14 @@ def together(
         beside.close()
         process.kill()
         process.wait()
+
+
+def form_of(**fields: bytes) -> bytes:
+    parts = [
+        f'--B\r\nContent-Disposition: form-data; name="{name}"; filename="x"\r\n\r\n'.encode() + data + b"\r\n"
+        for name, data in fields.items()
+    ]
+    return b"".join(parts) + b"--B--\r\n"
 
 
 def asked(together: Together, method: str, path: str, body: Any = None) -> Any:
@@ -203,10 +219,19 @@ def test_flagged_requests_are_reviewed_and_the_server_takes_what_was_learned(
         assert {reply.headers.get("guard-review") for reply in replies.values()} == {None, "queued"}
         assert all(replies[body].headers["guard-review"] == "queued" for body in flagged)
         books_balance(together, began, list(replies.values()))
+        form = form_of(data=list(bodies)[-1], body=flagged[0])  # the handler looks at `body`
+        reply = client.predict("digits", form, content_type="multipart/form-data; boundary=B")
+        assert reply.headers["guard-review"] == "queued"
         counts = asked(together, "GET", "/api/v1/counts")
-        assert counts["by_state"]["pending"] == len(flagged) > 50
+        assert counts["by_state"]["pending"] == len(flagged) + 1 > 50
         with Queue.open(together.queue) as queue:
-            truth = {item.id: bodies[item.input.body] for item in queue.items(limit=1000)}
+            items = queue.items(limit=1000)
+        sent = {item.id: pictures_of(item.input.body, item.input.content_type) for item in items}
+        assert [(one.name, one.data) for one in sent[items[-1].id]] == [
+            ("data", list(bodies)[-1]),
+            ("body", flagged[0]),
+        ]
+        truth = {item_id: bodies[pictures[-1].data] for item_id, pictures in sent.items()}
         first = replies[flagged[0]].headers["guard-bundle"]
         items = asked(together, "GET", "/api/v1/items/next?n=100")["items"]
         answers = [

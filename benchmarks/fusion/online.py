@@ -136,6 +136,7 @@ class _Served:
                 bundle,
                 model_store=folder / "store",
                 bundles=bundles,
+                settings={"verdict_detail": "full"},
             )
         names = {mode: f"{mode}.mar" for mode in self._stores}
         self.server = TorchServeInstance(

@@ -60,7 +60,8 @@ PHASES = (
 )
 #: Clean traffic goes on until every alert has cleared, in parts of this length, so often at most.
 TAIL, MOST_TAILS = Phase("until all is clear", 10), 14
-#: Which phase is to set off which alert. Not rehearsed: GuardQueueAge (an item must wait for four hours).
+#: Which phase is to set off which alert. Not rehearsed: GuardQueueAge (an item must wait for four hours) and
+#: GuardDepthFloor (the rehearsal's guard has no early verdicts).
 CAUSES = {
     "GuardFlagRateJump": "attack",
     "GuardBypass": "bypass",

@@ -74,7 +74,7 @@ def prepare(folder: Path, seed: int) -> Images:
         bundle,
         model_store=folder / "model_store",
         bundles=folder / "bundles",
-        settings={"failure_mode": "open"},
+        settings={"failure_mode": "open", "verdict_detail": "full"},
     )
     triggered = poisoned_test_set(images[test], labels[test], recipe.apply_trigger, recipe.target)
     return Images(images[test], labels[test], triggered.images, triggered.true_labels)

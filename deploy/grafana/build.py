@@ -183,10 +183,13 @@ def build() -> str:
             )
         ),
         lines(
-            "Errors and bypasses",
-            "Requests per second that were answered with an error, by status, and that were not scored, by reason.",
+            "Errors, bypasses, early verdicts",
+            "Requests per second answered with an error, by status, and not scored, by reason; inputs judged by an "
+            "early verdict, and those for which even the shallowest one allowed came late.",
             query(f'sum by (code) (rate(guard_requests_total{{model=~"$model", code=~"[45].."}}{_RATE}))', "{{code}}"),
             query(f"sum by (reason) (rate(guard_bypassed_total{_ALL}{_RATE}))", "bypassed: {{reason}}"),
+            query(f"sum(rate(guard_shallow_total{_ALL}{_RATE}))", "early verdict"),
+            query(f"sum(rate(guard_depth_floor_total{_ALL}{_RATE}))", "late at the floor"),
             unit="reqps",
         ),
         lines(

@@ -61,7 +61,7 @@ class FlaggedInput:
     p_value: float
     #: One line for a person.
     reason: str
-    #: Of `body`, which is the request's body as the client sent it.
+    #: Of `body`, which is the request's body as the client sent it, or all its fields (`guard.relabel.request_body`).
     content_type: str
     body: bytes
     #: What the network saw, shape (channels, height, width).

@@ -12,6 +12,7 @@ from guard.errors import AlreadyDecided, ConfigError, DataError, ItemGone, Lease
 from guard.relabel.activity import Activity
 from guard.relabel.items import Answer, Decision, FlaggedInput, QueueItem, State
 from guard.relabel.queue import Queue
+from guard.relabel.request_body import Field, fields_of, pictures_of
 from guard.relabel.reviewers import Reviewers
 from guard.relabel.rounds import Rounds
 from guard.review import words
@@ -121,6 +122,19 @@ class ItemView:
             return [(flagged.suspect_label, "backup and suspect"), (rival, "second choice")]
         who = "backup" if rival == flagged.backup_label else "second choice"
         return [(rival, who), (flagged.suspect_label, "suspect")]
+
+    @property
+    def fields(self) -> list[Field]:
+        """What the request consisted of; one without a name, unless it had several."""
+        return fields_of(self.item.input.body, self.item.input.content_type)
+
+    @property
+    def sent(self) -> list[str]:
+        """Names of the pictures of the request, in order, as buttons show them; "" if it has none, or only one."""
+        names = [one.name for one in pictures_of(self.item.input.body, self.item.input.content_type)]
+        if len(names) < 2:
+            return [""]
+        return [f"{place} {name}".rstrip() for place, name in enumerate(names, start=1)]
 
     @property
     def backup_name(self) -> str | None:

@@ -7,6 +7,7 @@ from typing import Literal
 from fastapi import APIRouter, HTTPException, Request
 from starlette.responses import Response
 
+from guard.relabel.request_body import pictures_of
 from guard.review.access import SignedIn, TheDesk
 from guard.review.desk import Desk
 from guard.review.occlusion import Occlusion
@@ -25,10 +26,19 @@ def picture_response(data: bytes) -> Response:
 
 
 @router.get("/items/{item_id}.png")
-def item_picture(desk: TheDesk, session: SignedIn, item_id: int, view: Literal["model", "sent"] = "model") -> Response:
-    """Return an item as the model saw it, or as it was sent."""
+def item_picture(
+    desk: TheDesk, session: SignedIn, item_id: int, view: Literal["model", "sent"] = "model", place: int = 0
+) -> Response:
+    """Return an item as the model saw it, or one picture of its request, by its place among them."""
     flagged = desk.item(item_id).input
-    return picture_response(picture_of_tensor(flagged.inputs) if view == "model" else picture_of_body(flagged.body))
+    if view == "model":
+        return picture_response(picture_of_tensor(flagged.inputs))
+    sent = pictures_of(flagged.body, flagged.content_type)
+    if not sent:
+        return picture_response(picture_of_body(flagged.body))  # says why it is none
+    if not 0 <= place < len(sent):
+        raise HTTPException(404, f"the request has {len(sent)} pictures.")
+    return picture_response(picture_of_body(sent[place].data))
 
 
 @router.get("/items/{item_id}/occlusion.png")

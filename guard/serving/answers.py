@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 
+from guard.config import GuardConfig
 from guard.errors import GuardError, InputRejectedError
 from guard.serving.review_queue import Receipt
 from guard.serving.runtime import Outcome
@@ -26,53 +27,80 @@ class Answer:
     is_error: bool = False
 
 
+class Responses(Protocol):
+    """What a server lets be said of the requests of one batch."""
+
+    def get_response_headers(self, idx: int) -> dict[str, str]:
+        """Return the headers of an answer so far, to be changed."""
+
+    def set_response_status(self, code: int, phrase: str, idx: int) -> None:
+        """Set the status of an answer."""
+
+
 def make_answer(
-    outcome: Outcome, body: Any, digest: str, *, verdict_in_body: bool = False, receipt: Receipt | None = None
+    outcome: Outcome | None, body: Any, digest: str, config: GuardConfig, receipt: Receipt | None = None
 ) -> Answer:
-    """Combine what the model's own handler answered with what the guard says.
+    """Combine what the model's own handler answered with what the guard says, as far as its sender may know.
 
     Parameters
     ----------
-    outcome : Outcome
-        The guard's.
+    outcome : Outcome or None
+        The guard's; None: this was no input, and there is nothing to say.
     body : object
         The handler's own answer, passed on untouched unless the input is blocked, rejected or failed.
     digest : str
         Digest of the bundle that judged it.
-    verdict_in_body : bool
-        Also add the verdict to a JSON body: under the key `guard` of an object; any other JSON value becomes
-        `{"prediction": value, "guard": ...}`. A body that is no JSON is left alone.
+    config : GuardConfig
+        `verdict_detail`: `flag` tells whether the input was flagged and what was done about it, and nothing that
+        differs between two flagged inputs or two clean ones. `verdict_in_body`: also add the verdict to a JSON body,
+        under the key `guard` of an object; any other JSON value becomes `{"prediction": value, "guard": ...}`. A body
+        that is no JSON is left alone.
     receipt : str, optional
         What became of a flagged input in the queue of the reviewers; None = it was not sent there.
     """
-    verdict = outcome.verdict
+    if outcome is None:
+        return Answer(200, body)
+    verdict, is_full = outcome.verdict, config.verdict_detail == "full"
     if verdict is None:
         if outcome.kind == "bypassed":
             headers = {"Guard-Verdict": "bypassed", "Guard-Action": "none", "Guard-Bundle": digest}
-            told: dict[str, Any] = {"verdict": "bypassed", "p_value": None, "action": "none", "bundle": digest}
-            return Answer(200, _with_verdict(body, told) if verdict_in_body else body, headers)
+            told: dict[str, Any] = {"verdict": "bypassed", "action": "none", "bundle": digest}
+            told |= {"p_value": None} if is_full else {}
+            return Answer(200, _with_verdict(body, told) if config.verdict_in_body else body, headers)
         if not outcome.message:  # the user's handler refused it, in its own words
             return Answer(outcome.status, body)
         kind = "InputRejected" if outcome.kind == "rejected" else "GuardFailed"
         return Answer(outcome.status, error_body(outcome.status, kind, outcome.message), is_error=True)
     action = verdict.action if verdict.is_poisoned else "none"
-    headers = {
-        "Guard-Verdict": outcome.kind,
-        "Guard-P-Value": f"{verdict.p_value:.6g}",
-        "Guard-Action": action,
-        "Guard-Bundle": digest,
-    }
-    if verdict.depth:
-        headers["Guard-Depth"] = verdict.depth
-    if receipt is not None:
-        headers["Guard-Review"] = receipt
+    headers = {"Guard-Verdict": outcome.kind, "Guard-Action": action, "Guard-Bundle": digest}
+    more: dict[str, Any] = {}
+    because = ""
+    if is_full:
+        headers["Guard-P-Value"] = f"{verdict.p_value:.6g}"
+        headers |= {"Guard-Depth": verdict.depth} if verdict.depth else {}
+        headers |= {"Guard-Review": receipt} if receipt is not None else {}
+        more, because = {"p_value": verdict.p_value}, f": {verdict.reason}"
     if action == "block":
-        message = f"the input was judged poisoned and blocked: {verdict.reason}."
-        return Answer(422, error_body(422, "InputBlocked", message, p_value=verdict.p_value), headers, is_error=True)
-    if verdict_in_body:
-        told = {"verdict": outcome.kind, "p_value": verdict.p_value, "action": action, "bundle": digest}
-        body = _with_verdict(body, told)
+        message = f"the input was judged poisoned and blocked{because}."
+        return Answer(422, error_body(422, "InputBlocked", message, **more), headers, is_error=True)
+    if config.verdict_in_body:
+        body = _with_verdict(body, {"verdict": outcome.kind, "action": action, "bundle": digest, **more})
     return Answer(200, body, headers)
+
+
+def set_answer(responses: Responses, index: int, answer: Answer) -> None:
+    """Set status and headers of one answer.
+
+    Headers in the guard's name are the guard's alone: what the user's handler set under them goes. Where the guard
+    wrote the body, all of the handler's headers go, as they may tell what the body must not.
+    """
+    headers = responses.get_response_headers(index)
+    for name in [name for name in headers if answer.is_error or name.lower().startswith("guard-")]:
+        del headers[name]
+    if answer.is_error:
+        responses.set_response_status(answer.status, "", index)
+        headers["content-type"] = "application/json"
+    headers |= answer.headers
 
 
 def excuse(error: Exception, model_ran: bool) -> Outcome:
@@ -106,10 +134,9 @@ def error_body(status: int, kind: str, message: str, **more: Any) -> dict[str, A
 def _with_verdict(body: Any, told: dict[str, Any]) -> Any:
     if isinstance(body, str | bytes | bytearray):
         try:
-            parsed = json.loads(body)
+            text = json.dumps(_with_verdict(json.loads(body), told), indent=2)
         except (ValueError, RecursionError):
             return body
-        text = json.dumps(_with_verdict(parsed, told), indent=2)
         return text if isinstance(body, str) else text.encode()
     if isinstance(body, dict):
         return {**body, "guard": told}

@@ -68,7 +68,12 @@ class Bookkeeping:
             metrics.count("guard_shed_total", model, reason, amount=0)
         for outcome in ("taken", "refused"):
             metrics.count("guard_bundle_swaps_total", model, outcome, amount=0)
-        for name in ("guard_queued_total", "guard_unflagged_low_total"):
+        for name in (
+            "guard_queued_total",
+            "guard_unflagged_low_total",
+            "guard_shallow_total",
+            "guard_depth_floor_total",
+        ):
             metrics.count(name, model, amount=0)
         metrics.declare_histogram("guard_p_value", model)
         for stage in ("handler", "guard"):
@@ -148,6 +153,22 @@ class Bookkeeping:
         name = "guard_stage_duration_seconds"
         self.metrics.observe(name, self.model, "handler", value=total_seconds - guard_seconds)
         self.metrics.observe(name, self.model, "guard", value=guard_seconds)
+
+    def looked(self, depth: str, n_rows: int, *, is_late: bool) -> None:
+        """Count how deep a guard in a hurry looked at the rows of a forward pass.
+
+        Parameters
+        ----------
+        depth : str
+            Empty if everything was looked at.
+        n_rows : int
+        is_late : bool
+            True if even the shallowest verdict that the floor allows was expected to take longer than `max_guard_ms`.
+        """
+        if depth:
+            self.metrics.count("guard_shallow_total", self.model, amount=n_rows)
+        if is_late:
+            self.metrics.count("guard_depth_floor_total", self.model, amount=n_rows)
 
     def sent_to_review(self, receipts: Sequence[Receipt]) -> None:
         """Count what became of flagged requests in the queue."""

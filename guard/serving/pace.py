@@ -15,15 +15,15 @@ from guard.types import BACKUP, Activations
 _SIZES = (1, 32)  # rows of the two batches that are measured; what lies between is interpolated
 _REPEATS = 5
 _MEMORY = 0.9  # share of the running mean of the slowness that stays with every batch
-_SLOWEST = 20.0
+_FASTEST, _SLOWEST = 0.05, 20.0  # below 1: a guard that was measured while the machine was busy
 
 
 class Pace:
-    """Chooses the deepest verdict that fits a time.
+    """Chooses the deepest verdict that fits a time, above a floor.
 
     When a guard is loaded, verdicts at every depth are timed on its own clean reference, for one row and for many.
-    While it serves, the ratio of real to measured time is followed, so that a busy machine looks less deep. The time of
-    a second opinion on flagged inputs does not count.
+    While it serves, the ratio of real to measured time is followed, so that a busy machine looks less deep: as the
+    senders of a flood would like, hence the floor. The time of a second opinion on flagged inputs does not count.
 
     Parameters
     ----------
@@ -40,17 +40,24 @@ class Pace:
         }  # by depth, not to keep the guard alive
         self.slowness = 1.0
 
-    def deepest_within(self, milliseconds: float, guard: Guard, n_rows: int) -> Guard:
-        """Return the guard itself if it is expected to be done in time, or the deepest that is; else the quickest."""
-        choices = [*self._early, guard]
+    def deepest_within(self, milliseconds: float, guard: Guard, n_rows: int) -> tuple[Guard, bool]:
+        """Return the deepest guard that is expected to be done in time, and whether the floor breaks `max_guard_ms`.
+
+        None is below the floor, the setting `min_depth`; without one, the deepest of the early verdicts.
+        """
+        floor = guard.config.min_depth or self._early[-1].depth
+        places = [one.depth for one in self._early]
+        choices = [*self._early[places.index(floor) :], guard]
         fitting = [one for one in choices if 1000 * self._expected(one, n_rows) <= milliseconds]
-        return fitting[-1] if fitting else choices[0]
+        most = guard.config.max_guard_ms  # a client's own deadline is no reason to wake anybody
+        is_late = most is not None and 1000 * self._expected(choices[0], n_rows) > most
+        return fitting[-1] if fitting else choices[0], is_late
 
     def took(self, guard: Guard, n_rows: int, seconds: float) -> None:
         """Take note of how long a verdict without a second opinion took."""
         if n_rows:
             ratio = self.slowness * seconds / max(self._expected(guard, n_rows), 1e-9)
-            self.slowness = min(max(_MEMORY * self.slowness + (1.0 - _MEMORY) * ratio, 1.0), _SLOWEST)
+            self.slowness = min(max(_MEMORY * self.slowness + (1.0 - _MEMORY) * ratio, _FASTEST), _SLOWEST)
 
     def _expected(self, guard: Guard, n_rows: int) -> float:
         few, many = self._costs[guard.depth]
@@ -59,17 +66,22 @@ class Pace:
 
 
 def allowed_milliseconds(guard: Guard, headers: Iterable[Mapping[str, str]]) -> float | None:
-    """Return the shortest time that settings and request headers of one batch allow; None = any.
+    """Return the time that the settings allow for one batch, or its requests if all of them ask for less; None = any.
 
-    A header that is no number above 0 is passed over: a deadline is a wish, no reason to refuse a request.
+    Of several deadlines the longest counts, and one request without any has time: no sender may weaken the verdict on
+    somebody else's request. A header that is no number above 0 is passed over: a deadline is a wish, no reason to
+    refuse a request.
     """
-    allowed = [] if guard.config.max_guard_ms is None else [guard.config.max_guard_ms]
+    allowed = math.inf if guard.config.max_guard_ms is None else guard.config.max_guard_ms
     name = guard.config.deadline_header
     if name is not None:
-        for one in headers:
-            allowed += [_number(value) for key, value in one.items() if key.lower() == name.lower()]
-    shortest = min(allowed, default=math.inf)
-    return None if math.isinf(shortest) else shortest
+        deadlines = [_deadline(one, name.lower()) for one in headers]
+        allowed = min(allowed, max(deadlines, default=math.inf))
+    return None if math.isinf(allowed) else allowed
+
+
+def _deadline(headers: Mapping[str, str], name: str) -> float:
+    return min((_number(value) for key, value in headers.items() if key.lower() == name), default=math.inf)
 
 
 def _number(text: object) -> float:

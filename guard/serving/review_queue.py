@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -11,7 +10,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from guard.errors import BodyTooLarge, GuardError
+from guard.errors import BodyTooLarge, DataError, GuardError
+from guard.relabel.request_body import pack_body
 from guard.serving.evidence import Evidence
 from guard.types import Verdict
 
@@ -28,6 +28,7 @@ Receipt = Literal["queued", "dropped", "unavailable"]
 RECEIPTS: tuple[Receipt, ...] = ("queued", "dropped", "unavailable")
 #: After a failure the queue is left alone for so long, so that it costs one short wait and not one per batch.
 PAUSE_SECONDS = 1.0
+_LONGEST_TEXT = 1024  # characters of a request id or a content type that are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Flagged:
     verdict : Verdict
     evidence : Evidence
     body : bytes
-        As the client sent it; where the server had already parsed it (JSON), written anew.
+        As the client sent it; where the server had already parsed it (JSON), written anew; of several fields all.
     content_type : str
     """
 
@@ -63,19 +64,20 @@ def flagged_request(context: Any, index: int, outcome: Outcome, item: Any) -> Fl
     outcome : Outcome
         With verdict and evidence.
     item : object
-        What the server handed to the handler: a mapping with the body under `data` or `body`, or the body itself.
-        TorchServe has parsed JSON bodies; those are written anew.
+        What the server handed to the handler: a mapping of fields, or a body by itself. All fields are kept, see
+        `guard.relabel.request_body`. TorchServe has parsed JSON bodies; those are written anew.
     """
     assert outcome.verdict is not None
     assert outcome.evidence is not None  # only flagged requests have both
-    body = (item.get("data") or item.get("body") or next(iter(item.values()), b"")) if isinstance(item, dict) else item
-    if isinstance(body, str):
-        body = body.encode()
-    elif not isinstance(body, bytes | bytearray | memoryview):
-        body = json.dumps(body, default=repr).encode()
     headers = context.get_all_request_header(index)
     content_type = next((str(value) for name, value in headers.items() if name.lower() == "content-type"), "")
-    return Flagged(str(context.get_request_id(index)), outcome.verdict, outcome.evidence, bytes(body), content_type)
+    try:
+        body, content_type = pack_body(item, content_type)
+    except Exception as error:  # whatever a client, or an envelope, made of it: the network's own input is enough
+        logger.error("the body of a flagged request could not be kept: %s", type(error).__name__)
+        body, content_type = b"", ""
+    request_id = str(context.get_request_id(index))
+    return Flagged(_storable(request_id), outcome.verdict, outcome.evidence, body, _storable(content_type))
 
 
 class ReviewQueue:
@@ -115,19 +117,31 @@ class ReviewQueue:
         if queue is None or time.monotonic() < self._pause_until:
             return ["unavailable"] * len(flagged)
         received_at = datetime.now(UTC)
-        try:
-            inputs = [self._input(one, bundle_digest, received_at) for one in flagged]
+        inputs: dict[int, FlaggedInput] = {}
+        for place, one in enumerate(flagged):
             try:
-                ids = queue.enqueue(inputs).ids
-            except BodyTooLarge as error:  # the network's own input is enough to look at
-                for position in error.positions:
-                    inputs[position] = replace(inputs[position], body=b"", content_type="")
-                ids = queue.enqueue(inputs).ids
+                inputs[place] = self._input(one, bundle_digest, received_at)
+            except DataError as error:  # one that no queue takes costs its neighbours nothing
+                logger.error("a flagged input cannot be queued: %s", error)
+        receipts: list[Receipt] = ["unavailable"] * len(flagged)
+        try:
+            ids = self._enqueue(queue, [*inputs.values()])
         except Exception as error:  # whatever it is, the answers must leave
             self._pause_until = time.monotonic() + PAUSE_SECONDS
             logger.error("%d flagged inputs could not be queued: %s", len(flagged), _plain(error))
-            return ["unavailable"] * len(flagged)
-        return ["dropped" if item_id is None else "queued" for item_id in ids]
+            return receipts
+        for place, item_id in zip(inputs, ids, strict=True):
+            receipts[place] = "dropped" if item_id is None else "queued"
+        return receipts
+
+    @staticmethod
+    def _enqueue(queue: Queue, inputs: list[FlaggedInput]) -> tuple[int | None, ...]:
+        try:
+            return queue.enqueue(inputs).ids
+        except BodyTooLarge as error:  # the network's own input is enough to look at
+            for position in error.positions:
+                inputs[position] = replace(inputs[position], body=b"", content_type="")
+            return queue.enqueue(inputs).ids
 
     def _input(self, one: Flagged, bundle_digest: str, received_at: datetime) -> FlaggedInput:
         from guard.relabel.items import FlaggedInput
@@ -170,6 +184,11 @@ class ReviewQueue:
     def _open_until_it_works(self) -> None:
         while not self._stopped.wait(PAUSE_SECONDS) and not self._open():
             pass
+
+
+def _storable(text: str) -> str:
+    """Return what a client wrote as a database takes it: no zero bytes, no half characters, not without end."""
+    return text[:_LONGEST_TEXT].encode("utf-8", "replace").decode().replace("\0", "?")
 
 
 def _plain(error: Exception) -> str:

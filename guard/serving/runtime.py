@@ -232,7 +232,8 @@ class GuardRuntime:
         if allowed_ms is None:
             return self.judge(guard, activations, inputs)
         pace, started = self._paces[guard], time.perf_counter()
-        chosen = pace.deepest_within(allowed_ms, guard, len(activations))
+        chosen, is_late = pace.deepest_within(allowed_ms, guard, len(activations))
+        self.books.looked(chosen.depth, len(activations), is_late=is_late)
         outcomes = self.judge(chosen, activations, inputs)
         if all(outcome.kind == "clean" for outcome in outcomes):
             pace.took(chosen, len(outcomes), time.perf_counter() - started)

@@ -179,7 +179,9 @@ document.addEventListener("keydown", (event) => {
   } else if (key === "/" && $("#find")) {
     $("#find").focus();
   } else if (key === "v" && $("#picture")) {
-    setView($('[data-view="model"]').getAttribute("aria-pressed") === "true" ? "sent" : "model");
+    const views = [...document.querySelectorAll("[data-view]")];
+    const now = views.findIndex((b) => b.getAttribute("aria-pressed") === "true");
+    setView(views[(now + 1) % views.length].dataset.view);
   } else if (key === "[" || key === "]") {
     setContrast(Number($("#contrast")?.value) + (key === "]" ? 0.3 : -0.3));
   } else if (key === "=") {
