@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import logging
@@ -239,6 +240,22 @@ def handler_class(name: str, method: str, remedy: str = ADD_FILES.imports) -> ty
             "See TorchServe's custom handlers with a class."
         )
     return classes[0]
+
+
+def request_context(context: Any, ids: Sequence[str | None], headers: Sequence[dict[str, Any]]) -> Any:
+    """Return a copy of TorchServe's context for a batch of its own: no status and no header of an answer is set.
+
+    Parameters
+    ----------
+    context : ts.context.Context
+    ids, headers : sequence
+        One per request of the batch.
+    """
+    from ts.context import RequestProcessor
+
+    made = copy.copy(context)
+    made.request_ids, made.request_processor = dict(enumerate(ids)), [RequestProcessor(each) for each in headers]
+    return made
 
 
 def _requests(context: Any, bodies: Sequence[Any]) -> list[dict[str, Any]]:
