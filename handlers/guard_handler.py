@@ -22,11 +22,11 @@ from guard.config import load_settings
 from guard.errors import ArchiveError
 from guard.pipeline import Guard
 from guard.serving.answers import make_answer
-from guard.serving.batches import SWITCHES, Batches, is_empty, probe_context
+from guard.serving.batches import SWITCHES, Batches, is_empty
 from guard.serving.envelopes import handle_each
 from guard.serving.review_queue import Receipt, flagged_request
 from guard.serving.runtime import GuardRuntime, Outcome
-from guard.serving.user_handler import handler_class
+from guard.serving.user_handler import handler_class, probe_context
 from guard.telemetry import prometheus_names
 from guard.weights import check_weights_file
 
@@ -59,9 +59,7 @@ class GuardHandler:
         examples = [(folder / name).read_bytes() for name in about.get("examples", example)]
         self._batches.try_out(context, examples)
         for body in examples[: len(example)]:
-            ((answer, outcome),) = self._batches.answer(
-                [{"body": body}], probe_context(context, 1), self._runtime.current
-            )
+            ((answer, outcome),) = self._batches.answer([{"body": body}], probe_context(context), self._runtime.current)
             if outcome is None or outcome.verdict is None:
                 raise ArchiveError(f"the example request got no verdict: {outcome and (outcome.message or answer)}")
         threading.Thread(target=_flush_forever, args=(self._runtime, context.metrics), daemon=True).start()

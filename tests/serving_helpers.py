@@ -156,7 +156,7 @@ class Workshop:
 
     def guarded(self, handler: str = "image", *, name: str | None = None, start: bool = True, **options: Any) -> Any:
         """Return a worker with a guarded archive; settings go in as keywords, like `action="block"`."""
-        others = ("bundles", "example", "bundle", "flush")
+        others = ("bundles", "example", "examples", "bundle", "flush")
         settings = {key: options.pop(key) for key in list(options) if key not in others}
         flush = options.pop("flush", False)
         name = name or f"{handler}-{len(list(self.folder.glob('*.mar')))}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from guard.errors import ArchiveError, InputRejectedError, SuspectModelError
@@ -17,9 +17,7 @@ from guard.serving.row_fidelity import answers_of, declares_one_row, is_same_ans
 from guard.serving.runtime import GuardRuntime, Outcome, Record, merge
 from guard.serving.single_image import holds_one_image
 from guard.serving.tap import Tap, is_same_row, tapped
-from guard.serving.user_handler import request_context
-
-logger = logging.getLogger(__name__)
+from guard.serving.user_handler import asked_in_probe, request_context
 
 #: Request headers that make a BaseHandler skip its model.
 SWITCHES = ("describe", "explain")
@@ -74,7 +72,7 @@ class Batches:
             return
         if not self._is_declared:
             self._why_one_by_one = why_one_by_one(
-                lambda items: self._tried(items, context),
+                partial(asked_in_probe, self._handler, context),
                 self._module,
                 examples,
                 self._runtime.current.input_shape,
@@ -199,17 +197,6 @@ class Batches:
             return bodies[0], None
         self._runtime.books.stages(time.perf_counter() - started, record.guard_seconds)
         return bodies[0], merge(guard, record.rows, status)
-
-    def _tried(self, items: list[Any], context: Any) -> tuple[Any, Any]:
-        made = probe_context(context, len(items))
-        return self._handler.handle(items, made), made
-
-
-def probe_context(context: Any, n_requests: int) -> Any:
-    """Return a context for requests that no client sent, with the headers that TorchServe gives bytes of no type."""
-    kind = "application/octet-stream"
-    headers: list[dict[str, Any]] = [{"body": {"content-type": kind}, "content-type": kind} for _ in range(n_requests)]
-    return request_context(context, [f"probe-{index}" for index in range(n_requests)], headers)
 
 
 def part_of(context: Any, indices: Sequence[int]) -> Any:

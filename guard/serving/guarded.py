@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import site
 import sys
 import sysconfig
@@ -20,6 +21,9 @@ from guard.config import SERVING_SETTINGS
 from guard.errors import ArchiveError
 from guard.resources import resource_path
 from guard.serving.archive import make_archive
+
+#: Folder of an archive with bodies of requests.
+EXAMPLES = "guard_examples"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,7 @@ def make_guarded_archive(
     bundles: Path | None = None,
     settings: Mapping[str, Any] | None = None,
     example: Path | None = None,
+    examples: Sequence[Path] = (),
     force: bool = False,
 ) -> Path:
     """Write an archive that serves the model behind its guard.
@@ -110,6 +115,9 @@ def make_guarded_archive(
         The body of one request. Every worker sends it through the handler when it starts, and does not start if it gets
         no verdict, as when its forward pass makes several rows and `rows_per_request` is 1. Without an example that is
         found out by the first request, which fails.
+    examples : sequence of Path, optional
+        Bodies of further requests. With the example they are what a worker tries whether its handler keeps the requests
+        of a batch apart; only those that hold one image each are of use. Without any, noise of the network's size is.
     force : bool
         Replace an archive of the same name.
 
@@ -137,6 +145,7 @@ def make_guarded_archive(
                     bundles,
                     settings or {},
                     example,
+                    examples,
                     folder,
                 ),
             ],
@@ -151,20 +160,30 @@ def guard_files(
     bundles: Path | None,
     settings: Mapping[str, Any],
     example: Path | None,
+    examples: Sequence[Path],
     scratch: Path,
 ) -> list[Path]:
     """Return what the guard adds to an archive beside its adapter; parameters as for `make_guarded_archive`."""
+    bodies = [*([example] if example is not None else []), *examples]
+    names = [f"{EXAMPLES}/{number}{body.suffix}" for number, body in enumerate(bodies)]
     about = {
         "handler": handler,
         "bundles": str(bundles.absolute()) if bundles is not None else None,
         "embedded": bundle.name,
-        "example": example.name if example is not None else None,
+        "example": names[0] if example is not None else None,
+        "examples": names,
     }
     (scratch / "guard_archive.json").write_text(json.dumps(about, indent=2))
     chosen = {key: value for key, value in settings.items() if key in SERVING_SETTINGS}
     (scratch / "guard.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in chosen.items()))
     added = [scratch / "guard_archive.json", scratch / "guard.toml", bundle]
-    return added if example is None else [*added, example]
+    for name, body in zip(names, bodies, strict=True):
+        (scratch / EXAMPLES).mkdir(exist_ok=True)
+        try:
+            shutil.copyfile(body, scratch / name)
+        except OSError as error:
+            raise ArchiveError(f"the example {body} cannot be read: {error.strerror}. Name another.") from error
+    return [*added, scratch / EXAMPLES] if names else added
 
 
 def followed_bundles(archive: Path) -> Path | None:

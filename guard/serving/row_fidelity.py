@@ -203,9 +203,7 @@ class _Probe:
             told, again = self._alone_with(image, number), self._alone_with(image, number, again=True)
             for seen in (told, again):
                 if not seen.is_told_apart(1) or not is_same_row(seen.rows[0], first.rows[0]):
-                    raise _NotShownError(
-                        "the same request does not reach the network as it did the first time"
-                    )
+                    raise _NotShownError("the same request does not reach the network as it did the first time")
             assert told.answers is not None
             if not is_same_answer(told.answers, again.answers):
                 raise _NotShownError("the same request gets another answer the second time")
