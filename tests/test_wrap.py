@@ -126,7 +126,7 @@ def test_wrap_keeps_headers_statuses_yaml_and_helpers_of_a_handler_of_its_own(
     more = ("--settings", settings, "--queue", tmp_path / "queue.db")
     status, out, err = guard_command(capfd, "wrap", archive, "--images", clean, *more)
     assert status == 0, err
-    assert "batches         one request after the other: in a batch" in out or "batches         images are" in out
+    assert "batches         images are answered together" in out
     assert "version 2.3, as before" in out
     guarded = archive.with_name("scaled.guarded.mar")
     held = contents(guarded)

@@ -182,7 +182,9 @@ def guard_files(
         try:
             shutil.copyfile(body, scratch / name)
         except OSError as error:
-            raise ArchiveError(f"the example {body} cannot be read: {error.strerror}. Name another.") from error
+            raise ArchiveError(
+                f"the example {body} does not exist, or cannot be read ({error.strerror}). Name another."
+            ) from error
     return [*added, scratch / EXAMPLES] if names else added
 
 
