@@ -68,6 +68,9 @@ class ServingSettings(BaseModel):
     failure_mode: Literal["closed", "open"] = "closed"
     #: 1 = one row of the forward pass per request; `any` = a request may make several, and is poisoned if any row is.
     rows_per_request: RowsPerRequest = 1
+    #: When requests of a batch share one call of the handler. `shown`: its class declares, or it has shown to a probe,
+    #: that it keeps them apart; `declared`: this setting declares it, for bodies of every kind; `never`: one by one.
+    batching: Literal["shown", "declared", "never"] = "shown"
     #: Also put the verdict under the key `guard` of JSON answers.
     verdict_in_body: bool = False
     #: What an answer tells its sender: `flag` = flagged or not; `full` = p-value, depth, reason and receipt as well.

@@ -88,7 +88,7 @@ def record(
             answer = on_forward(activations, args[0] if args else next(iter(kwargs.values()), None))
         finally:
             turn.owner = before
-        return None if answer is None else _with_logits(output, answer)
+        return None if answer is None else with_logits(output, answer)
 
     handles = []
     try:
@@ -143,7 +143,7 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
-def _with_logits(output: Any, logits: Tensor) -> Any:
+def with_logits(output: Any, logits: Tensor) -> Any:
     """Return the output with other logits, in the same container."""
     if isinstance(output, Tensor):
         return logits

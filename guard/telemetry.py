@@ -59,6 +59,13 @@ METRICS = {
         Metric("guard_queued_total", "counter", ("model",), "Flagged requests that the queue took."),
         Metric("guard_shed_total", "counter", ("model", "reason"), "Flagged requests that it did not take, and why."),
         Metric("guard_bundle_swaps_total", "counter", ("model", "outcome"), "New ACTIVE bundles taken or refused."),
+        Metric(
+            "guard_batch_checks_total",
+            "counter",
+            ("model", "outcome"),
+            "Batches of which one request was run again alone, and whether row and answer were its own.",
+        ),
+        Metric("guard_batching", "gauge", ("model",), "1 if batches share one call of the handler, 0 if one by one."),
         Metric("guard_bundle_info", "gauge", ("model", "digest"), "1 for the bundle in use, 0 for one used before."),
         Metric(
             "guard_p_value",

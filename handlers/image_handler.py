@@ -32,6 +32,8 @@ class ImageHandler(BaseHandler):  # type: ignore[misc]  # ts is untyped
     pixel values of the input shape, or {"data": ...} around any of these. What cannot be read gets status 422, alone.
     """
 
+    one_row_per_request = True  # declared to the guard: `preprocess` makes one row of every body, or raises
+
     def initialize(self, context: Any) -> None:
         """Read the settings, build the network, load its weights without running any code of the weights file."""
         from guard.weights import load_state_dict

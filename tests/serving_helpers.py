@@ -159,7 +159,7 @@ class Workshop:
 
         Unless told otherwise its answers carry all details, which tests compare with what the library says.
         """
-        others = ("bundles", "example", "bundle", "flush")
+        others = ("bundles", "example", "examples", "bundle", "flush")
         settings = {"verdict_detail": "full"} | {key: options.pop(key) for key in list(options) if key not in others}
         flush = options.pop("flush", False)
         name = name or f"{handler}-{len(list(self.folder.glob('*.mar')))}"

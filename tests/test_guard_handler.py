@@ -85,6 +85,11 @@ def encode(array: np.ndarray[Any, Any]) -> bytes:
     return stream.getvalue()
 
 
+def damaged(image: bytes) -> bytes:
+    middle = len(image) // 2
+    return image[:middle] + bytes(byte ^ 0x55 for byte in image[middle : middle + 8]) + image[middle + 8 :]
+
+
 BAD_BODIES: dict[str, Any] = {
     "wrong size": encode(np.zeros((20, 28), np.uint8)),
     "wrong channel count": np.zeros((3, 28, 28)).tolist(),
@@ -146,10 +151,12 @@ def test_batch_runs_the_users_handler_once(workshop: Workshop, bodies: list[byte
     calls: list[int] = []
     handle = worker.handler._inner.handle
     worker.handler._inner.handle = lambda data, context: calls.append(len(data)) or handle(data, context)
+    worker.handler._batches.drawn = lambda n_requests: None
     worker.ask(*bodies[:8])
     assert calls == [8]
+    worker.ask(*bodies[:3], damaged(bodies[3]))  # begins and ends as an image does
     worker.ask(*bodies[:3], b"nonsense")
-    assert calls == [8, 4, 1, 1, 1, 1]
+    assert calls == [8, 4, 1, 1, 1, 1, 3, 1]
 
 
 def test_every_kind_of_body_gets_the_same_verdict(workers: dict[str, Worker], images: Any, bodies: list[bytes]) -> None:
@@ -590,8 +597,8 @@ def test_base_handler_by_name_refuses_bare_requests_and_works_behind_the_json_en
     answers = worker.ask(*[{"body": {"instances": [image.tolist()]}} for image in images[:2]])
     assert [answer.verdict[0] for answer in answers] == [kind for kind, _ in offline[:2]]
     assert np.shape(json.loads(answers[0].body)["predictions"]) == (1, 10)
-    with pytest.raises(IndexError):  # two inputs in one request have one set of headers between them: no answer
-        worker.ask({"body": {"instances": images[:2].tolist()}})
+    (refused,) = worker.ask({"body": {"instances": images[:2].tolist()}})
+    assert (refused.status, refused.body["type"]) == (400, "InputRejected")
 
 
 def test_start_refuses_weights_that_could_run_code_before_the_users_handler_sees_them(
@@ -695,6 +702,7 @@ def test_counts_add_up_and_know_every_series_from_the_start(
         assert start[f"guard_verdicts_total{{{name},{kind},{'flag' if kind == 'poisoned' else 'none'}}}"] == 0
     assert start[f"guard_bundle_info{{{name},{workshop.bundle.name}}}"] == 1
     assert start[f"guard_requests_total{{{name},200}}"] == start[f"guard_p_value_count{{{name}}}"] == 0
+    worker.handler._batches.drawn = lambda n_requests: None
     worker.ask(*bodies, b"nonsense")
     counted = worker.counts()
     poisoned = sum(kind == "poisoned" for kind, _ in offline)
@@ -705,7 +713,9 @@ def test_counts_add_up_and_know_every_series_from_the_start(
     assert counted[f"guard_requests_total{{{name},400}}"] == 1
     assert counted[f"guard_p_value_count{{{name}}}"] == 16
     assert counted[f"guard_p_value_sum{{{name}}}"] == pytest.approx(sum(p for _, p in offline), rel=1e-3)
-    assert counted[f"guard_stage_duration_seconds_count{{{name},guard}}"] == 16  # the batch failed: one by one
+    assert (
+        counted[f"guard_stage_duration_seconds_count{{{name},guard}}"] == 1
+    )  # the images together; nonsense never got so far
 
 
 def test_counts_reach_torchserve_within_two_seconds_and_not_per_request(

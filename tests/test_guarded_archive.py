@@ -71,12 +71,13 @@ def test_guarded_archive_keeps_serving_settings_bundles_folder_and_example(works
     with zipfile.ZipFile(archive) as packed:
         about = json.loads(packed.read("guard_archive.json"))
         settings = tomllib.loads(packed.read("guard.toml").decode())
-        assert packed.read("one.png") == b"png"
+        assert packed.read("guard_examples/0.png") == b"png"
     assert about == {
         "handler": "image_handler.py",
         "bundles": str(tmp_path / "bundles"),
         "embedded": workshop.bundle.name,
-        "example": "one.png",
+        "example": "guard_examples/0.png",
+        "examples": ["guard_examples/0.png"],
     }
     assert settings.pop("verdict_detail") == "full"
     assert settings == {"action": "block", "rows_per_request": "any", "verdict_in_body": True}

@@ -91,7 +91,7 @@ def test_watching_judges_every_row_as_the_offline_guard_does(
         with runtime.watching(runtime.current) as record:
             watched = module(torch.from_numpy(images))
     assert torch.equal(bare, watched)
-    assert (record.passes, record.model_ran) == (1, True)
+    assert (record.forward_passes, record.model_ran) == (1, True)
     assert record.guard_seconds > 0
     offline = fitted_guard.inspect(images)
     assert [row.verdict.p_value for row in record.rows if row.verdict] == [verdict.p_value for verdict in offline]
@@ -112,7 +112,7 @@ def test_watching_sees_only_what_happens_inside_and_nothing_for_none(
             module(images)
         with runtime.watching(runtime.current) as last:
             module(images)
-    assert (first.passes, len(first.rows), len(nothing.rows), len(last.rows)) == (2, 4, 0, 2)
+    assert (first.forward_passes, len(first.rows), len(nothing.rows), len(last.rows)) == (2, 4, 0, 2)
 
 
 @pytest.mark.parametrize("as_keyword", [False, True])

@@ -85,8 +85,9 @@ def site(
     shop.guarded("stock", name="relabelling", start=False, action="relabel")
     shop.guarded("crops", name="crops", start=False, rows_per_request="any")
     shop.guarded("text", name="text", start=False, failure_mode="open")
+    shop.guarded("list", name="lists", start=False, action="block")
     models = {"digits": "flagging.mar"}  # served under a name of its own
-    models |= {name: f"{name}.mar" for name in ("plain", "blocking", "relabelling", "crops", "text")}
+    models |= {name: f"{name}.mar" for name in ("plain", "blocking", "relabelling", "crops", "text", "lists")}
     images = np.concatenate([clean_split.test.images[:60], triggered.images[:60]])
     images = images[np.random.default_rng(0).permutation(len(images))]
     guards = {str(guard.digest): guard for guard in (shop.guard, second)}
@@ -229,6 +230,34 @@ def test_block_relabel_crops_and_text_over_http(site: Site) -> None:
         assert (text.status, text.body.decode(), text.headers["x-label"]) == (203, f"digit {label}", str(label))
         assert text.headers["content-type"] == "text/plain"
     assert unsure <= 1  # one p-value at the very edge of the rate may fall on either side in a batch
+
+
+def test_no_verdict_lands_on_somebody_elses_request(site: Site) -> None:
+    """Rows were counted: two images of one request and none of the next made two rows for two requests."""
+    verdicts, p_values = site.verdicts[site.first], site.p_values[site.first]
+    poisoned = [index for index, is_poisoned in enumerate(verdicts) if is_poisoned and p_values[index] < 0.01]
+    clean = [index for index, p_value in enumerate(p_values) if p_value > 0.4]
+    pixels = [site.images[index].tolist() for index in (poisoned[0], clean[0], poisoned[1], clean[1])]
+    attack = json.dumps({"instances": pixels[:2]})
+    nothing = json.dumps({"instances": []})
+    own = [json.dumps({"instances": [image]}) for image in pixels[2:]]
+    counts = settled(site, "lists")
+    for batch in ([attack, nothing], [nothing, attack], [attack, nothing, own[1]], [nothing, own[0], attack, own[1]]):
+        bodies = [body.encode() for body in batch * 8]
+        replies = load(site, "lists", bodies, clients=len(batch), content_type="application/json")
+        for body, reply in zip(batch * 8, replies, strict=True):
+            told = reply.status, reply.headers.get("guard-verdict")
+            if body in (attack, nothing):  # neither holds one input: no verdict, no label
+                assert told == (500, None)
+                assert json.loads(reply.body)["type"] == "GuardFailed"
+            else:
+                assert told == ((422, "poisoned") if body == own[0] else (200, "clean"))
+    sent = Counter(failed=8 * 8, clean=2 * 8, poisoned=8)
+    assert wait_for(lambda: verdict_counts(site, "lists") - counts == sent)
+    with site.server.client() as client:  # images go through the same handler
+        assert site.agrees(client.predict("lists", site.bodies[clean[0]], content_type="image/png"), clean[0])
+    assert scrape(site, "lists")["guard_batching",] == 0
+    assert scrape(site, "digits")["guard_batching",] == 1
 
 
 # --- bad requests

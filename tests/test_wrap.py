@@ -31,6 +31,7 @@ from guard.attacks import MnistCnn
 from guard.serving.class_list import read_class_list
 from guard.serving.manifest import MANIFEST
 from guard.serving.original import RECIPE
+from guard.serving.single_image import holds_one_image
 from guard.serving.torchserve import TorchServeInstance
 from guard.serving.wrapping import open_archive
 
@@ -88,9 +89,13 @@ def test_wrap_fits_keeps_every_file_and_unwrap_gives_the_same_bytes_back(
     assert manifests[1].pop("model") == {**manifests[0].pop("model"), "handler": "guard_handler.py"}
     assert manifests[0] == manifests[1]
     added = {name.split("/")[0] for name in set(new) - set(old)}
-    assert added - {"guard_handler.py", "guard_archive.json", "guard.toml", RECIPE} == {
+    assert added - {"guard_handler.py", "guard_archive.json", "guard.toml", "guard_examples", RECIPE} == {
         json.loads(new["guard_archive.json"])["embedded"]
     }
+    assert "batches         images are answered together: the handler keeps them apart" in out
+    examples = [new[name] for name in json.loads(new["guard_archive.json"])["examples"]]
+    assert len(set(examples)) == 4
+    assert all(holds_one_image(body) for body in examples)
     assert len(new[RECIPE]) < 4000  # the original is not in there twice
     assert tomllib.loads(new["guard.toml"].decode()) == {"false_positive_rate": 0.05}
 
@@ -98,6 +103,7 @@ def test_wrap_fits_keeps_every_file_and_unwrap_gives_the_same_bytes_back(
     bodies = [bytearray(png(image)) for image in (*clean_split.test.images[:20], *triggered.images[:20])]
     bodies += [base64.b64encode(bodies[0]).decode(), clean_split.test.images[0].tolist()]
     expected, answered = plain.ask_each(*bodies), watched.ask_each(*bodies)
+    assert watched.handler._batches._why_one_by_one == ""
     assert [answer.body for answer in answered] == [answer.body for answer in expected]
     assert set(expected[0].body) <= set(NAMES)
     verdicts = [answer.verdict[0] for answer in answered]
@@ -120,6 +126,7 @@ def test_wrap_keeps_headers_statuses_yaml_and_helpers_of_a_handler_of_its_own(
     more = ("--settings", settings, "--queue", tmp_path / "queue.db")
     status, out, err = guard_command(capfd, "wrap", archive, "--images", clean, *more)
     assert status == 0, err
+    assert "batches         images are answered together" in out
     assert "version 2.3, as before" in out
     guarded = archive.with_name("scaled.guarded.mar")
     held = contents(guarded)

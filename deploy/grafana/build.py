@@ -245,6 +245,13 @@ def build() -> str:
             query(f"sum by (outcome) (increase(guard_bundle_swaps_total{_ALL}[1h]))", "{{outcome}}"),
             width=_NARROW,
         ),
+        lines(
+            "Batches",
+            "1 if the requests of a batch share one call of the handler, 0 if one by one; checks per hour by outcome.",
+            query(f"min by (model) (guard_batching{_ALL})", "{{model}} together"),
+            query(f"sum by (outcome) (increase(guard_batch_checks_total{_ALL}[1h]))", "checks: {{outcome}}"),
+            width=_NARROW,
+        ),
     ]
     for number_of, panel in enumerate(panels, start=1):
         board = board.with_panel(panel.id(number_of))

@@ -9,7 +9,7 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,7 +25,11 @@ from guard.cli.options import (
     handler_argument,
 )
 from guard.cli.output import print_warning, progress_bar, say, tell
-from guard.errors import ConfigError, ServerError
+from guard.errors import ConfigError, GuardError, ServerError
+
+if TYPE_CHECKING:
+    from guard.config import GuardConfig
+    from guard.serving.guarded import ServedModel
 
 
 def archive(
@@ -52,7 +56,11 @@ def archive(
     rows_per_request: Annotated[str | None, typer.Option(help="1 or any.")] = None,
     verdict_in_body: Annotated[bool | None, typer.Option(help="Also put the verdict into JSON answers.")] = None,
     example: Annotated[
-        Path | None, typer.Option(help="Body of one request: each worker tries it when it starts, or does not start.")
+        list[Path] | None,
+        typer.Option(
+            help="Body of a request; may be repeated. A worker that gets no verdict on the first does not start; all "
+            "are tried to find out whether batches can be answered together."
+        ),
     ] = None,
     pin: Annotated[bool, typer.Option("--pin", help="Serve the embedded bundle only; do not follow ACTIVE.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an archive of that name.")] = False,
@@ -61,7 +69,7 @@ def archive(
 ) -> None:
     """Put the model and its guard into a TorchServe archive."""
     from guard.bundle import BundleStore, read_bundle
-    from guard.config import load_settings
+    from guard.config import GuardConfig, load_settings
     from guard.pipeline import Guard
     from guard.relabel.address import queue_url
     from guard.serving.guarded import ServedModel, make_guarded_archive
@@ -95,6 +103,9 @@ def archive(
     else:  # weights and bundle belong together: better said now than when the server starts
         with contextlib.redirect_stdout(sys.stderr):
             Guard.load(bundle, SuspectModel.load(weights, architecture))
+    examples = example or []
+    if missing := [file for file in examples if not file.is_file()]:
+        raise ConfigError(f"--example {missing[0]} does not exist. Name a file with the body of one request.")
     model = ServedModel(
         weights,
         handler=None if handler is None else handler_argument(handler),
@@ -105,6 +116,7 @@ def archive(
         extra_files=tuple(extra_file or ()),
         version=version,
     )
+    batches = _told_batches(model, examples, GuardConfig(**{**document["settings"], **chosen}))
     path = make_guarded_archive(
         name,
         model,
@@ -112,7 +124,8 @@ def archive(
         model_store=model_store,
         bundles=None if pin else bundles,
         settings=chosen,
-        example=example,
+        example=examples[0] if examples else None,
+        examples=examples[1:],
         force=force,
     )
     say(str(path))
@@ -120,6 +133,34 @@ def archive(
         tell(
             "the archive says that it wants a queue, not where: start the server with --queue, or with GUARD_QUEUE_URL"
         )
+    tell(f"batches: {batches}")
+
+
+def _told_batches(model: ServedModel, examples: list[Path], config: GuardConfig) -> str:
+    """Say how the requests of a batch will be answered; for a handler of the user's own, after trying it here."""
+    from guard.cli.wrap import told_batches
+    from guard.serving.guarded import architecture_files
+    from guard.serving.user_handler import open_user_handler
+
+    if model.handler is None:
+        if config.batching == "never" or config.rows_per_request == "any":
+            return "one request after the other, as the settings have it"
+        return "answered together: the image handler makes one row per request"
+    files = [*model.extra_files, *(architecture_files(model.architecture) if model.architecture else [])]
+    try:
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            open_user_handler(
+                model.handler,
+                model.weights,
+                model_file=model.model_file,
+                extra_files=files,
+                model_attribute=config.model_attribute,
+            ) as user,
+        ):
+            return told_batches(user, [file.read_bytes() for file in examples], model.input_shape, config)
+    except GuardError as error:
+        return f"each worker finds out when it starts, and logs it. The handler cannot be tried here: {error}"
 
 
 def _numbers(flag: str, text: str | None) -> float | list[float] | None:

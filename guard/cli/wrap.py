@@ -6,6 +6,7 @@ import contextlib
 import sys
 import tempfile
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from guard.types import IntArray
 
 _GUARDED = ".guarded"
+_LARGEST_EXAMPLE = 2**20  # bytes
 _AS_SENT = "Are these images what clients send (size, channels, format)?"
 
 Archive = Annotated[Path, typer.Argument(help="The archive, a .mar file.")]
@@ -109,11 +111,13 @@ def wrap(
             _try_handler(user, found, config)
             suspect = SuspectModel(user.module, split=split, depths=depth, device=device)
             guard, accuracy = _fitted(suspect, user, found, config, report)
+            examples = _examples(found)
+            batches = told_batches(user, examples, guard.input_shape, config)
         guard.preprocessing = f"handler {opened.handler}"
         follows = bundles if not dry_run else None
         bundle = guard.save(follows or Path(scratch) / "bundles")
         written = Path(scratch) / "dry-run.mar" if dry_run else target
-        write_guarded(opened, bundle, written, bundles=bundles, settings=chosen, force=force)
+        write_guarded(opened, bundle, written, bundles=bundles, settings=chosen, examples=examples, force=force)
         if follows is not None:
             BundleStore(follows).activate(bundle.name)
         if dry_run:
@@ -125,6 +129,7 @@ def wrap(
             f"false positives {guard.realised_false_positive_rate:.4f} of clean images "
             f"(asked for {config.false_positive_rate:g}, measured out of fold)"
         )
+        say(f"batches         {batches}")
         say(f"serve it        guard serve {opened.manifest.name}={target.name} --model-store {target.parent}")
         if accuracy < 0.5:
             print_warning(
@@ -200,6 +205,28 @@ def _try_handler(user: UserHandler, found: NamedImages, config: GuardConfig) -> 
             f"the handler makes {rows} rows of the forward pass per request, and guard wrap fits on one. "
             "Fit with `guard fit` on single images, and use `guard archive` with rows_per_request = 'any'."
         )
+
+
+def _examples(found: NamedImages) -> list[bytes]:
+    """Return the bodies of a few images for the archive, of classes as different as can be; none that are large."""
+    assert found.labels is not None  # `_labelled` refuses them
+    firsts = {int(label): row for row, label in reversed(list(enumerate(found.labels.tolist())))}
+    chosen = dict.fromkeys([*sorted(firsts.values()), *range(min(len(found.names), 4))])
+    bodies = (found.read(row) for row in chosen)
+    return list(islice((body for body in bodies if isinstance(body, bytes) and len(body) <= _LARGEST_EXAMPLE), 4))
+
+
+def told_batches(
+    user: UserHandler, examples: list[bytes], input_shape: tuple[int, ...] | None, config: GuardConfig
+) -> str:
+    """Try whether the handler keeps the requests of a batch apart, and say in one line how they will be answered."""
+    if config.batching == "never" or config.rows_per_request == "any":
+        return "one request after the other, as the settings have it"
+    if user.declares_one_row or config.batching == "declared":
+        return "answered together: it is declared that the handler makes one row per request"
+    if why := user.why_one_by_one(examples, input_shape):
+        return f"one request after the other: {why}. See docs/serving.md, Batches"
+    return "images are answered together: the handler keeps them apart; other bodies one after the other"
 
 
 def _fitted(

@@ -248,6 +248,7 @@ def plain_entry(name: str) -> zipfile.ZipInfo:
     """Return an archive's entry for a file, the same whenever and by whomever it is made."""
     entry = zipfile.ZipInfo(name, _EARLIEST_ZIP_TIME)
     entry.compress_type = zipfile.ZIP_DEFLATED
+    entry._compresslevel = 1  # type: ignore[attr-defined]  # an entry of its own does not take the archive's level
     entry.external_attr = (stat.S_IFREG | 0o644) << 16
     return entry
 

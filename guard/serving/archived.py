@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from guard.serving.strict_zip import read_member
 logger = logging.getLogger(__name__)
 
 ABOUT, SETTINGS = "guard_archive.json", "guard.toml"
+#: Folder of an archive with bodies of requests.
+EXAMPLES = "guard_examples"
 _MOST_BYTES = 2**20
 
 
@@ -27,6 +30,7 @@ def write_guard_files(
     bundles: Path | None,
     settings: Mapping[str, Any],
     example: Path | None,
+    examples: Sequence[Path],
     scratch: Path,
 ) -> list[Path]:
     """Return what the guard adds to an archive beside its adapter; parameters as for `make_guarded_archive`.
@@ -34,18 +38,29 @@ def write_guard_files(
     Of the settings only those of `ServingSettings` go in. Where a queue was named, the archive says that it wants one
     (`review = true`), and not where it is: the server's environment does (`GUARD_QUEUE_URL`).
     """
+    bodies = [*([example] if example is not None else []), *examples]
+    names = [f"{EXAMPLES}/{number}{body.suffix}" for number, body in enumerate(bodies)]
     about = {
         "handler": handler,
         "bundles": str(bundles.absolute()) if bundles is not None else None,
         "embedded": bundle.name,
-        "example": example.name if example is not None else None,
+        "example": names[0] if example is not None else None,
+        "examples": names,
     }
     (scratch / ABOUT).write_text(json.dumps(about, indent=2))
     chosen = {"review": True} if settings.get("queue_url") else {}
     chosen |= {key: value for key, value in settings.items() if key in SERVING_SETTINGS}
     (scratch / SETTINGS).write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in chosen.items()))
     added = [scratch / ABOUT, scratch / SETTINGS, bundle]
-    return added if example is None else [*added, example]
+    for name, body in zip(names, bodies, strict=True):
+        (scratch / EXAMPLES).mkdir(exist_ok=True)
+        try:
+            shutil.copyfile(body, scratch / name)
+        except OSError as error:
+            raise ArchiveError(
+                f"the example {body} does not exist, or cannot be read ({error.strerror}). Name another."
+            ) from error
+    return [*added, scratch / EXAMPLES] if names else added
 
 
 def read_guard_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -61,9 +76,10 @@ def read_guard_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         about = json.loads(read_plain(folder / ABOUT, _MOST_BYTES))
         BundleStore(folder).folder_of(about["embedded"])
-        example = about.get("example")
-        if example is not None and (example in ("", ".", "..") or "/" in example or "\0" in example):
-            raise ValueError("its example lies outside of the archive")
+        first = [about["example"]] if about.get("example") else []  # all that an archive of version 0.1 may hold
+        about["examples"] = about.get("examples", first)
+        if not all(_lies_inside(name) for name in (*first, *about["examples"])):
+            raise ValueError("one of its examples lies outside of the archive")
         text = read_plain(folder / SETTINGS, _MOST_BYTES).decode()
         kept = PLACES & tomllib.loads(text).keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, BundleError) as error:
@@ -76,6 +92,10 @@ def read_guard_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             ", ".join(sorted(kept)),
         )
     return about, load_settings(folder / SETTINGS)
+
+
+def _lies_inside(name: object) -> bool:
+    return isinstance(name, str) and "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
 def followed_bundles(archive: Path) -> Path | None:

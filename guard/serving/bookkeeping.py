@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Why a flagged request was not queued, by the receipt that its answer tells.
 _SHED: dict[Receipt, str] = {"dropped": "full", "unavailable": "unavailable"}
+#: Why batches are answered one by one after a check that did not hold.
+WITHDRAWN = "a check while serving found a request's row or answer at another's place"
 #: Answers that a server gives sooner or later; a series that is first seen at 1 has not increased for Prometheus.
 _KNOWN_CODES = ("200", "400", "422", "500")
 
@@ -68,6 +70,8 @@ class Bookkeeping:
             metrics.count("guard_shed_total", model, reason, amount=0)
         for outcome in ("taken", "refused"):
             metrics.count("guard_bundle_swaps_total", model, outcome, amount=0)
+        for outcome in ("match", "mismatch"):
+            metrics.count("guard_batch_checks_total", model, outcome, amount=0)
         for name in (
             "guard_queued_total",
             "guard_unflagged_low_total",
@@ -93,6 +97,18 @@ class Bookkeeping:
         """Note that a new bundle was not taken."""
         self.metrics.count("guard_bundle_swaps_total", self.model, "refused")
         self.log.write("bundle_refused", bundle=digest, stays=current.digest, why=why)
+
+    def batching(self, why_one_by_one: str) -> None:
+        """Note whether batches share one call of the handler: "" if they do, else why not."""
+        self.metrics.set("guard_batching", self.model, value=float(not why_one_by_one))
+        together = "one by one" if why_one_by_one else "together"
+        self.log.write("batching", requests=together, **({"why": why_one_by_one} if why_one_by_one else {}))
+
+    def batch_checked(self, holds: bool) -> None:
+        """Note that one request of a batch was run again alone; if it did not hold, batches are answered one by one."""
+        self.metrics.count("guard_batch_checks_total", self.model, "match" if holds else "mismatch")
+        if not holds:
+            self.batching(WITHDRAWN)
 
     def request(self, outcome: Outcome, status: int, guard: Guard, requests: Requests, index: int) -> None:
         """Count one answered request; if it was not clean, write it to the log.

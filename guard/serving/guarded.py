@@ -89,6 +89,7 @@ def make_guarded_archive(
     bundles: Path | None = None,
     settings: Mapping[str, Any] | None = None,
     example: Path | None = None,
+    examples: Sequence[Path] = (),
     force: bool = False,
 ) -> Path:
     """Write an archive that serves the model behind its guard.
@@ -109,6 +110,9 @@ def make_guarded_archive(
         The body of one request. Every worker sends it through the handler when it starts, and does not start if it gets
         no verdict, as when its forward pass makes several rows and `rows_per_request` is 1. Without an example that is
         found out by the first request, which fails.
+    examples : sequence of Path, optional
+        Bodies of further requests. With the example they are what a worker tries whether its handler keeps the requests
+        of a batch apart; only those that hold one image each are of use. Without any, noise of the network's size is.
     force : bool
         Replace an archive of the same name.
 
@@ -136,6 +140,7 @@ def make_guarded_archive(
                     bundles,
                     settings or {},
                     example,
+                    examples,
                     folder,
                 ),
             ],

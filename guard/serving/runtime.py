@@ -74,8 +74,8 @@ class Record:
     ----------
     rows : list of Outcome
         One per row of the forward passes, in order.
-    passes : int
-        Forward passes that were judged. Only the rows of a single one are sure to be in the order of a batch.
+    forward_passes : int
+        Those that were judged.
     model_ran : bool
         Whether the model began to work on an input of the right shape.
     guard_seconds : float
@@ -87,11 +87,19 @@ class Record:
     """
 
     rows: list[Outcome] = field(default_factory=list)
-    passes: int = 0
+    forward_passes: int = 0
     model_ran: bool = False
     guard_seconds: float = 0.0
     allowed_ms: float | None = None
     inputs: torch.Tensor | None = None
+
+    @property
+    def passes(self) -> int:
+        """Always 0, for adapters in older archives: they took one pass with as many rows as requests for a row each.
+
+        That it need not be. Without a single pass they answer a batch one request after the other.
+        """
+        return 0
 
 
 class GuardRuntime:
@@ -131,7 +139,7 @@ class GuardRuntime:
                 f"the handler's network must be a torch.nn.Module, got {type(module).__name__}. "
                 "Set model_attribute to the attribute of the handler that holds it."
             )
-        self._module = module
+        self.module = module
         self._settings = {name: value for name, value in settings.items() if name in SERVING_SETTINGS}
         self._store = BundleStore(bundles) if bundles is not None else None
         self._embedded = embedded
@@ -216,13 +224,13 @@ class GuardRuntime:
             if self.books.spans is not None:
                 decided_ns = (began_ns, time.time_ns())
                 outcomes = [replace(outcome, decided_ns=decided_ns) for outcome in outcomes]
-            record.passes += 1
+            record.forward_passes += 1
             record.rows += outcomes
             replaced = self._relabelled(guard, activations, inputs, outcomes)
             record.guard_seconds += time.perf_counter() - started
             return replaced
 
-        self._hooks.callback(self._module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        self._hooks.callback(self.module.register_forward_pre_hook(before, with_kwargs=True).remove)
         self._hooks.enter_context(suspect.watch(after))
         self._watched = guard
 
@@ -311,7 +319,7 @@ class GuardRuntime:
     # -- following ACTIVE ---------------------------------------------------------------------------------------
 
     def _load(self, path: Path) -> Guard:
-        guard = Guard.load(path, SuspectModel(self._module))  # split points of its own: the old guard stays usable
+        guard = Guard.load(path, SuspectModel(self.module))  # split points of its own: the old guard stays usable
         if guard.suspect is None or guard.suspect.split_points is None:
             raise BundleError(f"bundle {path.name[:12]} was fitted without a suspect model; it cannot watch one.")
         guard = guard.with_config(**self._settings)

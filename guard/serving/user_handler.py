@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import logging
@@ -12,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from guard.errors import ArchiveError, DataError, SuspectModelError
 from guard.resources import resource_path
 from guard.serving.archive import make_archive
+from guard.serving.row_fidelity import declares_one_row, why_one_by_one
 from guard.types import Float32Array
 from guard.weights import check_weights_file
 
@@ -42,11 +45,17 @@ class UserHandler:
     rows_seen : callable (body) -> int
         Answers one request with `handle`, and counts the rows of the forward passes that a hook sees meanwhile. Raises
         DataError if it answers an error, and whatever `handle` raises.
+    why_one_by_one : callable (sequence of bytes, input shape) -> str
+        Tries whether it keeps the requests of a batch apart, with such bodies: "" if it does, else why not.
+    declares_one_row : bool
+        Whether its class declares that it does.
     """
 
     module: nn.Module
     model_inputs: Callable[[Sequence[Any]], Float32Array]
     rows_seen: Callable[[Any], int]
+    why_one_by_one: Callable[[Sequence[bytes], Sequence[int] | None], str]
+    declares_one_row: bool
 
 
 class Remedy(NamedTuple):
@@ -148,6 +157,8 @@ def open_unpacked_handler(
             module,
             lambda bodies: _model_inputs(inner, context, bodies),
             lambda body: _rows_seen(inner, context, module, body),
+            lambda examples, shape: why_one_by_one(partial(asked_in_probe, inner, context), module, examples, shape),
+            declares_one_row(inner),
         )
     finally:
         sys.path.remove(str(folder))
@@ -239,6 +250,35 @@ def handler_class(name: str, method: str, remedy: str = ADD_FILES.imports) -> ty
             "See TorchServe's custom handlers with a class."
         )
     return classes[0]
+
+
+def request_context(context: Any, ids: Sequence[str | None], headers: Sequence[dict[str, Any]]) -> Any:
+    """Return a copy of TorchServe's context for a batch of its own: no status and no header of an answer is set.
+
+    Parameters
+    ----------
+    context : ts.context.Context
+    ids, headers : sequence
+        One per request of the batch.
+    """
+    from ts.context import RequestProcessor
+
+    made = copy.copy(context)
+    made.request_ids, made.request_processor = dict(enumerate(ids)), [RequestProcessor(each) for each in headers]
+    return made
+
+
+def probe_context(context: Any, n_requests: int = 1) -> Any:
+    """Return a context for requests that no client sent, with the headers that TorchServe gives bytes of no type."""
+    kind = "application/octet-stream"
+    headers = [{"body": {"content-type": kind}, "content-type": kind} for _ in range(n_requests)]
+    return request_context(context, [f"probe-{index}" for index in range(n_requests)], headers)
+
+
+def asked_in_probe(handler: Any, context: Any, items: list[Any]) -> tuple[Any, Any]:
+    """Let a handler answer requests that no client sent; return what it did, and their context."""
+    made = probe_context(context, len(items))
+    return handler.handle(items, made), made
 
 
 def _requests(context: Any, bodies: Sequence[Any]) -> list[dict[str, Any]]:

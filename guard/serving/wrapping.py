@@ -6,7 +6,7 @@ import sys
 import tempfile
 import unicodedata
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from guard.errors import ArchiveError, GuardError, SuspectModelError, UnsafeWeig
 from guard.files import READABLE_FILE, whole_file
 from guard.resources import resource_path
 from guard.serving.archive import add_files, check_module_names, plain_entry
-from guard.serving.archived import write_guard_files
+from guard.serving.archived import EXAMPLES, write_guard_files
 from guard.serving.manifest import MANIFEST, Manifest, parse_manifest
 from guard.serving.original import RECIPE, make_recipe, original_bytes, original_digest
 from guard.serving.strict_zip import StrictZip, open_strict_zip
@@ -29,7 +29,7 @@ from guard.weights import check_weights_file
 #: Weights under any of these names are looked into, wherever a handler may find them.
 WEIGHTS_SUFFIXES = (".pt", ".pth", ".pts", ".pt2", ".ckpt", ".pkl", ".pickle", ".safetensors")
 #: Names that a guarded archive needs for itself.
-_OURS = ("guard_handler.py", "guard_archive.json", "guard.toml", RECIPE)
+_OURS = ("guard_handler.py", "guard_archive.json", "guard.toml", EXAMPLES, RECIPE)
 _REMEDY = Remedy(
     "Install here what the server has installed for it, such as the archive's requirements, then try again.",
     "Does this archive run in TorchServe as it is?",
@@ -134,6 +134,7 @@ def write_guarded(
     *,
     bundles: Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    examples: Sequence[bytes] = (),
     force: bool = False,
 ) -> None:
     """Write the archive with a guard around its handler; the file appears when it is whole, and was read back.
@@ -149,6 +150,8 @@ def write_guarded(
         Folder whose ACTIVE the server follows.
     settings : mapping, optional
         Serving settings that override those of the bundle.
+    examples : sequence of bytes, optional
+        Bodies of requests, which a worker tries its handler with.
     force : bool
         Replace a file of that name; never the archive itself.
 
@@ -164,7 +167,10 @@ def write_guarded(
     check_output(output, original.path, force)
     kept = [name for name in original.members if name != MANIFEST]
     with tempfile.TemporaryDirectory(prefix="guard-wrap-") as scratch:
-        added = write_guard_files(opened.handler, bundle, bundles, settings or {}, None, Path(scratch))
+        bodies = [Path(scratch) / f"body-{number}" for number in range(len(examples))]
+        for path, body in zip(bodies, examples, strict=True):
+            path.write_bytes(body)
+        added = write_guard_files(opened.handler, bundle, bundles, settings or {}, None, bodies, Path(scratch))
         files = {"guard_handler.py": resource_path("guard_handler.py")}
         for path in added:
             below = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
