@@ -11,19 +11,38 @@ from queue_helpers import flagged
 
 from guard.relabel.items import State
 from guard.relabel.queue import Queue
-from guard.relabel.reservoir import Reservoir, Waiting
+from guard.relabel.reservoir import Body, Reservoir, Share, Waiting
 from guard.relabel.settings import QueueSettings
 
 A, B = ("digits", 1), ("digits", 2)
 
 
-def reservoir(free_items: int, free_bytes: int = 10**9, stored: dict | None = None) -> Reservoir:
-    stored = stored or {}
+def waiting(ticket: float, item_id: int, size: int, is_held: bool = False) -> Waiting:
+    return Waiting(is_held, ticket, item_id, size)
+
+
+def reservoir(
+    free_items: int, free_bytes: int = 10**9, stored: dict | None = None, bodies: dict[int, int] | None = None
+) -> Reservoir:
+    """A full queue that holds these items per group, some with a body that they can do without."""
+    stored, bodies = stored or {}, bodies or {}
+
+    def largest(group: tuple[str, int]) -> list[Body]:
+        return [
+            Body(one.is_held, -bodies[one.item_id], one.item_id)
+            for one in stored.get(group, [])
+            if one.item_id in bodies
+        ]
+
     return Reservoir(
         free_items,
         free_bytes,
         lambda group: stored.get(group, []),
-        lambda: Counter({group: len(waiting) for group, waiting in stored.items()}),
+        largest,
+        lambda: {
+            group: Share(len(own), sum(one.size for one in own), sum(bodies.get(one.item_id, 0) for one in own))
+            for group, own in stored.items()
+        },
     )
 
 
@@ -37,7 +56,7 @@ def test_reservoir_with_room_keeps_everything():
 
 
 def test_reservoir_full_keeps_the_higher_ticket():
-    room = reservoir(0, stored={A: [Waiting(0.4, 11, 10), Waiting(0.6, 12, 10)]})
+    room = reservoir(0, stored={A: [waiting(0.4, 11, 10), waiting(0.6, 12, 10)]})
     assert not room.offer(0, A, 0.3, 10)
     assert room.offer(1, A, 0.5, 10)
     assert room.removed == {11: 10}
@@ -47,14 +66,14 @@ def test_reservoir_full_keeps_the_higher_ticket():
 
 
 def test_reservoir_full_lets_a_smaller_group_in():
-    room = reservoir(0, stored={A: [Waiting(0.1 * number, number, 10) for number in range(1, 6)]})
+    room = reservoir(0, stored={A: [waiting(0.1 * number, number, 10) for number in range(1, 6)]})
     assert [room.offer(place, B, 0.001, 10) for place in range(4)] == [True, True, False, False]
     assert room.removed == {1: 10, 2: 10}  # 3 of A are left, then 2 of B: as even as it gets
     assert room.drops == {A: 2, B: 2}
 
 
 def test_reservoir_full_makes_room_for_bytes():
-    stored = {A: [Waiting(0.1, 1, 10), Waiting(0.2, 2, 10), Waiting(0.9, 3, 10)]}
+    stored = {A: [waiting(0.1, 1, 10), waiting(0.2, 2, 10), waiting(0.9, 3, 10)]}
     room = reservoir(5, 0, stored)
     assert not room.offer(0, A, 0.5, 25)  # would need the one with 0.9 as well
     assert room.removed == {}

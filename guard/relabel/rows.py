@@ -48,6 +48,16 @@ class Rows:
         """Bytes of body and tensors, as stored."""
         return int(self.item["size"])
 
+    @property
+    def spare(self) -> int:
+        """Bytes of the body, if it is larger than the tensors: the item can do without it; else 0."""
+        return int(self.item["spare_bytes"])
+
+    def without_body(self) -> Rows:
+        """Return the same without a body that the item can do without."""
+        left = {"size": self.size - self.spare, "spare_bytes": 0, "content_type": ""}
+        return Rows(self.item | left, self.blobs | {"body": b""})
+
 
 class Codec:
     """Turns flagged inputs into rows and back, encrypted if there is a cipher."""
@@ -68,6 +78,7 @@ class Codec:
             "votes": 0,
             "ticket": ticket,
             "size": blobs.size,
+            "spare_bytes": len(blobs.body) if ticket < 1 and 2 * len(blobs.body) > blobs.size else 0,
             "n_classes": flagged.n_classes,
             "scores": json.dumps({"raw": dict(flagged.raw), "surprise": dict(flagged.surprise)}),
         }
@@ -102,7 +113,7 @@ class Codec:
 
     def _open(self, row: Mapping[Any, Any], column: str) -> bytes:
         data = bytes(row[column])
-        if not row["sealed"]:
+        if not row["sealed"] or not data:  # nothing is left of a body that gave way; what is sealed is never empty
             return data
         if self._cipher is None:
             raise QueueKeyError(f"the queue is encrypted. Set {KEY_VARIABLE} to the key that it was written with.")

@@ -39,25 +39,52 @@ UPDATE_LEDGER = sa.update(ledger).values(
 INSERT_ITEM = sa.insert(items)
 INSERT_BLOBS = sa.insert(blobs)
 INSERT_GOLD = sa.insert(gold)
-#: Pending items per group key, to see which group takes most room.
-PENDING_PER_GROUP = (
-    sa.select(items.c.model, items.c.suspect_label, sa.func.count())
-    .where(_IS_PENDING, _IS_ORDINARY)
-    .group_by(items.c.model, items.c.suspect_label)
-)
-#: The pending items of a group that would give way first.
-LOWEST_TICKETS = (
-    sa.select(items.c.ticket, items.c.id, items.c.size)
-    .where(
-        _IS_PENDING,
-        _IS_ORDINARY,
-        items.c.model == sa.bindparam("model"),
-        items.c.suspect_label == sa.bindparam("suspect_label"),
+#: What may give way: nobody has answered it, or not enough have.
+_OPEN = (_IS_PENDING, _IS_CLAIMED)
+_IN_GROUP_KEY = (items.c.model == sa.bindparam("model"), items.c.suspect_label == sa.bindparam("suspect_label"))
+
+
+def _share_of(is_state: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    return (
+        sa.select(
+            items.c.model,
+            items.c.suspect_label,
+            sa.func.count().label("items"),
+            sa.func.sum(items.c.size).label("bytes"),
+            sa.func.sum(items.c.spare_bytes).label("spare"),
+        )
+        .where(is_state, _IS_ORDINARY)
+        .group_by(items.c.model, items.c.suspect_label)
     )
-    .order_by(items.c.ticket)
-    .limit(sa.bindparam("n"))
-    .with_for_update(skip_locked=True)
-)
+
+
+def _lowest_tickets(is_state: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    return (
+        sa.select(items.c.ticket, items.c.id, items.c.size)
+        .where(is_state, _IS_ORDINARY, *_IN_GROUP_KEY)
+        .order_by(items.c.ticket)
+        .limit(sa.bindparam("n"))
+        .with_for_update(skip_locked=True)
+    )
+
+
+def _largest_bodies(is_state: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    return (
+        sa.select(-items.c.spare_bytes, items.c.id)
+        .where(is_state, items.c.spare_bytes > sa.literal_column("0"), *_IN_GROUP_KEY)
+        .order_by(items.c.spare_bytes.desc())
+        .limit(sa.bindparam("n"))
+        .with_for_update(skip_locked=True)
+    )
+
+
+
+#: What every group holds, to see which takes most room; pending and held items apart.
+SHARES = sa.union_all(*map(_share_of, _OPEN))
+#: The items of a group that would give way first: of the pending ones, and of those that a reviewer holds.
+LOWEST_TICKETS, LOWEST_TICKETS_HELD = map(_lowest_tickets, _OPEN)
+#: The largest bodies of a group that its items can do without, as above.
+LARGEST_BODIES, LARGEST_BODIES_HELD = map(_largest_bodies, _OPEN)
 #: An item is out of the queue: `state` is `discarded` or `expired`.
 REMOVE_ITEM = (
     sa.update(items)
@@ -65,6 +92,13 @@ REMOVE_ITEM = (
     .values(state=sa.bindparam("new_state"), claimed_by=None, lease_expires_at=None)
 )
 DELETE_BLOBS = sa.delete(blobs).where(blobs.c.item_id == sa.bindparam("item_id"))
+#: An item stays without its body.
+REMOVE_BODY = sa.update(blobs).where(blobs.c.item_id == sa.bindparam("of_item")).values(body=b"")
+NOTE_BODY_REMOVED = (
+    sa.update(items)
+    .where(items.c.id == sa.bindparam("of_item"))
+    .values(size=items.c.size - items.c.spare_bytes, spare_bytes=0, content_type="")
+)
 DELETE_SKIPS = sa.delete(skips).where(skips.c.item_id == sa.bindparam("item_id"))
 
 
