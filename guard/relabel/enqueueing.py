@@ -121,16 +121,6 @@ class _Stored:
         return found
 
 
-def insert_gold(connection: Connection, rows: Rows, is_poisoned: bool, true_label: int | None) -> int:
-    """Store an item whose answer is known, and return its number; there is always room for it."""
-    last_id, _, _ = connection.execute(statements.LEDGER).one()
-    insert_rows(connection, {last_id + 1: rows})
-    values: dict[str, Any] = {"item_id": last_id + 1, "is_poisoned": is_poisoned, "true_label": true_label}
-    connection.execute(statements.INSERT_GOLD, values)
-    update_ledger(connection, new_ids=1, more_items=1, more_bytes=rows.size)
-    return int(last_id + 1)
-
-
 def insert_rows(connection: Connection, batch: dict[int, Rows]) -> None:
     """Insert items under their numbers."""
     if batch:

@@ -71,7 +71,7 @@ class Codec:
         if self._cipher is not None:
             seal = self._cipher.seal
             blobs = Blobs(seal(blobs.body), seal(blobs.inputs), seal(blobs.activations))
-        item: dict[str, Any] = {name: getattr(flagged, name) for name in _SAME}
+        item: dict[str, Any] = {name: _storable(getattr(flagged, name)) for name in _SAME}
         item |= {
             "state": State.PENDING.value,
             "group_id": 0,
@@ -118,6 +118,19 @@ class Codec:
         if self._cipher is None:
             raise QueueKeyError(f"the queue is encrypted. Set {KEY_VARIABLE} to the key that it was written with.")
         return self._cipher.open(data)
+
+
+def _storable(value: Any) -> Any:
+    """Return a value as both databases take it: what a client named itself may hold NUL or half characters."""
+    if not isinstance(value, str):
+        return value
+    return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+
+
+def detectors_of(row: Mapping[Any, Any]) -> tuple[set[str], set[str]]:
+    """Return the names of the detectors that gave a score, and of those that gave a surprise, of one row of `items`."""
+    scores = json.loads(row["scores"])
+    return set(scores["raw"]), set(scores["surprise"])
 
 
 def decision_of(row: Mapping[Any, Any]) -> Decision:

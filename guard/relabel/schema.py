@@ -174,6 +174,8 @@ gold = sa.Table(
     sa.Column("true_label", sa.Integer),
     #: The answered item that it is a copy of: who answered that one is not asked. Not a reference: it may go first.
     sa.Column("copy_of", sa.BigInteger),
+    #: Answers up to this decision are shown as learned from: a bundle learned from others of that time.
+    sa.Column("learned_to", sa.BigInteger, nullable=False, server_default="0"),
 )
 
 #: Items that a reviewer did not want to answer now; they come last for this reviewer.

@@ -70,12 +70,20 @@ def flagged_request(context: Any, index: int, outcome: Outcome, item: Any) -> Fl
     assert outcome.evidence is not None  # only flagged requests have both
     body = (item.get("data") or item.get("body") or next(iter(item.values()), b"")) if isinstance(item, dict) else item
     if isinstance(body, str):
-        body = body.encode()
+        body = body.encode("utf-8", "backslashreplace")
     elif not isinstance(body, bytes | bytearray | memoryview):
-        body = json.dumps(body, default=repr).encode()
+        body = _written_anew(body)
     headers = context.get_all_request_header(index)
     content_type = next((str(value) for name, value in headers.items() if name.lower() == "content-type"), "")
     return Flagged(str(context.get_request_id(index)), outcome.verdict, outcome.evidence, bytes(body), content_type)
+
+
+def _written_anew(parsed: Any) -> bytes:
+    """Return what the server had parsed as JSON; nothing where that cannot be: the network's own input is enough."""
+    try:
+        return json.dumps(parsed, default=repr).encode()
+    except (RecursionError, ValueError, TypeError):  # nested too deeply, in itself, or with keys that are no text
+        return b""
 
 
 class ReviewQueue:

@@ -21,6 +21,7 @@ def upgrade() -> None:
     """Add both columns, fill them, and give gold items an id and a time of their own."""
     op.add_column("items", sa.Column("spare_bytes", sa.BigInteger, nullable=False, server_default="0"))
     op.add_column("gold", sa.Column("copy_of", sa.BigInteger))
+    op.add_column("gold", sa.Column("learned_to", sa.BigInteger, nullable=False, server_default="0"))
     connection = op.get_bind()
     body = sa.select(sa.func.length(_blobs.c.body)).where(_blobs.c.item_id == _items.c.id).scalar_subquery()
     connection.execute(
@@ -28,9 +29,7 @@ def upgrade() -> None:
     )
     _disguise_gold(connection)
     op.drop_index("ix_items_ticket", "items")
-    _create_index(
-        "ix_items_ticket", "state = 'pending'", "model", "suspect_label", "ticket", "size", "spare_bytes"
-    )
+    _create_index("ix_items_ticket", "state = 'pending'", "model", "suspect_label", "ticket", "size", "spare_bytes")
     _create_index(
         "ix_items_spare",
         "state = 'pending' AND spare_bytes > 0",
