@@ -590,7 +590,7 @@ def test_gold_item_is_asked_once_of_everybody_and_never_trained_with(queue, cloc
     queue.supersede("cleo", decision.id, is_poisoned=True, true_label=5)
     assert queue.gold_results("cleo").right == 1
     assert queue.decided("digits") == []
-    clock.advance(days=100)
+    clock.advance(days=29)
     queue.sweep()
     assert ids_of(queue.claim("dan")) == [gold]
 

@@ -35,13 +35,14 @@ def disguised(connection: Connection, original: FlaggedInput, now: datetime) -> 
 
 
 def other_request_id(text: str) -> str:
-    """Return a random request id of the same form: every letter by a letter, every digit by a digit."""
+    """Return another request id of the same form: random hex digits, or digits; letters only where it has no digits."""
     if _UUID.fullmatch(text):
         return str(uuid.uuid4())
-    is_hex = not re.search("[g-z]", text)
-    letters = "abcdef" if is_hex else "abcdefghijklmnopqrstuvwxyz"
-    text = re.sub("[0-9]", lambda _: _random.choice("0123456789"), text)
-    return re.sub("[a-z]", lambda _: _random.choice(letters), text) if is_hex else text
+    kinds = ["0123456789"] if re.search("[0-9]", text) else ["abcdefghijklmnopqrstuvwxyz"]
+    if not re.search("[g-zG-Z]", text):
+        kinds = ["0123456789", "abcdef"]
+    other = "".join(next((_random.choice(kind) for kind in kinds if one in kind), one) for one in text)
+    return other_request_id(text) if other == text and re.search("[0-9a-z]", text) else other
 
 
 def insert_gold(
@@ -63,9 +64,16 @@ def insert_gold(
 
 
 def note_learned(connection: Connection, ids: Sequence[int]) -> None:
-    """After a bundle learned from items, show answers about gold items of that time as learned from, too."""
-    for model, decision_id in connection.execute(statements.LEARNED_TO, {"ids": list(ids)}).all():
-        connection.execute(statements.NOTE_LEARNED, {"of_model": model, "decision_id": decision_id})
+    """After a bundle learned from items, show answers about gold items of that time as learned from, too.
+
+    They are those up to the next answer that it did not learn from.
+    """
+    last = connection.execute(statements.LAST_DECISION).first()
+    for model, learned in connection.execute(statements.LEARNED_TO, {"ids": list(ids)}).all():
+        values = {"of_model": model, "decision_id": learned}
+        following = connection.execute(statements.NEXT_NOT_LEARNED, values).scalar()
+        newest = following - 1 if following is not None else last.id if last is not None else 0
+        connection.execute(statements.NOTE_LEARNED, {"of_model": model, "decision_id": newest})
 
 
 class Eyes:

@@ -364,6 +364,12 @@ LEARNED_TO = (
     .where(items.c.id.in_(sa.bindparam("ids", expanding=True)), is_in(State.TRAINED))
     .group_by(items.c.model)
 )
+#: The first answer after one that no bundle has learned from.
+NEXT_NOT_LEARNED = sa.select(sa.func.min(items.c.decision_id)).where(
+    is_in(State.DECIDED),
+    items.c.model == sa.bindparam("of_model"),
+    items.c.decision_id > sa.bindparam("decision_id"),
+)
 NOTE_LEARNED = (
     sa.update(gold)
     .where(

@@ -7,7 +7,7 @@ import hmac
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Annotated, NoReturn
 from urllib.parse import urlsplit
@@ -198,8 +198,8 @@ async def read_form(request: Request, *, max_files: int, max_fields: int) -> For
     return await request.form(max_files=max_files, max_fields=max_fields)
 
 
-async def posted_form(request: Request) -> Posted:
-    """Return a form together with who sent it, after the check that our own page did.
+async def posted_form(request: Request) -> AsyncIterator[Posted]:
+    """Yield a form together with who sent it, after the check that our own page did.
 
     Raises
     ------
@@ -209,10 +209,13 @@ async def posted_form(request: Request) -> Posted:
     refuse_other_sites(request)
     session = await run_in_threadpool(session_of, request)
     form = await read_form(request, max_files=1, max_fields=2000)
-    sent = request.headers.get("x-csrf-token") or form.get("csrf")
-    if not isinstance(sent, str) or not hmac.compare_digest(sent.encode(), session.csrf_token.encode()):
-        raise ForbiddenError("the form has no valid token. Reload the page and try again.")
-    return Posted(session, form)
+    try:
+        sent = request.headers.get("x-csrf-token") or form.get("csrf")
+        if not isinstance(sent, str) or not hmac.compare_digest(sent.encode(), session.csrf_token.encode()):
+            raise ForbiddenError("the form has no valid token. Reload the page and try again.")
+        yield Posted(session, form)
+    finally:
+        await form.close()  # an uploaded file is a temporary one
 
 
 def bearer(request: Request) -> Reviewer:
