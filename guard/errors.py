@@ -61,6 +61,14 @@ class ItemGone(QueueError):  # noqa: N818
     """There is no such item, or its images were removed."""
 
 
+class NotYours(QueueError):  # noqa: N818
+    """The item is neither held by this reviewer nor answered by them."""
+
+
+class TooManyHeld(QueueError):  # noqa: N818
+    """The reviewer holds as many items as the queue's `max_held` allows."""
+
+
 class UnknownLabel(QueueError):  # noqa: N818
     """The true label is none of the model's classes."""
 

@@ -47,7 +47,7 @@ def claim(url: str) -> dict[str, object]:
 
     def work(place: int) -> None:
         mine: list[int] = []
-        with Queue.open(url) as queue:
+        with Queue.open(url, QueueSettings(max_held=1000)) as queue:
             while found := queue.claim(f"reviewer {place}", 1 + place):
                 mine += [item.id for item in found]
         os.write(ends[place][1], json.dumps(mine).encode())

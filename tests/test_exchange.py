@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import io
 import json
@@ -200,6 +201,34 @@ def test_every_bad_row_is_named_and_nothing_is_imported(queue):
     assert queue.decisions() == []
 
 
+@pytest.mark.parametrize("row", ["nonsense,poisoned,4", "99,poisoned,4", "1,poisoned,4", "2,perhaps,4"])
+def test_import_of_rubbish_stops_after_a_few_errors(queue, monkeypatch, row):
+    """The attack: 3 MB of bad rows took 44 s, one look at the queue for each."""
+    asked = []
+    get = queue.get
+    monkeypatch.setattr(queue, "get", lambda item_id: asked.append(item_id) or get(item_id))
+    text = "item,verdict,true_label\n" + f"{row}\n" * 100_000
+    with pytest.raises(DataError, match=r"nothing was imported: .*Stopped there, after 2\d of 100000 rows\."):
+        import_answers(queue, "ada", read_csv(text), names_of)
+    assert len(asked) <= 20
+    assert queue.decisions() == []
+
+
+def test_import_of_too_many_rows_is_refused_while_it_is_read(monkeypatch):
+    monkeypatch.setattr("guard.relabel.exchange.MOST_ROWS", 3)
+    with pytest.raises(DataError, match="at most 3 rows"):
+        read_csv("item,verdict,true_label\n" + "1,poisoned,4\n" * 4)
+    with pytest.raises(DataError, match="at most 3 rows"):
+        read_label_studio(json.dumps([{}] * 4))
+
+
+def test_import_of_more_answers_than_one_reviewer_may_hold_is_saved_and_holds_nothing(queue):
+    queue.enqueue([picture(number % 5) for number in range(150)])
+    text = "item,verdict,true_label\n" + "".join(f"{number},poisoned,4\n" for number in range(1, 151))
+    assert import_answers(queue, "ada", read_csv(text), names_of).saved == 150
+    assert queue.held_by("ada") == []
+
+
 def test_item_with_another_reviewer_stops_the_import_and_the_rest_is_given_back(queue):
     queue.claim_items("bob", [2])
     text = "item,verdict,true_label\n1,poisoned,4\n2,poisoned,4\n"
@@ -214,6 +243,25 @@ def test_item_that_was_answered_otherwise_is_refused(queue):
     import_json(queue, [annotated(exported(queue)[0], "poisoned", "2")])
     with pytest.raises(DataError, match="item 1 was answered otherwise by ada"):
         import_answers(queue, "bob", read_csv("item,verdict,true_label\n1,poisoned,4\n"), names_of)
+
+
+HOSTILE = (
+    '[{"data": {"item": 1}, "annotations": [{"result": 5}]}]',
+    '[{"data": {"item": 1}, "annotations": [{"result": [{"from_name": "verdict", "value": {"choices": "x"}}]}]}]',
+    '[{"item": "\\u00b2", "verdict": "poisoned", "true_label": "4"}]',
+    '[{"item": "\\ud800", "verdict": "\\ud800\\u0000", "true_label": "\\u0000"}]',
+    '[{"item": 1e400, "verdict": "poisoned", "true_label": NaN}]',
+    f'[{{"item": {2**70}, "verdict": "poisoned", "true_label": "4"}}]',
+    f'[{{"item": {"9" * 5000}, "verdict": "poisoned", "true_label": "4"}}]',
+    f'[{{"item": 1, "x": {"[" * 900}{"]" * 900}, "verdict": true, "true_label": []}}]',
+)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_file_is_refused_or_holds_no_answer(queue, text):
+    with contextlib.suppress(DataError):
+        assert import_answers(queue, "ada", read_label_studio(text), names_of).saved == 0
+    assert queue.decisions() == []
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", "nonsense", '[{"data": 3}]', "[" * 100_000])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from datetime import datetime, timedelta, timezone
@@ -20,6 +22,7 @@ from guard.errors import (
     ItemGone,
     LeaseExpired,
     QueueError,
+    TooManyHeld,
     UnknownLabel,
 )
 from guard.relabel.items import Answer, QueueItem, State
@@ -210,6 +213,66 @@ def test_release_and_renew_touch_only_what_is_the_reviewers(queue, clock):
     assert queue.get(a).claimed_by == "ana"
     assert queue.release("ana", [a]) == [a]
     assert queue.get(a).state is State.PENDING
+
+
+# --- how much one reviewer holds ---
+
+
+def test_reviewer_holds_no_more_than_the_limit_in_all_ways(open_queue, clock):
+    queue = open_queue(max_held=3)
+    ids = queue.enqueue([flagged(number) for number in range(8)]).ids
+    queue.set_groups(dict.fromkeys(ids, 4))
+    assert len(queue.claim("ana", 2)) == 2
+    assert len(queue.claim("ana", 50, group=4)) == 1
+    held = queue.held_by("ana")
+    assert len(held) == 3
+    for ask in (lambda: queue.claim("ana"), lambda: queue.claim("ana", 5, group=4)):
+        with pytest.raises(TooManyHeld, match="ana holds 3 items: max_held is 3"):
+            ask()
+    assert sorted(ids_of(queue.claim_items("ana", ids))) == sorted(held)  # those, and no more
+    decision = queue.decide("ana", held[0], is_poisoned=True, true_label=5)
+    assert len(queue.claim("ana", 5)) == 1
+    queue.withdraw("ana", decision.id)  # would be the fourth
+    assert queue.get(held[0]).state is State.PENDING
+    assert len(queue.held_by("ana")) == 3
+    assert len(queue.claim("ben", 8)) == 3  # the limit is each reviewer's own
+    clock.advance(seconds=601)
+    assert queue.held_by("ana") == []
+    assert len(queue.claim("ana", 2)) == 2
+
+
+def test_claims_at_once_never_hold_more_than_the_limit(open_queue):
+    queue = open_queue(max_held=10, wait_s=60)
+    queue.enqueue([flagged(number % 9) for number in range(60)])
+    start = threading.Barrier(4)
+
+    def claim() -> None:
+        start.wait()
+        with contextlib.suppress(TooManyHeld):
+            for _ in range(4):
+                queue.claim("ana", 3)
+
+    threads = [threading.Thread(target=claim) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(queue.held_by("ana")) == 10
+
+
+def test_items_that_nobody_else_holds_are_answered_without_holding_them(open_queue, clock):
+    queue = open_queue(max_held=1)
+    free, mine, late, taken = queue.enqueue([flagged(number) for number in range(4)]).ids
+    queue.claim_items("ana", [late])
+    clock.advance(seconds=601)
+    queue.claim_items("ana", [mine])
+    queue.claim_items("ben", [taken])
+    answers = [Answer(item_id=item_id, is_poisoned=True, true_label=5) for item_id in (free, mine, late)]
+    refused = Answer(item_id=taken, is_poisoned=True, true_label=5)
+    with pytest.raises(LeaseExpired, match="ben has it"):
+        queue.decide_many("ana", [*answers, refused], also_free=True)
+    assert queue.decisions() == []
+    assert len(queue.decide_many("ana", answers, also_free=True)) == 3
 
 
 # --- answers ---
@@ -458,7 +521,8 @@ def test_sweep_purges_rows_nobody_answered_and_keeps_answered_ones(queue, clock)
     assert queue.verify_decisions().problems == ()
 
 
-def test_sweep_goes_on_until_all_is_done(queue, clock):
+def test_sweep_goes_on_until_all_is_done(open_queue, clock):
+    queue = open_queue(max_held=450)
     queue.enqueue([flagged(number % 7) for number in range(450)])
     assert len(queue.claim("ana", 450)) == 450
     clock.advance(seconds=601)
@@ -526,7 +590,7 @@ def test_gold_item_is_asked_once_of_everybody_and_never_trained_with(queue, cloc
     queue.supersede("cleo", decision.id, is_poisoned=True, true_label=5)
     assert queue.gold_results("cleo").right == 1
     assert queue.decided("digits") == []
-    clock.advance(days=100)
+    clock.advance(days=29)
     queue.sweep()
     assert ids_of(queue.claim("dan")) == [gold]
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -15,12 +18,14 @@ from review_helpers import N_CLASSES, desk_of, picture, small_bundle
 from torch import nn
 
 from guard import Activations, SuspectModel
+from guard.observing.scrape import Series
 from guard.relabel.items import State
 from guard.relabel.queue import Queue
 from guard.review import Desk
 from guard.review.known_bundles import KnownBundles
 from guard.review.occlusion import Occlusion
 from guard.review.server import serving_in_thread
+from guard.review.status_sampler import Sampler
 
 
 @pytest.fixture
@@ -249,6 +254,37 @@ def test_wrong_login_says_so_and_logout_closes_every_page(desk, open_page):
     assert desk.queue.decisions() == []
 
 
+def test_pictures_are_gone_from_the_browser_after_the_log_out(desk, open_page):
+    """The attack: who sits down at the browser next saw pictures that it had kept."""
+    token = desk.reviewers.add("ada")
+    paths = ["/images/items/1.png", "/images/items/1.png?view=sent"]
+    ask = "path => fetch(path, {cache: 'force-cache'}).then(answer => answer.status)"
+    with serving_in_thread(desk) as url:
+        page = open_page(url)
+        log_in(page, "ada", token)
+        shows(page, 1)
+        assert [page.evaluate(ask, path) for path in paths] == [200, 200]
+        page.get_by_role("button", name=re.compile("Log out")).click()
+        page.wait_for_url("**/login")
+        assert [page.evaluate(ask, path) for path in paths] == [401, 401]
+        page.go_back()
+        page.wait_for_url("**/login")
+        assert page.locator("img").count() == 0
+
+
+def hostile_metrics(evil: str) -> Sampler:
+    """Return a source of the status page whose model, verdicts and detectors have hostile names."""
+    counter = count(1)
+    series = [
+        Series.of("guard_verdicts_total", {"model": evil, "verdict": "poisoned", "action": evil}),
+        Series.of("guard_detector_fired_total", {"model": evil, "detector": evil}),
+    ]
+    sampler = Sampler(["http://127.0.0.1:8082"], read=lambda _: dict.fromkeys(series, 10.0 * next(counter)))
+    for ago in (120, 60, 0):
+        sampler.look(datetime.now(UTC).timestamp() - ago)
+    return sampler
+
+
 def test_hostile_names_bodies_and_types_run_no_script(queue, open_page, tmp_path):
     evil = "\"'><img src=x onerror=\"alert('img')\"><script>alert('script')</script><svg onload=alert('svg')>"
     names = [f"{evil}{label}" for label in range(N_CLASSES)]
@@ -265,7 +301,7 @@ def test_hostile_names_bodies_and_types_run_no_script(queue, open_page, tmp_path
     }
     queue.enqueue([picture(number, **hostile) for number in range(3)])
     queue.set_groups({2: 7, 3: 7})
-    desk = desk_of(queue, bundles=KnownBundles(tmp_path / "bundles"))
+    desk = desk_of(queue, bundles=KnownBundles(tmp_path / "bundles"), metrics=hostile_metrics(evil))
     token = desk.reviewers.add("ada", "admin")
     desk.rounds.finish(desk.rounds.begin(evil, 1), "refused", {"reasons": [evil], evil: evil, "before": {evil: evil}})
     with serving_in_thread(desk) as url:
@@ -280,6 +316,19 @@ def test_hostile_names_bodies_and_types_run_no_script(queue, open_page, tmp_path
         expect(page.locator("#notice")).to_contain_text("<script>")  # as text
         for path in ("groups", "groups/7", "answers", "progress", "admin", "items/1", "images/items/1.png?view=sent"):
             page.goto(f"{url}/{path}")
+        page.goto(f"{url}/admin")
+        page.set_input_files("input[type=file]", {"name": f"{evil}.csv", "mimeType": evil, "buffer": evil.encode()})
+        page.get_by_role("button", name="Import").click()
+        said(page, "the file needs the columns")
+        page.fill("input[name=name]", evil)
+        page.get_by_role("button", name="Add and show a token").click()
+        said(page, "a name must be")
+        page.goto(f"{url}/review?order={quote(evil)}")
+        page.goto(f"{url}/status?model={quote(evil)}&span={quote(evil)}")
+        expect(page.locator(".uplot").first).to_be_visible(timeout=PATIENCE)
+        for details in page.locator("details summary").all():
+            details.click()
+        expect(page.locator("table").first).to_be_visible(timeout=PATIENCE)
         assert page.locator("img[src=x]").count() == 0
 
 

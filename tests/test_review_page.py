@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from review_helpers import N_CLASSES, client_of, desk_of, log_in, picture, shown_item, small_bundle
+from review_helpers import N_CLASSES, client_of, csrf_of, desk_of, log_in, picture, shown_item, small_bundle
 from starlette.testclient import TestClient
 
 from guard.errors import AlreadyDecided, QueueUnavailable
+from guard.relabel.enqueueing import remove_items
 from guard.relabel.items import State
 from guard.relabel.queue import Queue
 from guard.relabel.request_body import pack_body
@@ -101,27 +102,67 @@ def test_disabled_reviewer_is_out_at_once(desk, ada):
     assert ada.get("/review").headers["location"] == "/login"
 
 
-def test_sixth_failed_login_is_refused_even_with_the_right_token(desk):
+def test_sixth_failed_login_is_told_to_wait_and_the_right_token_passes_all_the_same(desk):
+    """The attack: five wrong tokens a minute under somebody's name kept that one out."""
     token = desk.reviewers.add("ada")
     client = client_of(desk)
     for _ in range(5):
         assert client.post("/login", data={"name": "ada", "token": "wrong"}).status_code == 401
-    response = client.post("/login", data={"name": "ada", "token": token})
+    response = client.post("/login", data={"name": "ada", "token": "wrong"})
     assert response.status_code == 429
     assert 1 <= int(response.headers["retry-after"]) <= 60
+    assert client.post("/login", data={"name": "bob", "token": "wrong"}).status_code == 401  # another name
+    assert client.post("/login", data={"name": "ada", "token": token}).status_code == 303
 
 
 def test_login_limit_forgets_after_its_window_and_counts_each_key():
     now = 0.0
     limit = LoginLimit(2, window_s=60, clock=lambda: now)
-    limit.failed("ada")
-    limit.check("ada")
-    limit.failed("ada")
-    limit.check("bob")
+    for _ in range(2):
+        limit.failed("ada")
+    limit.failed("bob")
     with pytest.raises(TooManyAttemptsError, match="Try again in 60 s"):
-        limit.check("bob", "ada")
+        limit.failed("ada")
     now = 60.1
-    limit.check("ada")
+    limit.failed("ada")
+
+
+def test_login_limit_is_bounded_whatever_names_are_tried():
+    limit = LoginLimit(5)
+    for number in range(11_000):
+        limit.failed(f"{number} {'x' * 5000}")
+    assert len(limit._failed) <= 10_000
+    assert max(map(len, limit._failed)) <= 200
+
+
+def test_login_makes_a_new_session_and_ends_the_one_that_was_there(desk):
+    """Session fixation: a cookie that somebody else planted is never raised to the reviewer's session."""
+    client = client_of(desk)
+    client.cookies["guard_session"] = "planted"
+    token = desk.reviewers.add("ada")
+    client.post("/login", data={"name": "ada", "token": token})
+    first = client.cookies["guard_session"]
+    assert first != "planted"
+    assert desk.reviewers.find_session("planted") is None
+    client.post("/login", data={"name": "ada", "token": token})
+    assert client.cookies["guard_session"] != first
+    assert desk.reviewers.find_session(first) is None
+
+
+def test_session_over_https_is_taken_from_its_prefixed_cookie_only(desk):
+    """`__Host-` cookies cannot be set by another host of the domain, nor over plain http."""
+    token = desk.reviewers.add("ada")
+    client = client_of(desk, "https://localhost")
+    response = client.post("/login", data={"name": "ada", "token": token})
+    assert response.headers["set-cookie"].startswith("__Host-guard_session=")
+    assert client.get("/review").status_code == 200
+    secret = client.cookies["__Host-guard_session"]
+    other = client_of(desk, "https://localhost")
+    other.cookies["guard_session"] = secret
+    assert other.get("/review").status_code == 303
+    client.headers["X-CSRF-Token"] = csrf_of(client)
+    assert client.post("/logout").status_code == 303
+    assert desk.reviewers.find_session(secret) is None
 
 
 @pytest.mark.parametrize("path", PAGES)
@@ -181,9 +222,15 @@ def test_pages_have_no_inline_script_or_style(ada, path):
     assert "https://" not in html
 
 
-def test_page_is_kept_by_no_cache_and_pictures_by_this_browser_only(ada):
-    assert ada.get("/review").headers["cache-control"] == "no-store"
-    assert ada.get("/images/items/1.png").headers["cache-control"].startswith("private")
+@pytest.mark.parametrize(
+    "path", ["/review", "/images/items/1.png", "/images/items/1.png?view=sent", "/answers", "/progress", "/status"]
+)
+def test_page_and_picture_are_kept_by_no_cache(ada, path):
+    assert ada.get(path).headers["cache-control"] == "no-store"
+
+
+def test_logout_clears_what_an_earlier_page_let_the_browser_keep(ada):
+    assert ada.post("/logout").headers["clear-site-data"] == '"cache"'
 
 
 def test_request_that_is_too_large_is_refused(desk, ada):
@@ -243,6 +290,48 @@ def test_unknown_label_is_refused(desk, ada, label):
     ada.get("/review")
     assert answer(ada, 1, label=label).status_code == 422
     assert desk.queue.decisions() == []
+
+
+def test_item_of_a_group_that_gave_way_is_told_and_the_rest_of_the_form_stays(queue, ada):
+    queue.set_groups({1: 4, 2: 4, 3: 4})
+    ada.get("/groups/4")
+    with queue.database.writing() as connection:
+        remove_items(connection, [2], State.DISCARDED)
+    form = {"verdict": "poisoned", "rule": "one", "group_label": "4", "include": ["1", "2", "3"], "label_3": "6"}
+    response = ada.post("/groups/4/decisions", data=form)
+    assert response.status_code == 409
+    assert "item 2 is discarded: it gave way to other inputs while the queue was full" in response.text
+    assert "Nothing was saved; the others are still here." in response.text
+    assert 'name="label_3" value="6"' in response.text
+    assert 'value="2"' not in response.text.split('class="tiles"')[1]
+    assert queue.decisions() == []
+    assert ada.post("/groups/4/decisions", data=form | {"include": ["1", "3"]}).status_code == 303
+    assert [one.true_label for one in queue.decisions()] == [4, 6]
+
+
+def test_page_shows_what_a_program_holds_for_the_reviewer_at_the_limit(sqlite_template, tmp_path):
+    shutil.copy(sqlite_template, tmp_path / "held.db")
+    with Queue.open(f"sqlite:///{tmp_path / 'held.db'}", QueueSettings(max_held=2)) as queue:
+        queue.enqueue([picture(number) for number in range(4)])
+        desk = desk_of(queue)
+        queue.claim("ada", 2)
+        ada = log_in(desk)
+        assert shown_item(ada.get("/review").text) == 1
+        assert shown_item(answer(ada, 1, part=True).text) in (2, 3)
+        program = client_of(desk)
+        program.headers["Authorization"] = f"Bearer {desk.reviewers.add('robot')}"
+        assert len(program.get("/api/v1/items/next?n=200").json()["items"]) <= 2
+        response = program.get("/api/v1/items/next?n=1")
+        assert response.status_code == 409
+        assert "robot holds" in response.json()["error"]
+
+
+def test_body_that_gave_way_is_told(queue):
+    queue.enqueue([picture(0, body=b"", content_type="")])
+    ada = log_in(desk_of(queue))
+    response = ada.get("/images/items/1.png?view=sent")
+    assert (response.status_code, "the body was not kept" in response.text) == (422, True)
+    assert "The body was not kept" in ada.get("/review").text
 
 
 def test_item_that_somebody_else_answered_is_told_and_not_shown_again(desk, ada):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,29 @@ def unflagged(fitted_guard: Guard, clean_split: Any) -> np.ndarray[Any, Any]:
 def queued(url: str) -> list[QueueItem]:
     with Queue.open(url) as queue:
         return queue.items()
+
+
+@pytest.mark.parametrize("kind", ["deep", "in itself", "keys", "half a character"])
+def test_body_that_cannot_be_written_anew_costs_no_answer(kind: str):
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    circle: list[Any] = []
+    circle.append(circle)
+    body = {"deep": deep, "in itself": circle, "keys": {("a",): 1}, "half a character": "\ud800"}[kind]
+
+    class Context:
+        def get_all_request_header(self, index: int) -> dict[str, str]:
+            return {}
+
+        def get_request_id(self, index: int) -> str:
+            return "id"
+
+    outcome = SimpleNamespace(verdict=object(), evidence=object())
+    kept = review_queue.flagged_request(Context(), 0, outcome, {"body": body})
+    assert kept.body == (b"\\ud800" if kind == "half a character" else b"")
+    while deep:  # taken apart here, as a chain of that length is not to be freed at once
+        [deep] = deep
 
 
 def test_flagged_requests_of_a_batch_are_queued_and_clean_ones_are_not(

@@ -98,7 +98,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, line {number} is no JSON: {error}.") from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}, line {number} must be a JSON object, got {type(row).__name__}.")

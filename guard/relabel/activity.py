@@ -28,7 +28,7 @@ class Share:
     ----------
     reviewer : str
     poisoned, false_alarm : int
-        Answers given, gold items left out, also such as do not stand any more.
+        Answers given, also such as do not stand any more.
     overturned : int
         Of these, replaced by another answer that says something else.
     taken_back : int
@@ -53,22 +53,25 @@ class Arrival:
 
 
 class Activity:
-    """Counts over time of one queue. Gold items are left out everywhere; nothing here writes.
+    """Counts over time of one queue; nothing here writes.
 
     Parameters
     ----------
     queue : Queue
+    with_gold : bool
+        Whether counts hold gold items: a reviewer would know these by what does not rise. Single arrivals never do.
     """
 
-    def __init__(self, queue: Queue) -> None:
+    def __init__(self, queue: Queue, *, with_gold: bool = False) -> None:
         self._database = queue.database
+        self._kinds = [] if with_gold else [_is_ordinary]
 
     def arrivals_per(self, width: timedelta, start: datetime, end: datetime, model: str | None) -> dict[int, int]:
         """Return how many flagged inputs came, by number of the interval since `start`; empty ones are left out."""
         place = _place(items.c.received_at, start, width)
         statement = (
             sa.select(place, sa.func.count())
-            .where(_is_ordinary, items.c.received_at >= start, items.c.received_at < end, *_of(model))
+            .where(*self._kinds, items.c.received_at >= start, items.c.received_at < end, *_of(model))
             .group_by(place)
         )
         return self._counted(statement)
@@ -79,7 +82,7 @@ class Activity:
         statement = (
             sa.select(place, sa.func.count())
             .join_from(decisions, items, items.c.id == decisions.c.item_id)
-            .where(_is_answer, _is_ordinary, decisions.c.decided_at >= start, decisions.c.decided_at < end, *_of(model))
+            .where(_is_answer, *self._kinds, decisions.c.decided_at >= start, decisions.c.decided_at < end, *_of(model))
             .group_by(place)
         )
         return self._counted(statement)
@@ -99,7 +102,7 @@ class Activity:
             sa.select(decisions.c.reviewer, decisions.c.is_poisoned, fate, sa.func.count())
             .join_from(decisions, items, items.c.id == decisions.c.item_id)
             .join(_later, _later.c.supersedes == decisions.c.id, isouter=True)
-            .where(_is_answer, _is_ordinary, decisions.c.decided_at >= start, decisions.c.decided_at < end, *_of(model))
+            .where(_is_answer, *self._kinds, decisions.c.decided_at >= start, decisions.c.decided_at < end, *_of(model))
             .group_by(decisions.c.reviewer, decisions.c.is_poisoned, fate)
         )
         found: dict[str, dict[str, int]] = {}

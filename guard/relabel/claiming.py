@@ -2,35 +2,79 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
+import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from guard.errors import TooManyHeld
 from guard.relabel import statements
+from guard.relabel.settings import QueueSettings
 from guard.relabel.statements import Order
 
-
-def claim(
-    connection: Connection, reviewer: str, n: int, until: datetime, *, order: Order, group: int | None
-) -> list[int]:
-    """Give the reviewer up to `n` pending items, in order; skipped ones come last. Return their numbers."""
-    values = {"reviewer": reviewer, "n": n}
-    if group is not None:
-        values["group"] = group
-    ids = list(connection.execute(statements.pick(order, group is not None), values).scalars())
-    if len(ids) < n:
-        values["n"] = n - len(ids)
-        ids += connection.execute(statements.pick_skipped(group is not None), values).scalars()
-    _take(connection, reviewer, ids, until)
-    return ids
+#: Any number, the same in every process: with a reviewer's name, who holds it in PostgreSQL may claim for them.
+_ADVISORY_LOCK = 5_140_703
 
 
-def claim_items(connection: Connection, reviewer: str, ids: Sequence[int], until: datetime) -> list[int]:
-    """Give the reviewer those of the named items that are pending, or already the reviewer's."""
-    free = list(connection.execute(statements.PICK_NAMED, {"reviewer": reviewer, "ids": list(ids)}).scalars())
-    _take(connection, reviewer, free, until)
-    return free
+class Claiming:
+    """Claims of one reviewer within one transaction; nobody holds more than `max_held` items."""
+
+    def __init__(self, connection: Connection, reviewer: str, settings: QueueSettings, now: datetime) -> None:
+        self._connection = connection
+        self._reviewer = reviewer
+        self._most = settings.max_held
+        self._until = now + timedelta(seconds=settings.lease_s)
+        lock_holder(connection, reviewer)
+        self._held = set(held_by(connection, reviewer, now))
+
+    @property
+    def room(self) -> int:
+        """How many more items the reviewer may hold."""
+        return max(0, self._most - len(self._held))
+
+    def claim(self, n: int, *, order: Order, group: int | None) -> list[int]:
+        """Give the reviewer up to `n` pending items, in order; skipped ones come last. Return their numbers."""
+        if n > 0 and not self.room:
+            raise TooManyHeld(
+                f"{self._reviewer} holds {len(self._held)} items: max_held is {self._most}. "
+                "Answer, skip or release some first."
+            )
+        n = min(n, self.room)
+        values = {"reviewer": self._reviewer, "n": n}
+        if group is not None:
+            values["group"] = group
+        ids = list(self._connection.execute(statements.pick(order, group is not None), values).scalars())
+        if len(ids) < n:
+            values["n"] = n - len(ids)
+            ids += self._connection.execute(statements.pick_skipped(group is not None), values).scalars()
+        self._take(ids)
+        return ids
+
+    def claim_items(self, ids: Sequence[int]) -> list[int]:
+        """Give the reviewer those of the named items that are pending, as many as may be held; return what is held."""
+        values = {"reviewer": self._reviewer, "ids": list(ids)}
+        free = list(self._connection.execute(statements.PICK_NAMED, values).scalars())
+        mine = [item_id for item_id in free if item_id in self._held]
+        mine += [item_id for item_id in free if item_id not in self._held][: self.room]
+        self._take(mine)
+        return mine
+
+    def _take(self, ids: Sequence[int]) -> None:
+        _take(self._connection, self._reviewer, ids, self._until)
+
+
+def lock_holder(connection: Connection, reviewer: str) -> None:
+    """Let nobody else change how many items a reviewer holds, until the transaction ends; before any item is locked."""
+    if connection.dialect.name == "postgresql":  # on SQLite the transaction itself is the lock
+        key = zlib.crc32(reviewer.encode("utf-8", "surrogatepass")) - 2**31
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_ADVISORY_LOCK, key)))
+
+
+def held_by(connection: Connection, reviewer: str, now: datetime) -> list[int]:
+    """Return what a reviewer holds, what ends first at first."""
+    return list(connection.execute(statements.HELD_BY, {"reviewer": reviewer, "now": now}).scalars())
 
 
 def renew(connection: Connection, reviewer: str, ids: Sequence[int], now: datetime, until: datetime) -> list[int]:

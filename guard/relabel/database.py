@@ -129,6 +129,9 @@ class Database:
                 connection.commit()
         except (exc.DBAPIError, exc.TimeoutError, sqlite3.Error) as error:
             raise translated(error) from error
+        except (OverflowError, UnicodeEncodeError) as error:  # from the driver, before the database sees the value
+            kind = "a number of more than 64 bits" if isinstance(error, OverflowError) else "half a character"
+            raise QueueError(f"the queue's database cannot hold {kind}. Send another value.") from error
 
 
 def translated(error: Exception) -> QueueError:

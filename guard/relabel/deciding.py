@@ -11,6 +11,7 @@ from sqlalchemy.engine import Connection
 
 from guard.errors import AlreadyDecided, ItemGone, LeaseExpired, QueueError, UnknownLabel
 from guard.relabel import chain, statements
+from guard.relabel.claiming import held_by, lock_holder
 from guard.relabel.items import Answer, Decision, State
 from guard.relabel.rows import decision_of
 from guard.relabel.settings import QueueSettings
@@ -21,9 +22,19 @@ Row = Mapping[Any, Any]
 class Deciding:
     """Answers of one reviewer within one transaction."""
 
-    def __init__(self, connection: Connection, reviewer: str, settings: QueueSettings, now: datetime) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        reviewer: str,
+        settings: QueueSettings,
+        now: datetime,
+        *,
+        also_free: bool = False,
+    ) -> None:
         self._connection = connection
         self._reviewer = reviewer
+        self._also_free = also_free
+        self._most_held = settings.max_held
         self._quorum = settings.quorum
         self._until = now + timedelta(seconds=settings.lease_s)
         self._now = now
@@ -44,7 +55,9 @@ class Deciding:
         settled = []
         for row in appended:
             item = items[row["item_id"]]
-            if item["votes"] == 0 and not _is_gold(item) and (self._quorum == 1 or not row["is_poisoned"]):
+            if _is_gold(item):  # as quick as any other
+                settled.append(_settled(item, State.PENDING, item["votes"] + 1, None))
+            elif item["votes"] == 0 and (self._quorum == 1 or not row["is_poisoned"]):
                 settled.append(_settled(item, State.DECIDED, 1, row["id"]))
             else:
                 settled.append(self._recount(item, State.PENDING))
@@ -61,13 +74,19 @@ class Deciding:
         return _as_decision(appended)
 
     def withdraw(self, decision_id: int) -> None:
-        """Take back one's own answer; the item is the reviewer's again, unless others hold or decided it."""
+        """Take back one's own answer; the item is the reviewer's again, unless others hold or decided it.
+
+        A reviewer who holds as many as may be held gets it when it is next claimed.
+        """
+        lock_holder(self._connection, self._reviewer)
+        held = held_by(self._connection, self._reviewer, self._now)
         old, item = self._standing(decision_id)
         if old.reviewer != self._reviewer:
             raise QueueError(f"decision {decision_id} is by {old.reviewer}. Supersede it instead.")
         row = self._row(old.item_id, None, None, "", supersedes=old.id) | {"kind": "withdrawal"}
         chain.append(self._connection, [row])
-        self._connection.execute(statements.SETTLE, self._recount(item, State.CLAIMED))
+        otherwise = State.CLAIMED if len(held) < self._most_held else State.PENDING
+        self._connection.execute(statements.SETTLE, self._recount(item, otherwise))
 
     def _lock(self, ids: Sequence[int]) -> dict[int, Row]:
         found = self._connection.execute(statements.LOCK_ITEMS, {"ids": list(ids)}).mappings()
@@ -77,19 +96,34 @@ class Deciding:
                 raise ItemGone(f"there is no item {item_id}. It may have been removed long ago.")
             state = items[item_id]["state"]
             if state in (State.EXPIRED, State.DISCARDED):
-                raise ItemGone(f"item {item_id} is {state}: its images were removed. Take the next one.")
+                raise ItemGone(gone(item_id, State(state)))
         return items
 
     def _check_claim(self, item: Row) -> None:
         item_id, state, holder = item["id"], item["state"], item["claimed_by"]
         if state in (State.DECIDED, State.TRAINED):
-            raise AlreadyDecided(f"item {item_id} was decided already. Supersede the decision to change it.")
+            raise AlreadyDecided(_decided_already(item_id))
+        if state == State.PENDING and item["votes"] and self._has_answered(item_id):
+            raise AlreadyDecided(_decided_already(item_id))
+        if self._is_free(item):
+            return
         if state != State.CLAIMED or holder != self._reviewer:
             held = f"it is {state}" if state != State.CLAIMED else f"{holder} has it"
             raise LeaseExpired(f"item {item_id} is not claimed by {self._reviewer}: {held}. Claim it again.")
         if item["lease_expires_at"] <= self._now:
             ended = item["lease_expires_at"].isoformat(timespec="seconds")
             raise LeaseExpired(f"the lease of {self._reviewer} on item {item_id} ended at {ended}. Claim it again.")
+
+    def _is_free(self, item: Row) -> bool:
+        if not self._also_free or item["state"] not in (State.PENDING, State.CLAIMED):
+            return False
+        return item["state"] == State.PENDING or bool(
+            item["claimed_by"] == self._reviewer  # the lease has ended, and nobody else took it
+        )
+
+    def _has_answered(self, item_id: int) -> bool:
+        standing = self._connection.execute(statements.STANDING, {"item_id": item_id}).mappings()
+        return any(row["reviewer"] == self._reviewer for row in standing)
 
     def _standing(self, decision_id: int) -> tuple[Decision, Row]:
         item_id = self._find(decision_id).item_id
@@ -133,6 +167,15 @@ class Deciding:
         return _settled(item, otherwise, len(votes), None)
 
 
+def gone(item_id: int, state: State) -> str:
+    """Return why an item cannot be looked at or answered any more, for a person."""
+    if state is State.DISCARDED:
+        why = "is discarded: it gave way to other inputs while the queue was full, and its images were removed"
+    else:
+        why = f"is {state.value}: its images were removed"
+    return f"item {item_id} {why}. Take the next one."
+
+
 def outcome(votes: Sequence[Decision], quorum: int) -> int | None:
     """Return the decision that counts, None while the quorum is not met.
 
@@ -153,6 +196,10 @@ def outcome(votes: Sequence[Decision], quorum: int) -> int | None:
     says = {vote.id: (vote.is_poisoned, vote.true_label if vote.is_poisoned else None) for vote in last}
     count = Counter(says.values())
     return max((number for number, said in says.items() if count[said] >= quorum), default=None)
+
+
+def _decided_already(item_id: int) -> str:
+    return f"item {item_id} was decided already. Supersede the decision to change it."
 
 
 def _check_label(item: Row, true_label: int | None) -> None:

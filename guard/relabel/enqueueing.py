@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from guard.errors import BodyTooLarge
 from guard.relabel import statements
 from guard.relabel.items import Enqueued, FlaggedInput, State
-from guard.relabel.reservoir import GroupKey, Reservoir, Waiting
+from guard.relabel.reservoir import Body, GroupKey, Reservoir, Share, Waiting
 from guard.relabel.rows import Rows
 from guard.relabel.settings import QueueSettings
 
-#: Pending items that are looked at per new input, when room is sought.
+#: Items and bodies of a group that are looked at per new input, when room is sought.
 _LOOK_AT = 2
-#: Seconds for which the sizes of the groups are believed.
-_SIZES_AGE_S = 1.0
+#: Seconds for which the shares of the groups are believed.
+_SHARES_AGE_S = 1.0
 
 
 def check_bodies(inputs: Sequence[FlaggedInput], settings: QueueSettings) -> None:
@@ -36,40 +36,46 @@ def check_bodies(inputs: Sequence[FlaggedInput], settings: QueueSettings) -> Non
 
 
 class Admission:
-    """Writes batches of new items; remembers for a moment how large the groups are."""
+    """Writes batches of new items; remembers for a moment what every group holds."""
 
     def __init__(self, settings: QueueSettings) -> None:
         self._settings = settings
-        self._sizes: Counter[GroupKey] = Counter()
-        self._sizes_at = float("-inf")
+        self._shares: dict[GroupKey, Share] = {}
+        self._shares_at = float("-inf")
 
     def admit(self, connection: Connection, batch: Sequence[Rows]) -> Enqueued:
         """Store what there is room for, and count what is dropped, in the caller's transaction."""
         if not batch:
             return Enqueued((), 0)
         last_id, held_items, held_bytes = connection.execute(statements.LEDGER).one()
-        look_at = max(16, _LOOK_AT * len(batch))
-
-        def lowest(group: GroupKey) -> Iterable[Waiting]:
-            values = {"model": group[0], "suspect_label": group[1], "n": look_at}
-            return [Waiting(*row) for row in connection.execute(statements.LOWEST_TICKETS, values).all()]
-
+        stored = _Stored(connection, max(16, _LOOK_AT * len(batch)))
         reservoir = Reservoir(
             max(0, self._settings.max_items - held_items),  # below 0 after a setting was lowered: then none is added
             max(0, self._settings.max_bytes - held_bytes),
-            lowest,
-            lambda: self._group_sizes(connection),
+            stored.lowest,
+            stored.largest,
+            lambda: self._known_shares(connection),
         )
         for place, rows in enumerate(batch):
-            reservoir.offer(place, rows.group_key, rows.item["ticket"], rows.size)
+            reservoir.offer(place, rows.group_key, rows.item["ticket"], rows.size, rows.spare)
         remove_items(connection, list(reservoir.removed), State.DISCARDED)
+        stripped = {item_id: size for item_id, size in reservoir.stripped.items() if item_id > 0}
+        if stripped:
+            named = [{"of_item": item_id} for item_id in stripped]
+            connection.execute(statements.REMOVE_BODY, named)
+            connection.execute(statements.NOTE_BODY_REMOVED, named)
         numbers = {place: last_id + 1 + rank for rank, place in enumerate(reservoir.kept)}
-        insert_rows(connection, {number: batch[place] for place, number in numbers.items()})
+        new = {
+            number: batch[place].without_body() if place in reservoir.bodiless else batch[place]
+            for place, number in numbers.items()
+        }
+        insert_rows(connection, new)
+        gone = sum(reservoir.removed.values()) + sum(stripped.values())
         update_ledger(
             connection,
-            new_ids=len(numbers),
-            more_items=len(numbers) - len(reservoir.removed),
-            more_bytes=sum(batch[place].size for place in numbers) - sum(reservoir.removed.values()),
+            new_ids=len(new),
+            more_items=len(new) - len(reservoir.removed),
+            more_bytes=sum(rows.size for rows in new.values()) - gone,
         )
         drops = [
             {"model": model, "suspect_label": label, "dropped": count}
@@ -79,22 +85,40 @@ class Admission:
             connection.execute(statements.count_drops(connection.dialect.name), drops)
         return Enqueued(tuple(numbers.get(place) for place in range(len(batch))), sum(reservoir.drops.values()))
 
-    def _group_sizes(self, connection: Connection) -> Counter[GroupKey]:
-        if time.monotonic() - self._sizes_at > _SIZES_AGE_S:
-            rows = connection.execute(statements.PENDING_PER_GROUP)
-            self._sizes = Counter({(model, label): count for model, label, count in rows})
-            self._sizes_at = time.monotonic()
-        return self._sizes
+    def _known_shares(self, connection: Connection) -> dict[GroupKey, Share]:
+        if time.monotonic() - self._shares_at > _SHARES_AGE_S:
+            self._shares = {}
+            for model, label, *amounts in connection.execute(statements.SHARES):
+                share = self._shares.setdefault((model, label), Share())
+                share.items, share.bytes, share.spare = (
+                    had + int(more) for had, more in zip((share.items, share.bytes, share.spare), amounts, strict=True)
+                )
+            self._shares_at = time.monotonic()
+        return self._shares
 
 
-def insert_gold(connection: Connection, rows: Rows, is_poisoned: bool, true_label: int | None) -> int:
-    """Store an item whose answer is known, and return its number; there is always room for it."""
-    last_id, _, _ = connection.execute(statements.LEDGER).one()
-    insert_rows(connection, {last_id + 1: rows})
-    values: dict[str, Any] = {"item_id": last_id + 1, "is_poisoned": is_poisoned, "true_label": true_label}
-    connection.execute(statements.INSERT_GOLD, values)
-    update_ledger(connection, new_ids=1, more_items=1, more_bytes=rows.size)
-    return int(last_id + 1)
+class _Stored:
+    """What the stored items of a group would give up first; those that a reviewer holds only if others do not do."""
+
+    def __init__(self, connection: Connection, n: int) -> None:
+        self._connection = connection
+        self._n = n
+
+    def lowest(self, group: GroupKey) -> Iterable[Waiting]:
+        rows = self._rows(group, statements.LOWEST_TICKETS, statements.LOWEST_TICKETS_HELD)
+        return [Waiting(is_held, *row) for is_held, row in rows]
+
+    def largest(self, group: GroupKey) -> Iterable[Body]:
+        rows = self._rows(group, statements.LARGEST_BODIES, statements.LARGEST_BODIES_HELD)
+        return [Body(is_held, *row) for is_held, row in rows]
+
+    def _rows(self, group: GroupKey, pending: sa.Select[Any], held: sa.Select[Any]) -> list[tuple[bool, Any]]:
+        found: list[tuple[bool, Any]] = []
+        for is_held, statement in ((False, pending), (True, held)):
+            if len(found) < self._n:
+                values = {"model": group[0], "suspect_label": group[1], "n": self._n - len(found)}
+                found += [(is_held, row) for row in self._connection.execute(statement, values).all()]
+        return found
 
 
 def insert_rows(connection: Connection, batch: dict[int, Rows]) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
-from guard.errors import DataError, ItemGone, QueueError
+from guard.errors import DataError, QueueError, QueueUnavailable
 from guard.relabel.items import Answer, Decision, FlaggedInput, QueueItem, State
 from guard.relabel.queue import Queue
 
@@ -44,8 +44,11 @@ CSV_COLUMNS = (
     "annotator",
     "created_at",
 )
-#: Bad rows that an error names; more are counted.
+#: Bad rows that an error names; more are counted, and after so many an import stops.
 _NAMED = 5
+_MOST_BAD = 20
+#: Rows that a file may have.
+MOST_ROWS = 200_000
 _LONGEST_CELL = 2**27
 
 #: Returns one name per class of the model that an input was for.
@@ -158,6 +161,7 @@ def read_label_studio(text: str) -> list[Row]:
         raise DataError(f"this is no JSON file: {error}.") from error
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
         raise DataError("a Label Studio file must be a list of tasks. Export it as JSON or JSON-MIN.")
+    _check_length(len(tasks))
     return [_row_of_task(task, f"task {place}") for place, task in enumerate(tasks, start=1)]
 
 
@@ -175,13 +179,12 @@ def read_csv(text: str) -> list[Row]:
         missing = {"item", VERDICT, TRUE_LABEL} - set(reader.fieldnames or ())
         if missing:
             raise DataError(f"the file needs the columns item, {VERDICT} and {TRUE_LABEL}; missing: {sorted(missing)}.")
-        return [
-            Row(
-                f"line {reader.line_num}",
-                *((row[name] or "").strip() for name in ("item", VERDICT, TRUE_LABEL)),
-            )
-            for row in reader
-        ]
+        rows: list[Row] = []
+        for row in reader:
+            cells = ((row[name] or "").strip() for name in ("item", VERDICT, TRUE_LABEL))
+            rows.append(Row(f"line {reader.line_num}", *cells))
+            _check_length(len(rows))
+        return rows
     except csv.Error as error:
         raise DataError(f"this is no readable CSV file: {error}.") from error
     finally:
@@ -211,33 +214,36 @@ def import_answers(queue: Queue, reviewer: str, rows: Sequence[Row], names_of: N
     answers: list[Answer] = []
     unanswered = known = 0
     seen: set[int] = set()
-    for row in rows:
+    for place, row in enumerate(rows, start=1):
         if not row.verdict and not row.true_label:
             unanswered += 1
             continue
         try:
-            item = _item(queue, row)
-            if item.id in seen:
-                raise DataError(f"item {item.id} is there twice")
-            seen.add(item.id)
+            item_id = _item_id(row)
+            if item_id in seen:
+                raise DataError(f"item {item_id} is there twice")
+            seen.add(item_id)
+            item = _item(queue, item_id, reviewer)
             answer = _answer(row, item, names_of(item.input))
             if _is_known(item, answer):
                 known += 1
             else:
                 answers.append(answer)
+        except QueueUnavailable:
+            raise
         except (DataError, QueueError) as error:
             problems.append(f"{row.place}: {str(error).rstrip('.')}")
+        if len(problems) >= _MOST_BAD and place < len(rows):
+            _refuse(problems, f". Stopped there, after {place} of {len(rows)} rows")
     _refuse(problems)
     if not answers:
         return Imported(0, unanswered, known)
-    wanted = [answer.item_id for answer in answers]
-    held = {item.id for item in queue.claim_items(reviewer, wanted)}
     try:
-        _refuse([f"item {item_id} is with another reviewer now" for item_id in wanted if item_id not in held])
-        queue.decide_many(reviewer, answers)
-    except BaseException:
-        queue.release(reviewer, sorted(held))
+        queue.decide_many(reviewer, answers, also_free=True)
+    except QueueUnavailable:
         raise
+    except QueueError as error:
+        raise DataError(f"nothing was imported: {error}") from error
     return Imported(len(answers), unanswered, known)
 
 
@@ -323,7 +329,8 @@ def _row_of_task(task: Mapping[str, Any], place: str) -> Row:
 
 
 def _chosen(annotation: Mapping[str, Any], control: str) -> str:
-    for result in annotation.get("result") or []:
+    results = annotation.get("result")
+    for result in results if isinstance(results, list) else ():
         if isinstance(result, dict) and result.get("from_name") == control:
             value = result.get("value")
             choices = value.get("choices") if isinstance(value, dict) else None
@@ -336,19 +343,23 @@ def _text(value: Any) -> str:
     return "" if value is None or isinstance(value, dict | list) else str(value).strip()
 
 
-def _item(queue: Queue, row: Row) -> QueueItem:
+def _item_id(row: Row) -> int:
     if not (row.item.isascii() and row.item.isdigit() and len(row.item) < 19):
-        raise DataError(f"item must be the number of an item, got {row.item!r}")
-    item = queue.get(int(row.item))
-    if item.state in (State.EXPIRED, State.DISCARDED):
-        raise ItemGone(f"item {item.id} is {item.state.value}")
+        raise DataError(f"item must be the number of an item, got {_short(row.item)}")
+    return int(row.item)
+
+
+def _item(queue: Queue, item_id: int, reviewer: str) -> QueueItem:
+    item = queue.get(item_id)
+    if item.state is State.CLAIMED and item.claimed_by != reviewer:
+        raise DataError(f"item {item_id} is with another reviewer now")
     return item
 
 
 def _answer(row: Row, item: QueueItem, names: Sequence[str]) -> Answer:
     verdicts = {POISONED: True, FALSE_ALARM: False, FALSE_ALARM.replace(" ", "_"): False}
     if row.verdict.lower() not in verdicts:
-        raise DataError(f"verdict must be {POISONED!r} or {FALSE_ALARM!r}, got {row.verdict!r}")
+        raise DataError(f"verdict must be {POISONED!r} or {FALSE_ALARM!r}, got {_short(row.verdict)}")
     label = None if row.true_label.lower() == CANNOT_TELL else _label(row.true_label, names)
     return Answer(item_id=item.id, is_poisoned=verdicts[row.verdict.lower()], true_label=label)
 
@@ -360,7 +371,7 @@ def _label(text: str, names: Sequence[str]) -> int:
             return written.index(text)
     if not text:
         raise DataError(f"{TRUE_LABEL} is empty. Name a class, or {CANNOT_TELL!r}")
-    raise DataError(f"{TRUE_LABEL} must be one of the {len(names)} classes, as in {choices[-1]!r}, got {text!r}")
+    raise DataError(f"{TRUE_LABEL} must be one of the {len(names)} classes, as in {choices[-1]!r}, got {_short(text)}")
 
 
 def _is_known(item: QueueItem, answer: Answer) -> bool:
@@ -371,10 +382,20 @@ def _is_known(item: QueueItem, answer: Answer) -> bool:
     return True
 
 
-def _refuse(problems: Sequence[str]) -> None:
+def _refuse(problems: Sequence[str], stopped: str = "") -> None:
     if problems:
         more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
-        raise DataError(f"nothing was imported: {'; '.join(problems[:_NAMED])}{more}.")
+        raise DataError(f"nothing was imported: {'; '.join(problems[:_NAMED])}{more}{stopped}.")
+
+
+def _check_length(rows: int) -> None:
+    if rows > MOST_ROWS:
+        raise DataError(f"a file must have at most {MOST_ROWS} rows, and this one has more. Nothing was imported.")
+
+
+def _short(text: str) -> str:
+    """Return a text from a file for a message in one line: quoted, and not longer than a line."""
+    return repr(text if len(text) <= 60 else f"{text[:60]}...")
 
 
 def _line(cells: Sequence[str]) -> str:

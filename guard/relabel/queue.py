@@ -8,15 +8,18 @@ from datetime import UTC, datetime, timedelta
 from types import TracebackType
 
 import sqlalchemy as sa
+from sqlalchemy.engine import Connection
 
 from guard.errors import QueueKeyError
 from guard.relabel import chain, claiming, reading, statements, sweeping
 from guard.relabel.chain import Audit
+from guard.relabel.claiming import Claiming
 from guard.relabel.courier import Courier
 from guard.relabel.database import Database
 from guard.relabel.deciding import Deciding
 from guard.relabel.encryption import KEY_VARIABLE, Cipher
-from guard.relabel.enqueueing import Admission, check_bodies, insert_gold
+from guard.relabel.enqueueing import Admission, check_bodies
+from guard.relabel.gold import Eyes, disguised, insert_gold, note_learned
 from guard.relabel.items import (
     Answer,
     Counts,
@@ -38,6 +41,8 @@ from guard.types import Float32Array, IntArray
 
 #: Groups that are set per transaction, so that nobody waits long.
 _AT_ONCE = 200
+#: Answers that are looked at by one statement; SQLite bounds how many numbers one may name.
+_ANSWERS_AT_ONCE = 5000
 
 
 def _utc_now() -> datetime:
@@ -156,18 +161,26 @@ class Queue:
             Lowest p-value first, oldest first, or newest group first and ungrouped items last.
         group : int, optional
             Only items of this group.
+
+        Raises
+        ------
+        TooManyHeld
+            If the reviewer holds `max_held` items already; where fewer are left of it than `n`, so many are given.
         """
-        until = self._lease_end()
         with self.database.writing(passing=True) as connection:
-            ids = claiming.claim(connection, reviewer, n, until, order=order, group=group)
+            ids = self._claiming(connection, reviewer).claim(n, order=order, group=group)
         return self._read(ids)
 
     def claim_items(self, reviewer: str, ids: Sequence[int]) -> list[QueueItem]:
-        """Give the reviewer those of the named items that are pending, or already this reviewer's."""
-        until = self._lease_end()
+        """Give the reviewer those of the named items that are pending, or already this reviewer's, up to `max_held`."""
         with self.database.writing(passing=True) as connection:
-            free = claiming.claim_items(connection, reviewer, ids, until)
-        return self._read(free)
+            mine = self._claiming(connection, reviewer).claim_items(ids)
+        return self._read(mine)
+
+    def held_by(self, reviewer: str) -> list[int]:
+        """Return the numbers of the items that a reviewer holds, what ends first at first."""
+        with self.database.reading() as connection:
+            return claiming.held_by(connection, reviewer, self.clock())
 
     def renew(self, reviewer: str, ids: Sequence[int]) -> list[int]:
         """Start the leases of these items anew; return those that were still the reviewer's."""
@@ -192,8 +205,15 @@ class Queue:
         answer = Answer(item_id=item_id, is_poisoned=is_poisoned, true_label=true_label, note=note)
         return self.decide_many(reviewer, [answer])[0]
 
-    def decide_many(self, reviewer: str, answers: Sequence[Answer]) -> list[Decision]:
+    def decide_many(self, reviewer: str, answers: Sequence[Answer], *, also_free: bool = False) -> list[Decision]:
         """Answer claimed items, all or none.
+
+        Parameters
+        ----------
+        reviewer : str
+        answers : sequence of Answer
+        also_free : bool
+            True: items that nobody holds are answered, too, as if claimed just now.
 
         Raises
         ------
@@ -207,7 +227,12 @@ class Queue:
             If a true label is none of the model's classes.
         """
         with self.database.writing(durable=True) as connection:
-            return Deciding(connection, reviewer, self.settings, self.clock()).answer(answers)
+            deciding = Deciding(connection, reviewer, self.settings, self.clock(), also_free=also_free)
+            return [
+                decision
+                for start in range(0, len(answers), _ANSWERS_AT_ONCE)
+                for decision in deciding.answer(answers[start : start + _ANSWERS_AT_ONCE])
+            ]
 
     def supersede(
         self, reviewer: str, decision_id: int, *, is_poisoned: bool, true_label: int | None, note: str = ""
@@ -284,10 +309,23 @@ class Queue:
         with self.database.reading() as connection:
             return reading.list_decisions(connection, after_id=after_id, reviewer=reviewer, limit=limit)
 
-    def counts(self) -> Counts:
-        """Count items, drops and decisions."""
+    def counts(self, *, seen_by: str | None = None) -> Counts:
+        """Count items, drops and decisions; for a reviewer with gold items, each in the state that this one sees."""
         with self.database.reading() as connection:
-            return reading.read_counts(connection)
+            counts = reading.read_counts(connection)
+            return counts if seen_by is None else self._eyes(connection, seen_by).count(counts)
+
+    # --- what one reviewer sees ---
+
+    def see(self, reviewer: str, item: QueueItem) -> QueueItem:
+        """Return an item as a reviewer may see it: without the answers of others, a gold item like any other."""
+        with self.database.reading() as connection:
+            return self._eyes(connection, reviewer).see([item])[0]
+
+    def has_answered(self, reviewer: str, item_id: int) -> bool:
+        """Return whether a reviewer ever answered an item, even if the answer does not stand any more."""
+        with self.database.reading() as connection:
+            return self._eyes(connection, reviewer).has_answered(item_id)
 
     # --- retraining ---
 
@@ -320,6 +358,8 @@ class Queue:
         if named:
             with self.database.writing(durable=True) as connection:
                 connection.execute(statement, named)
+                for start in range(0, len(ids), _ANSWERS_AT_ONCE):
+                    note_learned(connection, ids[start : start + _ANSWERS_AT_ONCE])
 
     # --- groups ---
 
@@ -330,10 +370,10 @@ class Queue:
             with self.database.writing(passing=True) as connection:
                 connection.execute(statements.SET_GROUP, pairs[start : start + _AT_ONCE])
 
-    def groups(self) -> list[Group]:
-        """Return all groups, those with most pending items first."""
+    def groups(self, *, seen_by: str | None = None) -> list[Group]:
+        """Return all groups, those with most pending items first; for a reviewer with what is open for that one."""
         with self.database.reading() as connection:
-            return reading.read_groups(connection)
+            return reading.read_groups(connection, seen_by)
 
     def pending_features(self, model: str, limit: int) -> tuple[IntArray, Float32Array]:
         """Return numbers (n,) and features (n, d) of up to `limit` pending items of a model, newest first."""
@@ -347,14 +387,24 @@ class Queue:
 
     # --- gold items ---
 
-    def add_gold(self, item: FlaggedInput, is_poisoned: bool, true_label: int | None) -> int:
-        """Add an item whose answer is known. Every reviewer gets it once, and cannot tell it from others.
+    def add_gold(
+        self, item: FlaggedInput, is_poisoned: bool, true_label: int | None, *, copy_of: int | None = None
+    ) -> int:
+        """Add an item whose answer is known, as if it came just now. Every reviewer gets it once, among others.
 
-        It is never decided, trained with, dropped or removed for its age.
+        It is never decided or trained with, and never gives way; after `retention_days` it goes like any other.
+
+        Parameters
+        ----------
+        item : FlaggedInput
+        is_poisoned : bool
+        true_label : int or None
+        copy_of : int, optional
+            The answered item that it is a copy of: who answered that one is not asked.
         """
-        rows = self._codec.encode(item, statements.GOLD_TICKET)
         with self.database.writing(durable=True) as connection:
-            return insert_gold(connection, rows, is_poisoned, true_label)
+            rows = self._codec.encode(disguised(connection, item, self.clock()), statements.GOLD_TICKET)
+            return insert_gold(connection, rows, is_poisoned, true_label, copy_of)
 
     def gold_results(self, reviewer: str) -> GoldResult:
         """Return how a reviewer answered gold items."""
@@ -363,6 +413,12 @@ class Queue:
 
     def _lease_end(self) -> datetime:
         return self.clock() + timedelta(seconds=self.settings.lease_s)
+
+    def _eyes(self, connection: Connection, reviewer: str) -> Eyes:
+        return Eyes(connection, reviewer, self.settings.quorum)
+
+    def _claiming(self, connection: Connection, reviewer: str) -> Claiming:
+        return Claiming(connection, reviewer, self.settings, self.clock())
 
     def _read(self, ids: Sequence[int]) -> list[QueueItem]:
         if not ids:

@@ -12,6 +12,7 @@ from sqlalchemy.engine import Connection
 
 from guard.errors import ItemGone
 from guard.relabel import statements
+from guard.relabel.deciding import gone
 from guard.relabel.items import Counts, Decision, GoldResult, Group, QueueItem, State
 from guard.relabel.rows import Codec, decision_of
 from guard.relabel.schema import decisions, items
@@ -56,7 +57,7 @@ def read_item(connection: Connection, codec: Codec, item_id: int) -> QueueItem:
         state = connection.execute(sa.select(items.c.state).where(items.c.id == item_id)).scalar()
         if state is None:
             raise ItemGone(f"there is no item {item_id}. It may have been removed long ago.")
-        raise ItemGone(f"item {item_id} is {state}: its images were removed. Take the next one.")
+        raise ItemGone(gone(item_id, State(state)))
     return found[0]
 
 
@@ -102,7 +103,7 @@ def read_counts(connection: Connection) -> Counts:
         kinds["poisoned" if is_poisoned else "false_alarm"] += count
         if later is not None:
             kinds["withdrawn" if later == "withdrawal" else "superseded"] += count
-    held = connection.execute(statements.HELD).one()
+    held = connection.execute(statements.HELD_IN_ALL).one()
     return Counts(
         by_state=by_state,
         oldest_pending_at=connection.execute(statements.OLDEST_PENDING).scalar(),
@@ -113,11 +114,16 @@ def read_counts(connection: Connection) -> Counts:
     )
 
 
-def read_groups(connection: Connection) -> list[Group]:
-    """Return all groups, those with most pending items first."""
+def read_groups(connection: Connection, seen_by: str | None) -> list[Group]:
+    """Return all groups, those with most pending items first; for a reviewer only with what is open for that one."""
     samples: dict[int, list[int]] = defaultdict(list)
-    for group, item_id in connection.execute(statements.GROUP_SAMPLES, {"n": _SAMPLES}):
+    values = {"n": _SAMPLES, "reviewer": seen_by}
+    statement = statements.GROUP_SAMPLES if seen_by is None else statements.OPEN_GROUP_SAMPLES
+    for group, item_id in connection.execute(statement, values):
         samples[group].append(item_id)
+    hidden: dict[int, int] = {}
+    if seen_by is not None:
+        hidden |= {row.group_id: row.pending for row in connection.execute(statements.NOT_ASKED_PER_GROUP, values)}
     parts: dict[int, list[Any]] = defaultdict(list)
     for row in connection.execute(statements.GROUPS):
         parts[row.group_id].append(row)
@@ -125,7 +131,7 @@ def read_groups(connection: Connection) -> list[Group]:
         Group(
             group,
             sum(row.size for row in rows),
-            sum(row.pending for row in rows),
+            sum(row.pending for row in rows) - hidden.get(group, 0),
             tuple(row.suspect_label for row in rows),
             tuple(samples[group]),
         )

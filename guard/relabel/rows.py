@@ -48,6 +48,16 @@ class Rows:
         """Bytes of body and tensors, as stored."""
         return int(self.item["size"])
 
+    @property
+    def spare(self) -> int:
+        """Bytes of the body, if it is larger than the tensors: the item can do without it; else 0."""
+        return int(self.item["spare_bytes"])
+
+    def without_body(self) -> Rows:
+        """Return the same without a body that the item can do without."""
+        left = {"size": self.size - self.spare, "spare_bytes": 0, "content_type": ""}
+        return Rows(self.item | left, self.blobs | {"body": b""})
+
 
 class Codec:
     """Turns flagged inputs into rows and back, encrypted if there is a cipher."""
@@ -61,13 +71,14 @@ class Codec:
         if self._cipher is not None:
             seal = self._cipher.seal
             blobs = Blobs(seal(blobs.body), seal(blobs.inputs), seal(blobs.activations))
-        item: dict[str, Any] = {name: getattr(flagged, name) for name in _SAME}
+        item: dict[str, Any] = {name: _storable(getattr(flagged, name)) for name in _SAME}
         item |= {
             "state": State.PENDING.value,
             "group_id": 0,
             "votes": 0,
             "ticket": ticket,
             "size": blobs.size,
+            "spare_bytes": len(blobs.body) if ticket < 1 and 2 * len(blobs.body) > blobs.size else 0,
             "n_classes": flagged.n_classes,
             "scores": json.dumps({"raw": dict(flagged.raw), "surprise": dict(flagged.surprise)}),
         }
@@ -102,11 +113,24 @@ class Codec:
 
     def _open(self, row: Mapping[Any, Any], column: str) -> bytes:
         data = bytes(row[column])
-        if not row["sealed"]:
+        if not row["sealed"] or not data:  # nothing is left of a body that gave way; what is sealed is never empty
             return data
         if self._cipher is None:
             raise QueueKeyError(f"the queue is encrypted. Set {KEY_VARIABLE} to the key that it was written with.")
         return self._cipher.open(data)
+
+
+def _storable(value: Any) -> Any:
+    """Return a value as both databases take it: what a client named itself may hold NUL or half characters."""
+    if not isinstance(value, str):
+        return value
+    return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+
+
+def detectors_of(row: Mapping[Any, Any]) -> tuple[set[str], set[str]]:
+    """Return the names of the detectors that gave a score, and of those that gave a surprise, of one row of `items`."""
+    scores = json.loads(row["scores"])
+    return set(scores["raw"]), set(scores["surprise"])
 
 
 def decision_of(row: Mapping[Any, Any]) -> Decision:

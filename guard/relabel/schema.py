@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 #: The newest migration; a test holds it to `migrations/versions`.
-REVISION = "0001"
+REVISION = "0002"
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -84,6 +84,8 @@ items = sa.Table(
     sa.Column("scores", sa.Text, nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("content_type", sa.Text, nullable=False),
+    #: Bytes of `size` that the item can do without: its body, where that is larger than its tensors; else 0.
+    sa.Column("spare_bytes", sa.BigInteger, nullable=False, server_default="0"),
 )
 
 
@@ -103,7 +105,23 @@ _index(
     items.c.combined.desc(),
     items.c.id,
 )
-_index("ix_items_ticket", "state = 'pending'", items.c.model, items.c.suspect_label, items.c.ticket)
+# Holds the sizes as well, so that the shares of all groups are added up without a look at the items.
+_index(
+    "ix_items_ticket",
+    "state = 'pending'",
+    items.c.model,
+    items.c.suspect_label,
+    items.c.ticket,
+    items.c.size,
+    items.c.spare_bytes,
+)
+_index(
+    "ix_items_spare",
+    "state = 'pending' AND spare_bytes > 0",
+    items.c.model,
+    items.c.suspect_label,
+    items.c.spare_bytes.desc(),
+)
 _index("ix_items_lease", "state = 'claimed'", items.c.lease_expires_at)
 _index("ix_items_decided", "state = 'decided'", items.c.id)
 _index("ix_items_trained", "state = 'trained'", items.c.received_at)
@@ -154,6 +172,10 @@ gold = sa.Table(
     sa.Column("item_id", Id, sa.ForeignKey("items.id"), primary_key=True, autoincrement=False),
     sa.Column("is_poisoned", sa.Boolean, nullable=False),
     sa.Column("true_label", sa.Integer),
+    #: The answered item that it is a copy of: who answered that one is not asked. Not a reference: it may go first.
+    sa.Column("copy_of", sa.BigInteger),
+    #: Answers up to this decision are shown as learned from: a bundle learned from others of that time.
+    sa.Column("learned_to", sa.BigInteger, nullable=False, server_default="0"),
 )
 
 #: Items that a reviewer did not want to answer now; they come last for this reviewer.

@@ -26,6 +26,8 @@ class QueueSettings:
     retention_days: float = 30.0
     #: Seconds for which a claimed item belongs to its reviewer.
     lease_s: float = 600.0
+    #: Items that one reviewer holds at once at most.
+    max_held: int = 100
     #: Reviewers who must say "poisoned", with the same true label, before an item counts as decided.
     quorum: int = 1
     #: Seconds that a server waits for the queue at most.
@@ -38,7 +40,7 @@ class QueueSettings:
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self)):
             value = getattr(self, name)
-            is_whole = name in ("max_items", "max_bytes", "quorum", "max_body_bytes")
+            is_whole = name in ("max_items", "max_bytes", "quorum", "max_held", "max_body_bytes")
             if isinstance(value, bool) or not isinstance(value, int if is_whole else (int, float)):
                 raise ConfigError(f"{name} must be {'a whole number' if is_whole else 'a number'}, got {value!r}.")
             if not math.isfinite(value) or value <= 0:

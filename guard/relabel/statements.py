@@ -39,25 +39,51 @@ UPDATE_LEDGER = sa.update(ledger).values(
 INSERT_ITEM = sa.insert(items)
 INSERT_BLOBS = sa.insert(blobs)
 INSERT_GOLD = sa.insert(gold)
-#: Pending items per group key, to see which group takes most room.
-PENDING_PER_GROUP = (
-    sa.select(items.c.model, items.c.suspect_label, sa.func.count())
-    .where(_IS_PENDING, _IS_ORDINARY)
-    .group_by(items.c.model, items.c.suspect_label)
-)
-#: The pending items of a group that would give way first.
-LOWEST_TICKETS = (
-    sa.select(items.c.ticket, items.c.id, items.c.size)
-    .where(
-        _IS_PENDING,
-        _IS_ORDINARY,
-        items.c.model == sa.bindparam("model"),
-        items.c.suspect_label == sa.bindparam("suspect_label"),
+#: What may give way: nobody has answered it, or not enough have.
+_OPEN = (_IS_PENDING, _IS_CLAIMED)
+_IN_GROUP_KEY = (items.c.model == sa.bindparam("model"), items.c.suspect_label == sa.bindparam("suspect_label"))
+
+
+def _share_of(is_state: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    return (
+        sa.select(
+            items.c.model,
+            items.c.suspect_label,
+            sa.func.count().label("items"),
+            sa.func.sum(items.c.size).label("bytes"),
+            sa.func.sum(items.c.spare_bytes).label("spare"),
+        )
+        .where(is_state, _IS_ORDINARY)
+        .group_by(items.c.model, items.c.suspect_label)
     )
-    .order_by(items.c.ticket)
-    .limit(sa.bindparam("n"))
-    .with_for_update(skip_locked=True)
-)
+
+
+def _lowest_tickets(is_state: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    return (
+        sa.select(items.c.ticket, items.c.id, items.c.size)
+        .where(is_state, _IS_ORDINARY, *_IN_GROUP_KEY)
+        .order_by(items.c.ticket)
+        .limit(sa.bindparam("n"))
+        .with_for_update(skip_locked=True)
+    )
+
+
+def _largest_bodies(is_state: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    return (
+        sa.select(-items.c.spare_bytes, items.c.id)
+        .where(is_state, items.c.spare_bytes > sa.literal_column("0"), *_IN_GROUP_KEY)
+        .order_by(items.c.spare_bytes.desc())
+        .limit(sa.bindparam("n"))
+        .with_for_update(skip_locked=True)
+    )
+
+
+#: What every group holds, to see which takes most room; pending and held items apart.
+SHARES = sa.union_all(*map(_share_of, _OPEN))
+#: The items of a group that would give way first: of the pending ones, and of those that a reviewer holds.
+LOWEST_TICKETS, LOWEST_TICKETS_HELD = map(_lowest_tickets, _OPEN)
+#: The largest bodies of a group that its items can do without, as above.
+LARGEST_BODIES, LARGEST_BODIES_HELD = map(_largest_bodies, _OPEN)
 #: An item is out of the queue: `state` is `discarded` or `expired`.
 REMOVE_ITEM = (
     sa.update(items)
@@ -65,6 +91,13 @@ REMOVE_ITEM = (
     .values(state=sa.bindparam("new_state"), claimed_by=None, lease_expires_at=None)
 )
 DELETE_BLOBS = sa.delete(blobs).where(blobs.c.item_id == sa.bindparam("item_id"))
+#: An item stays without its body.
+REMOVE_BODY = sa.update(blobs).where(blobs.c.item_id == sa.bindparam("of_item")).values(body=b"")
+NOTE_BODY_REMOVED = (
+    sa.update(items)
+    .where(items.c.id == sa.bindparam("of_item"))
+    .values(size=items.c.size - items.c.spare_bytes, spare_bytes=0, content_type="")
+)
 DELETE_SKIPS = sa.delete(skips).where(skips.c.item_id == sa.bindparam("item_id"))
 
 
@@ -96,13 +129,24 @@ _answered_by_reviewer = sa.and_(
         ~_is_replaced,
     ),
 )
+#: Who answered the item that a gold one is a copy of would know it again.
+_copied_from_reviewer = sa.and_(
+    items.c.ticket >= 1.0,
+    sa.exists().where(
+        gold.c.item_id == items.c.id,
+        decisions.c.item_id == gold.c.copy_of,
+        decisions.c.reviewer == sa.bindparam("reviewer"),
+        decisions.c.kind == "answer",
+    ),
+)
+_is_for_reviewer = sa.and_(~_answered_by_reviewer, ~_copied_from_reviewer)
 _skipped_by_reviewer = sa.exists().where(skips.c.item_id == items.c.id, skips.c.reviewer == sa.bindparam("reviewer"))
 
 
 @cache
 def pick(order: Order, in_group: bool) -> sa.Select[Any]:
     """Find pending items in an order; those that the reviewer skipped or answered are left out."""
-    statement = sa.select(items.c.id).where(_IS_PENDING, ~_answered_by_reviewer, ~_skipped_by_reviewer)
+    statement = sa.select(items.c.id).where(_IS_PENDING, _is_for_reviewer, ~_skipped_by_reviewer)
     if in_group:
         statement = statement.where(items.c.group_id == sa.bindparam("group"))
     return statement.order_by(*_ORDERS[order]).limit(sa.bindparam("n")).with_for_update(skip_locked=True)
@@ -114,7 +158,7 @@ def pick_skipped(in_group: bool) -> sa.Select[Any]:
     statement = (
         sa.select(items.c.id)
         .join_from(skips, items, skips.c.item_id == items.c.id)
-        .where(_IS_PENDING, ~_answered_by_reviewer, skips.c.reviewer == sa.bindparam("reviewer"))
+        .where(_IS_PENDING, _is_for_reviewer, skips.c.reviewer == sa.bindparam("reviewer"))
     )
     if in_group:
         statement = statement.where(items.c.group_id == sa.bindparam("group"))
@@ -128,12 +172,22 @@ PICK_NAMED = (
     .where(
         items.c.id.in_(sa.bindparam("ids", expanding=True)),
         sa.or_(
-            sa.and_(_IS_PENDING, ~_answered_by_reviewer),
+            sa.and_(_IS_PENDING, _is_for_reviewer),
             sa.and_(_IS_CLAIMED, items.c.claimed_by == sa.bindparam("reviewer")),
         ),
     )
     .order_by(items.c.id)
     .with_for_update(skip_locked=True)
+)
+#: Items that a reviewer holds now.
+HELD_BY = (
+    sa.select(items.c.id)
+    .where(
+        _IS_CLAIMED,
+        items.c.claimed_by == sa.bindparam("reviewer"),
+        items.c.lease_expires_at > sa.bindparam("now"),
+    )
+    .order_by(items.c.lease_expires_at, items.c.id)
 )
 #: Give items to a reviewer until a time.
 TAKE = (
@@ -268,7 +322,7 @@ OLDEST_PENDING = (
     sa.select(items.c.received_at).where(_IS_PENDING, _IS_ORDINARY).order_by(items.c.received_at, items.c.id).limit(1)
 )
 DROPS = sa.select(drops.c.model, drops.c.suspect_label, drops.c.dropped)
-HELD = sa.select(ledger.c.held_items, ledger.c.held_bytes)
+HELD_IN_ALL = sa.select(ledger.c.held_items, ledger.c.held_bytes)
 #: Answers by what they say and by what became of them.
 COUNT_ANSWERS = (
     sa.select(decisions.c.is_poisoned, _later.c.kind, sa.func.count())
@@ -283,13 +337,57 @@ GOLD_ANSWERS = (
     .where(decisions.c.kind == "answer", decisions.c.reviewer == sa.bindparam("reviewer"), ~_is_replaced)
 )
 
+# --- gold items, and what a reviewer sees ---
+
+#: The newest ordinary item of a model.
+NEWEST_OF_MODEL = (
+    sa.select(items.c.bundle_digest, items.c.scores)
+    .where(items.c.model == sa.bindparam("model"), _IS_ORDINARY)
+    .order_by(items.c.id.desc())
+    .limit(1)
+)
+#: Of the named items, those whose answer is known.
+GOLD_BY_ID = sa.select(gold.c.item_id, gold.c.learned_to).where(gold.c.item_id.in_(sa.bindparam("ids", expanding=True)))
+#: One reviewer's answers about the named items.
+OWN_ANSWERS = ANSWERS.where(
+    decisions.c.item_id.in_(sa.bindparam("ids", expanding=True)), decisions.c.reviewer == sa.bindparam("reviewer")
+)
+#: All gold items that a reviewer may be asked.
+GOLD_STATES = (
+    sa.select(items.c.id, items.c.state, items.c.claimed_by, items.c.received_at, gold.c.learned_to)
+    .join_from(gold, items, gold.c.item_id == items.c.id)
+    .where(~_copied_from_reviewer)
+)
+#: Per model, the newest answer of the named items.
+LEARNED_TO = (
+    sa.select(items.c.model, sa.func.max(items.c.decision_id))
+    .where(items.c.id.in_(sa.bindparam("ids", expanding=True)), is_in(State.TRAINED))
+    .group_by(items.c.model)
+)
+#: The first answer after one that no bundle has learned from.
+NEXT_NOT_LEARNED = sa.select(sa.func.min(items.c.decision_id)).where(
+    is_in(State.DECIDED),
+    items.c.model == sa.bindparam("of_model"),
+    items.c.decision_id > sa.bindparam("decision_id"),
+)
+NOTE_LEARNED = (
+    sa.update(gold)
+    .where(
+        gold.c.item_id.in_(
+            sa.select(items.c.id).where(items.c.ticket >= 1.0, items.c.model == sa.bindparam("of_model"))
+        ),
+        gold.c.learned_to < sa.bindparam("decision_id"),
+    )
+    .values(learned_to=sa.bindparam("decision_id"))
+)
+
 # --- groups ---
 
-#: Pending items of a model, newest first, for clustering.
+#: Pending items of a model, newest first, for clustering; gold ones too, or they alone would have no group.
 PENDING_FEATURES = (
     sa.select(items.c.id, items.c.suspect_label, items.c.group_id, blobs.c.sealed, blobs.c.activations)
     .join_from(items, blobs, blobs.c.item_id == items.c.id)
-    .where(_IS_PENDING, _IS_ORDINARY, items.c.model == sa.bindparam("model"))
+    .where(_IS_PENDING, items.c.model == sa.bindparam("model"))
     .order_by(items.c.received_at.desc(), items.c.id.desc())
     .limit(sa.bindparam("n"))
 )
@@ -320,6 +418,24 @@ GROUP_SAMPLES = (
     .order_by(_placed.c.group_id, _placed.c.place)
 )
 
+#: Pending items of every group that a reviewer is not asked.
+NOT_ASKED_PER_GROUP = (
+    sa.select(items.c.group_id, sa.func.count().label("pending"))
+    .where(_IS_PENDING, items.c.group_id > 0, ~_is_for_reviewer)
+    .group_by(items.c.group_id)
+)
+_open = (
+    sa.select(items.c.group_id, items.c.id, _place)
+    .where(items.c.group_id > 0, sa.or_(_IS_PENDING, _IS_CLAIMED), _is_for_reviewer)
+    .subquery()
+)
+#: The first items of every group that are not answered, pending ones first.
+OPEN_GROUP_SAMPLES = (
+    sa.select(_open.c.group_id, _open.c.id)
+    .where(_open.c.place <= sa.bindparam("n"))
+    .order_by(_open.c.group_id, _open.c.place)
+)
+
 # --- sweeping ---
 
 #: Claimed items whose lease has ended.
@@ -333,10 +449,11 @@ ENDED_LEASES = (
 
 @cache
 def old_items(state: State) -> sa.Select[Any]:
-    """Find items in a state that are too old; gold items never are."""
+    """Find items in a state that are too old; gold ones only while pending: one that outlived all others would show."""
+    of_kind = () if state is State.PENDING else (_IS_ORDINARY,)
     return (
         sa.select(items.c.id, items.c.size)
-        .where(is_in(state), _IS_ORDINARY, items.c.received_at <= sa.bindparam("before"))
+        .where(is_in(state), *of_kind, items.c.received_at <= sa.bindparam("before"))
         .order_by(items.c.received_at)
         .limit(sa.bindparam("n"))
     )

@@ -7,21 +7,25 @@ import hmac
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Annotated, NoReturn
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
+from pydantic import AfterValidator, Field
+from python_multipart.multipart import parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData
+from starlette.exceptions import HTTPException
 
 from guard.relabel.reviewers import Reviewer
-from guard.review.desk import Desk
+from guard.review.desk import MOST, Desk
 
-COOKIE = "guard_session"
-#: Names of one kind that the limit remembers; beyond, the oldest are forgotten.
-_REMEMBERED = 10_000
+#: Over https the prefix keeps other hosts and plain http from planting a session of theirs.
+COOKIE, SECURE_COOKIE = "guard_session", "__Host-guard_session"
+#: Keys that the limit remembers, and characters of each; beyond, the oldest are forgotten.
+_REMEMBERED, _LONGEST_KEY = 10_000, 200
 
 
 class NotSignedInError(Exception):
@@ -41,7 +45,10 @@ class TooManyAttemptsError(Exception):
 
 
 class LoginLimit:
-    """Counts failed log-ins by key (an address, a name) over the last minute.
+    """Counts failed log-ins by key (an address and a name) over the last minute.
+
+    Only who fails is told to wait: a right token, 256 random bits that nobody guesses, is never locked out by what
+    others try under the same name or from the same address.
 
     Parameters
     ----------
@@ -60,25 +67,25 @@ class LoginLimit:
         self._failed: OrderedDict[str, deque[float]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def check(self, *keys: str) -> None:
-        """Raise TooManyAttemptsError if any of the keys has used up its failures."""
-        now = self._clock()
-        with self._lock:
-            for key in keys:
-                times = self._failed.get(key, deque())
-                while times and times[0] <= now - self._window:
-                    times.popleft()
-                if len(times) >= self._allowed:
-                    raise TooManyAttemptsError(max(1, round(times[0] + self._window - now)))
+    def failed(self, key: str) -> None:
+        """Count one failure.
 
-    def failed(self, *keys: str) -> None:
-        """Count one failure for each key."""
+        Raises
+        ------
+        TooManyAttemptsError
+            If the key had used up its failures before.
+        """
+        now, key = self._clock(), key[:_LONGEST_KEY]
         with self._lock:
-            for key in keys:
-                self._failed.setdefault(key, deque(maxlen=self._allowed)).append(self._clock())
-                self._failed.move_to_end(key)
+            times = self._failed.setdefault(key, deque(maxlen=self._allowed))
+            self._failed.move_to_end(key)
             while len(self._failed) > _REMEMBERED:
                 self._failed.popitem(last=False)
+            while times and times[0] <= now - self._window:
+                times.popleft()
+            if len(times) >= self._allowed:
+                raise TooManyAttemptsError(max(1, round(times[0] + self._window - now)))
+            times.append(now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +143,11 @@ def address_of(request: Request) -> str:
     return f"address {request.client.host if request.client else '?'}"
 
 
+def cookie_name(request: Request) -> str:
+    """Return the name of the session's cookie."""
+    return SECURE_COOKIE if request.url.scheme == "https" else COOKIE
+
+
 def csrf_token(secret: str) -> str:
     """Return the token that goes with a session's secret."""
     return hashlib.sha256(f"guard review form {secret}".encode()).hexdigest()
@@ -149,7 +161,7 @@ def session_of(request: Request) -> Session:
     NotSignedInError
         If there is none, or it has ended.
     """
-    secret = request.cookies.get(COOKIE, "")
+    secret = request.cookies.get(cookie_name(request), "")
     reviewer = desk_of(request).reviewers.find_session(secret) if secret else None
     if reviewer is None:
         raise NotSignedInError
@@ -161,12 +173,33 @@ def refuse_other_sites(request: Request) -> None:
     if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         raise ForbiddenError("this request came from another site.")
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+    if origin is not None and _host_of(origin) != request.headers.get("host"):
         raise ForbiddenError("this request came from another site.")
 
 
-async def posted_form(request: Request) -> Posted:
-    """Return a form together with who sent it, after the check that our own page did.
+def _host_of(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:  # half an IPv6 address
+        return None
+
+
+async def read_form(request: Request, *, max_files: int, max_fields: int) -> FormData:
+    """Return a form in UTF-8, as browsers send it.
+
+    Raises
+    ------
+    HTTPException
+        400, if it says that it is in another encoding, or is no form.
+    """
+    _, options = parse_options_header(request.headers.get("content-type"))
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
+        raise HTTPException(400, "a form must be in UTF-8.")
+    return await request.form(max_files=max_files, max_fields=max_fields)
+
+
+async def posted_form(request: Request) -> AsyncIterator[Posted]:
+    """Yield a form together with who sent it, after the check that our own page did.
 
     Raises
     ------
@@ -175,11 +208,14 @@ async def posted_form(request: Request) -> Posted:
     """
     refuse_other_sites(request)
     session = await run_in_threadpool(session_of, request)
-    form = await request.form(max_files=1, max_fields=2000)
-    sent = request.headers.get("x-csrf-token") or form.get("csrf")
-    if not isinstance(sent, str) or not hmac.compare_digest(sent.encode(), session.csrf_token.encode()):
-        raise ForbiddenError("the form has no valid token. Reload the page and try again.")
-    return Posted(session, form)
+    form = await read_form(request, max_files=1, max_fields=2000)
+    try:
+        sent = request.headers.get("x-csrf-token") or form.get("csrf")
+        if not isinstance(sent, str) or not hmac.compare_digest(sent.encode(), session.csrf_token.encode()):
+            raise ForbiddenError("the form has no valid token. Reload the page and try again.")
+        yield Posted(session, form)
+    finally:
+        await form.close()  # an uploaded file is a temporary one
 
 
 def bearer(request: Request) -> Reviewer:
@@ -195,7 +231,6 @@ def bearer(request: Request) -> Reviewer:
         raise NotSignedInError
     reviewer = desk_of(request).reviewers.check_token(token.strip())
     if reviewer is None:  # a good token passes, whatever others at that address have tried
-        limit_of(request).check(address_of(request))
         limit_of(request).failed(address_of(request))
         raise NotSignedInError
     return reviewer
@@ -211,6 +246,16 @@ def _forbid(text: str) -> NoReturn:
     raise ForbiddenError(text)
 
 
+def _whole_characters(text: str) -> str:
+    if "\0" in text or any("\ud800" <= one <= "\udfff" for one in text):
+        raise ValueError("must be text without NUL and half characters (surrogates)")
+    return text
+
+
+#: A number of a row, as the database takes it; of a query, a path or JSON.
+Number = Annotated[int, Field(ge=-MOST, le=MOST)]
+#: A text that the database takes.
+Text = Annotated[str, AfterValidator(_whole_characters)]
 SignedIn = Annotated[Session, Depends(session_of)]
 Form = Annotated[Posted, Depends(posted_form)]
 Program = Annotated[Reviewer, Depends(bearer)]

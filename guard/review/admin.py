@@ -12,7 +12,7 @@ from guard.errors import DataError, GuardError
 from guard.relabel import exchange
 from guard.relabel.items import State
 from guard.review.access import Form, Session, SignedIn, TheDesk, need_admin
-from guard.review.desk import Desk
+from guard.review.desk import Desk, number_of
 from guard.review.pages import shared
 from guard.review.pictures import picture_of_tensor
 from guard.review.rendering import render
@@ -63,7 +63,7 @@ def retrain_now(request: Request, desk: TheDesk, posted: Form) -> Response:
     """Ask for a retraining as soon as the retrainer looks."""
     need_admin(posted.session.reviewer.role)
     model = posted.text("model")
-    desk.rounds.request(model, posted.session.name)
+    desk.ask_for_retraining(model, posted.session.name)
     text = f"Asked for a retraining of {model}. The retrainer takes it up when it next looks."
     return render(request, "admin.html", {**_context(desk, posted.session), "text": text})
 
@@ -72,10 +72,10 @@ def retrain_now(request: Request, desk: TheDesk, posted: Form) -> Response:
 def add_gold(desk: TheDesk, posted: Form) -> Response:
     """Copy an answered item as one whose answer is known, to measure reviewers with."""
     need_admin(posted.session.reviewer.role)
-    item = desk.item(int(posted.text("item")) if posted.text("item").isdigit() else 0)
+    item = desk.item(number_of(posted.text("item")) or 0)
     if item.decision is None:
         raise DataError(f"item {item.id} is not answered yet.")
-    desk.queue.add_gold(item.input, item.decision.is_poisoned, item.decision.true_label)
+    desk.queue.add_gold(item.input, item.decision.is_poisoned, item.decision.true_label, copy_of=item.id)
     return RedirectResponse(f"/items/{item.id}", status_code=303)
 
 

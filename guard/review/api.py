@@ -8,9 +8,8 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from guard.errors import DataError
 from guard.relabel.items import Answer, Decision, QueueItem
-from guard.review.access import Program, TheDesk, need_admin
+from guard.review.access import Number, Program, Text, TheDesk, need_admin
 from guard.review.desk import Desk, Order
 from guard.review.images import picture_response
 from guard.review.pictures import picture_of_tensor
@@ -26,13 +25,13 @@ class OneAnswer(BaseModel):
     is_poisoned: bool
     #: 0-based; None = it cannot be told.
     true_label: int | None = None
-    note: str = Field("", max_length=2000)
+    note: Text = Field("", max_length=2000)
 
 
 class ItemAnswer(OneAnswer):
     """An answer that names its item."""
 
-    item: int
+    item: Number
 
 
 class ManyAnswers(BaseModel):
@@ -48,7 +47,7 @@ class RetrainRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str = Field(min_length=1, max_length=200)
+    model: Text = Field(min_length=1, max_length=200)
 
 
 @router.get("/items/next")
@@ -57,26 +56,26 @@ def next_items(
     reviewer: Program,
     n: Annotated[int, Query(ge=1, le=200)] = 1,
     order: Order = "suspicion",
-    group: int | None = None,
+    group: Number | None = None,
 ) -> dict[str, Any]:
     """Claim up to n items for the caller."""
     return {"items": [_item(desk, item) for item in desk.queue.claim(reviewer.name, n, order=order, group=group)]}
 
 
 @router.get("/items/{item_id}")
-def one_item(desk: TheDesk, reviewer: Program, item_id: int) -> dict[str, Any]:
+def one_item(desk: TheDesk, reviewer: Program, item_id: Number) -> dict[str, Any]:
     """Return one item."""
-    return _item(desk, desk.item(item_id))
+    return _item(desk, desk.seen(reviewer, item_id))
 
 
 @router.get("/items/{item_id}/image.png")
-def item_image(desk: TheDesk, reviewer: Program, item_id: int) -> Response:
+def item_image(desk: TheDesk, reviewer: Program, item_id: Number) -> Response:
     """Return what the model saw as a PNG file."""
-    return picture_response(picture_of_tensor(desk.item(item_id).input.inputs))
+    return picture_response(picture_of_tensor(desk.shown(reviewer, item_id).inputs))
 
 
 @router.post("/items/{item_id}/decision")
-def decide(desk: TheDesk, reviewer: Program, item_id: int, answer: OneAnswer) -> dict[str, Any]:
+def decide(desk: TheDesk, reviewer: Program, item_id: Number, answer: OneAnswer) -> dict[str, Any]:
     """Save one answer."""
     return _decision(desk.decide(reviewer.name, [_answer(item_id, answer)])[0])
 
@@ -89,7 +88,7 @@ def decide_many(desk: TheDesk, reviewer: Program, body: ManyAnswers) -> dict[str
 
 
 @router.post("/items/{item_id}/skip")
-def skip(desk: TheDesk, reviewer: Program, item_id: int) -> dict[str, Any]:
+def skip(desk: TheDesk, reviewer: Program, item_id: Number) -> dict[str, Any]:
     """Give one item back."""
     desk.skip(reviewer.name, item_id)
     return {"skipped": item_id}
@@ -105,7 +104,7 @@ def undo(desk: TheDesk, reviewer: Program) -> dict[str, Any]:
 @router.get("/counts")
 def counts(desk: TheDesk, reviewer: Program) -> dict[str, Any]:
     """Return how much there is of everything."""
-    found = desk.queue.counts()
+    found = desk.counts(reviewer)
     return {
         "by_state": {state.value: number for state, number in found.by_state.items()},
         "oldest_pending_at": found.oldest_pending_at.isoformat() if found.oldest_pending_at else None,
@@ -118,9 +117,7 @@ def counts(desk: TheDesk, reviewer: Program) -> dict[str, Any]:
 def retrain(desk: TheDesk, reviewer: Program, body: RetrainRequest) -> dict[str, Any]:
     """Ask for a retraining; for admins."""
     need_admin(reviewer.role)
-    if body.model not in desk.models():
-        raise DataError(f"there is no model {body.model!r}: known are {desk.models()}.")
-    desk.rounds.request(body.model, reviewer.name)
+    desk.ask_for_retraining(body.model, reviewer.name)
     return {"requested": body.model}
 
 

@@ -18,7 +18,9 @@ from guard.errors import (
     GuardError,
     ItemGone,
     LeaseExpired,
+    NotYours,
     QueueUnavailable,
+    TooManyHeld,
     UnknownLabel,
 )
 from guard.review import admin, api, groups, images, pages, signing_in, status
@@ -33,6 +35,8 @@ _STATUS: tuple[tuple[type[GuardError], int], ...] = (
     (ItemGone, 410),
     (AlreadyDecided, 409),
     (LeaseExpired, 409),
+    (TooManyHeld, 409),
+    (NotYours, 403),
     (UnknownLabel, 422),
     (BodyTooLarge, 413),
     (QueueUnavailable, 503),
@@ -83,6 +87,7 @@ def _not_signed_in(request: Request, error: Exception) -> Response:
 
 def _refused(request: Request, error: Exception) -> Response:
     status, text, headers = _told(error)
+    text = text.encode("utf-8", "backslashreplace").decode()  # it may name what a client sent: half a character
     if _is_program(request):
         return JSONResponse({"error": text}, status_code=status, headers=headers)
     if request.url.path.startswith("/images/") and not request.headers.get("hx-request"):

@@ -8,12 +8,12 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from guard.errors import AlreadyDecided, ConfigError, DataError, ItemGone, LeaseExpired
+from guard.errors import AlreadyDecided, ConfigError, DataError, ItemGone, NotYours, TooManyHeld
 from guard.relabel.activity import Activity
-from guard.relabel.items import Answer, Decision, FlaggedInput, QueueItem, State
+from guard.relabel.items import Answer, Counts, Decision, FlaggedInput, QueueItem, State
 from guard.relabel.queue import Queue
 from guard.relabel.request_body import Field, fields_of, pictures_of
-from guard.relabel.reviewers import Reviewers
+from guard.relabel.reviewers import Reviewer, Reviewers
 from guard.relabel.rounds import Rounds
 from guard.review import words
 from guard.review.answer_log import AnswerLog
@@ -29,6 +29,8 @@ ORDERS: tuple[Order, ...] = get_args(Order)
 
 #: Clean images shown per class.
 NEIGHBOURS = 5
+#: The largest number that the database knows: of 64 bits.
+MOST = 2**63 - 1
 #: Items of one group on one page.
 GROUP_PAGE = 48
 
@@ -177,7 +179,7 @@ class Desk:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "log", AnswerLog(self.queue))
-        object.__setattr__(self, "activity", Activity(self.queue))
+        object.__setattr__(self, "activity", Activity(self.queue, with_gold=True))
         object.__setattr__(self, "bundle_list", BundleList(self.bundles.store, self.rounds))
 
     def take(self, reviewer: str, order: Order, group: int | None = None) -> QueueItem | None:
@@ -185,7 +187,10 @@ class Desk:
         held = self._still_held(reviewer, group)
         if held:
             return held[0]
-        claimed = self.queue.claim(reviewer, 1, order=order, group=group)
+        try:
+            claimed = self.queue.claim(reviewer, 1, order=order, group=group)
+        except TooManyHeld:  # claimed elsewhere, by a program for instance
+            claimed = self.queue.claim_items(reviewer, self.queue.held_by(reviewer)[:1])
         self.holding.add(reviewer, claimed)
         return claimed[0] if claimed else None
 
@@ -219,11 +224,7 @@ class Desk:
         """
         wanted = [answer.item_id for answer in answers]
         try:
-            done = self.queue.decide_many(reviewer, answers)
-        except LeaseExpired:
-            if not self.queue.claim_items(reviewer, wanted):
-                raise
-            done = self.queue.decide_many(reviewer, answers)
+            done = self.queue.decide_many(reviewer, answers, also_free=True)
         except (AlreadyDecided, ItemGone):
             self.holding.remove(reviewer, wanted)  # or the page would show it again and again
             raise
@@ -248,7 +249,7 @@ class Desk:
     def withdraw(self, reviewer: str, decision_id: int, item_id: int) -> QueueItem:
         """Take an answer back; its item comes to the reviewer next."""
         self.queue.withdraw(reviewer, decision_id)
-        item = self.queue.get(item_id)
+        item = self.queue.see(reviewer, self.queue.get(item_id))
         if item.claimed_by == reviewer:
             self.holding.add(reviewer, [item], first=True)
         return item
@@ -279,14 +280,56 @@ class Desk:
         """Return one name per class of the model that a flagged input was for."""
         return words.label_names(self.bundles.class_names(flagged.bundle_digest), flagged.n_classes)
 
+    def ask_for_retraining(self, model: str, reviewer: str) -> None:
+        """Ask for a retraining of a model; DataError if there is none of that name."""
+        if model not in (known := self.models()):
+            raise DataError(f"there is no model {model!r}: known are {known}.")
+        self.rounds.request(model, reviewer)
+
     def models(self) -> list[str]:
         """Return the names of the models that have items in the queue or rounds of retraining, sorted."""
         seen = {item.input.model for state in State for item in self.queue.items(state=state, limit=20)}
         return sorted(seen | {entry.model for entry in self.rounds.all(limit=100)})
 
     def item(self, item_id: int) -> QueueItem:
-        """Return an item; ItemGone if there is none."""
+        """Return an item with all that is known, for the page itself; ItemGone if there is none."""
         return self.queue.get(item_id)
+
+    def seen(self, who: Reviewer, item_id: int) -> QueueItem:
+        """Return an item as somebody may see it: an admin everything, a reviewer what they hold or answered.
+
+        What others answered stays hidden, as it may be asked once more to measure reviewers.
+
+        Raises
+        ------
+        NotYours
+            If a reviewer neither holds the item nor answered it.
+        ItemGone
+            If there is none.
+        """
+        item = self.queue.get(item_id)
+        if who.role == "admin":
+            return item
+        if item.claimed_by != who.name and not self.queue.has_answered(who.name, item_id):
+            raise NotYours(f"item {item_id} is not yours: you neither hold it nor answered it. Claim it first.")
+        return self.queue.see(who.name, item)
+
+    def shown(self, who: Reviewer, item_id: int) -> FlaggedInput:
+        """Return an input whose picture somebody may see: as `seen`, and what is open to all.
+
+        Raises
+        ------
+        NotYours, ItemGone
+            As `seen`.
+        """
+        item = self.queue.get(item_id)
+        if item.state in (State.PENDING, State.CLAIMED):
+            return item.input
+        return self.seen(who, item_id).input
+
+    def counts(self, who: Reviewer) -> Counts:
+        """Return how much there is of everything; to a reviewer gold items count as all others."""
+        return self.queue.counts() if who.role == "admin" else self.queue.counts(seen_by=who.name)
 
     def _still_held(self, reviewer: str, group: int | None) -> list[QueueItem]:
         wanted = self.holding.of(reviewer, group)
@@ -311,6 +354,13 @@ class Desk:
             for label, why in asked
         ]
         return found, ""
+
+
+def number_of(text: str) -> int | None:
+    """Return the whole number that a text is, as the database numbers its rows; None if it is none of these."""
+    if text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= MOST:
+        return int(text)
+    return None
 
 
 def label_of(text: str, names: Sequence[str]) -> int | None:

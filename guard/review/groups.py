@@ -7,10 +7,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import RedirectResponse, Response
 
-from guard.errors import DataError
+from guard.errors import AlreadyDecided, DataError, ItemGone, LeaseExpired
 from guard.relabel.items import Answer, QueueItem
-from guard.review.access import Form, Posted, SignedIn, TheDesk
-from guard.review.desk import Desk, label_of
+from guard.review.access import Form, Number, Posted, SignedIn, TheDesk
+from guard.review.desk import Desk, label_of, number_of
 from guard.review.pages import shared
 from guard.review.rendering import render
 
@@ -28,7 +28,7 @@ RULES = {
 @router.get("")
 def all_groups(request: Request, desk: TheDesk, session: SignedIn) -> Response:
     """Show the groups that have something to do, those with most of it first."""
-    groups = [one for one in desk.queue.groups() if one.pending]
+    groups = [one for one in desk.queue.groups(seen_by=session.name) if one.pending]
     shown = []
     for group in groups[:100]:
         names = desk.names(desk.item(group.sample_ids[0]).input) if group.sample_ids else []
@@ -37,26 +37,28 @@ def all_groups(request: Request, desk: TheDesk, session: SignedIn) -> Response:
 
 
 @router.get("/{group}")
-def one_group(request: Request, desk: TheDesk, session: SignedIn, group: int) -> Response:
+def one_group(request: Request, desk: TheDesk, session: SignedIn, group: Number) -> Response:
     """Show the items of a group, claimed for this reviewer."""
     items = desk.take_group(session.name, group)
     return render(request, "group.html", {**_context(desk, group, items), **shared(desk, session)})
 
 
 @router.post("/{group}/decisions")
-def decide_group(request: Request, desk: TheDesk, posted: Form, group: int) -> Response:
+def decide_group(request: Request, desk: TheDesk, posted: Form, group: Number) -> Response:
     """Save the answers for a group with its exceptions: all of them, or none and say why."""
-    included = [int(value) for value in posted.form.getlist("include") if isinstance(value, str) and value.isdigit()]
-    items = [desk.item(item_id) for item_id in included]
+    included = [number_of(value) for value in posted.form.getlist("include") if isinstance(value, str)]
     try:
+        items = [desk.item(item_id) for item_id in included if item_id is not None]
         if not items:
             raise DataError("no item is chosen.")
         answers = [_answer(posted, item, desk.names(item.input)) for item in items]
-    except DataError as error:
+        desk.decide(posted.session.name, answers)
+    except (DataError, AlreadyDecided, ItemGone, LeaseExpired) as error:  # what was filled in stays for the others
         held = desk.take_group(posted.session.name, group)
-        context = {**_context(desk, group, held, posted), "text": str(error), "is_error": True}
-        return render(request, "group.html", {**context, **shared(desk, posted.session)}, status=422)
-    desk.decide(posted.session.name, answers)
+        text = str(error) if isinstance(error, DataError) else f"{error} Nothing was saved; the others are still here."
+        context = {**_context(desk, group, held, posted), "text": text, "is_error": True}
+        status = 422 if isinstance(error, DataError) else 409
+        return render(request, "group.html", {**context, **shared(desk, posted.session)}, status=status)
     rest = desk.take_group(posted.session.name, group)
     text = f"Saved: {len(answers)} items."
     if not rest:
@@ -65,7 +67,7 @@ def decide_group(request: Request, desk: TheDesk, posted: Form, group: int) -> R
 
 
 @router.post("/{group}/leave")
-def leave(desk: TheDesk, posted: Form, group: int) -> Response:
+def leave(desk: TheDesk, posted: Form, group: Number) -> Response:
     """Give the items of a group back unanswered."""
     desk.release(posted.session.name, group)
     return RedirectResponse("/groups", status_code=303)

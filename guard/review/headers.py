@@ -22,6 +22,8 @@ SECURITY_HEADERS = {
 }
 #: Bytes of a request that carries no file.
 SMALL_REQUEST = 2**20
+#: Digits of a stated length; Python refuses to read a number of thousands.
+_LONGEST_LENGTH = 19
 
 
 class SecurityHeaders:
@@ -67,7 +69,7 @@ class BodyLimit:
             return
         allowed = self._large.get(scope["path"], SMALL_REQUEST)
         stated = dict(scope["headers"]).get(b"content-length", b"0")
-        if not stated.isdigit() or int(stated) > allowed:
+        if not stated.isdigit() or len(stated) > _LONGEST_LENGTH or int(stated) > allowed:
             await self._refuse(allowed)(scope, receive, send)
             return
         seen, answered = 0, False

@@ -12,8 +12,8 @@ from guard.errors import DataError, ItemGone
 from guard.relabel.items import Answer, Decision, QueueItem
 from guard.relabel.rounds import Round
 from guard.review import words
-from guard.review.access import ForbiddenError, Form, Posted, Session, SignedIn, TheDesk
-from guard.review.desk import ORDERS, Desk, Order, label_of
+from guard.review.access import ForbiddenError, Form, Number, Posted, Session, SignedIn, TheDesk
+from guard.review.desk import ORDERS, Desk, Order, label_of, number_of
 from guard.review.rendering import is_part, render
 
 router = APIRouter()
@@ -35,7 +35,9 @@ def icon() -> Response:
 
 
 @router.get("/review")
-def review(request: Request, desk: TheDesk, session: SignedIn, order: str = "", group: int | None = None) -> Response:
+def review(
+    request: Request, desk: TheDesk, session: SignedIn, order: str = "", group: Number | None = None
+) -> Response:
     """Show the item that the reviewer holds, or the next one."""
     chosen = _order(order or request.cookies.get("guard_order", ""))
     item = desk.take(session.name, chosen, group)
@@ -45,7 +47,7 @@ def review(request: Request, desk: TheDesk, session: SignedIn, order: str = "", 
 
 
 @router.post("/items/{item_id}/decision")
-def decide(request: Request, desk: TheDesk, posted: Form, item_id: int) -> Response:
+def decide(request: Request, desk: TheDesk, posted: Form, item_id: Number) -> Response:
     """Save one answer, and show the next item (or this one again, if the reviewer goes on by hand)."""
     item = desk.item(item_id)
     names = desk.names(item.input)
@@ -60,7 +62,7 @@ def decide(request: Request, desk: TheDesk, posted: Form, item_id: int) -> Respo
 
 
 @router.post("/items/{item_id}/skip")
-def skip(request: Request, desk: TheDesk, posted: Form, item_id: int) -> Response:
+def skip(request: Request, desk: TheDesk, posted: Form, item_id: Number) -> Response:
     """Give an item back, to come last for this reviewer, and show the next one."""
     desk.skip(posted.session.name, item_id)
     return _next(request, desk, posted, f"Item {item_id} went back to the queue.")
@@ -80,42 +82,42 @@ def undo(request: Request, desk: TheDesk, posted: Form) -> Response:
 
 
 @router.post("/items/{item_id}/renew")
-def renew(desk: TheDesk, posted: Form, item_id: int) -> Response:
+def renew(desk: TheDesk, posted: Form, item_id: Number) -> Response:
     """Keep an item for longer; the page asks while somebody looks at it."""
     desk.queue.renew(posted.session.name, [item_id])
     return Response(status_code=204)
 
 
 @router.get("/items/{item_id}")
-def item_page(request: Request, desk: TheDesk, session: SignedIn, item_id: int) -> Response:
+def item_page(request: Request, desk: TheDesk, session: SignedIn, item_id: Number) -> Response:
     """Show an item to look at, without claiming it."""
-    item = desk.item(item_id)
+    item = desk.seen(session.reviewer, item_id)
     mine = [one for one in desk.log.newest(session.name, 500) if one.item_id == item_id]
     context = {"view": desk.view(item), "mine": mine, **shared(desk, session)}
     return render(request, "item.html", context)
 
 
 @router.get("/answers")
-def answers(request: Request, desk: TheDesk, session: SignedIn, page: int = 1) -> Response:
+def answers(request: Request, desk: TheDesk, session: SignedIn, page: Number = 1) -> Response:
     """Show the reviewer's own answers, newest first, of all sessions."""
     total = desk.log.count(session.name)
     pages = max(1, -(-total // ANSWERS_PAGE))
     page = min(max(1, page), pages)
     shown = desk.log.newest(session.name, ANSWERS_PAGE, ANSWERS_PAGE * (page - 1))
-    rows = [_answer_row(desk, one) for one in shown]
+    rows = [_answer_row(desk, session, one) for one in shown]
     context = {"rows": rows, "page": page, "pages": pages, "total": total, **shared(desk, session)}
     return render(request, "answers.html", context)
 
 
 @router.post("/answers/{decision_id}/withdraw")
-def withdraw(desk: TheDesk, posted: Form, decision_id: int) -> Response:
+def withdraw(desk: TheDesk, posted: Form, decision_id: Number) -> Response:
     """Take an answer back; its item is the reviewer's again."""
     desk.withdraw(posted.session.name, decision_id, _own(desk, posted, decision_id).item_id)
     return RedirectResponse("/answers", status_code=303)
 
 
 @router.post("/answers/{decision_id}/change")
-def change(desk: TheDesk, posted: Form, decision_id: int) -> Response:
+def change(desk: TheDesk, posted: Form, decision_id: Number) -> Response:
     """Put another answer in the place of an earlier one."""
     names = desk.names(desk.item(_own(desk, posted, decision_id).item_id).input)
     desk.queue.supersede(
@@ -135,7 +137,7 @@ def progress(request: Request, desk: TheDesk, session: SignedIn) -> Response:
         "mine": desk.log.count(session.name),
         "last_hour": len(desk.log.since(session.name, now - timedelta(hours=1))),
         "rounds": [_round(entry) for entry in desk.rounds.all(limit=50)],
-        "dropped": sum(desk.queue.counts().dropped.values()),
+        "dropped": sum(desk.counts(session.reviewer).dropped.values()),
         **shared(desk, session),
     }
     return render(request, "progress.html", context)
@@ -143,7 +145,7 @@ def progress(request: Request, desk: TheDesk, session: SignedIn) -> Response:
 
 def shared(desk: Desk, session: Session) -> dict[str, Any]:
     """Return what the frame of every page shows."""
-    counts = desk.queue.counts()
+    counts = desk.counts(session.reviewer)
     by_state = {state.value: number for state, number in counts.by_state.items()}
     since = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     return {
@@ -220,9 +222,9 @@ def _work(
     }
 
 
-def _answer_row(desk: Desk, decision: Decision) -> dict[str, Any]:
+def _answer_row(desk: Desk, session: Session, decision: Decision) -> dict[str, Any]:
     try:
-        item = desk.item(decision.item_id)
+        item = desk.seen(session.reviewer, decision.item_id)
     except ItemGone:
         return {"decision": decision, "item": None, "names": [], "text": "", "suspect": ""}
     names = desk.names(item.input)
@@ -250,8 +252,7 @@ def _order(text: str) -> Order:
 
 
 def _group(posted: Posted) -> int | None:
-    text = posted.text("group")
-    return int(text) if text.isascii() and text.isdigit() else None
+    return number_of(posted.text("group"))
 
 
 def _own(desk: Desk, posted: Posted, decision_id: int) -> Decision:

@@ -7,13 +7,14 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse, Response
 
 from guard.review.access import (
-    COOKIE,
     Form,
     NotSignedInError,
     TheDesk,
     TooManyAttemptsError,
     address_of,
+    cookie_name,
     limit_of,
+    read_form,
     refuse_other_sites,
     session_of,
 )
@@ -36,24 +37,24 @@ def login_page(request: Request) -> Response:
 async def log_in(request: Request, desk: TheDesk) -> Response:
     """Start a session for a name and its token."""
     refuse_other_sites(request)
-    form = await request.form(max_files=0, max_fields=10)
+    form = await read_form(request, max_files=0, max_fields=10)
     name, token = (str(form.get(field, "")).strip() for field in ("name", "token"))
-    limit, keys = limit_of(request), (address_of(request), f"name {name}")
-    try:
-        limit.check(*keys)
-    except TooManyAttemptsError as error:
-        context = {"name": name, "text": str(error), "is_error": True}
-        return render(request, "login.html", context, status=429, headers={"Retry-After": str(error.retry_after)})
     reviewer = await run_in_threadpool(desk.reviewers.check_token, token)
-    if reviewer is None or reviewer.name != name:
-        limit.failed(*keys)
-        context = {"name": name, "text": "Name and token do not go together.", "is_error": True}
-        return render(request, "login.html", context, status=401)
+    if reviewer is None or reviewer.name != name:  # a right token passes, whatever others have tried
+        context = {"name": name, "is_error": True}
+        try:
+            limit_of(request).failed(f"{address_of(request)}, name {name}")
+        except TooManyAttemptsError as error:
+            headers = {"Retry-After": str(error.retry_after)}
+            return render(request, "login.html", {**context, "text": str(error)}, status=429, headers=headers)
+        text = "Name and token do not go together."
+        return render(request, "login.html", {**context, "text": text}, status=401)
+    if old := request.cookies.get(cookie_name(request)):  # a session that was there before is nobody's any more
+        await run_in_threadpool(desk.reviewers.end_session, old)
     secret = await run_in_threadpool(desk.reviewers.start_session, reviewer.name)
     response = RedirectResponse("/review", status_code=303)
-    response.set_cookie(
-        COOKIE, secret, httponly=True, samesite="strict", secure=request.url.scheme == "https", path="/"
-    )
+    is_secure = request.url.scheme == "https"
+    response.set_cookie(cookie_name(request), secret, httponly=True, samesite="strict", secure=is_secure, path="/")
     return response
 
 
@@ -61,7 +62,9 @@ async def log_in(request: Request, desk: TheDesk) -> Response:
 def log_out(request: Request, desk: TheDesk, posted: Form) -> Response:
     """End the session, and give back what the reviewer holds."""
     desk.release(posted.session.name)
-    desk.reviewers.end_session(request.cookies.get(COOKIE, ""))
+    desk.reviewers.end_session(request.cookies.get(cookie_name(request), ""))
     response = RedirectResponse("/login", status_code=303)
-    response.delete_cookie(COOKIE, path="/")
+    is_secure = request.url.scheme == "https"
+    response.delete_cookie(cookie_name(request), path="/", secure=is_secure, httponly=True, samesite="strict")
+    response.headers["Clear-Site-Data"] = '"cache"'  # also what an earlier version of the page let browsers keep
     return response

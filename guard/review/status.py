@@ -83,7 +83,10 @@ def _context(desk: Desk, session: Session, span_name: str, model_name: str) -> d
     )
     charts = status_numbers.charts(numbers)
     middles = [round((begin + end) / 2) for begin, end in zip(history.edges, history.edges[1:], strict=False)]
-    people = [(share, desk.queue.gold_results(share.reviewer)) for share in numbers.queue.by_reviewer]
+    people = [
+        (share, desk.queue.gold_results(share.reviewer) if session.is_admin else None)  # or they would tell known items
+        for share in numbers.queue.by_reviewer
+    ]
     since = None if history.since is None else datetime.fromtimestamp(history.since, UTC)
     return {
         "now": now,
@@ -113,8 +116,11 @@ def _history(desk: Desk, span: Span, model: str, now: datetime) -> tuple[History
     seen = desk.activity.models()
     if desk.metrics is None:
         return History(span=span, edges=span.edges(now.timestamp())), seen
-    history = desk.metrics.history(span, model or None, now.timestamp())
-    return history, sorted({*seen, *history.models})
+    whole = desk.metrics.history(span, None, now.timestamp())
+    models = sorted({*seen, *whole.models})
+    if model not in models:  # sources remember what was asked: never a name that a browser made up
+        return whole, models
+    return desk.metrics.history(span, model, now.timestamp()), models
 
 
 def _fired(history: History) -> list[tuple[str, int]]:

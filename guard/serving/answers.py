@@ -135,7 +135,7 @@ def _with_verdict(body: Any, told: dict[str, Any]) -> Any:
     if isinstance(body, str | bytes | bytearray):
         try:
             text = json.dumps(_with_verdict(json.loads(body), told), indent=2)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError):  # what can be read may yet be nested too deeply to be written
             return body
         return text if isinstance(body, str) else text.encode()
     if isinstance(body, dict):
