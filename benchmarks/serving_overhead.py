@@ -34,6 +34,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import psutil
 from safetensors.torch import save_file
+from socket_client import SocketClient
 
 from guard.attacks.recipes import DEMO_ATTACKS, train_badnet
 from guard.config import GuardConfig
@@ -160,6 +161,7 @@ def send(
         clients=clients,
         content_type="image/png",
         limit_seconds=seconds,
+        client_class=SocketClient,
     )
     sent = [reply for reply in replies if not reply.error.startswith("not sent")]
     if failed := [reply for reply in sent if reply.status != 200]:

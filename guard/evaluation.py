@@ -6,11 +6,12 @@ no rate is ever NaN.
 
 from __future__ import annotations
 
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import binomtest
+from sklearn.metrics import roc_auc_score
 
 from guard.errors import DataError
 from guard.types import BoolArray, Float64Array, FloatArray, IntArray
@@ -145,12 +146,8 @@ def auroc(scores: FloatArray, is_poisoned: BoolArray) -> float:
     .. [1] Hanley, McNeil (1982), The meaning and use of the area under a receiver operating characteristic curve.
     """
     values, poisoned = _scores(scores, is_poisoned)
-    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    midranks = (np.cumsum(counts) - (counts - 1) / 2.0)[group]  # tied scores share the mean of their ranks
-    n_poisoned = int(poisoned.sum())
-    n_clean = len(poisoned) - n_poisoned
-    wins = midranks[poisoned].sum() - n_poisoned * (n_poisoned + 1) / 2.0  # Mann-Whitney's U
-    return float(wins / (n_poisoned * n_clean))
+    _, ranks = np.unique(values, return_inverse=True)  # an infinite score has a rank like any other
+    return float(roc_auc_score(poisoned, ranks))
 
 
 def tpr_at_fpr(scores: FloatArray, is_poisoned: BoolArray, false_positive_rate: float) -> float:
@@ -205,15 +202,8 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> In
         raise DataError(f"confidence must be in (0, 1), got {confidence}.")
     if trials < 1 or not 0 <= successes <= trials:
         raise DataError(f"a rate needs 0 <= successes <= trials and trials >= 1, got {successes} of {trials}.")
-    z = NormalDist().inv_cdf(0.5 + confidence / 2.0)
-    rate = successes / trials
-    scale = 1.0 + z * z / trials
-    middle = (rate + z * z / (2.0 * trials)) / scale
-    half = z / scale * float(np.sqrt(rate * (1.0 - rate) / trials + z * z / (4.0 * trials * trials)))
-    # At the ends the formula gives 0 and 1 exactly; rounding does not.
-    lower = 0.0 if successes == 0 else max(0.0, middle - half)
-    upper = 1.0 if successes == trials else min(1.0, middle + half)
-    return Interval(lower, upper)
+    interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    return Interval(float(interval.low), float(interval.high))
 
 
 def _labels(name: str, labels: npt.ArrayLike) -> IntArray:

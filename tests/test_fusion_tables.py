@@ -100,7 +100,7 @@ def scripts() -> Iterator[SimpleNamespace]:
     """Import the scripts as they import each other: from their own folder."""
     before = set(sys.modules)
     sys.path.insert(0, str(SCRIPTS))
-    names = ("common", "studies", "last_layer", "pictures", "side_studies", "run_all", *TABLES)
+    names = ("common", "studies", "subjects", "last_layer", "pictures", "side_studies", "run_all", *TABLES)
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     sys.path.remove(str(SCRIPTS))
     for name in set(sys.modules) - before:
@@ -249,7 +249,7 @@ def test_calibrated_rate_is_the_published_guards_on_validation_images(
             calls.append((config, activations))
             return cls(config)
 
-    class FakeSubject(scripts.studies.Subject):  # type: ignore[name-defined,misc]
+    class FakeSubject(scripts.subjects.Subject):  # type: ignore[name-defined,misc]
         def __init__(self) -> None:
             self.card = SimpleNamespace(seed=3)
             labels = np.arange(80) % 4
@@ -263,7 +263,7 @@ def test_calibrated_rate_is_the_published_guards_on_validation_images(
 
         triggered = clean
 
-    monkeypatch.setattr(scripts.studies, "Guard", FakeGuard)
+    monkeypatch.setattr(scripts.subjects, "Guard", FakeGuard)
     guards = FakeSubject().guards(0.0, 2)
     assert [config.mode for config, _ in calls] == ["paper", "calibrated"]
     assert guards.calibrated.config.false_positive_rate == 0.0375
@@ -279,10 +279,10 @@ def test_heads_that_both_modes_share_are_trained_once_and_the_guards_are_the_sam
     trained: list[int] = []
     train = DecisionHead._train
     monkeypatch.setattr(DecisionHead, "_train", lambda *given: trained.append(1) or train(*given))
-    once = scripts.studies.fit_at_same_clean_loss(activations, labels, None, 0.0, 0)
+    once = scripts.subjects.fit_at_same_clean_loss(activations, labels, None, 0.0, 0)
     n_once = len(trained)
-    monkeypatch.setattr(scripts.studies, "trained_once", contextlib.nullcontext)
-    each = scripts.studies.fit_at_same_clean_loss(activations, labels, None, 0.0, 0)
+    monkeypatch.setattr(scripts.subjects, "trained_once", contextlib.nullcontext)
+    each = scripts.subjects.fit_at_same_clean_loss(activations, labels, None, 0.0, 0)
     assert (len(trained) - n_once) - n_once == 6  # five folds and all images, for the features
     for ours, theirs in zip(once, each, strict=True):
         assert ours.config == theirs.config
@@ -300,18 +300,18 @@ def test_calibrated_rate_is_never_below_what_the_images_can_show(
         configs.append(config)
         return SimpleNamespace(realised_false_positive_rate=0.0, config=config)
 
-    monkeypatch.setattr(scripts.studies.Guard, "fit_activations", fit)
-    scripts.studies.fit_at_same_clean_loss(None, np.zeros(199, np.int64), None, 0.0, 0)
+    monkeypatch.setattr(scripts.subjects.Guard, "fit_activations", fit)
+    scripts.subjects.fit_at_same_clean_loss(None, np.zeros(199, np.int64), None, 0.0, 0)
     assert configs[1].false_positive_rate == pytest.approx(1 / 200)
 
 
 def test_validation_quarters_nest_and_spread_over_classes(scripts: SimpleNamespace) -> None:
     labels = np.repeat(np.arange(5), 12)
-    half, more = (scripts.studies.validation_rows(labels, quarters, 0) for quarters in (2, 3))
+    half, more = (scripts.subjects.validation_rows(labels, quarters, 0) for quarters in (2, 3))
     assert len(half) == 30
     assert set(half) < set(more)
     assert np.bincount(labels[half]).tolist() == [6] * 5
-    assert len(scripts.studies.validation_rows(labels, 4, 0)) == 60
+    assert len(scripts.subjects.validation_rows(labels, 4, 0)) == 60
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if (RESULTS / f"{name}.csv").is_file()])

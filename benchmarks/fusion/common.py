@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch
 
-from studies import STREAM_SEED, Record, Records, Request
+from studies import Record, Records, Request
 
-from guard.zoo.collection import Zoo, default_zoo_dir
+from guard.zoo.collection import default_zoo_dir
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent.parent
@@ -330,25 +330,3 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--results", type=Path, default=PROJECT / "benchmarks" / "results" / "fusion")
     options.add_argument("--images", type=Path, default=PROJECT / "docs" / "images" / "fusion")
     return options
-
-
-def publish(table: Table, records: Records, results: Path, images: Path) -> list[Row]:
-    """Print a table, write its CSV file and draw its picture."""
-    from pictures import draw
-
-    rows = rows_of(table, records)
-    write_rows(results / f"{table.name}.csv", rows)
-    draw(table, rows, images / f"{table.name}.png")
-    print(
-        f"\n{table.title}\nours / paper (difference), percent. Seeds: guards that of their model, stream {STREAM_SEED}"
-    )
-    print("\n".join([as_markdown(table, rows), *table.notes]), flush=True)
-    return rows
-
-
-def main(table: Table, arguments: Sequence[str] | None = None) -> None:
-    """Measure what one table needs, and publish it."""
-    options = parser(table.title).parse_args(arguments)
-    records = Records(options.records, Zoo(options.zoo), options.fresh)
-    records.require(table.wanted(), options.workers)
-    publish(table, records, options.results, options.images)

@@ -5,7 +5,8 @@ python benchmarks/fusion/imperceptible.py
 
 from __future__ import annotations
 
-from common import Column, Panel, Table, both_guards, main
+from common import Column, Panel, Table, both_guards
+from publishing import main
 from studies import PLAIN
 
 _MEASURES = {"clean_accuracy": "clean", "attack_success": "attack"}

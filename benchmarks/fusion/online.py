@@ -8,11 +8,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from safetensors.torch import save_file
-from studies import rates_on_rest
+from subjects import Guards, Record, Request, Subject, rates_on_rest
 
 from guard.bundle import BundleStore
 from guard.pipeline import Guard
@@ -26,9 +26,6 @@ from guard.serving.client import Reply, run_load
 from guard.serving.guarded import ServedModel, make_guarded_archive
 from guard.serving.torchserve import TorchServeInstance
 from guard.types import BoolArray, Float32Array
-
-if TYPE_CHECKING:
-    from studies import Guards, Record, Request, Subject
 
 #: Seed of the order in which test images are seen.
 STREAM_SEED = 0

@@ -7,7 +7,8 @@ Stands in for the paper's ImageNet model (1,000 classes, 25 of each). The text h
 
 from __future__ import annotations
 
-from common import MODES, Column, Panel, Table, both_guards, main
+from common import MODES, Column, Panel, Table, both_guards
+from publishing import main
 from studies import PLAIN, RETRAINED_PLAIN
 
 _MEASURES = {"clean_accuracy": "clean", "attack_success": "attack"}

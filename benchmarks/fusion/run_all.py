@@ -22,7 +22,8 @@ import table_5
 import table_6
 import table_7
 import table_8
-from common import PROJECT, Table, as_markdown, parser, publish, read_rows
+from common import PROJECT, Table, as_markdown, parser, read_rows
+from publishing import publish
 from side_studies import SIDE_STUDIES
 from studies import Records, Request
 

@@ -17,13 +17,18 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from last_layer import RetrainedLastLayer
-from trained_once import trained_once
+from subjects import (
+    Record,
+    Request,
+    Subject,
+    rates_on_rest,
+)
 
 import guard
 from guard.attacks.poisoning import Poisoned
@@ -33,11 +38,9 @@ from guard.detectors.lof import PerClassLof
 from guard.evaluation import attack_success_rate, clean_accuracy
 from guard.fusion import NOVELTY_OFFSET
 from guard.pipeline import Guard
-from guard.suspect import SuspectModel
 from guard.types import Activations, BoolArray, IntArray
 from guard.zoo.card import ZooCard
 from guard.zoo.collection import Zoo
-from guard.zoo.splits import load_split
 
 #: Standard deviation of the Gaussian noise of table 7, for images in [0, 1]; the paper's is lost. This is the largest
 #: of `NOISE_CHOICES` at which no benign model of the zoo loses more than 10 points of accuracy on validation images:
@@ -67,33 +70,6 @@ _DECIDING = (
 #: The same for what happens in service.
 _DECIDING_ONLINE = ("relabel/*.py", "retrainer/*.py", "serving/*.py")
 
-Record = dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One thing to measure of a model: `kind` is a key of `STUDIES`.
-
-    Attributes
-    ----------
-    kind : str
-    noise_std : float
-        Of the augmented copy of the validation images; 0 = none.
-    validation_quarters : int
-        How many quarters of the validation images the guard gets, 1 to 4.
-    """
-
-    kind: str
-    noise_std: float = 0.0
-    validation_quarters: int = 4
-
-    @property
-    def label(self) -> str:
-        """A short name for files and people."""
-        noise = f"-noise{self.noise_std:g}" if self.noise_std else ""
-        return f"{self.kind}{noise}" + (f"-{25 * self.validation_quarters}percent" * (self.validation_quarters < 4))
-
-
 PLAIN = Request("guard")
 AUGMENTED = Request("guard", noise_std=NOISE_STD)
 HALF = Request("guard", validation_quarters=2)
@@ -115,78 +91,6 @@ NORM_CHOICES: tuple[tuple[str, ...], ...] = (
     (),
 )
 NOISE_CHOICES = (0.01, 0.02, 0.05, 0.1)
-
-
-class Guards(NamedTuple):
-    """A guard of each mode, fitted on the same images, at the same clean loss."""
-
-    paper: Guard
-    calibrated: Guard
-
-
-class Subject:
-    """One zoo model with its images; activations are computed when first asked for."""
-
-    def __init__(self, zoo: Zoo, name: str) -> None:
-        self.card = zoo.card(name)
-        self.suspect = SuspectModel(zoo.load(name))
-        self.split = load_split(self.card.data_set)
-        self._guards: dict[tuple[float, int], Guards] = {}
-
-    @functools.cached_property
-    def validation(self) -> Activations:
-        """Of the clean validation images."""
-        return self.suspect.activations(self.split.validation.images)
-
-    def noisy(self, std: float) -> Activations:
-        """Of the validation images with Gaussian noise, drawn as `Guard.fit` does."""
-        images = self.split.validation.images
-        noise = np.random.default_rng(self.card.seed).normal(0, std, images.shape)
-        return self.suspect.activations((images + noise).astype(np.float32))
-
-    @functools.cached_property
-    def clean(self) -> Activations:
-        """Of the clean test images."""
-        return self.suspect.activations(self.split.test.images)
-
-    @functools.cached_property
-    def triggered(self) -> list[tuple[Activations, Poisoned]]:
-        """Of the test images with the trigger, one set per trigger."""
-        test = self.split.test
-        sets = self.card.restore_attack().test_sets(test.images, test.labels)
-        return [(self.suspect.activations(one.images), one) for one in sets]
-
-    def guards(self, noise_std: float, quarters: int) -> Guards:
-        """Return both guards, fitted once."""
-        if (noise_std, quarters) not in self._guards:
-            self._guards[noise_std, quarters] = self._fit(noise_std, quarters)
-        return self._guards[noise_std, quarters]
-
-    def _fit(self, noise_std: float, quarters: int) -> Guards:
-        labels = self.split.validation.labels
-        rows = validation_rows(labels, quarters, self.card.seed)
-        noisy = self.noisy(noise_std)[rows] if noise_std else None
-        return fit_at_same_clean_loss(self.validation[rows], labels[rows], noisy, noise_std, self.card.seed)
-
-
-def validation_rows(labels: IntArray, quarters: int, seed: int) -> IntArray:
-    """Return the rows of so many quarters of the validation images, every class evenly."""
-    return np.flatnonzero(stratified_folds(labels, 4, seed) < quarters)
-
-
-def fit_at_same_clean_loss(
-    activations: Activations, labels: IntArray, noisy: Activations | None, noise_std: float, seed: int
-) -> Guards:
-    """Fit the published guard, and ours at the rate of false alarms that the published one has on these clean images.
-
-    The rate is measured out of fold. Where it is lower than n images can show, ours asks for 1 / (n + 1).
-    """
-    settings = {"seed": seed, "image_noise_std": noise_std}
-    with trained_once():
-        paper = Guard.fit_activations(activations, labels, GuardConfig(mode="paper", **settings), noisy=noisy)
-        rate = max(paper.realised_false_positive_rate, 1.0 / (len(labels) + 1))
-        config = GuardConfig(mode="calibrated", false_positive_rate=rate, **settings)
-        return Guards(paper, Guard.fit_activations(activations, labels, config, noisy=noisy))
 
 
 def measured(
@@ -289,24 +193,6 @@ def study_online(subject: Subject, request: Request) -> Record:
     from online import learn_in_service  # the other studies need no server
 
     return learn_in_service(subject, request)
-
-
-def rates_on_rest(subject: Subject, guarded: Guard, rest: BoolArray) -> dict[str, Any]:
-    """Return clean accuracy and attack success on some of the test images, clean and triggered; fractions."""
-    clean, labels = subject.clean[rest], subject.split.test.labels[rest]
-    triggered = [(activations, one, rest[one.source_rows]) for activations, one in subject.triggered]
-    return {
-        "clean_accuracy": clean_accuracy(clean.predicted_labels, labels, guarded.scores(clean).is_poisoned),
-        "attack_success": [
-            attack_success_rate(
-                activations.predicted_labels[rows],
-                one.labels[rows],
-                one.true_labels[rows],
-                guarded.scores(activations[rows]).is_poisoned,
-            )
-            for activations, one, rows in triggered
-        ],
-    }
 
 
 def study_norm_orders(subject: Subject, request: Request) -> Record:
@@ -454,7 +340,8 @@ def code_digest(online: bool) -> str:
     patterns = (*_DECIDING, *_DECIDING_ONLINE) if online else _DECIDING
     files = [path for pattern in patterns for path in package.glob(pattern)]
     files += [
-        here / f"{name}.py" for name in ("studies", "last_layer", "trained_once", *(["online"] if online else []))
+        here / f"{name}.py"
+        for name in ("studies", "subjects", "last_layer", "trained_once", *(["online"] if online else []))
     ]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
 

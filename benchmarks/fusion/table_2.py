@@ -5,7 +5,8 @@ python benchmarks/fusion/table_2.py
 
 from __future__ import annotations
 
-from common import LETTERED, Column, Panel, Table, both_guards, main
+from common import LETTERED, Column, Panel, Table, both_guards
+from publishing import main
 from studies import PLAIN
 
 _MEASURES = {"true_negative": "TN", "false_negative": "FN"}

@@ -5,7 +5,8 @@ python benchmarks/fusion/table_4.py
 
 from __future__ import annotations
 
-from common import LETTERED, Column, Panel, Table, both_guards, main
+from common import LETTERED, Column, Panel, Table, both_guards
+from publishing import main
 from studies import PLAIN, USUAL_RATE
 
 _MEASURES = {"clean_accuracy": "clean", "attack_success": "attack"}

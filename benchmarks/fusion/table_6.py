@@ -5,7 +5,8 @@ python benchmarks/fusion/table_6.py
 
 from __future__ import annotations
 
-from common import Panel, Table, both_guards, main
+from common import Panel, Table, both_guards
+from publishing import main
 from studies import HALF, THREE_QUARTERS
 
 _MEASURES = {"clean_accuracy": "clean", "attack_success": "attack"}

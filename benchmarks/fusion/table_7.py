@@ -5,7 +5,8 @@ python benchmarks/fusion/table_7.py
 
 from __future__ import annotations
 
-from common import LETTERED, Panel, Table, both_guards, main
+from common import LETTERED, Panel, Table, both_guards
+from publishing import main
 from studies import AUGMENTED, NOISE_STD, PLAIN
 
 _MEASURES = {"clean_accuracy": "clean", "attack_success": "attack"}

@@ -8,7 +8,8 @@ then the retrainer holds a round. Takes half an hour on two cores, so `run_all.p
 
 from __future__ import annotations
 
-from common import LETTERED, MODES, Column, Panel, Table, both_guards, main
+from common import LETTERED, MODES, Column, Panel, Table, both_guards
+from publishing import main
 from studies import ONLINE
 
 _CONDITIONS = {

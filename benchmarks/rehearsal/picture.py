@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rules import Firing
 from traffic import Span
 
 from guard.observing.client_log import read_client_log
 from guard.observing.scrape import Prometheus
-
-if TYPE_CHECKING:
-    from rehearse import Firing
 
 _COLOURS = {
     "clean": "#4d8fd1",

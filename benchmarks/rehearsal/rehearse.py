@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch
 import psutil
 from picture import draw
 from reviewer import Reviewer
-from rules import faster_rules
+from rules import Firing, faster_rules
 from service import MODEL, Service, prepare, running
 from traffic import Phase, Span, Traffic, bodies_of
 
@@ -75,15 +75,6 @@ CAUSES = {
 
 #: What happens in a moment, at the start of its phase.
 MOMENTARY = ("page killed",)
-
-
-@dataclass(frozen=True, slots=True)
-class Firing:
-    """One alert, from going off to clearing; seconds since 1970."""
-
-    alert: str
-    start: float
-    end: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,15 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(\d+)(ms|s|m|h|d)")
 #: Durations in an expression: a range in brackets, or an offset.
 _IN_EXPRESSION = re.compile(r"(?<=\[)\d+(?:ms|s|m|h|d)(?=\])|(?<=offset )\d+(?:ms|s|m|h|d)")
+
+
+@dataclass(frozen=True, slots=True)
+class Firing:
+    """One alert, from going off to clearing; seconds since 1970."""
+
+    alert: str
+    start: float
+    end: float
 
 
 def divided(duration: str, factor: float) -> str:

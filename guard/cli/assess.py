@@ -5,15 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
-from PIL import Image
 
-from guard.cli.offline import class_list, open_model, tell_passed_over, try_once
+from guard.cli.model import class_list, open_model, read_pixels, tell_passed_over, try_once
 from guard.cli.options import Architecture, Device, ExtraFile, Handler, ModelFile, Preprocess, Rate, Settings, Weights
 from guard.cli.output import plain_table, print_table, print_warning, progress_bar, say, tell
 from guard.errors import ConfigError, DataError, GuardError
@@ -22,8 +19,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from guard.assess import AssessmentReport
-    from guard.cli.images import Convert
-    from guard.types import Float32Array
 
 _TRIGGER_HELP = (
     "Trigger to plant; may be repeated. Default: pattern, white-square, blend, sig, wanet, gotham; others: "
@@ -68,7 +63,7 @@ def assess(
     from guard.assess import CAVEAT, DEFAULT_ATTACKS, PlantingSettings, check_names
     from guard.assess import assess as assess_model
     from guard.cli.assess_picture import draw
-    from guard.cli.images import find_images, preprocessing, read_all
+    from guard.cli.images import find_images
     from guard.config import load_config
 
     config = load_config(settings, false_positive_rate=false_positive_rate, mode=mode, seed=seed)
@@ -82,10 +77,7 @@ def assess(
         found = find_images(images, class_names=class_list(class_names))
         if found.labels is None:
             raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
-        same_size = "A trigger goes on before the preprocessing, so resize them first."
-        pixels = read_all(found, preprocessing(None), report, remedy=same_size)
-        check_pixels(images, pixels)
-        prepare = png_to_inputs(convert) if handler is not None else to_inputs(convert)
+        pixels, prepare = read_pixels(images, found, convert, handler, report)
         try_once(suspect, prepare(pixels[:2]))
         result = assess_model(
             suspect,
@@ -134,32 +126,6 @@ def _check_folder(folder: Path) -> None:
     first = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not first.is_dir():
         raise ConfigError(f"--output {folder}: {first} is no folder. Name another.")
-
-
-def check_pixels(path: Path, pixels: Float32Array) -> None:
-    """Refuse images outside [0, 1], on which no trigger can be put."""
-    if not (pixels.min() >= 0.0 and pixels.max() <= 1.0):  # so written, NaN is refused too
-        raise DataError(
-            f"{path}: images must lie in [0, 1], got {pixels.min():g} to {pixels.max():g}. A trigger goes on pixels: "
-            "give them as uint8, and name what normalises them with --preprocess."
-        )
-
-
-def to_inputs(convert: Convert) -> Callable[[Float32Array], Float32Array]:
-    """Return what feeds images to the user's preprocessing."""
-    return lambda pixels: convert(list(pixels))
-
-
-def png_to_inputs(convert: Convert) -> Callable[[Float32Array], Float32Array]:
-    """Return what feeds images to a handler as the PNG files that a client would send."""
-    return lambda pixels: convert([_png(image) for image in pixels])
-
-
-def _png(image: Float32Array) -> bytes:
-    values = np.rint(image * 255).astype(np.uint8)  # (channels, height, width)
-    buffer = io.BytesIO()
-    Image.fromarray(values[0] if len(values) == 1 else values.transpose(1, 2, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _csv(result: AssessmentReport) -> str:

@@ -18,8 +18,7 @@ from guard.image_files import MAX_TOTAL_VALUES, load_images
 from guard.types import Float32Array, IntArray
 
 if TYPE_CHECKING:
-    from guard.pipeline import Guard
-    from guard.types import Verdict
+    pass
 
 T = TypeVar("T")
 
@@ -51,15 +50,6 @@ class NamedImages:
     labels: IntArray | None = None
     class_names: list[str] | None = None
     passed_over: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """One image's verdict, or why there is none."""
-
-    name: str
-    verdict: Verdict | None
-    error: str = ""
 
 
 def find_images(
@@ -122,8 +112,8 @@ def read_all(
         At the first one that cannot be read, or whose shape differs; names it.
     """
     rows: list[Float32Array] = []
-    for part in _parts(len(images.names)):
-        for index, row in zip(part, _each(lambda some: list(_converted(images, convert, some)), part), strict=True):
+    for part in parts(len(images.names)):
+        for index, row in zip(part, each(lambda some: list(converted(images, convert, some)), part), strict=True):
             if isinstance(row, Exception):
                 raise DataError(f"image {images.names[index]}: {what_failed(row)}") from row
             if rows and row.shape != rows[0].shape:
@@ -134,19 +124,6 @@ def read_all(
             rows.append(row)
         report(f"reading: {len(rows)} of {len(images.names)} images", len(rows) / len(images.names))
     return np.stack(rows)
-
-
-def judge(guard: Guard, images: NamedImages, convert: Convert, report: Report) -> list[Judged]:
-    """Judge every image; one that cannot be read or scored is told as such, and spoils no other."""
-    judged: list[Judged] = []
-    for part in _parts(len(images.names)):
-        verdicts = _each(lambda some: guard.inspect(_converted(images, convert, some)), part)
-        for index, verdict in zip(part, verdicts, strict=True):
-            failed = isinstance(verdict, Exception)
-            name = images.names[index]
-            judged.append(Judged(name, None, what_failed(verdict)) if failed else Judged(name, verdict))  # type: ignore[arg-type]
-        report(f"inspecting: {len(judged)} of {len(images.names)} images", len(judged) / len(images.names))
-    return judged
 
 
 def preprocessing(name: str | None) -> Convert:
@@ -181,19 +158,21 @@ def preprocessing(name: str | None) -> Convert:
 
 def _stacked(images: list[Any]) -> Float32Array:
     if len({image.shape for image in images}) > 1:
-        raise DataError("the images of one batch must have the same shape. Resize them.")  # _each parts them
+        raise DataError("the images of one batch must have the same shape. Resize them.")  # each parts them
     return np.stack(images)
 
 
-def _converted(images: NamedImages, convert: Convert, rows: Sequence[int]) -> Float32Array:
+def converted(images: NamedImages, convert: Convert, rows: Sequence[int]) -> Float32Array:
+    """Return some images as the network takes them."""
     return convert([images.read(row) for row in rows])
 
 
-def _parts(n: int) -> list[range]:
+def parts(n: int) -> list[range]:
+    """Return the numbers of n images in parts that are read and judged together."""
     return [range(start, min(start + _PART, n)) for start in range(0, n, _PART)]
 
 
-def _each(work: Callable[[Sequence[int]], Sequence[T]], rows: Sequence[int]) -> list[T | Exception]:
+def each(work: Callable[[Sequence[int]], Sequence[T]], rows: Sequence[int]) -> list[T | Exception]:
     """Return one result per row; where a batch fails it is halved, until what fails stands alone."""
     try:
         return list(work(rows))
@@ -201,7 +180,7 @@ def _each(work: Callable[[Sequence[int]], Sequence[T]], rows: Sequence[int]) -> 
         if len(rows) == 1:
             return [error]
     middle = len(rows) // 2
-    return _each(work, rows[:middle]) + _each(work, rows[middle:])
+    return each(work, rows[:middle]) + each(work, rows[middle:])
 
 
 def _read_npz(path: Path) -> tuple[Float32Array, IntArray | None]:

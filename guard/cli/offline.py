@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from guard.cli.model import class_list, open_model, read_pixels, tell_passed_over, try_once
 from guard.cli.options import (
     Architecture,
     Bundles,
@@ -22,30 +19,21 @@ from guard.cli.options import (
     Rate,
     Settings,
     Weights,
-    handler_argument,
 )
 from guard.cli.output import (
     OutputFormat,
-    formatted,
     print_error,
     print_table,
     print_warning,
     progress_bar,
     say,
     tell,
-    verdict_table,
-    what_failed,
     write,
 )
-from guard.errors import ConfigError, DataError, SuspectModelError
+from guard.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from guard.assess.planting import Prepare
-    from guard.cli.images import Convert
-    from guard.cli.output import Report
     from guard.pipeline import Guard
-    from guard.suspect import SuspectModel
-    from guard.types import Float32Array
 
 _NO_BACKUP = "none"
 _BACKUPS = (_NO_BACKUP, "auto", "defective", "anp", "norm-pruning")
@@ -126,7 +114,9 @@ def fit(
         guard = Guard.fit(suspect, inputs, found.labels, config, class_names=found.class_names, progress=report)
         guard.preprocessing = f"handler {handler}" if handler is not None else preprocess
         if backup != _NO_BACKUP:
-            pixels, prepare = _pixels(images, class_list(class_names), convert, handler, report)
+            pixels, prepare = read_pixels(
+                images, find_images(images, class_names=class_list(class_names)), convert, handler, report
+            )
             request = BackupRequest(backup, backup_floor, backup_detects)
             guard = with_backup(guard, pixels, found.labels, request, preprocess=prepare, progress=report)
         folder = guard.save(bundles)
@@ -150,19 +140,6 @@ def fit(
             f"the suspect model gets only {100 * accuracy:.1f} % of these labels right, so the guard will be poor. "
             "Are the classes in the model's order (--class-names), and the images preprocessed as it wants?"
         )
-
-
-def _pixels(
-    images: Path, names: list[str] | None, convert: Convert, handler: str | None, report: Report
-) -> tuple[Float32Array, Prepare]:
-    """Read the images once more as pixels, where triggers go on; return them and what makes inputs of them."""
-    from guard.cli.assess import check_pixels, png_to_inputs, to_inputs
-    from guard.cli.images import find_images, preprocessing, read_all
-
-    same_size = "A trigger goes on before the preprocessing, so resize them first."
-    pixels = read_all(find_images(images, class_names=names), preprocessing(None), report, remedy=same_size)
-    check_pixels(images, pixels)
-    return pixels, png_to_inputs(convert) if handler is not None else to_inputs(convert)
 
 
 def _tell_backup(guard: Guard, floor: float) -> None:
@@ -202,7 +179,8 @@ def inspect(
     An image that cannot be read or scored is listed as failed, the others keep their verdicts, and the status is 1.
     """
     from guard.bundle import BundleStore
-    from guard.cli.images import find_images, judge
+    from guard.cli.images import find_images
+    from guard.cli.judged import formatted, judge, verdict_table
     from guard.config import SERVING_SETTINGS, load_config, load_settings
     from guard.pipeline import Guard
 
@@ -234,80 +212,3 @@ def inspect(
             f"{len(failed)} of {len(judged)} images have no verdict; the first: {failed[0].name}: {failed[0].error}"
         )
         raise typer.Exit(1)
-
-
-@contextmanager
-def open_model(
-    weights: Path,
-    architecture: str | None,
-    preprocess: str | None,
-    handler: str | None,
-    model_file: Path | None,
-    extra_file: list[Path] | None,
-    device: str,
-    model_attribute: str,
-    split: str | None = None,
-    depths: list[str] | None = None,
-) -> Iterator[tuple[SuspectModel, Convert]]:
-    """Load the suspect model, and yield it with what turns images into its inputs; the user's prints go to stderr."""
-    import torch
-
-    from guard.cli.images import preprocessing
-    from guard.serving.user_handler import open_user_handler
-    from guard.suspect import SuspectModel
-
-    if (architecture is None) == (handler is None):
-        raise ConfigError("give either --architecture or --handler: one of them says how the network is built.")
-    if handler is not None and preprocess is not None:
-        raise ConfigError("--preprocess does not go with --handler: the handler preprocesses. Leave one out.")
-    if handler is None and (model_file is not None or extra_file):
-        raise ConfigError("--model-file and --extra-file go with --handler only. Leave them out, or name the handler.")
-    try:
-        torch.empty(0, device=device)
-    except Exception as error:
-        raise ConfigError(f"--device {device!r} cannot be used: {error}. Name cpu, cuda or cuda:N.") from error
-    with contextlib.redirect_stdout(sys.stderr):
-        if handler is None:
-            assert architecture is not None
-            convert = preprocessing(preprocess)
-            yield SuspectModel.load(weights, architecture, split=split, depths=depths or None, device=device), convert
-            return
-        with open_user_handler(
-            handler_argument(handler),
-            weights,
-            model_file=model_file,
-            extra_files=tuple(extra_file or ()),
-            model_attribute=model_attribute,
-            gpu=None if device == "cpu" else torch.device(device).index or 0,
-        ) as user:
-            yield SuspectModel(user.module, split=split, depths=depths or None, device=device), user.model_inputs
-
-
-def class_list(text: str | None) -> list[str] | None:
-    """Return the names that --class-names gives, in a file or with commas."""
-    if text is None:
-        return None
-    if Path(text).is_file():
-        return [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [name.strip() for name in text.split(",")]
-
-
-def try_once(suspect: SuspectModel, inputs: Any) -> None:
-    """Run the network on two images first, so that what does not fit is said in the user's words."""
-    from guard.errors import GuardError
-
-    try:
-        suspect.activations(inputs[:2])
-    except GuardError:
-        raise
-    except Exception as error:
-        raise SuspectModelError(
-            f"the suspect model fails on images of shape {inputs.shape[1:]}: {what_failed(error)} "
-            "Are they what it takes? See --preprocess and --handler."
-        ) from error
-
-
-def tell_passed_over(number: int) -> None:
-    """Warn of files that are no images by their suffix."""
-    if number:
-        print_warning(f"{number} file(s) passed over: their names do not end in .png, .jpg or .jpeg.")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import io
-import json
-import math
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -24,7 +21,7 @@ from rich.text import Text
 from guard.errors import GuardError
 
 if TYPE_CHECKING:
-    from guard.cli.images import Judged
+    pass
 
 #: Called with a line of text and the share done, in [0, 1].
 Report = Callable[[str, float], None]
@@ -32,7 +29,6 @@ Report = Callable[[str, float], None]
 console = Console()
 errors = Console(stderr=True)
 
-_CELLS = ("label", "final_label", "is_poisoned", "p_value", "score", "action", "reason")
 _WIDEST = 10_000  # columns of a table in a pipe or a file: nothing is folded
 
 
@@ -115,67 +111,14 @@ def print_table(table: Table) -> None:
     if console.is_terminal:
         console.print(table)
     else:
-        write(_in_full_width(table))
+        write(in_full_width(table))
 
 
-def _in_full_width(table: Table) -> str:
+def in_full_width(table: Table) -> str:
+    """Return a table as text that no terminal has folded."""
     buffer = io.StringIO()
     Console(file=buffer, width=_WIDEST).print(table)
     return "".join(f"{line.rstrip()}\n" for line in buffer.getvalue().splitlines())
-
-
-def formatted(judged: Sequence[Judged], output_format: OutputFormat, class_names: Sequence[str] | None = None) -> str:
-    """Return the verdicts as text, one entry per image in order; an image without a verdict says why."""
-    rows = [_row(item) for item in judged]
-    if output_format is OutputFormat.json:
-        return json.dumps(rows, indent=2, allow_nan=False) + "\n"
-    if output_format is OutputFormat.csv:
-        columns = list(dict.fromkeys(key for row in rows for key in row if key != "detector_scores"))
-        detectors = next((list(row["detector_scores"]) for row in rows if row["detector_scores"]), [])
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow([*columns, *(f"score:{name}" for name in detectors)])
-        for row in rows:
-            scores = [row["detector_scores"].get(name) for name in detectors]
-            writer.writerow([*(row[column] for column in columns), *scores])
-        return buffer.getvalue()
-    return _in_full_width(verdict_table(judged, class_names))
-
-
-def _row(item: Judged) -> dict[str, Any]:
-    verdict = item.verdict
-    if verdict is None:
-        empty = dict.fromkeys(_CELLS, None) | {"reason": item.error}
-        return {"image": item.name, "verdict": "failed", **empty, "detector_scores": {}}
-    cells = {key: _finite(getattr(verdict, key)) for key in _CELLS}
-    scores = {name: _finite(score) for name, score in verdict.detector_scores.items()}
-    return {"image": item.name, "verdict": _word(item), **cells, "detector_scores": scores}
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no infinity
-
-
-def _word(item: Judged) -> str:
-    if item.verdict is None:
-        return "failed"
-    return "poisoned" if item.verdict.is_poisoned else "clean"
-
-
-def verdict_table(judged: Sequence[Judged], class_names: Sequence[str] | None = None) -> Table:
-    """Return one line per image for people; the reason only where there is one to read."""
-    styles = {"poisoned": "bold red", "failed": "bold yellow", "clean": ""}
-    table = plain_table("image", "label", "verdict", "p-value", "reason")
-    for item in judged:
-        word, verdict = _word(item), item.verdict
-        if verdict is None:
-            label = p_value = ""
-        else:
-            label = f"{verdict.label} {class_names[verdict.label]}" if class_names else str(verdict.label)
-            p_value = f"{verdict.p_value:.4f}"
-        reason = item.error if verdict is None else verdict.reason if verdict.is_poisoned else ""
-        table.add_row(Text(item.name), Text(label), Text(word, styles[word]), p_value, Text(reason))
-    return table
 
 
 def plain_table(*headings: str) -> Table:

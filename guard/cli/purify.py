@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from guard.cli.offline import class_list, open_model, tell_passed_over, try_once
+from guard.cli.model import class_list, open_model, tell_passed_over, try_once
 from guard.cli.options import Architecture, Device, ExtraFile, Handler, ModelFile, Preprocess, Settings, Weights
 from guard.cli.output import print_warning, progress_bar, say
 from guard.errors import ConfigError, DataError, GuardError

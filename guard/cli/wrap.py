@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from guard.cli.offline import class_list
+from guard.cli.model import class_list
 from guard.cli.options import Device, QueueUrl, Rate, Settings
 from guard.cli.output import print_warning, progress_bar, say, what_failed
 from guard.errors import ConfigError, DataError, GuardError, SuspectModelError

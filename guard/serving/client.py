@@ -1,14 +1,10 @@
-"""A small client for TorchServe's predictions: one request, or a bounded load from several keep-alive connections.
-
-It speaks just enough HTTP/1.1 over a plain socket: 0.06 ms of its own CPU per request, where `http.client` takes 0.15
-and httpx 0.5, beside the 1-2 ms that are measured with it.
-"""
+"""A client for predictions of a server on loopback: one request, or a bounded load from keep-alive connections."""
 
 from __future__ import annotations
 
+import http.client
 import ipaddress
 import itertools
-import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -68,12 +64,8 @@ class Client:
     """
 
     def __init__(self, url: str, *, token: str | None = None, timeout_seconds: float = 30.0) -> None:
-        self._address = _loopback_address(url)
-        self._timeout_seconds = timeout_seconds
-        self._fixed_headers = f"Host: {self._address[0]}:{self._address[1]}\r\n"
-        if token:
-            self._fixed_headers += f"Authorization: Bearer {_checked(token)}\r\n"
-        self._socket: socket.socket | None = None
+        self._connection = http.client.HTTPConnection(*_loopback_address(url), timeout=timeout_seconds)
+        self._headers = {"Authorization": f"Bearer {_checked(token)}"} if token else {}
 
     def predict(
         self,
@@ -117,26 +109,29 @@ class Client:
         Nothing is sent twice, so that what the server counts can be compared with what was sent.
         """
         payload = body.encode() if isinstance(body, str) else body
-        lines = "".join(f"{_checked(name)}: {_checked(value)}\r\n" for name, value in (headers or {}).items())
-        head = f"{method} {path} HTTP/1.1\r\n{self._fixed_headers}{lines}Content-Length: {len(payload)}\r\n\r\n"
-        message = head.encode("latin-1") + payload
+        sent = {**self._headers, **(headers or {}), "Content-Length": str(len(payload))}
+        for name, value in sent.items():
+            _checked(name + value)
         start = time.perf_counter()
         try:
-            status, reply_headers, content = self._exchange(message)
-        except (OSError, ValueError) as error:
+            self._connection.request(method, path, payload, sent)
+            answer = self._connection.getresponse()
+            if answer.length is None and not answer.chunked:
+                raise ValueError("the answer has no Content-Length, which TorchServe always sends")
+            if answer.length is not None and answer.length > _LARGEST_REPLY_BYTES:
+                raise ValueError(f"the answer has {answer.length} bytes, at most {_LARGEST_REPLY_BYTES} are read")
+            content = answer.read(_LARGEST_REPLY_BYTES)
+        except (OSError, ValueError, http.client.HTTPException) as error:
             self.close()
             text = str(error) or type(error).__name__
             return Reply(NO_REPLY, seconds=time.perf_counter() - start, error=text)
         seconds = time.perf_counter() - start
-        if reply_headers.get("connection", "").lower() == "close":
-            self.close()
-        return Reply(status, content, reply_headers, seconds)
+        received = {name.lower(): value.strip() for name, value in answer.getheaders()}
+        return Reply(answer.status, content, received, seconds)
 
     def close(self) -> None:
         """Close the connection; the next request opens a new one."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        self._connection.close()
 
     def __enter__(self) -> Client:
         return self
@@ -145,36 +140,6 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _exchange(self, message: bytes) -> tuple[int, dict[str, str], bytes]:
-        if self._socket is None:
-            self._socket = socket.create_connection(self._address, timeout=self._timeout_seconds)
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket.sendall(message)
-        received = bytearray()
-        while (end := received.find(b"\r\n\r\n")) < 0:
-            received += self._receive()
-        status_line, *lines = received[:end].decode("latin-1").split("\r\n")
-        headers = {}
-        for line in lines:
-            name, _, value = line.partition(":")
-            headers[name.strip().lower()] = value.strip()
-        if "content-length" not in headers:
-            raise ValueError("the answer has no Content-Length, which TorchServe always sends")
-        length = int(headers["content-length"])
-        if not 0 <= length <= _LARGEST_REPLY_BYTES:
-            raise ValueError(f"the answer's Content-Length must be in [0, {_LARGEST_REPLY_BYTES}], got {length}")
-        body = received[end + 4 :]
-        while len(body) < length:
-            body += self._receive()
-        return int(status_line.split(" ", 2)[1]), headers, bytes(body[:length])
-
-    def _receive(self) -> bytes:
-        assert self._socket is not None
-        part = self._socket.recv(65536)
-        if not part:
-            raise ConnectionResetError("the server closed the connection before it answered")
-        return part
 
 
 def predict(
@@ -204,6 +169,7 @@ def run_load(
     headers: Mapping[str, str] | None = None,
     timeout_seconds: float = 30.0,
     limit_seconds: float = 600.0,
+    client_class: type[Client] = Client,
 ) -> list[Reply]:
     """Send every body once, from a fixed number of threads with one keep-alive connection each.
 
@@ -221,6 +187,8 @@ def run_load(
         Requests under way at the same time.
     limit_seconds : float
         No request starts after this time; those left over get status 0.
+    client_class : type
+        What each thread sends with.
 
     Returns
     -------
@@ -240,7 +208,7 @@ def run_load(
     deadline = time.monotonic() + limit_seconds
 
     def work() -> None:
-        with Client(url, token=token, timeout_seconds=timeout_seconds) as client:
+        with client_class(url, token=token, timeout_seconds=timeout_seconds) as client:
             while (turn := next(turns)) < len(bodies) and time.monotonic() < deadline:
                 replies[turn] = client.predict(models[turn], bodies[turn], content_type=content_type, headers=headers)
 

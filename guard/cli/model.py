@@ -1,0 +1,130 @@
+"""The suspect model and its images, as the options of several commands name them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from guard.cli.options import handler_argument
+from guard.cli.output import print_warning, what_failed
+from guard.errors import ConfigError, DataError, GuardError, SuspectModelError
+
+if TYPE_CHECKING:
+    from guard.assess.planting import Prepare
+    from guard.cli.images import Convert, NamedImages
+    from guard.cli.output import Report
+    from guard.suspect import SuspectModel
+    from guard.types import Float32Array
+
+
+@contextmanager
+def open_model(
+    weights: Path,
+    architecture: str | None,
+    preprocess: str | None,
+    handler: str | None,
+    model_file: Path | None,
+    extra_file: list[Path] | None,
+    device: str,
+    model_attribute: str,
+    split: str | None = None,
+    depths: list[str] | None = None,
+) -> Iterator[tuple[SuspectModel, Convert]]:
+    """Load the suspect model, and yield it with what turns images into its inputs; the user's prints go to stderr."""
+    import torch
+
+    from guard.cli.images import preprocessing
+    from guard.serving.user_handler import open_user_handler
+    from guard.suspect import SuspectModel
+
+    if (architecture is None) == (handler is None):
+        raise ConfigError("give either --architecture or --handler: one of them says how the network is built.")
+    if handler is not None and preprocess is not None:
+        raise ConfigError("--preprocess does not go with --handler: the handler preprocesses. Leave one out.")
+    if handler is None and (model_file is not None or extra_file):
+        raise ConfigError("--model-file and --extra-file go with --handler only. Leave them out, or name the handler.")
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:
+        raise ConfigError(f"--device {device!r} cannot be used: {error}. Name cpu, cuda or cuda:N.") from error
+    with contextlib.redirect_stdout(sys.stderr):
+        if handler is None:
+            assert architecture is not None
+            convert = preprocessing(preprocess)
+            yield SuspectModel.load(weights, architecture, split=split, depths=depths or None, device=device), convert
+            return
+        with open_user_handler(
+            handler_argument(handler),
+            weights,
+            model_file=model_file,
+            extra_files=tuple(extra_file or ()),
+            model_attribute=model_attribute,
+            gpu=None if device == "cpu" else torch.device(device).index or 0,
+        ) as user:
+            yield SuspectModel(user.module, split=split, depths=depths or None, device=device), user.model_inputs
+
+
+def class_list(text: str | None) -> list[str] | None:
+    """Return the names that --class-names gives, in a file or with commas."""
+    if text is None:
+        return None
+    if Path(text).is_file():
+        return [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [name.strip() for name in text.split(",")]
+
+
+def try_once(suspect: SuspectModel, inputs: Any) -> None:
+    """Run the network on two images first, so that what does not fit is said in the user's words."""
+    try:
+        suspect.activations(inputs[:2])
+    except GuardError:
+        raise
+    except Exception as error:
+        raise SuspectModelError(
+            f"the suspect model fails on images of shape {inputs.shape[1:]}: {what_failed(error)} "
+            "Are they what it takes? See --preprocess and --handler."
+        ) from error
+
+
+def tell_passed_over(number: int) -> None:
+    """Warn of files that are no images by their suffix."""
+    if number:
+        print_warning(f"{number} file(s) passed over: their names do not end in .png, .jpg or .jpeg.")
+
+
+def read_pixels(
+    path: Path, found: NamedImages, convert: Convert, handler: str | None, report: Report
+) -> tuple[Float32Array, Prepare]:
+    """Read images as pixels, where triggers go on; return them and what makes the network's inputs of them."""
+    from guard.cli.images import preprocessing, read_all
+
+    same_size = "A trigger goes on before the preprocessing, so resize them first."
+    pixels = read_all(found, preprocessing(None), report, remedy=same_size)
+    _check_pixels(path, pixels)
+    if handler is None:
+        return pixels, lambda images: convert(list(images))
+    return pixels, lambda images: convert([_png(image) for image in images])  # what a client would send
+
+
+def _check_pixels(path: Path, pixels: Float32Array) -> None:
+    """Refuse images outside [0, 1], on which no trigger can be put."""
+    if not (pixels.min() >= 0.0 and pixels.max() <= 1.0):  # so written, NaN is refused too
+        raise DataError(
+            f"{path}: images must lie in [0, 1], got {pixels.min():g} to {pixels.max():g}. A trigger goes on pixels: "
+            "give them as uint8, and name what normalises them with --preprocess."
+        )
+
+
+def _png(image: Float32Array) -> bytes:
+    values = np.rint(image * 255).astype(np.uint8)  # (channels, height, width)
+    buffer = io.BytesIO()
+    Image.fromarray(values[0] if len(values) == 1 else values.transpose(1, 2, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
