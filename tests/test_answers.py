@@ -90,8 +90,11 @@ def can_be_read(text: str) -> bool:
 
 
 def test_make_answer_leaves_json_that_is_nested_too_deeply_to_be_written_anew() -> None:
-    body = next(text for depth in range(5000, 0, -10) if can_be_read(text := "[" * depth + "]" * depth))
-    answer = make_answer(flagged("flag"), body, "abc", verdict_in_body=True)
+    deepest = next(depth for depth in range(5000, 0, -1) if can_be_read("[" * depth + "]" * depth))
+    for depth in range(deepest - 20, deepest + 5):  # somewhere here what can be read can no longer be written
+        body = "[" * depth + "]" * depth
+        answer = make_answer(flagged("flag"), body, "abc", GuardConfig(verdict_in_body=True))
+        assert answer.body == body or '"guard"' in answer.body
     assert answer.body == body
 
 

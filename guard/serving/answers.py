@@ -38,7 +38,13 @@ class Responses(Protocol):
 
 
 def make_answer(
-    outcome: Outcome | None, body: Any, digest: str, config: GuardConfig, receipt: Receipt | None = None
+    outcome: Outcome | None,
+    body: Any,
+    digest: str,
+    config: GuardConfig | None = None,
+    receipt: Receipt | None = None,
+    *,
+    verdict_in_body: bool = False,
 ) -> Answer:
     """Combine what the model's own handler answered with what the guard says, as far as its sender may know.
 
@@ -57,9 +63,12 @@ def make_answer(
         that is no JSON is left alone.
     receipt : str, optional
         What became of a flagged input in the queue of the reviewers; None = it was not sent there.
+    verdict_in_body : bool
+        For adapters in older archives, which name this setting alone; counts where there is no `config`.
     """
     if outcome is None:
         return Answer(200, body)
+    config = config or GuardConfig(verdict_in_body=verdict_in_body)
     verdict, is_full = outcome.verdict, config.verdict_detail == "full"
     if verdict is None:
         if outcome.kind == "bypassed":
