@@ -30,7 +30,7 @@ BEFORE = Measurement(
     same_groups_flagged=of(10, 10),
     false_alarms_flagged=of(8, 8),
     recovered=of(30, 50),
-    look_alikes_flagged=of(40, 40),
+    not_learned_flagged=of(40, 40),
     undecided_flagged=of(60, 60),
 )
 
@@ -72,11 +72,6 @@ def test_gate_passes_a_candidate_that_is_the_same():
         (
             {"undecided_flagged": of(44, 60)},
             "26.7 % of 60 undecided flagged inputs would pass now; 25 % may. Inputs have changed, or somebody calls a "
-            "trigger clean: let a second person look, then raise max_released_share.",
-        ),
-        (
-            {"look_alikes_flagged": of(10, 40)},
-            "75.0 % of 40 look-alike false alarms would pass now; 25 % may. Inputs have changed, or somebody calls a "
             "trigger clean: let a second person look, then raise max_released_share.",
         ),
     ],

@@ -12,11 +12,11 @@ from retrainer_helpers import Desk, fit_guard, world
 from guard import Activations
 from guard.errors import ConfigError, DataError
 from guard.relabel.items import GoldResult, State
-from guard.retrainer.crowds import find_crowds
-from guard.retrainer.material import clean_hold_out, gather, last_words, reviewer_limit
+from guard.retrainer.lessons import ClassLimits, reviewer_limit, reviewers_needed
+from guard.retrainer.material import clean_hold_out, gather, last_words
 from guard.retrainer.settings import RetrainerSettings, load_retrainer_settings
 
-FREE = RetrainerSettings(max_reviewer_share=1, max_false_alarms_per_group=1000)
+FREE = RetrainerSettings(max_reviewer_share=1, max_false_alarms_per_class=1000, max_class_share=1)
 
 
 @pytest.fixture(scope="module")
@@ -172,16 +172,6 @@ def test_reviewer_limit_values(counts, share, allowance, limit):
     assert reviewer_limit(counts, settings) == limit
 
 
-def test_gather_look_alike_false_alarms_are_capped_per_group(guard, desk):
-    """A trigger that somebody calls clean is one group; false alarms that look like nothing else are not capped."""
-    add_false_alarms(desk, 50, group=3)
-    add_false_alarms(desk, 20, seed=4)
-    material = gathered(guard, desk, RetrainerSettings(max_false_alarms_per_group=8))
-    groups = [desk.items[one - 1].group for one in material.training_ids]
-    assert groups.count(3) == 8
-    assert groups.count(None) > 10
-
-
 def test_gather_more_new_items_than_the_cap_wait_and_old_ones_stay(guard, desk):
     old = add_poisoned(desk, 30, state=State.TRAINED)
     add_poisoned(desk, 100, seed=5)
@@ -295,29 +285,6 @@ def test_settings_flags_win_over_the_file(tmp_path):
         load_retrainer_settings(file)
     with pytest.raises(ConfigError, match=r"cannot be read: .*No such file"):
         load_retrainer_settings(tmp_path / "none.toml")
-
-
-def test_find_crowds_puts_look_alike_false_alarms_together_whatever_the_queue_says(guard, desk):
-    """A trigger that comes in drips gets a new group each time, and is the same crowd."""
-    activations, _ = world(40, 1, 2, 8.0)
-    first = activations[np.zeros(6, dtype=int)]
-    ids = desk.add(first, first.predicted_labels, is_poisoned=False, group=4)
-    ids += desk.add(first, first.predicted_labels, is_poisoned=False, group=9)
-    alone = add_false_alarms(desk, 5)
-    add_poisoned(desk, 5)
-    crowds = find_crowds(guard, desk.items)
-    assert {crowds[one] for one in ids} == {ids[0]}
-    assert {crowds[one] for one in alone}.isdisjoint(ids)
-    assert crowds.keys() == {*ids, *alone}
-    assert find_crowds(guard, []) == {}
-
-
-def test_gather_caps_crowds_across_groups(guard, desk):
-    add_false_alarms(desk, 20, group=3)
-    add_false_alarms(desk, 20, seed=4, group=5)
-    material = gathered(guard, desk, RetrainerSettings(), crowds=dict.fromkeys(range(1, 41), 1))
-    assert len(material.training) == guard.config.n_neighbors // 4
-    assert len(material.held_out.look_alikes) == 40 - len(material.training)
 
 
 def test_settings_are_all_in_the_documentation():

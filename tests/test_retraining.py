@@ -179,7 +179,7 @@ def test_retrain_limits_poisoned_inputs_of_one_label_to_the_commonest_class(pape
     assert retrain(paper_guard, false_alarms).retrained_with == (0, len(rows))
 
 
-def test_ensemble_fit_gives_poisoned_rows_only_to_detectors_that_learn_from_them(few):
+def test_ensemble_fit_gives_every_detector_its_rows(few):
     class Recorder:
         def __init__(self, learns_from_poisoned):
             self.learns_from_poisoned = learns_from_poisoned
@@ -188,11 +188,12 @@ def test_ensemble_fit_gives_poisoned_rows_only_to_detectors_that_learn_from_them
             self.seen = (len(activations), labels.tolist())
 
     activations, labels = few[0][:6], np.arange(6)
-    is_poisoned = np.array([False, True, False, True, False, False])
+    for_novelty = np.array([True, False, True, False, True, True])
+    for_heads = np.array([True, True, True, True, False, True])
     novelty, head = Recorder(False), Recorder(True)
-    Ensemble([Member("a", "a", novelty), Member("b", "b", head)]).fit(activations, labels, is_poisoned)
+    Ensemble([Member("a", "a", novelty), Member("b", "b", head)]).fit(activations, labels, for_heads, for_novelty)
     assert novelty.seen == (4, [0, 2, 4, 5])
-    assert head.seen == (6, [0, 1, 2, 3, 4, 5])
+    assert head.seen == (5, [0, 1, 2, 3, 5])
 
 
 # --- what stays ---
