@@ -15,6 +15,7 @@ from guard.retrainer.settings import RetrainerSettings
 from guard.types import Activations
 
 #: Why a decided input is not learned from, for the report.
+MEASURED_ONLY = "false alarms, which are only measured on"
 ALONE = "false alarms without a second reviewer"
 CLASS_FULL = "over the cap of one class"
 REVIEWER_FULL = "over the cap of one reviewer"
@@ -87,14 +88,14 @@ class Chosen(NamedTuple):
 class ClassLimits:
     """How many lessons of one class a guard may learn, in all rounds together.
 
-    False alarms join the class's clean images as neighbours. A local outlier factor is a mean over `n_neighbors`
-    neighbours, so a twentieth of that number makes 5 % of any factor at most. Poisoned inputs teach heads to expect the
-    class that they are said to show: with more than a small share of its clean images, heads expect it everywhere.
+    Poisoned inputs teach heads to expect the class that they are said to show: with more than a very small share of its
+    clean images, heads expect it where it is not, and contradict a trigger that stands for it no more. False alarms join
+    the class's clean images as neighbours, and a triggered input needs a single one of its kind to look less odd.
 
     Parameters
     ----------
     guard : Guard
-        Its reference and settings are read.
+        Its reference is read.
     settings : RetrainerSettings
     n_reviewers : int
         Who have decided something that could be learned.
@@ -102,17 +103,15 @@ class ClassLimits:
 
     def __init__(self, guard: Guard, settings: RetrainerSettings, n_reviewers: int) -> None:
         self._sizes = Counter(guard.reference_labels.tolist())
-        self._most = settings.max_false_alarms_per_class
-        self._neighbours = guard.config.n_neighbors
+        self._false_alarms = settings.max_false_alarms_per_class
         self._class_share = settings.max_class_share
         self._reviewer_share = settings.max_reviewer_share if n_reviewers > 1 else 1.0
 
     def of_class(self, label: int, *, is_poisoned: bool) -> int:
         """Return how many poisoned inputs or false alarms with this true label are learned from."""
-        share = max(1, math.floor(self._class_share * self._sizes[label]))
-        if is_poisoned:
-            return share
-        return min(share, self._most if self._most is not None else self._neighbours // 20)
+        if not is_poisoned:
+            return self._false_alarms
+        return math.floor(self._class_share * self._sizes[label] + 1e-9)
 
     def of_reviewer(self, label: int, *, is_poisoned: bool) -> int:
         """Return how many of these one reviewer may give whom nobody backs."""
@@ -141,7 +140,9 @@ def choose(lessons: Sequence[Lesson], guard: Guard, needed: int, settings: Retra
     for one in sorted(lessons, key=lambda one: (not one.was_trained, one.rank, one.id)):
         kind, label, poisoned = (one.true_label, one.is_poisoned), one.true_label, one.is_poisoned
         agreed = one.supporters > 1
-        if not poisoned and one.supporters < needed:
+        if not poisoned and not settings.max_false_alarms_per_class:
+            dropped[one.id] = MEASURED_ONLY
+        elif not poisoned and one.supporters < needed:
             dropped[one.id] = ALONE
         elif whole[kind] >= limits.of_class(label, is_poisoned=poisoned):
             dropped[one.id] = CLASS_FULL

@@ -47,12 +47,12 @@ class RetrainerSettings(BaseModel):
     max_reviewer_share: float = Field(0.5, gt=0, le=1)
     #: A reviewer's first so many inputs are taken whatever the share, or one who answers little would stop everybody.
     reviewer_allowance: int = Field(50, ge=0)
-    #: Inputs with one true label that are learned from, as a share of the clean images of that class, in all rounds
-    #: together: poisoned ones, and false alarms. At least one of each.
-    max_class_share: float = Field(0.1, gt=0, le=1)
-    #: False alarms of one class that are learned from, in all rounds together. None = a twentieth of the guard's
-    #: `n_neighbors`: a local outlier factor is then made of clean images but for 5 %.
-    max_false_alarms_per_class: int | None = Field(None, ge=0)
+    #: Poisoned inputs with one true label that heads learn from, as a share of the clean images of that class, in all
+    #: rounds together.
+    max_class_share: float = Field(0.02, ge=0, le=1)
+    #: False alarms of one class that novelty detectors learn from, in all rounds together; 0 = they are only measured
+    #: on. A single triggered input that is called clean makes the others of its kind look less odd.
+    max_false_alarms_per_class: int = Field(0, ge=0)
     #: Reviewers who must call an input a false alarm before the guard learns from it. None = 2 where two or more can
     #: decide, else 1.
     min_reviewers: int | None = Field(None, ge=1)
