@@ -136,16 +136,6 @@ def test_two_accounts_that_back_each_others_lies_change_nothing_much(tmp_path, g
         assert office.rate(unseen) >= before - ALLOWED
 
 
-@pytest.mark.parametrize("lies", [15, 175])
-def test_poisoned_with_the_attackers_label_teaches_no_head_the_trigger(tmp_path, guard, flagged, unseen, lies):
-    """Called poisoned, but with the label that the trigger stands for: a head would learn to give it too."""
-    office = Office(tmp_path, guard)
-    before = office.rate(unseen)
-    office.say(flagged[:lies], flagged[:lies].predicted_labels, is_poisoned=True)
-    office.retrain()
-    assert office.rate(unseen) >= before - ALLOWED
-
-
 @pytest.mark.parametrize("lies", [15, 60])
 def test_clean_inputs_called_poisoned_with_the_attackers_label_change_nothing_much(
     tmp_path, guard, suspect, clean_split, flagged, unseen, lies

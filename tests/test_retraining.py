@@ -135,14 +135,21 @@ def test_retrain_with_poisoned_inputs_changes_heads_and_not_one_bit_of_novelty_d
     assert all((array != old).any() for array, old in heads)
 
 
-def test_retrain_with_false_alarms_teaches_novelty_detectors_and_heads(small_guard, traffic):
-    false_alarms = traffic[np.arange(12)]
-    again = retrain(small_guard, false_alarms)
+def test_retrain_with_false_alarms_teaches_novelty_detectors_and_no_head(small_guard, traffic):
+    again = retrain(small_guard, traffic[np.arange(12)])
     for one, old in zip(again.ensemble.members, small_guard.ensemble.members, strict=True):
         if one.kind == "lof":
             assert len(one.detector.state()["references"]) == len(old.detector.state()["references"]) + 12
-        else:
-            assert (one.detector.state()["weight_1"] != old.detector.state()["weight_1"]).any()
+    assert_same_arrays(arrays_of(again, "disagreement"), arrays_of(small_guard, "disagreement"))
+
+
+def test_retrain_teaches_no_head_the_networks_own_answer(small_guard, some):
+    """Called poisoned with the attacker's label, a triggered input would teach the trigger."""
+    labels = some.activations.predicted_labels
+    lies = dataclasses.replace(some, true_labels=labels, is_poisoned=np.ones(len(some), dtype=bool))
+    again = retrain(small_guard, lies)
+    for kind in ("lof", "disagreement"):
+        assert_same_arrays(arrays_of(again, kind), arrays_of(small_guard, kind))
 
 
 def test_retrain_calibrates_on_the_clean_reference_alone(paper_guard, some, tmp_path):

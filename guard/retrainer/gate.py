@@ -184,7 +184,9 @@ def _moved(what: str, movement: Movement) -> Check:
     region = movement.beyond_chance()
     lost, gained = int(movement.lost.sum()), int(movement.gained.sum())
     if region is None:
-        text = f"{lost} of {len(movement.lost)} {what} pass that a guard without answers is sure of, {gained} the other way."
+        text = (
+            f"{lost} of {len(movement.lost)} {what} pass of which a guard without answers is sure; {gained} vice versa."
+        )
         return Check(name, True, text)
     where = "" if region.label is None else f" that the network calls class {region.label}"
     text = (

@@ -88,9 +88,9 @@ class Chosen(NamedTuple):
 class ClassLimits:
     """How many lessons of one class a guard may learn, in all rounds together.
 
-    Poisoned inputs teach heads to expect the class that they are said to show: with more than a very small share of its
-    clean images, heads expect it where it is not, and contradict a trigger that stands for it no more. False alarms join
-    the class's clean images as neighbours, and a triggered input needs a single one of its kind to look less odd.
+    Poisoned inputs teach heads to expect the class that they are said to show: with more than a very small share of
+    its clean images, heads expect it where it is not, and contradict a trigger that stands for it no more. False alarms
+    join the class's clean images as neighbours, and a triggered input needs one of its kind to look less odd.
 
     Parameters
     ----------

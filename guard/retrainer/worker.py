@@ -176,7 +176,7 @@ class Retrainer:
         undecided = self.queue.items(state=State.PENDING, model=self.model, limit=_UNDECIDED)
         anomalies = choose_anomalies(guard, material, undecided, settings)
         report["anomalies"] = len(anomalies)
-        refusal = _too_little(material, items, len(anomalies) - len(material.poisoned), settings)
+        refusal = _too_little(material, items, len(anomalies), settings)
         if refusal:
             report["reasons"] = [refusal]
             return "refused"
@@ -189,7 +189,7 @@ class Retrainer:
         )
         pair, material = check_false_alarms(guard, pair, material, undecided, settings, anomalies=anomalies)
         report |= about_material(material)
-        refusal = _too_little(material, items, len(anomalies) - len(material.poisoned), settings)
+        refusal = _too_little(material, items, len(anomalies), settings)
         if refusal:
             report["reasons"] = [refusal]
             return "refused"
@@ -288,12 +288,12 @@ class Retrainer:
         return found
 
 
-def _too_little(material: Material, items: Sequence[QueueItem], n_purified: int, settings: RetrainerSettings) -> str:
-    if n_purified > 0:  # needs nobody
+def _too_little(material: Material, items: Sequence[QueueItem], n_anomalies: int, settings: RetrainerSettings) -> str:
+    if n_anomalies > len(material.poisoned):  # purified ones need nobody
         return ""
     if len(items) < settings.min_decisions:
         return f"{len(items)} inputs are decided, min_decisions asks for {settings.min_decisions}."
-    if not len(material.training):
+    if not len(material.training) and not n_anomalies:
         why = ", ".join(f"{count} {reason}" for reason, count in material.left_out.items())
         return f"nothing is left to learn from{f': {why}' if why else ''}."
     return ""
