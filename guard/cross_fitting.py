@@ -74,6 +74,16 @@ class Labelled:
         poisoned = int(self.is_poisoned.sum())
         return LabelledCounts(poisoned, len(self) - poisoned)
 
+    @property
+    def contradicts_the_network(self) -> BoolArray:
+        """Which are poisoned and show another class than the network answers, shape (n,): what heads may learn.
+
+        A head that is taught the network's own answer for an input learns to agree with whatever made the network give
+        it, and with a trigger that takes a single input.
+        """
+        contradicts: BoolArray = self.is_poisoned & (self.true_labels != self.activations.predicted_labels)
+        return contradicts
+
     def __len__(self) -> int:
         return len(self.activations)
 
@@ -194,21 +204,22 @@ def _fitted_ensemble(
     anomalies: Activations | None,
     rows: BoolArray,
 ) -> Ensemble:
-    """Fit on the chosen rows of the clean inputs, their noisy copies, and all labelled inputs."""
+    """Fit on the chosen rows of the clean inputs, their noisy copies, and what labelled inputs may teach."""
     clean = [activations] if noisy is None else [activations, noisy]
     parts, part_labels = [one[rows] for one in clean], [labels[rows]] * len(clean)
-    is_poisoned = np.zeros(len(clean) * int(rows.sum()), dtype=bool)
+    for_heads = for_novelty = np.ones(len(clean) * int(rows.sum()), dtype=bool)
     if labelled is not None:
         parts.append(labelled.activations)
         part_labels.append(labelled.true_labels)
-        is_poisoned = np.concatenate([is_poisoned, labelled.is_poisoned])
+        for_heads = np.concatenate([for_heads, labelled.contradicts_the_network])
+        for_novelty = np.concatenate([for_novelty, ~labelled.is_poisoned])
     # As many fewer neighbours as images: with the same number among fewer, the factors of a fold would spread less than
     # the final ones do (nearly all of a class are neighbours), and its scores would calibrate too low.
-    n_seen = int((~is_poisoned).sum())
+    n_seen = int(for_novelty.sum())
     share = n_seen / (n_seen + len(clean) * int((~rows).sum()))
     scaled = config.replace(n_neighbors=max(1, round(config.n_neighbors * share)))
     ensemble = Ensemble.for_mode(scaled, tuple(activations.depths), demarcation=anomalies is not None)
-    return ensemble.fit(Activations.concatenate(parts), np.concatenate(part_labels), is_poisoned, anomalies)
+    return ensemble.fit(Activations.concatenate(parts), np.concatenate(part_labels), for_heads, for_novelty, anomalies)
 
 
 def _calibrated(config: GuardConfig, raw: Float64Array, part: IntArray) -> tuple[Fusion, Float64Array, float]:

@@ -73,7 +73,8 @@ class Ensemble:
         self,
         activations: Activations,
         labels: IntArray,
-        is_poisoned: BoolArray | None = None,
+        for_heads: BoolArray | None = None,
+        for_novelty: BoolArray | None = None,
         anomalies: Activations | None = None,
     ) -> Self:
         """Fit every detector on what it may see.
@@ -83,27 +84,27 @@ class Ensemble:
         activations : Activations of n inputs
         labels : ndarray of shape (n,), int
             True labels.
-        is_poisoned : ndarray of shape (n,), bool, optional
-            Rows that only detectors which learn from poisoned inputs are given; None = all are clean.
+        for_heads, for_novelty : ndarray of shape (n,), bool, optional
+            Rows for detectors that learn from poisoned inputs, and rows for the others; None = all.
         anomalies : Activations, optional
-            Inputs without a true label that a demarcation tells from the clean ones; needed if there is one.
+            Inputs without a true label that a demarcation tells from the rows that all others learn from; needed if
+            there is one.
 
         Raises
         ------
         DataError
             If there is a demarcation and no anomaly.
         """
-        clean, clean_labels = activations, labels
-        if is_poisoned is not None and is_poisoned.any():
-            clean, clean_labels = activations[~is_poisoned], labels[~is_poisoned]
+        everything = np.ones(len(labels), dtype=bool)
+        heads = everything if for_heads is None else for_heads
+        novelty = everything if for_novelty is None else for_novelty
         for member in self.members:
             detector = member.detector
             if isinstance(detector, Demarcation):
-                detector.fit(clean, anomalies if anomalies is not None else activations[:0])
-            elif detector.learns_from_poisoned:
-                detector.fit(activations, labels)
+                detector.fit(activations[heads & novelty], anomalies if anomalies is not None else activations[:0])
             else:
-                detector.fit(clean, clean_labels)
+                rows = heads if detector.learns_from_poisoned else novelty
+                detector.fit(activations[rows], labels[rows])
         return self
 
     def up_to(self, depths: Sequence[str]) -> Self:

@@ -108,6 +108,11 @@ class FittedGuard:
         self._whole = ensemble  # with the replacement head, whatever depth this guard looks at
         self._of_suspect: tuple[str | None, SplitPoints | None] = (None, None)  # what a bundle said, without its model
 
+    @property
+    def least_p_value(self) -> float:
+        """1 / (n + 1) for n clean scores: the p-value of an input that is more suspicious than every one of them."""
+        return 1.0 / (len(self._clean_scores) + 1)
+
     def take_over(self, other: FittedGuard) -> None:
         """Take from another guard of the same model what fitting does not make: the model itself, its backup, ..."""
         self.suspect, self._of_suspect = other.suspect, other._of_suspect

@@ -17,9 +17,10 @@ def retrain(
 ) -> Guard:
     """Return a guard that has also learned from labelled inputs; the given one is left as it was.
 
-    Decision heads learn the true labels of the clean reference and of all labelled inputs, poisoned ones included.
-    Novelty detectors learn from the clean reference and the false alarms, never from poisoned inputs. See
-    `Detector.learns_from_poisoned`.
+    Decision heads learn the true labels of the clean reference and of poisoned inputs whose true label is not what the
+    network answers. Novelty detectors learn from the clean reference and the false alarms, never from poisoned inputs.
+    See `Detector.learns_from_poisoned`. No head learns from a false alarm: one triggered input with the attacker's
+    label, called clean, would teach it the trigger (docs/retraining.md has the figures).
 
     Calibration, and with it the false-positive rate, rests on the clean reference alone, scored out of fold as in
     `Guard.fit`. False alarms take no part in it: they are the most suspicious clean inputs, picked by the guard itself,

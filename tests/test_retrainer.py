@@ -24,6 +24,7 @@ from guard.cli import run
 from guard.errors import BundleError, QueueUnavailable, RetrainingError
 from guard.relabel.items import Answer, State
 from guard.relabel.queue import Queue
+from guard.relabel.reviewers import Reviewers
 from guard.relabel.rounds import Rounds
 from guard.retrainer.candidate import Pair, fit_candidate
 from guard.retrainer.gate import Check, Judgement
@@ -150,7 +151,7 @@ def test_round_promotes_a_better_guard_and_marks_what_it_learned_from(place):
     assert fpr < 0.05 + 0.03
     trained = place.queue.items(state=State.TRAINED, limit=1000)
     learned = sum(finished.report["learned_from"].values())
-    assert len(trained) == learned > 50
+    assert 0 < len(trained) == learned <= 8  # 2 % of about 100 clean images for each of four true labels
     last = Rounds(place.queue).last(MODEL)
     assert (last.outcome, last.candidate_digest, last.n_decisions) == (
         "promoted",
@@ -220,29 +221,57 @@ def test_too_few_decisions_are_refused_and_the_old_guard_stays(place):
     assert place.store.active_digest() == place.digest
 
 
-def test_too_few_reviewers_are_refused(place):
-    place.review()
-    assert "1 reviewers have decided, min_reviewers asks for 2." in place.step(min_reviewers=2).line
+def test_false_alarms_need_as_many_reviewers_as_min_reviewers_says(place, quick):
+    place.review(n=12)
+    settings = {"max_false_alarms_per_class": 100}
+    reports = []
+    for wanted in (1, 2, None):
+        Rounds(place.queue).request(MODEL, "ann")
+        reports.append(place.step(**settings, min_reviewers=wanted).report)
+    alone = "false alarms without a second reviewer"
+    assert [alone in report["left_out"] for report in reports] == [False, True, False]
+    for name in ("ann", "bob"):  # now a second one can decide
+        Reviewers(place.queue).add(name)
+    Rounds(place.queue).request(MODEL, "ann")
+    assert alone in place.step(**settings).report["left_out"]
+
+
+def test_only_false_alarms_are_nothing_to_learn_from(place):
+    place.review(triggers=())
+    finished = place.step()
+    assert finished.outcome == "refused"
+    assert "nothing is left to learn from: " in finished.line
+    assert " false alarms, which are only measured on" in finished.line
 
 
 def test_round_without_anything_poisoned_says_what_could_not_be_measured(place, quick):
     place.review(triggers=())
-    finished = place.step()
+    finished = place.step(max_false_alarms_per_class=2)
     assert finished.outcome == "promoted"
     unmeasured = [check["text"] for check in finished.report["checks"] if check["passed"] is None]
     assert "no poisoned input of other groups is held out: nothing to measure by." in unmeasured
 
 
-def test_a_trigger_that_is_called_clean_is_not_learned_as_a_normal_sight(place):
-    """Everything decided is a lie: the cap of look-alikes leaves too little for the trigger to become normal."""
+def call_triggers_clean(place: Place) -> None:
+    """Everything decided is a lie."""
     for trigger in (0, 1):
         activations, _ = place.traffic(150, trigger, trigger)
         lies = activations.predicted_labels
         place.decide(place.enqueue(activations, trigger + 1), lies, is_poisoned=False, reviewer="mallory")
-    finished = place.step()
-    assert sum(finished.report["learned_from"].values()) <= 2 * 2  # a quarter of ten neighbours each
-    tpr = rates(Guard.load(place.store.active_path()))[1]
-    assert tpr > rates(place.guard)[1] - 0.1
+
+
+def test_a_trigger_that_is_called_clean_is_not_learned_as_a_normal_sight(place):
+    call_triggers_clean(place)
+    assert place.step().outcome == "refused"
+    assert place.store.active_digest() == place.digest
+
+
+def test_false_alarms_that_let_other_inputs_pass_are_dropped_however_high_the_cap(place):
+    call_triggers_clean(place)
+    finished = place.step(max_false_alarms_per_class=1000)
+    assert finished.outcome == "refused"
+    assert " false alarms that would let other inputs pass" in finished.line
+    assert finished.report["learned_from"] == {"poisoned": 0, "false_alarms": 0}
 
 
 def review_with_a_liar(place: Place, share: float) -> None:
@@ -268,14 +297,12 @@ def test_a_hostile_reviewer_who_mislabels_a_fifth_does_not_get_a_worse_guard_pro
     assert fpr < max(0.08, old_fpr + 0.02)
 
 
-def test_the_gate_refuses_what_a_hostile_reviewer_made_worse_where_no_cap_holds(place):
+def test_a_hostile_reviewer_does_not_get_a_worse_guard_promoted_where_no_cap_holds(place):
     review_with_a_liar(place, 0.2)
-    finished = place.step(max_false_alarms_per_group=1000, max_reviewer_share=1)
-    assert finished.outcome == "refused"
-    assert "held-out poisoned inputs of other groups are flagged" in finished.report["reasons"][0]
-    candidate = Guard.load(place.store.root / finished.candidate)
-    assert rates(candidate)[1] < rates(place.guard)[1] - 0.05  # it was right to
-    assert place.store.active_digest() == place.digest
+    place.step(max_class_share=1, max_false_alarms_per_class=1000, max_reviewer_share=1)
+    (fpr, tpr), (old_fpr, old_tpr) = rates(Guard.load(place.store.active_path())), rates(place.guard)
+    assert tpr > old_tpr - 0.02
+    assert fpr < max(0.08, old_fpr + 0.02)
 
 
 def test_reviewers_who_contradict_each_other_stop_the_round(place, quick):
@@ -626,7 +653,7 @@ def test_report_is_json_and_keeps_no_image(place, quick):
 def test_round_with_poisoned_decisions_draws_a_line(place):
     place.review()
     finished = place.step()
-    assert finished.report["anomalies"] == finished.report["learned_from"]["poisoned"]
+    assert finished.report["anomalies"] > finished.report["learned_from"]["poisoned"]  # those over a class's cap too
     assert finished.outcome == "promoted"
     candidate = Guard.load(place.store.active_path())
     assert candidate.ensemble.names[-1] == "demarcation:features"

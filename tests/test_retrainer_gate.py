@@ -11,6 +11,7 @@ import pytest
 from guard.retrainer.gate import judge, judge_canary
 from guard.retrainer.material import Agreement
 from guard.retrainer.measuring import Count, Measurement
+from guard.retrainer.movement import Movement, Region, sign_test
 from guard.retrainer.settings import RetrainerSettings
 
 NOBODY = Agreement(0, 0)
@@ -30,7 +31,7 @@ BEFORE = Measurement(
     same_groups_flagged=of(10, 10),
     false_alarms_flagged=of(8, 8),
     recovered=of(30, 50),
-    look_alikes_flagged=of(40, 40),
+    not_learned_flagged=of(40, 40),
     undecided_flagged=of(60, 60),
 )
 
@@ -72,11 +73,6 @@ def test_gate_passes_a_candidate_that_is_the_same():
         (
             {"undecided_flagged": of(44, 60)},
             "26.7 % of 60 undecided flagged inputs would pass now; 25 % may. Inputs have changed, or somebody calls a "
-            "trigger clean: let a second person look, then raise max_released_share.",
-        ),
-        (
-            {"look_alikes_flagged": of(10, 40)},
-            "75.0 % of 40 look-alike false alarms would pass now; 25 % may. Inputs have changed, or somebody calls a "
             "trigger clean: let a second person look, then raise max_released_share.",
         ),
     ],
@@ -151,3 +147,58 @@ def test_canary_is_refused_when_it_lets_pass_what_was_flagged_or_what_is_poisone
     assert judge_canary((Count(8, 8), Count(6, 8)), none, SETTINGS).passed
     assert not judge_canary((Count(8, 8), Count(5, 8)), none, SETTINGS).passed
     assert not judge_canary(none, (Count(30, 30), Count(26, 30)), SETTINGS).passed
+
+
+# --- what passes afterwards ---
+
+
+def moved(lost, gained, n, label=3):
+    """So many of n inputs with one answer of the network lost, and so many gained."""
+    return Movement(np.full(n, label), of(lost, n), np.flip(of(gained, n)))
+
+
+def test_sign_test_values():
+    assert sign_test(0, 0) == 1
+    assert sign_test(5, 0) == 1 / 32
+    assert sign_test(2, 1) == 4 / 8
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "region"),
+    [
+        (5, 0, None),  # 1/32, and two questions are asked: 0.025
+        (6, 0, Region(None, 6, 0, 40)),
+        (8, 1, Region(None, 8, 1, 40)),  # 10/512 = 0.0195
+        (7, 1, None),  # 9/256 = 0.035
+        (0, 20, None),
+    ],
+)
+def test_movement_beyond_chance_values(lost, gained, region):
+    assert moved(lost, gained, 40).beyond_chance() == region
+
+
+def test_movement_finds_the_answer_of_the_network_where_inputs_pass():
+    """All together even out; the attacker's class does not."""
+    one, other = moved(8, 0, 30, label=3), moved(0, 8, 30, label=5)
+    both = Movement(*(np.concatenate(pair) for pair in zip(vars_of(one), vars_of(other), strict=True)))
+    assert both.beyond_chance() == Region(3, 8, 0, 30)  # 1/256 <= 0.05 / 3
+
+
+def vars_of(movement):
+    return movement.predicted, movement.lost, movement.gained
+
+
+def test_gate_refuses_what_lets_more_flagged_inputs_pass_than_chance_does():
+    name = "false alarms that were not learned from"
+    for lost, passed in ((5, True), (6, False)):
+        movements = {name: moved(lost, 0, 40)}
+        judgement = judge(BEFORE, BEFORE, NOBODY, 0.01, SETTINGS, movements)
+        assert judgement.passed == passed
+    assert judgement.reasons == (
+        "6 of 40 false alarms that were not learned from would pass although a guard without answers calls them more "
+        "suspicious than any clean image, 0 the other way: more than chance explains. Somebody may call a trigger "
+        "clean, or clean inputs poisoned: let another person look at these, or leave a reviewer out.",
+    )
+    nothing = judge(BEFORE, BEFORE, NOBODY, 0.01, SETTINGS, {name: moved(0, 0, 0)})
+    assert nothing.passed
+    assert f"there are no {name}: nothing to measure by." in [check.text for check in nothing.checks]

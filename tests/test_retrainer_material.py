@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +14,11 @@ from retrainer_helpers import Desk, fit_guard, world
 from guard import Activations
 from guard.errors import ConfigError, DataError
 from guard.relabel.items import GoldResult, State
-from guard.retrainer.crowds import find_crowds
-from guard.retrainer.material import clean_hold_out, gather, last_words, reviewer_limit
+from guard.retrainer.lessons import ClassLimits, reviewer_limit, reviewers_needed
+from guard.retrainer.material import clean_hold_out, gather, last_words
 from guard.retrainer.settings import RetrainerSettings, load_retrainer_settings
 
-FREE = RetrainerSettings(max_reviewer_share=1, max_false_alarms_per_group=1000)
+FREE = RetrainerSettings(max_reviewer_share=1, max_false_alarms_per_class=1000, max_class_share=1)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +138,7 @@ def test_gather_leaves_out_reviewers_by_name_and_by_gold(guard, desk):
     add_poisoned(desk, 10, reviewer="ann")
     add_poisoned(desk, 10, reviewer="bob", seed=5)
     add_poisoned(desk, 10, reviewer="eve", seed=6)
-    settings = RetrainerSettings(leave_out_reviewers=("bob",), max_reviewer_share=1)
+    settings = FREE.model_copy(update={"leave_out_reviewers": ("bob",)})
     gold = {"ann": GoldResult(5, 5), "eve": GoldResult(3, 5), "bob": GoldResult(0, 0)}
     material = gathered(guard, desk, settings, gold=gold)
     assert material.left_out == {"reviewer left out": 20}
@@ -149,7 +151,7 @@ def test_gather_one_reviewer_who_floods_gets_no_more_than_the_share(guard, desk)
     add_poisoned(desk, 300, reviewer="mallory")
     add_poisoned(desk, 40, reviewer="ann", seed=5)
     add_poisoned(desk, 20, reviewer="bob", seed=6)
-    material = gathered(guard, desk, RetrainerSettings(max_reviewer_share=0.5, reviewer_allowance=0))
+    material = gathered(guard, desk, RetrainerSettings(max_reviewer_share=0.5, reviewer_allowance=0, max_class_share=1))
     used = {name: row["used"] for name, row in material.by_reviewer.items()}
     assert used["mallory"] == used["ann"] + used["bob"]
     assert material.left_out["over the cap of one reviewer"] > 150
@@ -170,16 +172,6 @@ def test_gather_one_reviewer_who_floods_gets_no_more_than_the_share(guard, desk)
 def test_reviewer_limit_values(counts, share, allowance, limit):
     settings = RetrainerSettings(max_reviewer_share=share, reviewer_allowance=allowance)
     assert reviewer_limit(counts, settings) == limit
-
-
-def test_gather_look_alike_false_alarms_are_capped_per_group(guard, desk):
-    """A trigger that somebody calls clean is one group; false alarms that look like nothing else are not capped."""
-    add_false_alarms(desk, 50, group=3)
-    add_false_alarms(desk, 20, seed=4)
-    material = gathered(guard, desk, RetrainerSettings(max_false_alarms_per_group=8))
-    groups = [desk.items[one - 1].group for one in material.training_ids]
-    assert groups.count(3) == 8
-    assert groups.count(None) > 10
 
 
 def test_gather_more_new_items_than_the_cap_wait_and_old_ones_stay(guard, desk):
@@ -297,27 +289,106 @@ def test_settings_flags_win_over_the_file(tmp_path):
         load_retrainer_settings(tmp_path / "none.toml")
 
 
-def test_find_crowds_puts_look_alike_false_alarms_together_whatever_the_queue_says(guard, desk):
-    """A trigger that comes in drips gets a new group each time, and is the same crowd."""
-    activations, _ = world(40, 1, 2, 8.0)
-    first = activations[np.zeros(6, dtype=int)]
-    ids = desk.add(first, first.predicted_labels, is_poisoned=False, group=4)
-    ids += desk.add(first, first.predicted_labels, is_poisoned=False, group=9)
-    alone = add_false_alarms(desk, 5)
-    add_poisoned(desk, 5)
-    crowds = find_crowds(guard, desk.items)
-    assert {crowds[one] for one in ids} == {ids[0]}
-    assert {crowds[one] for one in alone}.isdisjoint(ids)
-    assert crowds.keys() == {*ids, *alone}
-    assert find_crowds(guard, []) == {}
+# --- caps on what answers may change ---
 
 
-def test_gather_caps_crowds_across_groups(guard, desk):
-    add_false_alarms(desk, 20, group=3)
-    add_false_alarms(desk, 20, seed=4, group=5)
-    material = gathered(guard, desk, RetrainerSettings(), crowds=dict.fromkeys(range(1, 41), 1))
-    assert len(material.training) == guard.config.n_neighbors // 4
-    assert len(material.held_out.look_alikes) == 40 - len(material.training)
+def small(*sizes):
+    """A guard's reference with so many clean images per class; nothing else of it is read."""
+    return SimpleNamespace(reference_labels=np.repeat(np.arange(len(sizes)), sizes))
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_reviewers", "limits", "of_one"),
+    [
+        ({}, 1, [(10, 0), (2, 0), (0, 0)], [(10, 0), (2, 0), (0, 0)]),  # 2 % of 500, 100 and 49; no false alarm
+        ({}, 2, [(10, 0), (2, 0), (0, 0)], [(5, 0), (1, 0), (0, 0)]),
+        ({"max_reviewer_share": 0.3}, 2, [(10, 0), (2, 0), (0, 0)], [(3, 0), (1, 0), (0, 0)]),
+        ({"max_class_share": 0.1}, 1, [(50, 0), (10, 0), (4, 0)], [(50, 0), (10, 0), (4, 0)]),
+        ({"max_false_alarms_per_class": 3}, 2, [(10, 3), (2, 3), (0, 3)], [(5, 2), (1, 2), (0, 2)]),
+    ],
+)
+def test_class_limits_values(settings, n_reviewers, limits, of_one):
+    """Poisoned inputs and false alarms, per class; of all reviewers, and of one."""
+    caps = ClassLimits(small(500, 100, 49), RetrainerSettings(**settings), n_reviewers)
+    kinds = (True, False)
+    assert [tuple(caps.of_class(label, is_poisoned=kind) for kind in kinds) for label in range(3)] == limits
+    assert [tuple(caps.of_reviewer(label, is_poisoned=kind) for kind in kinds) for label in range(3)] == of_one
+
+
+@pytest.mark.parametrize(
+    ("able", "settings", "needed"),
+    [
+        ([], {}, 1),
+        (["ann"], {}, 1),
+        (["ann", "bob"], {}, 2),
+        (["ann", "bob", "cy"], {}, 2),
+        (["ann", "bob"], {"leave_out_reviewers": ("bob",)}, 1),
+        (["ann", "bob"], {"min_reviewers": 1}, 1),
+        (["ann"], {"min_reviewers": 3}, 3),
+    ],
+)
+def test_reviewers_needed_values(able, settings, needed):
+    assert reviewers_needed(able, RetrainerSettings(**settings)) == needed
+
+
+def test_gather_learns_from_no_false_alarm_by_default(guard, desk):
+    add_false_alarms(desk, 40)
+    material = gathered(guard, desk, RetrainerSettings())
+    assert len(material.training) == 0
+    assert len(material.held_out.not_learned) == 40
+    assert material.left_out == {"false alarms, which are only measured on": 40 - len(material.held_out.false_alarms)}
+
+
+def test_gather_false_alarm_waits_for_a_second_reviewer(guard, desk):
+    ids = add_false_alarms(desk, 40)
+    for one in ids[:20]:
+        desk.say(one, "bob", is_poisoned=False, label=desk.items[one - 1].decision.true_label)
+    material = gathered(guard, desk, needed=2)
+    held = {*material.held_out.item_ids}
+    assert {*material.training_ids} == {*ids[:20]} - held
+    assert material.left_out == {"false alarms without a second reviewer": len({*ids[20:]} - held)}
+    assert len(material.held_out.not_learned) == 40 - len(material.training)
+    assert len(gathered(guard, desk).training) == 40 - len(held)
+
+
+def test_gather_caps_of_a_class_hold_over_all_rounds_and_keep_what_was_learned(guard, desk):
+    settings = RetrainerSettings(max_class_share=0.05, max_false_alarms_per_class=2)
+    first = add_poisoned(desk, 100, state=State.TRAINED) + add_false_alarms(desk, 60)
+    kept = gathered(guard, desk, settings).training_ids
+    sizes = np.bincount(guard.reference_labels)
+    limits = Counter({(label, True): int(0.05 * sizes[label]) for label in range(1, 5)})
+    limits.update({(label, False): 2 for label in range(5)})
+
+    def per_class(ids):
+        decisions = [desk.items[one - 1].decision for one in ids]
+        return Counter((one.true_label, one.is_poisoned) for one in decisions)
+
+    assert per_class(kept) == limits
+    for row in range(len(first)):  # all of a next round
+        if row + 1 in kept:
+            desk.items[row] = dataclasses.replace(desk.items[row], state=State.TRAINED)
+    add_poisoned(desk, 100, seed=11)
+    add_false_alarms(desk, 60, seed=12)
+    assert gathered(guard, desk, settings).training_ids == kept
+
+
+def test_gather_poisoned_with_the_networks_own_answer_teaches_no_head(guard, desk):
+    activations, _ = world(20, 3, 0)
+    ids = desk.add(activations, activations.predicted_labels, is_poisoned=True)
+    material = gathered(guard, desk)
+    n = len({*ids} - {*material.held_out.item_ids})
+    assert len(material.training) == 0
+    assert len(material.poisoned) == n  # a demarcation learns no label
+    assert material.left_out == {"poisoned, true label is the network's answer": n}
+
+
+def test_gather_poisoned_over_the_cap_of_a_class_still_joins_the_anomalies(guard, desk):
+    add_poisoned(desk, 60)
+    material = gathered(guard, desk, RetrainerSettings(max_class_share=0))
+    assert len(material.training) == 0
+    assert (
+        len(material.poisoned) == material.left_out["over the cap of one class"] == 60 - len(material.held_out.poisoned)
+    )
 
 
 def test_settings_are_all_in_the_documentation():

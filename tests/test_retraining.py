@@ -135,14 +135,21 @@ def test_retrain_with_poisoned_inputs_changes_heads_and_not_one_bit_of_novelty_d
     assert all((array != old).any() for array, old in heads)
 
 
-def test_retrain_with_false_alarms_teaches_novelty_detectors_and_heads(small_guard, traffic):
-    false_alarms = traffic[np.arange(12)]
-    again = retrain(small_guard, false_alarms)
+def test_retrain_with_false_alarms_teaches_novelty_detectors_and_no_head(small_guard, traffic):
+    again = retrain(small_guard, traffic[np.arange(12)])
     for one, old in zip(again.ensemble.members, small_guard.ensemble.members, strict=True):
         if one.kind == "lof":
             assert len(one.detector.state()["references"]) == len(old.detector.state()["references"]) + 12
-        else:
-            assert (one.detector.state()["weight_1"] != old.detector.state()["weight_1"]).any()
+    assert_same_arrays(arrays_of(again, "disagreement"), arrays_of(small_guard, "disagreement"))
+
+
+def test_retrain_teaches_no_head_the_networks_own_answer(small_guard, some):
+    """Called poisoned with the attacker's label, a triggered input would teach the trigger."""
+    labels = some.activations.predicted_labels
+    lies = dataclasses.replace(some, true_labels=labels, is_poisoned=np.ones(len(some), dtype=bool))
+    again = retrain(small_guard, lies)
+    for kind in ("lof", "disagreement"):
+        assert_same_arrays(arrays_of(again, kind), arrays_of(small_guard, kind))
 
 
 def test_retrain_calibrates_on_the_clean_reference_alone(paper_guard, some, tmp_path):
@@ -179,7 +186,7 @@ def test_retrain_limits_poisoned_inputs_of_one_label_to_the_commonest_class(pape
     assert retrain(paper_guard, false_alarms).retrained_with == (0, len(rows))
 
 
-def test_ensemble_fit_gives_poisoned_rows_only_to_detectors_that_learn_from_them(few):
+def test_ensemble_fit_gives_every_detector_its_rows(few):
     class Recorder:
         def __init__(self, learns_from_poisoned):
             self.learns_from_poisoned = learns_from_poisoned
@@ -188,11 +195,12 @@ def test_ensemble_fit_gives_poisoned_rows_only_to_detectors_that_learn_from_them
             self.seen = (len(activations), labels.tolist())
 
     activations, labels = few[0][:6], np.arange(6)
-    is_poisoned = np.array([False, True, False, True, False, False])
+    for_novelty = np.array([True, False, True, False, True, True])
+    for_heads = np.array([True, True, True, True, False, True])
     novelty, head = Recorder(False), Recorder(True)
-    Ensemble([Member("a", "a", novelty), Member("b", "b", head)]).fit(activations, labels, is_poisoned)
+    Ensemble([Member("a", "a", novelty), Member("b", "b", head)]).fit(activations, labels, for_heads, for_novelty)
     assert novelty.seen == (4, [0, 2, 4, 5])
-    assert head.seen == (6, [0, 1, 2, 3, 4, 5])
+    assert head.seen == (5, [0, 1, 2, 3, 5])
 
 
 # --- what stays ---

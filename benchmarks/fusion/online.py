@@ -125,6 +125,8 @@ class _Served:
             # The paper learns from everything that was relabelled, and its rule has the rate that it happens to have.
             self._settings[mode] = RetrainerSettings(
                 max_new_per_round=10**6,
+                max_class_share=1,
+                max_false_alarms_per_class=10**6,
                 false_positive_rate=max(guard.realised_false_positive_rate, 1.0 / (len(guard.reference_labels) + 1)),
             )
             make_guarded_archive(

@@ -36,6 +36,13 @@ def retrainer(
     canary_inputs: Annotated[
         int | None, typer.Option(help="Compare both guards on this many further flagged inputs before the switch.")
     ] = None,
+    min_reviewers: Annotated[
+        int | None,
+        typer.Option(
+            help="Reviewers who must call an input a false alarm before the guard learns from it; "
+            "default: 2 where two or more can decide."
+        ),
+    ] = None,
     metrics_port: MetricsPort = None,
     settings: Annotated[
         Path | None, typer.Option("--settings", help="TOML file with the retrainer's settings.")
@@ -64,6 +71,7 @@ def retrainer(
         "enough_decisions": enough_decisions,
         "every_hours": every_hours,
         "canary_inputs": canary_inputs,
+        "min_reviewers": min_reviewers,
     }
     loaded = load_retrainer_settings(settings, **chosen)
     if not queue:

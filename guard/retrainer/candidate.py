@@ -15,17 +15,22 @@ from guard.relabel.items import QueueItem
 from guard.retrainer.gate import Judgement, judge, judge_canary
 from guard.retrainer.material import Material, fits
 from guard.retrainer.measuring import Count, Measurement, flags_of, measure
+from guard.retrainer.movement import Movement
 from guard.retrainer.purifying import purify
 from guard.retrainer.settings import RetrainerSettings
-from guard.retraining import retrain
+from guard.retraining import Labelled, retrain
 from guard.types import Activations, BoolArray
+
+#: Why false alarms are not learned from although no cap forbids it, for the report.
+MOVED_TOO_MUCH = "false alarms that would let other inputs pass"
 
 
 class Pair(NamedTuple):
-    """Two guards that were fitted on the same clean images."""
+    """Two guards that were fitted on the same clean images, and a third on these that learned from no answer."""
 
     before: Guard
     candidate: Guard
+    untaught: Guard | None = None
 
 
 class Trial(NamedTuple):
@@ -92,13 +97,40 @@ def fit_candidate(
     except DataError as error:
         held = f"{int(material.clean_held_out.sum())} of {len(guard.reference_labels)}"
         raise DataError(f"{error} {held} are held out: lower holdout_share.") from error
-    candidate = retrain(base, material.training, anomalies=anomalies)
-    candidate.reference, candidate.reference_labels = guard.reference, guard.reference_labels  # for the rounds to come
-    candidate.noisy_reference = guard.noisy_reference
-    if never_saw_hold_out:
-        return Pair(guard, candidate)
+    candidate = _taught(guard, base, material.training, anomalies)
     again = np.array([one in trained_ids for one in material.training_ids], dtype=bool)
-    return Pair(retrain(base, material.training[again]), candidate)
+    untaught = retrain(base, material.training[:0])
+    if never_saw_hold_out:
+        return Pair(guard, candidate, untaught)
+    return Pair(retrain(base, material.training[again]) if again.any() else untaught, candidate, untaught)
+
+
+def check_false_alarms(
+    guard: Guard,
+    pair: Pair,
+    material: Material,
+    undecided: Sequence[QueueItem],
+    settings: RetrainerSettings,
+    *,
+    anomalies: Activations | None = None,
+) -> tuple[Pair, Material]:
+    """Return the candidate as it is, or one that learns from no false alarm where those move more than chance does.
+
+    The two are alike in everything else, the seeds included. Compared are flagged inputs that neither learns from and
+    the clean hold-outs: all together, and for every answer of the network.
+    """
+    if material.training.is_poisoned.all():
+        return pair, material
+    sober = material.without_false_alarms(MOVED_TOO_MUCH)
+    twin = _taught(guard, _without_rows(guard, material.clean_held_out), sober.training, anomalies)
+    held = material.held_out
+    clean = guard.reference[material.clean_held_out]
+    watched = Activations.concatenate([clean, held.poisoned, held.not_learned, stacked(guard, undecided)])
+    rate = requested_rate(guard, settings)
+    first, second = (one.with_config(false_positive_rate=rate) for one in (twin, pair.candidate))
+    if Movement.between(first, second, watched).beyond_chance() is None:
+        return pair, material
+    return pair._replace(candidate=twin), sober
 
 
 def try_candidate(
@@ -108,16 +140,26 @@ def try_candidate(
     held, rate = material.clean_held_out, requested_rate(guard, settings)
     clean, labels = guard.reference[held], guard.reference_labels[held]
     flagged = stacked(guard, undecided)
-    before, after = (
-        measure(one.with_config(false_positive_rate=rate), clean, labels, material.held_out, flagged) for one in pair
-    )
-    return Trial(before, after, judge(before, after, material.agreement, rate, settings))
+    guards = [one.with_config(false_positive_rate=rate) for one in pair[:2]]
+    before, after = (measure(one, clean, labels, material.held_out, flagged) for one in guards)
+    movements = {}
+    if pair.untaught is not None:
+        first = pair.untaught.with_config(false_positive_rate=rate)
+        watched = {
+            "false alarms that were not learned from": material.held_out.not_learned,
+            "held-out poisoned inputs": material.held_out.poisoned,
+            "undecided flagged inputs": flagged,
+        }
+        movements = {
+            what: Movement.between(first, guards[1], inputs, far_only=True) for what, inputs in watched.items()
+        }
+    return Trial(before, after, judge(before, after, material.agreement, rate, settings, movements))
 
 
 def compare_on(flagged: Sequence[QueueItem], pair: Pair, settings: RetrainerSettings) -> Judgement:
     """Compare both guards on what was flagged while the candidate waited."""
     rate = requested_rate(pair.before, settings)
-    guards = [one.with_config(false_positive_rate=rate) for one in pair]
+    guards = [one.with_config(false_positive_rate=rate) for one in pair[:2]]
 
     def counts(items: Sequence[QueueItem]) -> tuple[Count, Count]:
         activations = stacked(pair.before, items)
@@ -138,6 +180,13 @@ def stacked(guard: Guard, items: Sequence[QueueItem]) -> Activations:
     """Return the activations of those items that the guard can score, one row each."""
     rows = [item.input.activations for item in items if fits(guard, item.input.activations)]
     return Activations.concatenate([guard.reference[:0], *rows])
+
+
+def _taught(guard: Guard, base: Guard, training: Labelled, anomalies: Activations | None) -> Guard:
+    taught = retrain(base, training, anomalies=anomalies)
+    taught.reference, taught.reference_labels = guard.reference, guard.reference_labels  # for the rounds to come
+    taught.noisy_reference = guard.noisy_reference
+    return taught
 
 
 def _without_rows(guard: Guard, held: BoolArray) -> Guard:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from guard.evaluation import wilson_interval
 from guard.retrainer.material import Agreement
 from guard.retrainer.measuring import Count, Measurement
+from guard.retrainer.movement import CHANCE, Movement, sign_test
 from guard.retrainer.settings import RetrainerSettings
 from guard.types import BoolArray
 
 #: Fewer clean hold-outs than this measure nothing.
 MIN_CLEAN = 20
-#: What happens by chance more often than this is held against nobody.
-CHANCE = 0.05
 #: Fewer inputs than this are held against the guard before only, not against a fixed share.
 ENOUGH_POISONED = 10
 ENOUGH_TO_RELEASE = 20
@@ -70,8 +69,9 @@ def judge(
     agreement: Agreement,
     false_positive_rate: float,
     settings: RetrainerSettings,
+    movements: Mapping[str, Movement] | None = None,
 ) -> Judgement:
-    """Compare a candidate with the guard it would replace.
+    """Compare a candidate with the guard it would replace, and with one that learned from no answer.
 
     Parameters
     ----------
@@ -82,6 +82,8 @@ def judge(
     false_positive_rate : float
         The requested one.
     settings : RetrainerSettings
+    movements : mapping of str to Movement, optional
+        From a guard that learned from no answer to the candidate, by what kind of inputs; none of them learned from.
     """
 
     def counts(name: str) -> tuple[Count, Count]:
@@ -93,8 +95,8 @@ def judge(
             _false_positives(before.clean_flagged, after.clean_flagged, false_positive_rate, settings),
             _true_positives("other groups", *counts("other_groups_flagged"), settings),
             _true_positives("the same groups", *counts("same_groups_flagged"), settings),
-            _released("look-alike false alarms", *counts("look_alikes_flagged"), settings.max_released_share),
             _released("undecided flagged inputs", *counts("undecided_flagged"), settings.max_released_share),
+            *(_moved(what, movement) for what, movement in (movements or {}).items()),
             _agreement(agreement, settings),
         )
     )
@@ -128,15 +130,9 @@ def _clean_accuracy(before: BoolArray, after: BoolArray, allowed: float) -> Chec
         return Check(name, False, text, old.rate, new.rate)
     lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
     # Both guards err on a few images, by chance not on the same ones: a fall counts if chance would not explain it.
-    passed = lost - gained <= allowed * new.of or _sign_test(lost, gained) > CHANCE
+    passed = lost - gained <= allowed * new.of or sign_test(lost, gained) > CHANCE
     text = f"clean accuracy after the guard: {_percent(new)} of {new.of} held-out images, {_percent(old)} before"
     return _check(name, passed, text, f"a fall of {100 * allowed:g} points is allowed", old, new)
-
-
-def _sign_test(lost: int, gained: int) -> float:
-    """Return how likely chance alone takes as many from images that either guard gets right (McNemar, one-sided)."""
-    n = lost + gained
-    return float(sum(math.comb(n, k) for k in range(lost, n + 1)) / 2**n)
 
 
 def _false_positives(before: BoolArray, after: BoolArray, requested: float, settings: RetrainerSettings) -> Check:
@@ -145,7 +141,7 @@ def _false_positives(before: BoolArray, after: BoolArray, requested: float, sett
     # Few images: a share above the limit is held against the candidate only where chance alone would not explain it.
     too_many = new.of > 0 and new.hits > factor * requested * new.of and wilson_interval(*new).lower > requested
     # Where the hold-out is unlike the rest, the guard that serves shows the same: no reason to keep it instead.
-    worse = _sign_test(int((after & ~before).sum()), int((before & ~after).sum())) <= CHANCE
+    worse = sign_test(int((after & ~before).sum()), int((before & ~after).sum())) <= CHANCE
     text = (
         f"{_percent(new)} of {new.of} held-out clean images are flagged (before: {_percent(old)}, "
         f"asked for: {100 * requested:g} %)"
@@ -179,6 +175,26 @@ def _released(what: str, before: Count, after: Count, allowed: float, at_least: 
         "then raise max_released_share"
     )
     return _check(what, released.hits <= allowed * released.of, text, limit, before, after)
+
+
+def _moved(what: str, movement: Movement) -> Check:
+    name = f"{what}, against a guard without answers"
+    if not len(movement.lost):
+        return Check(name, None, f"there are no {what}: nothing to measure by.")
+    region = movement.beyond_chance()
+    lost, gained = int(movement.lost.sum()), int(movement.gained.sum())
+    if region is None:
+        text = (
+            f"{lost} of {len(movement.lost)} {what} pass of which a guard without answers is sure; {gained} vice versa."
+        )
+        return Check(name, True, text)
+    where = "" if region.label is None else f" that the network calls class {region.label}"
+    text = (
+        f"{region.lost} of {region.of} {what}{where} would pass although a guard without answers calls them more "
+        f"suspicious than any clean image, {region.gained} the other way: more than chance explains. Somebody may call "
+        "a trigger clean, or clean inputs poisoned: let another person look at these, or leave a reviewer out."
+    )
+    return Check(name, False, text)
 
 
 def _agreement(agreement: Agreement, settings: RetrainerSettings) -> Check:

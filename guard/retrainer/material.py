@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -12,7 +13,8 @@ import numpy as np
 
 from guard.errors import DataError
 from guard.pipeline import Guard
-from guard.relabel.items import Decision, GoldResult, QueueItem, State
+from guard.relabel.items import Decision, GoldResult, QueueItem
+from guard.retrainer.lessons import CLASS_FULL, Lesson, choose, keyed_unit
 from guard.retrainer.settings import RetrainerSettings
 from guard.retraining import Labelled
 from guard.types import Activations, BoolArray, IntArray
@@ -40,8 +42,8 @@ class HeldOut:
     false_alarms : Activations
     item_ids : tuple of int
         All of the above.
-    look_alikes : Activations
-        False alarms of groups with more of them than may be learned from: those that are not.
+    not_learned : Activations
+        Decided false alarms that are not learned from, held out or over a cap or without a second reviewer.
     """
 
     poisoned: Activations
@@ -49,7 +51,7 @@ class HeldOut:
     other_group: BoolArray
     false_alarms: Activations
     item_ids: tuple[int, ...]
-    look_alikes: Activations
+    not_learned: Activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,8 @@ class Material:
         Rows of the guard's clean reference that are only measured on.
     held_out : HeldOut
     poisoned : Activations
-        Decided as poisoned and not held out, with or without a true label: what a demarcation may learn from.
+        Decided as poisoned, with or without a true label, and neither held out nor over a reviewer's cap: what a
+        demarcation may learn from.
     agreement : Agreement
     by_reviewer : dict of str to dict of str to int
         Per reviewer: `decided`, `used`, and how often they `agreed` of `shared`.
@@ -86,6 +89,19 @@ class Material:
     left_out: dict[str, int] = field(default_factory=dict)
     waiting: int = 0
 
+    def without_false_alarms(self, why: str) -> Material:
+        """Return the same without any false alarm among what is learned from; `why` is for the report."""
+        poisoned = self.training.is_poisoned
+        false_alarms = self.training.activations[~poisoned]
+        not_learned = Activations.concatenate([self.held_out.not_learned, false_alarms])
+        return dataclasses.replace(
+            self,
+            training=self.training[poisoned],
+            training_ids=tuple(one for one, kept in zip(self.training_ids, poisoned, strict=True) if kept),
+            held_out=dataclasses.replace(self.held_out, not_learned=not_learned),
+            left_out={**self.left_out, why: len(false_alarms)},
+        )
+
 
 def gather(
     guard: Guard,
@@ -96,7 +112,7 @@ def gather(
     gold: Mapping[str, GoldResult] | None = None,
     locked: Collection[int] = (),
     same_network: Collection[str] | None = None,
-    crowds: Mapping[int, int] | None = None,
+    needed: int = 1,
 ) -> Material:
     """Choose what a round learns from and what it is measured on.
 
@@ -119,8 +135,8 @@ def gather(
         Items that an earlier round held out; they stay held out.
     same_network : collection of str, optional
         Digests of guards of the same network, layers included; what others flagged is left out. None = all fit.
-    crowds : mapping of int to int, optional
-        Which false alarms look alike, as `guard.retrainer.crowds.find_crowds` says, beside the groups of the queue.
+    needed : int
+        Reviewers who must agree on a false alarm before it is learned from.
     """
     key = _key(guard)
     words = last_words(decisions)
@@ -134,36 +150,41 @@ def gather(
         for item, by_name in words.items()
     }
     left_out: Counter[str] = Counter()
-    usable: list[_Decided] = []
+    usable: list[Lesson] = []
     for item in items:
         decision = item.decision
         if decision is None:
             continue
-        reason = _unusable(guard, item, decision, distrusted, trusted.get(item.id, {}), same_network)
+        words_of_it = trusted.get(item.id, {})
+        reason = _unusable(guard, item, decision, distrusted, words_of_it, same_network)
         if reason:
             left_out[reason] += 1
         else:
-            usable.append(_Decided.of(item, decision, key))
+            usable.append(Lesson.of(item, decision, len(words_of_it), key))
     held, other = _held_out(usable, settings.holdout_share, frozenset(locked), key)
-    learnable = [one for one in usable if one.id not in held and one.true_label >= 0]
-    unlabelled = [one for one in usable if one.id not in held and one.true_label < 0]
-    left_out["poisoned, true label unknown"] += len(unlabelled)
-    alike_limit = settings.max_false_alarms_per_group or max(1, guard.config.n_neighbors // 4)
-    learnable, look_alikes = _without_look_alikes(learnable, alike_limit, crowds or {})
-    chosen, waiting, dropped = _capped(learnable, settings)
-    left_out["look-alike false alarms over the cap"] += len(look_alikes)
-    left_out.update(dropped)
     kept = [one for one in usable if one.id in held]
-    crowded = set[tuple[str, int]]().union(*(one.crowds(crowds or {}) for one in look_alikes))
-    look_alikes += [one for one in kept if not one.is_poisoned and one.crowds(crowds or {}) & crowded]
+    free = [one for one in usable if one.id not in held]
+    chosen = choose([one for one in free if one.teaches], guard, needed, settings)
+    learned = {one.id for one in chosen.lessons}
+    left_out.update(chosen.dropped.values())
+    left_out["poisoned, true label unknown"] += sum(one.true_label < 0 for one in free)
+    left_out["poisoned, true label is the network's answer"] += sum(
+        not one.teaches and one.true_label >= 0 for one in free
+    )
+    # A demarcation learns no label, so the cap of a class does not concern it.
+    anomalies = [
+        one
+        for one in free
+        if one.is_poisoned and (not one.teaches or one.id in learned or chosen.dropped[one.id] == CLASS_FULL)
+    ]
     poisoned = [one for one in kept if one.is_poisoned]
     return Material(
         training=Labelled(
-            _stack(chosen, guard.reference),
-            np.array([one.true_label for one in chosen], dtype=np.int64),
-            np.array([one.is_poisoned for one in chosen], dtype=bool),
+            _stack(chosen.lessons, guard.reference),
+            np.array([one.true_label for one in chosen.lessons], dtype=np.int64),
+            np.array([one.is_poisoned for one in chosen.lessons], dtype=bool),
         ),
-        training_ids=tuple(one.id for one in chosen),
+        training_ids=tuple(one.id for one in chosen.lessons),
         clean_held_out=clean_hold_out(guard, settings.holdout_share),
         held_out=HeldOut(
             _stack(poisoned, guard.reference),
@@ -171,13 +192,13 @@ def gather(
             np.array([one.id in other for one in poisoned], dtype=bool),
             _stack([one for one in kept if not one.is_poisoned], guard.reference),
             tuple(one.id for one in kept),
-            _stack(look_alikes, guard.reference),
+            _stack([one for one in usable if not one.is_poisoned and one.id not in learned], guard.reference),
         ),
-        poisoned=_stack([one for one in chosen if one.is_poisoned] + unlabelled, guard.reference),
+        poisoned=_stack(anomalies, guard.reference),
         agreement=_agreement(trusted.values()),
-        by_reviewer=_by_reviewer(words.values(), chosen),
+        by_reviewer=_by_reviewer(words.values(), chosen.lessons),
         left_out={reason: count for reason, count in left_out.items() if count},
-        waiting=waiting,
+        waiting=chosen.waiting,
     )
 
 
@@ -193,7 +214,7 @@ def clean_hold_out(guard: Guard, share: float) -> BoolArray:
     """
     key = _key(guard)
     features = np.ascontiguousarray(guard.reference.features)
-    ranks = np.array([_unit(key, row.tobytes()) for row in features])
+    ranks = np.array([keyed_unit(key, row.tobytes()) for row in features])
     held = np.zeros(len(features), dtype=bool)
     for label in np.unique(guard.reference_labels):
         rows = np.flatnonzero(guard.reference_labels == label)
@@ -212,41 +233,6 @@ def last_words(decisions: Iterable[Decision]) -> dict[int, dict[str, Decision]]:
         if not decision.withdrawn:
             words.setdefault(decision.item_id, {})[decision.reviewer] = decision
     return words
-
-
-@dataclass(frozen=True, slots=True)
-class _Decided:
-    """One usable item, without its image."""
-
-    id: int
-    activations: Activations
-    true_label: int  # -1: unknown
-    is_poisoned: bool
-    group: int | None
-    reviewer: str
-    was_trained: bool
-    rank: float  # by hash, in [0, 1)
-
-    @classmethod
-    def of(cls, item: QueueItem, decision: Decision, key: bytes) -> _Decided:
-        label = decision.true_label
-        if label is None:  # a false alarm without a label: the suspect model was right
-            label = -1 if decision.is_poisoned else item.input.suspect_label
-        return cls(
-            item.id,
-            item.input.activations,
-            label,
-            decision.is_poisoned,
-            item.group,
-            decision.reviewer,
-            item.state is State.TRAINED,
-            _unit(key, f"item {item.id}".encode()),
-        )
-
-    def crowds(self, crowds: Mapping[int, int]) -> set[tuple[str, int]]:
-        """Return everything that it is one of many of."""
-        found = set() if self.group is None else {("group", self.group)}
-        return found | ({("crowd", crowds[self.id])} if self.id in crowds else set())
 
 
 def _unusable(
@@ -280,9 +266,7 @@ def fits(guard: Guard, activations: Activations) -> bool:
     )
 
 
-def _held_out(
-    usable: Sequence[_Decided], share: float, locked: frozenset[int], key: bytes
-) -> tuple[set[int], set[int]]:
+def _held_out(usable: Sequence[Lesson], share: float, locked: frozenset[int], key: bytes) -> tuple[set[int], set[int]]:
     """Return the items that are held out, and those of them whose group nothing is learned from.
 
     An item that a guard has learned from is never held out later, and one that was held out is never learned from.
@@ -290,13 +274,14 @@ def _held_out(
     where there are several, so that some of what is measured looks like nothing that was learned.
     """
     held = {one.id for one in usable if not one.was_trained and (one.id in locked or one.rank < share)}
-    groups: dict[int, list[_Decided]] = {}
+    groups: dict[int, list[Lesson]] = {}
     for one in usable:
         if one.is_poisoned and one.group is not None:
             groups.setdefault(one.group, []).append(one)
     # Groups are numbered anew when they are clustered anew; the oldest member stays.
     ranks = {
-        group: _unit(key, f"group of {min(one.id for one in members)}".encode()) for group, members in groups.items()
+        group: keyed_unit(key, f"group of {min(one.id for one in members)}".encode())
+        for group, members in groups.items()
     }
     free = [group for group, members in groups.items() if not any(one.was_trained for one in members)]
     free.sort(key=ranks.__getitem__)
@@ -317,53 +302,6 @@ def _held_out(
     return held, other
 
 
-def _without_look_alikes(
-    learnable: Sequence[_Decided], limit: int, crowds: Mapping[int, int]
-) -> tuple[list[_Decided], list[_Decided]]:
-    """Return what is left when no look-alike group gives more than `limit` false alarms, and what is not."""
-    alike: Counter[tuple[str, int]] = Counter()
-    kept, over = [], []
-    # What earlier rounds took comes first: a newcomer displaces nothing. Then by hash, which nobody can aim at.
-    for one in sorted(learnable, key=lambda one: (not one.was_trained, one.rank, one.id)):
-        among = set() if one.is_poisoned else one.crowds(crowds)
-        if any(alike[name] >= limit for name in among):
-            over.append(one)
-        else:
-            alike.update(among)
-            kept.append(one)
-    return kept, over
-
-
-def _capped(ordered: Sequence[_Decided], settings: RetrainerSettings) -> tuple[list[_Decided], int, Counter[str]]:
-    """Return what is learned from under the caps, how many wait for a later round, and what was left out and why."""
-    dropped: Counter[str] = Counter()
-    limit = reviewer_limit(Counter(one.reviewer for one in ordered), settings)
-    by_reviewer: Counter[str] = Counter()
-    fair = []
-    for one in ordered:
-        by_reviewer[one.reviewer] += 1
-        if by_reviewer[one.reviewer] > limit:
-            dropped["over the cap of one reviewer"] += 1
-        else:
-            fair.append(one)
-    old = [one for one in fair if one.was_trained]
-    new = [one for one in fair if not one.was_trained]
-    waiting = max(0, len(new) - settings.max_new_per_round)
-    if waiting:
-        dropped["wait for the next round"] += waiting
-    return sorted(old + new[: settings.max_new_per_round], key=lambda one: one.id), waiting, dropped
-
-
-def reviewer_limit(counts: Mapping[str, int], settings: RetrainerSettings) -> int:
-    """Return how many items one reviewer may give: the most that is within the share once all are cut to it."""
-    most = max(counts.values(), default=0)
-    if len(counts) < 2:
-        return most
-    share = settings.max_reviewer_share
-    limit = next((n for n in range(most, 0, -1) if n <= share * sum(min(n, count) for count in counts.values())), 0)
-    return max(limit, settings.reviewer_allowance)
-
-
 def _agree(said: Collection[Decision]) -> bool:
     """Return whether decisions about one input say the same; a label that was not named contradicts none."""
     labels = {one.true_label for one in said} - {None}
@@ -375,7 +313,7 @@ def _agreement(words: Iterable[Mapping[str, Decision]]) -> Agreement:
     return Agreement(sum(map(_agree, shared)), len(shared))
 
 
-def _by_reviewer(words: Iterable[Mapping[str, Decision]], chosen: Sequence[_Decided]) -> dict[str, dict[str, int]]:
+def _by_reviewer(words: Iterable[Mapping[str, Decision]], chosen: Sequence[Lesson]) -> dict[str, dict[str, int]]:
     rows: dict[str, Counter[str]] = {}
     for by_name in words:
         for name, decision in by_name.items():
@@ -390,14 +328,9 @@ def _by_reviewer(words: Iterable[Mapping[str, Decision]], chosen: Sequence[_Deci
     return {name: {column: rows[name][column] for column in columns} for name in sorted(rows)}
 
 
-def _stack(decided: Sequence[_Decided], like: Activations) -> Activations:
+def _stack(decided: Sequence[Lesson], like: Activations) -> Activations:
     return Activations.concatenate([like[:0], *(one.activations for one in decided)])
 
 
 def _key(guard: Guard) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(guard.reference.logits).tobytes()).digest()
-
-
-def _unit(key: bytes, data: bytes) -> float:
-    """Return a number in [0, 1) that only the holder of the key can foresee."""
-    return int.from_bytes(hashlib.blake2b(data, key=key, digest_size=7).digest()) / 2**56

@@ -45,8 +45,8 @@ class Measurement:
         Decided false alarms that are flagged (again).
     recovered : ndarray of bool
         Decided poisoned inputs with a known true label: whether the replacement head finds it.
-    look_alikes_flagged : ndarray of bool
-        False alarms of large look-alike groups, of which only a few were learned from.
+    not_learned_flagged : ndarray of bool
+        Decided false alarms that were not learned from.
     undecided_flagged : ndarray of bool
         Inputs in the queue that nobody has decided.
     """
@@ -57,7 +57,7 @@ class Measurement:
     same_groups_flagged: BoolArray
     false_alarms_flagged: BoolArray
     recovered: BoolArray
-    look_alikes_flagged: BoolArray
+    not_learned_flagged: BoolArray
     undecided_flagged: BoolArray
 
     def count(self, name: str) -> Count:
@@ -88,7 +88,7 @@ def measure(
         same_groups_flagged=poisoned_flags[~held_out.other_group],
         false_alarms_flagged=flags_of(guard, held_out.false_alarms),
         recovered=recovered,
-        look_alikes_flagged=flags_of(guard, held_out.look_alikes),
+        not_learned_flagged=flags_of(guard, held_out.not_learned),
         undecided_flagged=flags_of(guard, undecided),
     )
 

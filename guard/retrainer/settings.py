@@ -47,11 +47,15 @@ class RetrainerSettings(BaseModel):
     max_reviewer_share: float = Field(0.5, gt=0, le=1)
     #: A reviewer's first so many inputs are taken whatever the share, or one who answers little would stop everybody.
     reviewer_allowance: int = Field(50, ge=0)
-    #: False alarms of one look-alike group that are learned from; a trigger called clean is such a group. None = a
-    #: quarter of the guard's `n_neighbors`: too few to be all the neighbours of an input.
-    max_false_alarms_per_group: int | None = Field(None, ge=1)
-    #: Reviewers who must have decided something before a round starts.
-    min_reviewers: int = Field(1, ge=1)
+    #: Poisoned inputs with one true label that heads learn from, as a share of the clean images of that class, in all
+    #: rounds together.
+    max_class_share: float = Field(0.02, ge=0, le=1)
+    #: False alarms of one class that novelty detectors learn from, in all rounds together; 0 = they are only measured
+    #: on. A single triggered input that is called clean makes the others of its kind look less odd.
+    max_false_alarms_per_class: int = Field(0, ge=0)
+    #: Reviewers who must call an input a false alarm before the guard learns from it. None = 2 where two or more can
+    #: decide, else 1.
+    min_reviewers: int | None = Field(None, ge=1)
     #: Reviewers whose decisions are left out, of earlier rounds too.
     leave_out_reviewers: tuple[str, ...] = ()
     #: A reviewer who gets a smaller share of the hidden gold items right is left out.
@@ -72,8 +76,7 @@ class RetrainerSettings(BaseModel):
     min_agreement: float = Field(0.8, ge=0, le=1)
     #: Inputs decided by several reviewers that agreement is judged by; fewer say nothing.
     min_shared_decisions: int = Field(10, ge=1)
-    #: Share of the flagged inputs without a decision, and of look-alike false alarms that were not learned from, that
-    #: the candidate may let pass, where there are at least 20 of them.
+    #: Share of the flagged inputs without a decision that the candidate may let pass, where there are at least 20.
     max_released_share: float = Field(0.25, ge=0, le=1)
 
     #: A candidate that passed waits until this many further inputs were flagged, and both are compared; 0 = no canary.

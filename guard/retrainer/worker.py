@@ -19,9 +19,17 @@ from guard.files import open_private
 from guard.pipeline import Guard
 from guard.relabel.items import Decision, QueueItem, State
 from guard.relabel.queue import Queue
+from guard.relabel.reviewers import Reviewers
 from guard.relabel.rounds import Outcome, Round, Rounds
-from guard.retrainer.candidate import Pair, choose_anomalies, compare_on, fit_candidate, try_candidate
-from guard.retrainer.crowds import find_crowds
+from guard.retrainer.candidate import (
+    Pair,
+    check_false_alarms,
+    choose_anomalies,
+    compare_on,
+    fit_candidate,
+    try_candidate,
+)
+from guard.retrainer.lessons import reviewers_needed
 from guard.retrainer.material import Material, gather
 from guard.retrainer.promotion import Lineage, Promoter, Promotion, same_network, write_candidate
 from guard.retrainer.report import Finished, about_material, about_trial
@@ -169,7 +177,7 @@ class Retrainer:
         undecided = self.queue.items(state=State.PENDING, model=self.model, limit=_UNDECIDED)
         anomalies = choose_anomalies(guard, material, undecided, settings)
         report["anomalies"] = len(anomalies)
-        refusal = _too_little(material, items, len(anomalies) - len(material.poisoned), settings)
+        refusal = _too_little(material, items, len(anomalies), settings)
         if refusal:
             report["reasons"] = [refusal]
             return "refused"
@@ -180,6 +188,12 @@ class Retrainer:
             never_saw_hold_out=Lineage.read(active).holdout_share == settings.holdout_share,
             trained_ids={item.id for item in items if item.state is State.TRAINED},
         )
+        pair, material = check_false_alarms(guard, pair, material, undecided, settings, anomalies=anomalies)
+        report |= about_material(material)
+        refusal = _too_little(material, items, len(anomalies), settings)
+        if refusal:
+            report["reasons"] = [refusal]
+            return "refused"
         decided = {item.id: item.decision.id for item in items if item.decision is not None}
         learned = {item_id: decided[item_id] for item_id in material.training_ids}
         lineage = Lineage(active.name, settings.holdout_share, material.held_out.item_ids, learned)
@@ -204,7 +218,9 @@ class Retrainer:
             gold={name: self.queue.gold_results(name) for name in {one.reviewer for one in decisions}},
             locked=self._locked(),
             same_network=same_network(self.store, active, {item.input.bundle_digest for item in items}),
-            crowds=find_crowds(guard, items),
+            needed=reviewers_needed(
+                {*Reviewers(self.queue).names(), *(one.reviewer for one in decisions)}, self.settings
+            ),
         )
 
     def _locked(self) -> tuple[int, ...]:
@@ -273,15 +289,12 @@ class Retrainer:
         return found
 
 
-def _too_little(material: Material, items: Sequence[QueueItem], n_purified: int, settings: RetrainerSettings) -> str:
-    if n_purified > 0:  # needs nobody
+def _too_little(material: Material, items: Sequence[QueueItem], n_anomalies: int, settings: RetrainerSettings) -> str:
+    if n_anomalies > len(material.poisoned):  # purified ones need nobody
         return ""
-    reviewers = {item.decision.reviewer for item in items if item.decision is not None}
     if len(items) < settings.min_decisions:
         return f"{len(items)} inputs are decided, min_decisions asks for {settings.min_decisions}."
-    if len(reviewers) < settings.min_reviewers:
-        return f"{len(reviewers)} reviewers have decided, min_reviewers asks for {settings.min_reviewers}."
-    if not len(material.training):
+    if not len(material.training) and not n_anomalies:
         why = ", ".join(f"{count} {reason}" for reason, count in material.left_out.items())
         return f"nothing is left to learn from{f': {why}' if why else ''}."
     return ""
