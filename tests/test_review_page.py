@@ -138,9 +138,9 @@ def test_login_limit_is_bounded_whatever_names_are_tried():
 def test_login_makes_a_new_session_and_ends_the_one_that_was_there(desk):
     """Session fixation: a cookie that somebody else planted is never raised to the reviewer's session."""
     client = client_of(desk)
-    client.cookies["guard_session"] = "planted"
     token = desk.reviewers.add("ada")
-    client.post("/login", data={"name": "ada", "token": token})
+    planted = {"Cookie": "guard_session=planted"}
+    client.post("/login", data={"name": "ada", "token": token}, headers=planted)
     first = client.cookies["guard_session"]
     assert first != "planted"
     assert desk.reviewers.find_session("planted") is None

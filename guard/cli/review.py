@@ -44,6 +44,7 @@ def review(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 = any free one.")] = 8090,
     quorum: Annotated[int, typer.Option(help="Reviewers who must agree before 'poisoned' counts.")] = 1,
     lease_minutes: Annotated[float, typer.Option(help="How long an item belongs to who looks at it.")] = 10.0,
+    max_held: Annotated[int, typer.Option(help="Items that one reviewer holds at once at most.")] = 100,
     retention_days: Annotated[
         float, typer.Option(help="Days after which images are removed, unless answered and not yet learned from.")
     ] = 30.0,
@@ -81,7 +82,9 @@ def review(
         print_warning(f"--host {host} without --certificate: tokens cross the network in clear. Put https before it.")
     if host not in (*LOOPBACK_ADDRESSES, "0.0.0.0", "::"):
         names = (*names, host)
-    settings = QueueSettings(quorum=quorum, lease_s=60 * lease_minutes, retention_days=retention_days)
+    settings = QueueSettings(
+        quorum=quorum, lease_s=60 * lease_minutes, max_held=max_held, retention_days=retention_days
+    )
     with Queue.open(_named(queue), settings) as opened:
         desk = open_desk(
             opened,

@@ -143,9 +143,10 @@ def error_body(status: int, kind: str, message: str, **more: Any) -> dict[str, A
 def _with_verdict(body: Any, told: dict[str, Any]) -> Any:
     if isinstance(body, str | bytes | bytearray):
         try:
-            text = json.dumps(_with_verdict(json.loads(body), told), indent=2)
-        except (ValueError, RecursionError):  # what can be read may yet be nested too deeply to be written
+            parsed = json.loads(body)
+        except (ValueError, RecursionError):
             return body
+        text = json.dumps(_with_verdict(parsed, told), indent=2)
         return text if isinstance(body, str) else text.encode()
     if isinstance(body, dict):
         return {**body, "guard": told}
