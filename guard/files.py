@@ -78,8 +78,9 @@ def replace_file(path: Path, data: bytes, mode: int = PRIVATE_FILE) -> None:
 def whole_file(path: Path, mode: int = PRIVATE_FILE) -> Iterator[BinaryIO]:
     """Open a file for writing that appears under its name when all of it is on the disk, and not at all if it fails."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
     try:
-        with os.fdopen(handle, "w+b") as file:
+        with Path(temporary).open("w+b") as file:  # by its name, which callers may want
             yield file
             file.flush()
             os.fsync(file.fileno())

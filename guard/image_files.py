@@ -180,7 +180,7 @@ def _decode_file(file: Path) -> UInt8Array:
             if image.mode.startswith(("I", "F")):
                 raise DataError(f"{file} has more than 8 bits per channel. Convert it to 8 bits.")
             return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except Exception as error:  # decoders let through what they stumble over
         raise DataError(f"{file} is not a readable PNG or JPEG image ({error}).") from error

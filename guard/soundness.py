@@ -23,7 +23,7 @@ from guard.types import FEATURES, Activations, AnyArray, Float64Array, IntArray
 #: Rows of the clean reference that are scored again, evenly spread.
 _ROWS = 256
 #: Two machines round differently: so far apart may the scores of a row be, and so many rows may be farther.
-_RELATIVE, _ABSOLUTE, _STRAY_ROWS = 1e-2, 1e-3, 0.02
+_RELATIVE, _ABSOLUTE, _STRAY_ROWS = 2e-3, 2e-3, 0.02
 #: In `calibrated` mode each detector's surprise at clean inputs spreads like an exponential variable of mean 1, for any
 #: network, and the combined score is their root mean square: its median is 0.7 (all alike) to 1.4 (independent).
 _MEDIAN_SCORE = (0.2, 3.0)
@@ -94,8 +94,9 @@ def check_calibration(name: str, calibration: Calibration, sample: Activations, 
     require({"clean_scores": clean_scores}, "clean_scores", (None,), ascending=True)
     if isinstance(fusion, CalibratedFusion):
         _check_map(fusion.surprise_map_, ensemble, clean_scores)
-    raw = ensemble.score(sample)
-    combined = fusion.combine(fusion.surprise(raw))
+    with np.errstate(all="ignore"):  # what overflows is refused below
+        raw = ensemble.score(sample)
+        combined = fusion.combine(fusion.surprise(raw))
     if np.isnan(raw).any() or not np.isfinite(combined).all():
         raise DataError(f"{name}: its detectors give its own clean images scores that are not finite.")
     if isinstance(fusion, CalibratedFusion) and fusion.surprise_map_ is not None:
@@ -178,6 +179,9 @@ def _check_reference(document: Mapping[str, Any], arrays: Mapping[str, AnyArray]
     layers = (FEATURES, *document["depths"])
     require(arrays, "reference.logits", (n, n_classes))
     widths = {"logits": n_classes} | {one: require(arrays, f"reference.{one}", (n, None)).shape[1] for one in layers}
+    for layer in widths:
+        if n > 1 and (arrays[f"reference.{layer}"] == arrays[f"reference.{layer}"][:1]).all():
+            raise DataError(f"array reference.{layer} must tell one clean image from another: all rows are the same.")
     if any(name.startswith("noisy_reference.") for name in arrays):
         for layer, width in widths.items():
             require(arrays, f"noisy_reference.{layer}", (n, width))

@@ -7,10 +7,13 @@ is executed: archives are judged by the names of their members, pickles go throu
 from __future__ import annotations
 
 import hashlib
+import mmap
 import pickle
 import re
+import struct
 import sys
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,9 @@ _STATE_DICT_MEMBER = re.compile(
 _ZIP = b"PK\x03\x04"
 _TORCH_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number that torch.save wrote before 1.6
 _MAX_SAFETENSORS_HEADER = 100_000_000  # bytes; the limit of the format
+_MAX_PICKLE = 2**23  # bytes; room for the names and shapes of 50,000 tensors
+#: The one thing that torch's tensors-only reader calls with a size of the file's choice: 20 bytes become gigabytes.
+_SIZED = re.compile(rb"c(__builtin__|builtins)\nbytearray\n")
 
 #: (bytes, offset, what the file is): foreign formats worth a name of their own.
 _FOREIGN = (
@@ -150,6 +156,7 @@ def _read(path: Path, map_only: bool) -> Any:
         _check_zip_members(path)
         return _read_torch(path, "meta" if map_only else "cpu")  # "meta": shapes without bytes
     if head.startswith(_TORCH_PICKLE):
+        _check_old_pickle(path)
         return _read_torch(path, "cpu")
     for magic, offset, what in _FOREIGN:
         if head.startswith(magic, offset):
@@ -165,7 +172,7 @@ def _read_safetensors(path: Path, map_only: bool) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         with safetensors.safe_open(path, framework="pt"):
             return {}
-    except safetensors.SafetensorError as error:
+    except Exception as error:  # a damaged header, or numbers that torch has no type for
         raise _damaged(path, str(error)) from None
 
 
@@ -173,8 +180,14 @@ def _check_zip_members(path: Path) -> None:
     """Refuse every archive that is not laid out exactly as `torch.save` does it."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            members = archive.infolist()
+            names = [member.filename for member in members]
+            pickled = b"".join(
+                archive.read(member)
+                for member in members
+                if member.filename.endswith("/data.pkl") and member.file_size <= min(_MAX_PICKLE, member.compress_size)
+            )
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, struct.error, zlib.error) as error:
         raise _damaged(path, str(error)) from None
     what = None
     if any(name.endswith(("/constants.pkl", "/model.json")) and "/models/" not in name for name in names) or any(
@@ -193,8 +206,26 @@ def _check_zip_members(path: Path) -> None:
         what = "a zip archive in which one name occurs twice"
     elif sum(name.endswith("/data.pkl") for name in names) != 1:
         what = "a zip archive without exactly one data.pkl"
+    elif any(
+        member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size for member in members
+    ):
+        what = "a zip archive with packed members, which torch.save does not write: a small file may hold a huge one"
+    elif sum(member.file_size for member in members) > path.stat().st_size:
+        what = "a zip archive whose members lie over each other"
+    elif not pickled:
+        what = f"a zip archive whose data.pkl has more than {_MAX_PICKLE} bytes, or none"
+    elif _SIZED.search(pickled):
+        what = "a pickle that asks for bytearray, which no state dict needs"
     if what:
         raise UnsafeWeightsError(f"weights file {path} is {what}. {CONVERT}")
+
+
+def _check_old_pickle(path: Path) -> None:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if _SIZED.search(content):
+            raise UnsafeWeightsError(
+                f"weights file {path} is a pickle that asks for bytearray, which no state dict needs. {CONVERT}"
+            )
 
 
 def _read_torch(path: Path, device: str) -> Any:
@@ -238,6 +269,11 @@ def _plain_state_dict(content: Any, path: str) -> dict[str, Tensor]:
             raise SuspectModelError(
                 f"weights file {path}: entry {str(name)[:80]!r} must be a dense tensor, got {type(tensor).__name__}. "
                 "Save model.state_dict() alone."
+            )
+        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise SuspectModelError(
+                f"weights file {path}: entry {name[:80]!r} has shape {tuple(tensor.shape)}, more than the "
+                f"{tensor.untyped_storage().nbytes()} bytes that are there. Save contiguous tensors."
             )
         state[name] = tensor.detach()
     for prefix in WRAPPER_PREFIXES:

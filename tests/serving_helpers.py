@@ -6,12 +6,14 @@ import copy
 import importlib.util
 import io
 import json
+import os
 import sys
 import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -157,8 +159,10 @@ class Workshop:
     def guarded(self, handler: str = "image", *, name: str | None = None, start: bool = True, **options: Any) -> Any:
         """Return a worker with a guarded archive; settings go in as keywords, like `action="block"`.
 
-        Unless told otherwise its answers carry all details, which tests compare with what the library says.
+        Unless told otherwise its answers carry all details, which tests compare with what the library says. `queue_url`
+        goes into the worker's environment, as a server has it.
         """
+        url = options.get("queue_url")
         others = ("bundles", "example", "examples", "bundle", "flush")
         settings = {"verdict_detail": "full"} | {key: options.pop(key) for key in list(options) if key not in others}
         flush = options.pop("flush", False)
@@ -171,7 +175,10 @@ class Workshop:
             settings=settings,
             **options,
         )
-        return self._started(archive, flush) if start else archive
+        if not start:
+            return archive
+        with patch.dict(os.environ, {"GUARD_QUEUE_URL": url} if url else {}):
+            return self._started(archive, flush)
 
     def plain(self, handler: str = "image", *, name: str | None = None, start: bool = True) -> Any:
         """Return a worker with the unguarded archive."""

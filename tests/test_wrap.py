@@ -134,7 +134,7 @@ def test_wrap_keeps_headers_statuses_yaml_and_helpers_of_a_handler_of_its_own(
     assert held["scaling/helper.py"] == contents(archive)["scaling/helper.py"]
     assert tomllib.loads(held["guard.toml"].decode()) == {
         "model_attribute": "net",
-        "queue_url": f"sqlite:///{tmp_path / 'queue.db'}",
+        "review": True,  # it wants a queue, and does not say where
     }
     # the Worker has no YAML settings of its own: TorchServe reads them from the manifest's configFile
     with pytest.MonkeyPatch.context() as patch:

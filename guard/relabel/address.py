@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from guard.errors import ConfigError
 
 _SQLITE = "sqlite:///"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_POSTGRESQL = re.compile(r"postgresql(\+[a-z0-9]+)?://")
 
 
 def queue_url(text: str) -> str:
@@ -27,10 +30,10 @@ def queue_url(text: str) -> str:
     """
     if text.startswith(_SQLITE):
         text = text.removeprefix(_SQLITE)
-    elif "://" in text:
-        if not text.startswith("postgresql"):
+    elif scheme := _SCHEME.match(text):  # also without slashes: a mistyped URL must not become the name of a file
+        if not _POSTGRESQL.match(text):
             raise ConfigError(
-                f"a queue lives in SQLite or PostgreSQL, got {text.partition(':')[0]!r}. "
+                f"a queue lives in SQLite or PostgreSQL, got {scheme[1]!r}. "
                 "Give a file, sqlite:///FILE, or postgresql+psycopg://USER@HOST/NAME."
             )
         return text

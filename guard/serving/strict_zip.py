@@ -263,6 +263,8 @@ def _checked(file: BinaryIO, entries: list[zipfile.ZipInfo], list_start: int, si
         raise ArchiveError(f"it unpacks to {unpacked} bytes, more than {allowed} allowed for its size: a zip bomb?")
     if size - sum(entry.compress_size for entry in entries) > MAX_HEADER_BYTES:
         raise ArchiveError(f"its headers have more than {MAX_HEADER_BYTES} bytes.")
+    if not entries:
+        raise ArchiveError("it lists no member.")
     ordered = sorted(entries, key=lambda entry: entry.header_offset)
     ends = [*(entry.header_offset for entry in ordered[1:]), list_start]
     members, position = [], 0
@@ -271,8 +273,6 @@ def _checked(file: BinaryIO, entries: list[zipfile.ZipInfo], list_start: int, si
             raise ArchiveError(f"there are {entry.header_offset - position} bytes before {entry.filename!r} unlisted.")
         members.append(_located(file, entry, end))
         position = end
-    if not entries and list_start != 0:
-        raise ArchiveError("it lists no member, and holds some.")
     return members
 
 

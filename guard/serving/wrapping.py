@@ -16,7 +16,7 @@ import yaml
 
 from guard.bundle import read_bundle
 from guard.errors import ArchiveError, GuardError, SuspectModelError, UnsafeWeightsError
-from guard.files import READABLE_FILE, whole_file
+from guard.files import READABLE_FILE, read_plain, whole_file
 from guard.resources import resource_path
 from guard.serving.archive import add_files, check_module_names, plain_entry
 from guard.serving.archived import EXAMPLES, write_guard_files
@@ -30,6 +30,7 @@ from guard.weights import check_weights_file
 WEIGHTS_SUFFIXES = (".pt", ".pth", ".pts", ".pt2", ".ckpt", ".pkl", ".pickle", ".safetensors")
 #: Names that a guarded archive needs for itself.
 _OURS = ("guard_handler.py", "guard_archive.json", "guard.toml", EXAMPLES, RECIPE)
+_MOST_YAML_BYTES = 2**18  # its reader takes a second for so much
 _REMEDY = Remedy(
     "Install here what the server has installed for it, such as the archive's requirements, then try again.",
     "Does this archive run in TorchServe as it is?",
@@ -266,8 +267,9 @@ def _model_settings(folder: Path, manifest: Manifest, archive: str) -> dict[str,
     if manifest.config_file is None:
         return {}
     try:
-        settings = yaml.safe_load((folder / manifest.config_file).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        text = read_plain(folder / manifest.config_file, _MOST_YAML_BYTES).decode("utf-8")
+        settings = yaml.safe_load(text)
+    except (yaml.YAMLError, OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ArchiveError(f"{archive}: {manifest.config_file} is no YAML ({reason}). Mend it.") from error
     if not isinstance(settings, dict | None):

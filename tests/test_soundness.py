@@ -1,0 +1,275 @@
+"""Bundles with a right digest that say nonsense: none loads, none is swapped in, activated or promoted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from guard import Activations, Guard, GuardConfig, SuspectModel
+from guard.bundle import BundleStore, StoredBundle, read_bundle, write_bundle
+from guard.cli import run
+from guard.errors import BundleError
+from guard.review.known_bundles import KnownBundles
+from guard.serving.runtime import GuardRuntime
+
+Arrays = dict[str, np.ndarray]
+Change = Callable[[Arrays], object]
+
+
+def put(name: str, value: object, where: object = slice(None)) -> Change:
+    """Write a value into one array, or into part of it."""
+
+    def change(arrays: Arrays) -> None:
+        arrays[name] = arrays[name].copy()
+        arrays[name][where] = value
+
+    return change
+
+
+def scaled(name: str, factor: float) -> Change:
+    return lambda arrays: arrays.update({name: (arrays[name] * factor).astype(arrays[name].dtype)})
+
+
+def first(name: str, rows: int) -> Change:
+    return lambda arrays: arrays.update({name: arrays[name][:rows].copy()})
+
+
+def swapped(one: str, other: str) -> Change:
+    return lambda arrays: arrays.update({one: arrays[other], other: arrays[one]})
+
+
+def as_type(name: str, kind: object) -> Change:
+    return lambda arrays: arrays.update({name: arrays[name].astype(kind)})
+
+
+def reversed_rows(name: str) -> Change:
+    return lambda arrays: arrays.update({name: arrays[name][::-1].copy()})
+
+
+HEAD = "detector.4."  # the first decision head of the guard below
+#: Whatever the version of the bundle.
+ABSURD: dict[str, Change] = {
+    "clean scores of NaN": put("clean_scores", np.nan),
+    "one clean score of NaN": put("clean_scores", np.nan, 7),
+    "clean scores of 1e30": put("clean_scores", 1e30),
+    "infinite clean scores": put("clean_scores", np.inf),
+    "clean scores of zero": put("clean_scores", 0.0),
+    "negative clean scores": scaled("clean_scores", -1.0),
+    "clean scores times ten": scaled("clean_scores", 10.0),
+    "clean scores by a hundred": scaled("clean_scores", 0.01),
+    "reversed clean scores": reversed_rows("clean_scores"),
+    "truncated clean scores": first("clean_scores", 50),
+    "no clean scores": first("clean_scores", 0),
+    "clean scores as integers": as_type("clean_scores", np.int64),
+    "clean scores as a matrix": lambda arrays: arrays.update(clean_scores=arrays["clean_scores"].reshape(2, -1)),
+    "no array of clean scores": lambda arrays: arrays.pop("clean_scores"),
+    "labels out of range": put("labels", 10, 3),
+    "negative labels": put("labels", -1, 3),
+    "labels as numbers with a point": as_type("labels", np.float64),
+    "truncated labels": first("labels", 10),
+    "reference of NaN": put("reference.features", np.nan),
+    "one NaN in the reference": put("reference.logits", np.nan, (3, 1)),
+    "reference of zero": put("reference.features", 0.0),
+    "fewer classes in the reference": lambda arrays: arrays.update(
+        {"reference.logits": arrays["reference.logits"][:, :9]}
+    ),
+    "truncated reference": first("reference.features", 20),
+    "zeroed head": put(f"{HEAD}weight_1", 0.0),
+    "zeroed last layer": put(f"{HEAD}weight_3", 0.0),
+    "head of NaN": put(f"{HEAD}weight_2", np.nan),
+    "infinite bias": put(f"{HEAD}bias_3", np.inf, 0),
+    "head of another width": lambda arrays: arrays.update({f"{HEAD}weight_2": arrays[f"{HEAD}weight_2"][:, :-1]}),
+    "references of NaN": put("detector.0.references", np.nan, 0),
+    "densities of zero": put("detector.0.densities", 0.0),
+    "negative k-distances": put("detector.0.k_distances", -1.0),
+    "references of an unknown class": put("detector.0.labels", 12, 0),
+    "references in another order": reversed_rows("detector.0.labels"),
+    "no neighbours": put("detector.0.counts", 0),
+    "huge number of classes": put("detector.0.counts", 2**40, 0),
+    "knots of NaN": put("fusion.knots", np.nan),
+    "knots that descend": lambda arrays: arrays.update({"fusion.knots": arrays["fusion.knots"][:, ::-1].copy()}),
+    "knots of 1e30": put("fusion.knots", 1e30),
+    "levels of zero": put("fusion.levels", 0.0),
+    "tail without a scale": put("fusion.scale", 0.0),
+    "tail beyond all means": put("fusion.shape", 5.0),
+    "one detector less in the calibration": lambda arrays: arrays.update({"fusion.knots": arrays["fusion.knots"][1:]}),
+    "early clean scores of NaN": put("early.0.clean_scores", np.nan),
+    "early clean scores of 1e30": put("early.1.clean_scores", 1e30),
+    "truncated early clean scores": first("early.0.clean_scores", 5),
+    "early knots of NaN": put("early.0.knots", np.nan),
+    "heads together of zero": put("detector.8.0.inputs", 0.0),
+    "heads together of NaN": put("detector.8.1.outputs", np.nan),
+}
+#: What only a bundle that keeps its reproduction can tell.
+SUBTLE: dict[str, Change] = {
+    "clean scores a little higher": scaled("clean_scores", 1.3),
+    "clean scores a little lower": scaled("clean_scores", 0.8),
+    "one detector's calibration a little wider": put("fusion.scale", 3.0),
+    "weaker head": scaled(f"{HEAD}weight_3", 0.3),
+    "other references": scaled("detector.0.references", 1.5),
+    "reference of another layer's scale": scaled("reference.features", 2.0),
+    "rows of the reference in another order": reversed_rows("reference.features"),
+    "labels that are not the images'": reversed_rows("labels"),
+    "early clean scores a little higher": scaled("early.0.clean_scores", 1.3),
+    "hidden units in another order": reversed_rows(f"{HEAD}weight_3"),
+    "k-distances and densities changed places": swapped("detector.0.k_distances", "detector.0.densities"),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(suspect: SuspectModel, clean_split: Any, tmp_path_factory: pytest.TempPathFactory) -> StoredBundle:
+    """A bundle with early verdicts, of 300 images."""
+    images, labels = clean_split.validation
+    config = GuardConfig(false_positive_rate=0.05, anytime=True)
+    guard = Guard.fit(suspect, images[:300], labels[:300], config)
+    return read_bundle(guard.save(tmp_path_factory.mktemp("sound")))
+
+
+def older(stored: StoredBundle) -> StoredBundle:
+    """Return the bundle as the version before wrote it."""
+    arrays = {name: array for name, array in stored.arrays.items() if not name.endswith("reproduction")}
+    document = {name: value for name, value in stored.document.items() if name != "reference_accuracy"}
+    return StoredBundle(stored.digest, document, arrays)
+
+
+def write(folder: Path, stored: StoredBundle, change: Change = dict, **document: object) -> Path:
+    arrays = dict(stored.arrays)
+    change(arrays)
+    return write_bundle(folder, {**stored.document, **document}, arrays)
+
+
+def test_sound_bundle_names_the_arrays_that_the_tests_change(sound):
+    detectors = [one["name"] for one in sound.document["detectors"]]
+    assert detectors[4].startswith("disagreement:")
+    assert detectors[8] == "anytime"
+    assert "early.1.clean_scores" in sound.arrays
+
+
+def test_sound_bundles_of_both_versions_load_and_decide_alike(sound, tmp_path, clean_activations):
+    new, old = (Guard.load(write(tmp_path, one)) for one in (sound, older(sound)))
+    sample = Activations(
+        clean_activations.logits[:20],
+        clean_activations.features[:20],
+        {name: clean_activations.at(name)[:20] for name in new.reference.depths},
+    )
+    assert new.inspect_activations(sample) == old.inspect_activations(sample)
+
+
+@pytest.mark.parametrize("version", ["new", "old"])
+@pytest.mark.parametrize("change", ABSURD.values(), ids=ABSURD.keys())
+def test_load_absurd_arrays_are_refused(sound, tmp_path, change, version):
+    path = write(tmp_path, sound if version == "new" else older(sound), change)
+    with pytest.raises(BundleError, match=rf"^bundle {path.name[:12]} ") as error:
+        Guard.load(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", SUBTLE.values(), ids=SUBTLE.keys())
+def test_load_arrays_that_do_not_reproduce_are_refused(sound, tmp_path, change):
+    with pytest.raises(BundleError, match=r"is not sound: .*(in fit|clean images)"):
+        Guard.load(write(tmp_path, sound, change))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n_classes", 9),
+        ("n_classes", "ten"),
+        ("n_classes", 10**30),
+        ("clean_images", 299),
+        ("class_names", ["one"]),
+        ("class_names", [1] * 10),
+        ("input_shape", [1, 28, -28]),
+        ("input_shape", 7),
+        ("depths", ["relu1", "relu1"]),
+        ("depths", "relu1"),
+        ("depths", []),
+        ("realised_false_positive_rate", float("1e300")),
+        ("realised_false_positive_rate", "0.01"),
+        ("realised_false_positive_rate", None),
+        ("recovery", {"head": 7}),
+        ("recovery", [1]),
+        ("reference_accuracy", 0.5),
+        ("weights_digest", None),
+        ("split_points", 5),
+        ("detectors", []),
+        ("detectors", [{"kind": "lof"}]),
+        ("early", [{"depth": "nowhere", "realised_false_positive_rate": 0.1}]),
+        ("settings", []),
+        ("settings", {"mode": "paper"}),
+        ("backup", {"kind": "defective"}),
+        ("backup", 3),
+        ("retrained_with", {"lies": 1}),
+    ],
+)
+def test_load_absurd_document_is_refused(sound, tmp_path, name, value):
+    with pytest.raises(BundleError):
+        Guard.load(write(tmp_path, sound, **{name: value}))
+
+
+def test_load_document_with_a_rate_that_is_no_number_is_refused(sound, tmp_path, monkeypatch):
+    """`NaN` is no JSON, and Python reads it."""
+    import json
+
+    dumps = json.dumps
+    monkeypatch.setattr(json, "dumps", lambda value, **options: dumps(value, **{**options, "allow_nan": True}))
+    with pytest.raises(BundleError, match=r"realised_false_positive_rate must be in \[0, 1\], got nan"):
+        Guard.load(write(tmp_path, sound, realised_false_positive_rate=float("nan")))
+
+
+@pytest.mark.parametrize("mode", ["calibrated", "paper"])
+def test_honest_guards_of_few_images_load_again(suspect, clean_split, tmp_path, mode):
+    for n in (12, 40):
+        images, labels = clean_split.validation
+        guard = Guard.fit(suspect, images[:n], labels[:n], GuardConfig(false_positive_rate=0.1, mode=mode))
+        assert Guard.load(guard.save(tmp_path)).digest == guard.digest
+
+
+def test_paper_guard_that_calls_everything_clean_is_refused(suspect, clean_split, tmp_path):
+    images, labels = clean_split.validation
+    guard = Guard.fit(suspect, images[:200], labels[:200], GuardConfig(false_positive_rate=0.1, mode="paper"))
+    stored = read_bundle(guard.save(tmp_path))
+    for one in (stored, older(stored)):
+        with pytest.raises(BundleError, match=r"nothing would be flagged|in fit"):
+            Guard.load(write(tmp_path, one, put("clean_scores", 1e30)))
+
+
+@pytest.mark.parametrize(
+    "how", ["clean scores of NaN", "clean scores of 1e30", "zeroed head", "clean scores a little higher"]
+)
+def test_absurd_bundle_is_not_swapped_in_activated_or_rolled_back_to(
+    sound, badnet, tmp_path, how, capfd: pytest.CaptureFixture[str]
+):
+    store = BundleStore(tmp_path)
+    good = write(tmp_path, sound)
+    store.activate(good.name)
+    absurd = write(tmp_path, sound, {**ABSURD, **SUBTLE}[how])
+    assert run(["bundle", "activate", absurd.name[:12], "--bundles", str(tmp_path)]) == 1
+    assert store.active_digest() == good.name
+    runtime = GuardRuntime(copy.deepcopy(badnet), {}, bundles=tmp_path, embedded=None, model_name="m")
+    try:
+        (tmp_path / "ACTIVE").write_text(absurd.name)
+        for _ in range(2):
+            runtime.refresh()
+        assert runtime.current.digest == good.name
+        refused = [one.value for one in runtime.metrics.drain() if "refused" in one.labels]
+    finally:
+        runtime.close()
+    assert sum(refused) == 1
+    assert capfd.readouterr().err.count('"bundle_refused"') == 1
+    (tmp_path / "HISTORY").write_text(f"{absurd.name}\n{good.name}\n")
+    (tmp_path / "ACTIVE").write_text(good.name)
+    assert run(["bundle", "rollback", "--bundles", str(tmp_path)]) == 1
+    assert store.active_digest() == good.name
+
+
+def test_absurd_bundle_is_unknown_to_the_review_page(sound, tmp_path):
+    known = KnownBundles(tmp_path)
+    assert known.find(write(tmp_path, sound).name) is not None
+    for how in ("truncated reference", "labels out of range", "no array of clean scores"):
+        assert known.find(write(tmp_path, sound, ABSURD[how]).name) is None
