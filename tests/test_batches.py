@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from serving_helpers import Answered, Worker, Workshop, png
+from serving_helpers import Answered, Worker, Workshop, png, served_model
 from ts.model_loader import TsModelLoader
 from ts.torch_handler.request_envelope.body import BodyEnvelope
 from ts.torch_handler.request_envelope.json import JSONEnvelope
 from ts.torch_handler.request_envelope.kserve import KServeEnvelope
 from ts.torch_handler.request_envelope.kservev2 import KServev2Envelope
+from wrap_helpers import guard_command
 
 from guard import Guard
 from guard.attacks import MnistCnn, Poisoned
+from guard.bundle import BundleStore
 from guard.serving.row_fidelity import declares_one_row
 from guard.serving.runtime import Record
 from guard.types import Float32Array
@@ -232,6 +235,41 @@ def test_examples_of_the_archive_are_what_the_probe_uses(
     calls = calls_of(worker)
     worker.ask(*seen)
     assert calls == [1, 1, 1]
+
+
+def test_archive_tries_the_handler_with_its_examples_and_says_how_batches_are_answered(
+    workshop: Workshop,
+    sure: tuple[Float32Array, Float32Array],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    BundleStore(tmp_path / "bundles").activate(workshop.guard.save(tmp_path / "bundles").name)
+    examples: list[object] = []
+    for row, image in enumerate(sure[1]):
+        (tmp_path / f"{row}.png").write_bytes(png(image))
+        examples += ["--example", tmp_path / f"{row}.png"]
+    for handler in ("image", "stock", "tiling"):
+        model = served_model(handler, workshop.module, tmp_path)
+        own = ["--handler", model.handler, "--model-file", model.model_file] if model.handler is not None else []
+        own += ["--architecture", model.architecture] if model.handler is None else []
+        own += [part for file in model.extra_files for part in ("--extra-file", file)]
+        stores = ("--bundles", tmp_path / "bundles", "--model-store", tmp_path)
+        status, out, err = guard_command(
+            capfd, "archive", handler, "--weights", model.weights, *own, *stores, *examples
+        )
+        assert (status, out) == (0, f"{tmp_path / handler}.mar\n"), err
+        assert f"batches: {TOLD[handler]}" in " ".join(err.split())
+    with zipfile.ZipFile(tmp_path / "tiling.mar") as packed:
+        about = json.loads(packed.read("guard_archive.json"))
+        assert [packed.read(name) for name in about["examples"]] == [png(image) for image in sure[1]]
+    assert about["example"] == about["examples"][0]
+
+
+TOLD = {
+    "image": "answered together: the image handler makes one row per request",
+    "stock": "images are answered together: the handler keeps them apart; other bodies one after the other",
+    "tiling": "one request after the other: an image that is twice as wide makes 2 rows of the network's input.",
+}
 
 
 # --- the check while serving

@@ -114,5 +114,6 @@ def test_odd_images_hold_what_a_handler_may_cut_into_several() -> None:
     assert Image.open(io.BytesIO(odd["that is twice as wide"])).size == (64, 24)
     assert Image.open(io.BytesIO(odd["that is twice as high"])).size == (32, 48)
     assert Image.open(io.BytesIO(odd["in other colours"])).mode == "L"
+    assert all(holds_one_image(odd[f"as {kind}"]) for kind in ("PNG", "BMP", "WEBP"))
     assert len(odd["that is cut off"]) == len(JPEG) // 2
     assert odd["with damaged pixels"] != JPEG

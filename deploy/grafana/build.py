@@ -247,7 +247,7 @@ def build() -> str:
         ),
         lines(
             "Batches",
-            "1 if the requests of a batch share one call of the handler, 0 if one by one; checks per hour by outcome.",
+            "1 if the requests of a batch share a call of the handler, 0 if one by one; checks per hour by outcome.",
             query(f"min by (model) (guard_batching{_ALL})", "{{model}} together"),
             query(f"sum by (outcome) (increase(guard_batch_checks_total{_ALL}[1h]))", "checks: {{outcome}}"),
             width=_NARROW,

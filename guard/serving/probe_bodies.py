@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Iterable, Sequence
 
@@ -71,6 +72,9 @@ def odd_images(image: bytes) -> dict[str, bytes]:
             for row in range(down):
                 sheet.paste(opened, (column * width, row * height))
         made[f"that is {what}"] = _encoded(sheet, kind)
+    for other_kind in [each for each in ("PNG", "JPEG", "BMP", "WEBP") if each != kind]:
+        with contextlib.suppress(OSError, KeyError):  # not every mode fits every format
+            made[f"as {other_kind}"] = _encoded(opened, other_kind)
     small = opened.crop((0, 0, max(1, width // 2), max(1, height // 2)))
     other = opened.convert("L" if opened.mode == "RGB" else "RGB")
     return made | {"that is half the size": _encoded(small, kind), "in other colours": _encoded(other, kind)}
@@ -78,5 +82,5 @@ def odd_images(image: bytes) -> dict[str, bytes]:
 
 def _encoded(image: Image.Image, kind: str) -> bytes:
     stream = io.BytesIO()
-    image.save(stream, kind)
+    image.copy().save(stream, kind)  # saving leaves its settings on an image
     return stream.getvalue()
