@@ -78,12 +78,11 @@ class Place:
         return ids
 
     def decide(self, ids: list[int], labels: np.ndarray, *, is_poisoned: bool, reviewer: str = "ann") -> None:
-        self.queue.claim_items(reviewer, ids)
         answers = [
             Answer(item_id=one, is_poisoned=is_poisoned, true_label=int(label))
             for one, label in zip(ids, labels, strict=True)
         ]
-        self.queue.decide_many(reviewer, answers)
+        self.queue.decide_many(reviewer, answers, also_free=True)
 
     def review(self, *, reviewer: str = "ann", triggers: tuple[int, ...] = (0, 1), n: int = 60, seed: int = 10) -> None:
         """Send traffic and answer it truly."""

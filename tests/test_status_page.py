@@ -95,7 +95,7 @@ def test_first_line_answers_whether_it_is_all_right(desk):
     assert re.search(r"bo 2 1 1 0 (?!none)", text)  # poisoned, false alarm, overturned, taken back
     admins = shown(log_in(desk, "root", "admin").get("/status").text)
     assert re.search(r"bo 2 1 1 0 none asked", admins)  # known items: the reviewer would learn which they were
-    assert re.search(r"ann 0 1 0 0 none asked", text)
+    assert re.search(r"ann 0 1 0 0 none asked", admins)
     assert re.search(r"lof/features 2", text)
     assert "Requests, latency and drift: http://127.0.0.1:8082/metrics, since" in text
 
