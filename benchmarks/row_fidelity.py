@@ -226,7 +226,9 @@ def summed_up(case: str, clients: int, size: int, ratios: Sequence[Ratios]) -> R
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what it costs to know whose row is whose.")
     parser.add_argument("--rounds", type=int, default=15, help="rounds per setting (15)")
-    parser.add_argument("--batches", type=int, default=600, help="batches of a round in this process (600)")
+    parser.add_argument(
+        "--requests", type=int, default=200, help="requests of a round in this process, at least 20 batches (200)"
+    )
     parser.add_argument("--no-server", action="store_true", help="measure in this process only")
     parser.add_argument("--output-dir", type=Path, help="folder of the table; default: where the project keeps it")
     arguments = parser.parse_args()
@@ -241,7 +243,7 @@ def main() -> None:
         handler, context = started(store, Path(scratch) / "worker")
         in_process(handler, context, CASES[0], bodies[CASES[0]], 8, 200)  # warm-up
         for size, case in itertools.product(IN_PROCESS, CASES):
-            count = max(20, arguments.batches // size)
+            count = max(20, arguments.requests // size)
             ratios = [in_process(handler, context, case, bodies[case], size, count) for _ in range(arguments.rounds)]
             rows.append(summed_up(case, 0, size, ratios))
         handler._runtime.close()

@@ -143,10 +143,13 @@ class Batches:
         except Exception:
             return None
         self._runtime.books.stages(time.perf_counter() - started, record.guard_seconds)
-        answers = answers_of(bodies, context, len(data))
-        if answers is None or record.forward_passes != 1 or len(record.rows) != len(data):
+        if not isinstance(bodies, list) or len(bodies) != len(data):
+            return None
+        refused = any(context.get_response_status(index)[0] >= 400 for index in range(len(data)))
+        if refused or record.forward_passes != 1 or len(record.rows) != len(data):
             return None
         if checked is not None and tap is not None:
+            answers = answers_of(bodies, context, len(data)) or []
             holds = self._is_kept_apart(tap, checked, data[checked], answers[checked], part_of(context, [checked]))
             self._runtime.books.batch_checked(holds)
             if not holds:
