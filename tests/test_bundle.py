@@ -364,7 +364,7 @@ STRANGE = {
     "link to nothing": lambda path: path.symlink_to("nothing"),
     "pipe": os.mkfifo,
     "folder": Path.mkdir,
-    "huge": lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 2**40),
+    "huge": lambda path: (path.touch(), os.truncate(path, 2**40)),
 }
 
 

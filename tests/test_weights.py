@@ -261,7 +261,7 @@ def test_bombs_are_refused_before_they_are_unpacked(tmp_path, read):
         archive_of(tmp_path / "packed.pt", b"\x80\x02" + b"N0" * 2**22 + b"N.", zipfile.ZIP_DEFLATED),
         archive_of(tmp_path / "long.pt", b"\x80\x02" + b"N0" * 2**22 + b"N."),
     ):
-        with pytest.raises(UnsafeWeightsError, match="bytearray|packed members|more than 8388608 bytes"):
+        with pytest.raises(UnsafeWeightsError, match=r"bytearray|packed members|more than 8388608 bytes"):
             read(path)
     old = tmp_path / "old.pt"
     torch.save({"w": torch.zeros(2)}, old, _use_new_zipfile_serialization=False)

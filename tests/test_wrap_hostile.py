@@ -179,11 +179,9 @@ def test_archives_to_serve_are_read_with_limits(tmp_path: Path) -> None:
 def test_archives_to_serve_that_hold_nonsense_are_refused(tmp_path: Path, name: str, text: str) -> None:
     with zipfile.ZipFile(tmp_path / "m.mar", "w") as packed:
         packed.writestr(name, text)
+    read = find_archives if name == MANIFEST else lambda folder: followed_bundles(folder / "m.mar")
     with pytest.raises(GuardError):
-        if name == MANIFEST:
-            find_archives(tmp_path)
-        else:
-            followed_bundles(tmp_path / "m.mar")
+        read(tmp_path)
 
 
 GUARDED = {"handler": "image_handler.py", "bundles": None, "embedded": "0" * 64, "example": None}
