@@ -130,8 +130,11 @@ class GuardConfig(FitSettings, ServingSettings, Places):
         return GuardConfig(**{**self.model_dump(), **changes})
 
     def portable(self) -> dict[str, Any]:
-        """Return the settings that may leave this machine, ready for JSON: all but `Places`."""
-        return self.model_dump(mode="json", exclude=set(PLACES))
+        """Return the settings that may leave this machine, ready for JSON: all but `Places`.
+
+        `review` is left out where it has its default: so a version that does not know it can read the bundle.
+        """
+        return self.model_dump(mode="json", exclude={*PLACES, *(["review"] if self.review else [])})
 
     @classmethod
     def from_portable(cls, settings: Mapping[str, Any]) -> tuple[GuardConfig, list[str]]:

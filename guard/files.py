@@ -189,13 +189,12 @@ def _open_plain(path: Path) -> BinaryIO:
         if error.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, "it is a symbolic link", str(path)) from None
         raise
-    file: BinaryIO = os.fdopen(handle, "rb")
     try:
         _check_kind(path, os.fstat(handle).st_mode, folder=False)
+        return os.fdopen(handle, "rb")
     except BaseException:
-        file.close()
+        os.close(handle)
         raise
-    return file
 
 
 def _check_kind(path: Path, mode: int, *, folder: bool) -> None:

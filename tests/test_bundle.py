@@ -319,6 +319,113 @@ def test_store_active_path_without_active_bundle_says_what_to_run(store):
         store.active_path()
 
 
+BAD_DIGESTS = (
+    "../outside",
+    "..",
+    "",
+    "0" * 63,
+    "0" * 65,
+    "G" * 64,
+    "/etc/passwd",
+    f"{'0' * 64}/..",
+    "\x00" * 64,
+    "٠" * 64,
+)
+
+
+@pytest.mark.parametrize("text", BAD_DIGESTS)
+def test_store_active_that_is_no_digest_is_refused_everywhere_and_can_be_mended(store, three, text, tmp_path):
+    """A folder beside the bundles that `../outside` would lead to is a whole bundle, and must not count."""
+    store.activate(three[0])
+    (store.root / "ACTIVE").write_text(text)
+    for ask in (store.active_digest, store.active_path):
+        with pytest.raises(BundleError, match=r"ACTIVE is damaged: it holds no digest\. Run `guard bundle activate"):
+            ask()
+    for use in (store.folder_of, store.activate):
+        with pytest.raises(BundleError, match="a bundle is named by the 64 hex digits of its digest"):
+            use(text)
+    assert store.known_active() is None
+    assert len(store.entries()) == 3
+    store.activate(three[1])
+    assert store.active_digest() == three[1]
+
+
+@pytest.mark.parametrize("text", ["../outside\n", f"{'0' * 63}/\n", "x\n"])
+def test_store_history_lines_that_are_no_digest_are_never_gone_back_to(store, three, text):
+    store.activate(three[0])
+    store.activate(three[1])
+    (store.root / "HISTORY").write_text(f"{three[0]}\n{text}{three[1]}\n")
+    assert store.previous_digest() == three[0]
+    assert store.roll_back() == three[0]
+
+
+STRANGE = {
+    "link": lambda path: path.symlink_to("/etc/hostname"),
+    "link to nothing": lambda path: path.symlink_to("nothing"),
+    "pipe": os.mkfifo,
+    "folder": Path.mkdir,
+    "huge": lambda path: (path.touch(), os.truncate(path, 2**40)),
+}
+
+
+@pytest.mark.parametrize("name", ["ACTIVE", "HISTORY"])
+@pytest.mark.parametrize("make", STRANGE.values(), ids=STRANGE.keys())
+def test_store_pointer_that_is_no_small_plain_file_is_refused_and_not_waited_for(store, three, name, make):
+    store.activate(three[0])
+    (store.root / name).unlink()
+    make(store.root / name)
+    with pytest.raises(BundleError, match=rf"{name} cannot be read \(it (is a|has more)"):
+        _ = store.active_digest() if name == "ACTIVE" else store.previous_digest()
+
+
+@pytest.mark.parametrize("name", ["SHA256SUMS", "guard.json", "arrays.safetensors"])
+@pytest.mark.parametrize("make", STRANGE.values(), ids=STRANGE.keys())
+def test_read_bundle_file_that_is_no_plain_file_is_refused_and_not_waited_for(bundle, name, make):
+    (bundle / name).unlink()
+    make(bundle / name)
+    with pytest.raises(BundleError, match=rf"{name} cannot be read \(it (is a|has more)"):
+        read_bundle(bundle)
+
+
+def test_read_bundle_folder_that_is_a_link_is_refused(bundle, tmp_path):
+    (tmp_path / "other").mkdir()
+    link = tmp_path / "other" / bundle.name
+    link.symlink_to(bundle)
+    with pytest.raises(BundleError, match=r"is a symbolic link, which is not followed"):
+        read_bundle(link)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_write_bundle_is_readable_and_nobody_elses_to_write_whatever_the_umask(tmp_path, umask):
+    old = os.umask(umask)
+    try:
+        bundle = write_bundle(tmp_path / "root", DOCUMENT, arrays())
+        BundleStore(tmp_path / "root").activate(bundle.name)
+    finally:
+        os.umask(old)
+    for path in (bundle, *bundle.iterdir(), tmp_path / "root" / "ACTIVE", tmp_path / "root" / "HISTORY"):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644)
+    assert (tmp_path / "root").stat().st_mode & 0o022 == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("guard.json", b"[" * 200_000),
+        ("guard.json", b'{"schema_version": ' + b"9" * 5000 + b"}"),
+        (
+            "arrays.safetensors",
+            b"\x40\0\0\0\0\0\0\0" + b'{"w":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}'.ljust(64) + b"\0\0",
+        ),
+        ("arrays.safetensors", b"\xff" * 64),
+    ],
+)
+def test_read_bundle_resealed_around_hostile_contents_is_a_bundle_error(bundle, name, data):
+    (bundle / name).write_bytes(data)
+    with pytest.raises(BundleError):
+        read_bundle(reseal(bundle))
+
+
 def test_store_activate_writes_one_line_that_is_readable_and_leaves_no_other_file(store, three):
     store.activate(three[0])
     assert (store.root / "ACTIVE").read_text() == f"{three[0]}\n"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from guard import GuardConfig
-from guard.config import SERVING_SETTINGS, load_config, load_settings
+from guard.config import PLACES, SERVING_SETTINGS, FitSettings, load_config, load_settings
 from guard.errors import ConfigError
 
-NONE_BY_DEFAULT = {"queue_url", "max_guard_ms", "deadline_header", "min_depth"}
+NONE_BY_DEFAULT = {"max_guard_ms", "deadline_header", "min_depth"}
 
 
 @pytest.fixture(autouse=True)
@@ -178,6 +179,32 @@ def test_config_replace_checks_like_a_new_one_and_leaves_the_old():
 
 def test_config_serving_settings_are_settings():
     assert set(GuardConfig.model_fields) >= SERVING_SETTINGS
+
+
+def test_config_settings_are_of_three_kinds_without_overlap():
+    kinds = [set(FitSettings.model_fields), set(SERVING_SETTINGS), set(PLACES)]
+    assert set().union(*kinds) == set(GuardConfig.model_fields)
+    assert sum(map(len, kinds)) == len(GuardConfig.model_fields)
+
+
+def test_documentation_lists_every_setting_with_its_kind():
+    page = Path(__file__).parents[1] / "docs" / "serving.md"
+    rows = re.findall(
+        r"^\| `([a-z0-9_]+)`( [*\u2020])? \| ",
+        page.read_text(encoding="utf-8").split("\n## In a hurry")[0],
+        re.MULTILINE,
+    )
+    documented = {name: mark.strip() for name, mark in rows}
+    marks = dict.fromkeys(FitSettings.model_fields, "*") | dict.fromkeys(PLACES, "†")
+    assert documented == {name: marks.get(name, "") for name in GuardConfig.model_fields}
+
+
+def test_config_from_portable_drops_places_and_names_them():
+    config = GuardConfig(seed=3, queue_url="sqlite:///q.db", data_dir=Path("images"), review=False)
+    portable = config.portable()
+    assert GuardConfig.from_portable(portable) == (GuardConfig(seed=3, review=False), [])
+    older = {**portable, "queue_url": "sqlite:///q.db", "data_dir": None}
+    assert GuardConfig.from_portable(older) == (GuardConfig(seed=3, review=False), ["queue_url"])
 
 
 def test_load_config_bad_value_in_environment_is_one_line(monkeypatch):

@@ -1,5 +1,7 @@
 import hashlib
 import io
+import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from guard.datasets import (
     ImageSet,
     default_data_dir,
     load_dataset,
+    read_npz,
     split_rows,
     to_tensor_images,
 )
@@ -155,6 +158,28 @@ def test_load_dataset_missing_array_extra_rows_and_objects_raise(tmp_path):
     np.savez(tmp_path / "mnist_train.npz", x=np.array([object()]), y=np.zeros(1, np.uint8), allow_pickle=True)
     with pytest.raises(DatasetError, match="allow_pickle=False"):
         load_dataset("mnist", "train", tmp_path)
+
+
+HEADERS = (
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (9999999999999999999999,), }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (True, 2), }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (10000000000000,), }",
+    "{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
+    "(",
+    "{'descr': " + "[" * 400,
+    "",
+)
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_read_npz_hostile_header_is_a_data_error(tmp_path, header):
+    text = header.encode() + b"\n"
+    with zipfile.ZipFile(tmp_path / "h.npz", "w") as packed:
+        packed.writestr("x.npy", b"\x93NUMPY\x01\0" + struct.pack("<H", len(text)) + text + bytes(64))
+    with pytest.raises(DataError, match=r"cannot be read as \.npz") as caught:
+        read_npz(tmp_path / "h.npz")
+    assert "\n" not in str(caught.value)
 
 
 def test_load_dataset_broken_strip_raises(tmp_path):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
+import socket
+import stat
 import subprocess
 import threading
 from collections.abc import Callable
@@ -11,6 +15,7 @@ from pathlib import Path
 import pytest
 from queue_helpers import PostgresServer, flagged, postgresql_folder
 
+import guard.snapshot
 from guard.bundle import BundleStore
 from guard.cli import run
 from guard.errors import SnapshotError
@@ -117,6 +122,116 @@ def test_a_changed_snapshot_is_refused_and_nothing_is_restored(
         restore_snapshot(tmp_path / "copy", queue_url=f"sqlite:///{tmp_path}/q.db", bundles=tmp_path / "b")
     assert not (tmp_path / "q.db").exists()
     assert not (tmp_path / "b").exists()
+
+
+def _reseal(folder: Path) -> None:
+    """Write the sums that fit what lies there, as whoever can write to a snapshot would, links followed."""
+    lines = []
+    for path in sorted(folder.rglob("*")):
+        if (path.is_file() and path.name != "SHA256SUMS") or (path.name == "SHA256SUMS" and path.parent != folder):
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            lines.append(f"{digest}  {path.relative_to(folder).as_posix()}\n")
+    (folder / "SHA256SUMS").write_text("".join(lines))
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    """A private key in a folder of its own, which no snapshot may bring along."""
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "id_ed25519").write_text("PRIVATE KEY")
+    return tmp_path / "keys"
+
+
+def _socket(place: Path, _: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(place))
+
+
+STRANGE: dict[str, Callable[[Path, Path], object]] = {
+    "link to a folder": lambda place, key: place.symlink_to(key, target_is_directory=True),
+    "link to a file": lambda place, key: place.symlink_to(key / "id_ed25519"),
+    "link to nothing": lambda place, key: place.symlink_to(key / "none"),
+    "link to itself": lambda place, key: place.symlink_to(place),
+    "pipe": lambda place, key: os.mkfifo(place),
+    "socket": _socket,
+}
+
+
+@pytest.mark.parametrize("where", ["more", "bundles/more", "bundles/DIGEST/more"])
+@pytest.mark.parametrize("strange", STRANGE.values(), ids=STRANGE.keys())
+def test_what_is_no_plain_file_is_refused_and_nothing_of_it_is_copied(
+    strange: Callable[[Path, Path], object],
+    where: str,
+    bundles: Path,
+    key: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    about = save_snapshot(tmp_path / "copy", queue_url=None, bundles=bundles)
+    monkeypatch.chdir(tmp_path / "copy")
+    strange(tmp_path / "copy" / where.replace("DIGEST", str(about.active)), key)
+    _reseal(tmp_path / "copy")
+    for act in (verify_snapshot, lambda folder: restore_snapshot(folder, queue_url=None, bundles=tmp_path / "b")):
+        with pytest.raises(
+            SnapshotError, match=r"more is no plain file or folder: it is a (symbolic link|named pipe|socket)"
+        ):
+            act(tmp_path / "copy")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("name", ["queue.db", "SHA256SUMS", "bundles"])
+def test_a_link_in_place_of_a_part_is_refused(name: str, bundles: Path, live: str, tmp_path: Path) -> None:
+    save_snapshot(tmp_path / "copy", queue_url=live, bundles=bundles)
+    (tmp_path / "copy" / name).rename(tmp_path / "elsewhere")
+    (tmp_path / "copy" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SnapshotError, match=r"symbolic link|cannot be read"):
+        restore_snapshot(tmp_path / "copy", queue_url=f"sqlite:///{tmp_path}/q.db", bundles=tmp_path / "b")
+    assert not (tmp_path / "q.db").exists()
+
+
+def test_a_link_in_the_live_folder_of_bundles_is_not_saved(bundles: Path, key: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundles, tmp_path / "live")
+    active = BundleStore(tmp_path / "live").active_path()
+    (active / "more").symlink_to(key, target_is_directory=True)
+    with pytest.raises(SnapshotError, match="symbolic link"):
+        save_snapshot(tmp_path / "copy", queue_url=None, bundles=tmp_path / "live")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_file_that_changes_between_check_and_copy_is_refused(
+    bundles: Path, live: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_snapshot(tmp_path / "copy", queue_url=live, bundles=bundles)
+    verify = guard.snapshot.verify_snapshot
+
+    def then_change(folder: Path) -> object:
+        about = verify(folder)
+        (folder / "bundles" / "HISTORY").write_text("")
+        return about
+
+    monkeypatch.setattr(guard.snapshot, "verify_snapshot", then_change)
+    with pytest.raises(SnapshotError, match="was changed while it was restored"):
+        restore_snapshot(tmp_path / "copy", queue_url=None, bundles=tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022])
+def test_only_the_owner_may_read_what_is_saved_and_restored(
+    umask: int, bundles: Path, live: str, tmp_path: Path
+) -> None:
+    old = os.umask(umask)
+    try:
+        save_snapshot(tmp_path / "copy", queue_url=live, bundles=bundles)
+        restore_snapshot(tmp_path / "copy", queue_url=f"sqlite:///{tmp_path}/q.db", bundles=tmp_path / "b")
+        with Queue.open(f"sqlite:///{tmp_path}/q.db") as queue:
+            queue.enqueue([flagged(9)])
+            beside = [*tmp_path.glob("q.db*")]
+            assert {stat.S_IMODE(path.stat().st_mode) for path in beside} == {0o600}
+    finally:
+        os.umask(old)
+    for top in (tmp_path / "copy", tmp_path / "b"):
+        for path in (top, *top.rglob("*")):
+            assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
 
 def test_nothing_is_overwritten(bundles: Path, live: str, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import json
 import os
 import re
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -26,10 +28,11 @@ from guard.errors import ServerError
 from guard.resources import resource_path
 from guard.serving.archive import make_archive
 from guard.serving.client import Client, Reply, predict, run_load
-from guard.serving.ports import LOOPBACK, port_is_free
+from guard.serving.ports import LOOPBACK, NOWHERE, grpc_address, is_reachable, port_is_free
 from guard.serving.server_log import failed_model, worker_exception
 from guard.serving.torchserve import TorchServeInstance
 
+QUEUE_URL = "postgresql+psycopg://guard:marker@127.0.0.1:9/queue"
 NETWORK = """
 from torch import nn
 
@@ -72,7 +75,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(store: Path) -> Iterator[TorchServeInstance]:
-    with TorchServeInstance(store, {"digits": "tiny.mar"}, batch_size=4) as instance:
+    umask = os.umask(0)
+    try:
+        instance = TorchServeInstance(
+            store, {"digits": "tiny.mar"}, batch_size=4, environment={"GUARD_QUEUE_URL": QUEUE_URL}
+        ).start()
+    finally:
+        os.umask(umask)
+    with instance:
         instance.wait_ready(120)
         yield instance
 
@@ -124,12 +134,51 @@ def test_server_refuses_bad_requests_alone_and_in_a_batch(server: TorchServeInst
 def test_server_listens_on_loopback_only_and_refuses_registration(server: TorchServeInstance) -> None:
     process = psutil.Process(server.java_pid)
     listening = [c.laddr for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-    assert {address.ip.removeprefix("::ffff:") for address in listening} == {LOOPBACK}
+    grpc = {server.ports.grpc_inference, server.ports.grpc_management}
+    assert {address.ip.removeprefix("::ffff:") for address in listening if address.port not in grpc} == {LOOPBACK}
     assert len(listening) == 5
     with Client(server.management_url, token=server.token("management")) as client:
         assert client.request("POST", "/models?url=tiny.mar&model_name=second").status == 405
     assert (server.work_dir / "key_file.json").stat().st_mode & 0o077 == 0
     assert server.work_dir.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.torchserve
+def test_server_lets_nobody_connect_to_grpc(server: TorchServeInstance) -> None:
+    """One call of StreamPredictions with the inference key would end a worker; 0.12 starts these servers always."""
+    listening = [c.laddr for c in psutil.Process(server.java_pid).net_connections("inet") if c.status == "LISTEN"]
+    for port in (server.ports.grpc_inference, server.ports.grpc_management):
+        (address,) = {one.ip.removeprefix("::ffff:") for one in listening if one.port == port}
+        assert address == NOWHERE
+        for place in (NOWHERE, LOOPBACK, "localhost", socket.gethostname(), "0.0.0.0", "127.0.0.2", "::1"):
+            assert not is_reachable(place, port)
+
+
+@pytest.mark.torchserve
+def test_server_shows_no_variable_of_its_environment_to_others(server: TorchServeInstance) -> None:
+    process = psutil.Process(server.java_pid)
+    workers = [one for one in process.children(recursive=True) if one.environ().get("GUARD_QUEUE_URL") == QUEUE_URL]
+    assert workers  # they have it
+    for one in (process, *process.parents()[:1], *process.children(recursive=True)):
+        assert "marker" not in " ".join(one.cmdline())
+    for path in (server.work_dir, *server.work_dir.rglob("*")):
+        assert path.is_dir() or not path.is_file() or b"marker" not in path.read_bytes(), path
+
+
+@pytest.mark.torchserve
+def test_server_files_are_private_whatever_the_umask(server: TorchServeInstance) -> None:
+    assert stat.S_IMODE(server.work_dir.stat().st_mode) == 0o700
+    for path in server.work_dir.rglob("*"):
+        if path.is_file() or path.is_dir():  # sockets are below a private folder
+            assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+
+
+def test_grpc_address_falls_back_to_loopback_where_the_system_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert grpc_address() in (NOWHERE, LOOPBACK)
+    monkeypatch.setattr("guard.serving.ports.NOWHERE", "192.0.2.1")  # no address of this machine: nothing listens there
+    assert grpc_address() == LOOPBACK
+    monkeypatch.setattr("guard.serving.ports.NOWHERE", "127.0.0.3")  # it listens, and everybody can connect
+    assert grpc_address() == LOOPBACK
 
 
 @pytest.mark.torchserve

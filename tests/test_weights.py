@@ -1,10 +1,13 @@
+import contextlib
 import hashlib
 import io
+import json
 import os
 import pickle
 import tarfile
 import warnings
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -237,3 +240,49 @@ def test_weights_digest_of_known_tensors_equals_hand_computation():
     content += b"b\0torch.float32\0(2,)\0" + np.array([1, 3], dtype="<f4").tobytes()
 
     assert weights_digest(state) == hashlib.sha256(content).hexdigest()
+
+
+# --- small files that would become large
+
+
+def archive_of(path: Path, pickled: bytes, method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as packed:
+        packed.writestr("archive/data.pkl", pickled)
+        packed.writestr("archive/version", "3\n")
+    return path
+
+
+@pytest.mark.parametrize("read", [check_weights_file, load_state_dict])
+def test_bombs_are_refused_before_they_are_unpacked(tmp_path, read):
+    bomb = b"\x80\x02c__builtin__\nbytearray\nJ" + (2**31 - 1).to_bytes(4, "little") + b"\x85R."
+    for path in (
+        archive_of(tmp_path / "sized.pt", bomb),
+        archive_of(tmp_path / "builtins.pt", bomb.replace(b"__builtin__", b"builtins")),
+        archive_of(tmp_path / "packed.pt", b"\x80\x02" + b"N0" * 2**22 + b"N.", zipfile.ZIP_DEFLATED),
+        archive_of(tmp_path / "long.pt", b"\x80\x02" + b"N0" * 2**22 + b"N."),
+    ):
+        with pytest.raises(UnsafeWeightsError, match=r"bytearray|packed members|more than 8388608 bytes"):
+            read(path)
+    old = tmp_path / "old.pt"
+    torch.save({"w": torch.zeros(2)}, old, _use_new_zipfile_serialization=False)
+    old.write_bytes(old.read_bytes().replace(b"}q", b"c__builtin__\nbytearray\n0}q", 1) + b"c__builtin__\nbytearray\n")
+    with pytest.raises(UnsafeWeightsError, match="bytearray"):
+        read(old)
+
+
+def test_tensor_larger_than_its_bytes_is_refused(tmp_path):
+    torch.save({"w": torch.zeros(1).expand(10**11)}, tmp_path / "wide.pt")
+    with pytest.raises(SuspectModelError, match=r"'w' has shape \(100000000000,\), more than the 4 bytes"):
+        load_state_dict(tmp_path / "wide.pt")
+    shared = torch.arange(6.0)
+    torch.save({"a": shared[:3], "b": shared.view(2, 3).t()}, tmp_path / "views.pt")  # views of one storage are fine
+    assert load_state_dict(tmp_path / "views.pt")["b"].shape == (3, 2)
+
+
+@pytest.mark.parametrize("kind", ["F6_E2M3", "F4", "F8_E8M0", "C64", "NOPE"])
+def test_safetensors_of_unusual_types_load_or_are_refused_in_words(tmp_path, kind):
+    header = json.dumps({"w": {"dtype": kind, "shape": [8], "data_offsets": [0, 64 if kind == "C64" else 6]}}).encode()
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    for read in (check_weights_file, load_state_dict):
+        with contextlib.suppress(SuspectModelError, UnsafeWeightsError):
+            read(tmp_path / "w.safetensors")

@@ -13,8 +13,10 @@ import torch
 from wrap_helpers import classifier_archive, contents, raw_zip, rewritten, stock_archive
 
 from guard.attacks import MnistCnn
-from guard.errors import ArchiveError, GuardError, UnsafeWeightsError
+from guard.errors import ArchiveError, GuardError, ServerError, UnsafeWeightsError
 from guard.serving import strict_zip
+from guard.serving.archive import find_archives
+from guard.serving.archived import followed_bundles, read_guard_files
 from guard.serving.manifest import MANIFEST
 from guard.serving.strict_zip import open_strict_zip
 from guard.serving.wrapping import open_archive
@@ -138,6 +140,87 @@ def test_strict_zip_refuses_overlap_and_a_second_archive_in_front(tmp_path: Path
     (tmp_path / "two.mar").write_bytes(raw)
     with pytest.raises(ArchiveError, match="contradicts"), open_strict_zip(tmp_path / "two.mar"):
         pass
+
+
+def test_strict_zip_refuses_an_archive_of_nothing(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.mar"
+    for front in (b"", b"something in front"):
+        empty.write_bytes(front + b"PK\x05\x06" + bytes(18))
+        assert "it lists no member" in refused(empty)
+
+
+def bomb(path: Path, name: str) -> Path:
+    """An archive of a few kB whose manifest or guard's file has 64 MiB, beside a sound other one."""
+    about = {MANIFEST: json.dumps({"model": {"modelName": "m", "modelVersion": "1"}}), "guard_archive.json": "{}"}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for one, text in about.items():
+            packed.writestr(one, text if one != name else " " * 2**26)
+    return path
+
+
+def test_archives_to_serve_are_read_with_limits(tmp_path: Path) -> None:
+    with pytest.raises(ServerError, match=r"is damaged: .* must have at most 1048576 bytes"):
+        find_archives(tmp_path, {"m": bomb(tmp_path / "m.mar", MANIFEST).name})
+    with pytest.raises(ArchiveError, match=r"must have at most 1048576 bytes"):
+        followed_bundles(bomb(tmp_path / "g.mar", "guard_archive.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (MANIFEST, "[" * 100_000),
+        (MANIFEST, "[]"),
+        (MANIFEST, "nothing"),
+        ("guard_archive.json", "[" * 100_000),
+        ("guard_archive.json", "[]"),
+        ("guard_archive.json", '{"bundles": 5}'),
+    ],
+)
+def test_archives_to_serve_that_hold_nonsense_are_refused(tmp_path: Path, name: str, text: str) -> None:
+    with zipfile.ZipFile(tmp_path / "m.mar", "w") as packed:
+        packed.writestr(name, text)
+    read = find_archives if name == MANIFEST else lambda folder: followed_bundles(folder / "m.mar")
+    with pytest.raises(GuardError):
+        read(tmp_path)
+
+
+GUARDED = {"handler": "image_handler.py", "bundles": None, "embedded": "0" * 64, "example": None}
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"embedded": "../../elsewhere"},
+        {"embedded": "/etc"},
+        {"embedded": ""},
+        {"embedded": None},
+        {"example": "../../../etc/hostname"},
+        {"example": "/etc/hostname"},
+        {"example": ".."},
+        {"example": 5},
+    ],
+)
+def test_guards_files_that_lead_out_of_the_archive_are_refused(tmp_path: Path, about: dict[str, object]) -> None:
+    (tmp_path / "guard.toml").write_text("")
+    (tmp_path / "guard_archive.json").write_text(json.dumps(GUARDED))
+    assert read_guard_files(tmp_path)[0] == GUARDED
+    (tmp_path / "guard_archive.json").write_text(json.dumps({**GUARDED, **about}))
+    with pytest.raises(ArchiveError, match="the guard's files in the archive are damaged"):
+        read_guard_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "harm", [Path.unlink, lambda file: file.write_bytes(b"\xff"), lambda file: file.write_text("[")]
+)
+@pytest.mark.parametrize("name", ["guard_archive.json", "guard.toml"])
+def test_guards_files_that_cannot_be_read_are_refused(
+    tmp_path: Path, name: str, harm: Callable[[Path], object]
+) -> None:
+    (tmp_path / "guard.toml").write_text("")
+    (tmp_path / "guard_archive.json").write_text(json.dumps(GUARDED))
+    harm(tmp_path / name)
+    with pytest.raises(ArchiveError, match="the guard's files in the archive are damaged"):
+        read_guard_files(tmp_path)
 
 
 def test_strict_zip_unpacks_what_the_stock_archiver_and_streams_write(tmp_path: Path, stock: Path) -> None:

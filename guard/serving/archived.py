@@ -75,7 +75,7 @@ def read_guard_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     try:
         about = json.loads(read_plain(folder / ABOUT, _MOST_BYTES))
-        BundleStore(folder).folder_of(about["embedded"])
+        BundleStore(folder).folder_of(str(about["embedded"]))
         first = [about["example"]] if about.get("example") else []  # all that an archive of version 0.1 may hold
         about["examples"] = about.get("examples", first)
         if not all(_lies_inside(name) for name in (*first, *about["examples"])):
