@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,15 @@ def old_bundle(fitted_guard: Guard, tmp_path_factory: pytest.TempPathFactory) ->
     return StoredBundle(
         "", {**stored.document, "settings": {**stored.document["settings"], "queue_url": URL}}, stored.arrays
     )
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """`guard serve` in this process takes the signals over."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from guard.files import open_private
+
 if TYPE_CHECKING:
     from guard.assess import AssessmentReport, Summary
     from guard.types import Float32Array
@@ -36,7 +38,8 @@ def draw(report: AssessmentReport, file: Path) -> None:
     headline = "What the guard would catch on this model, as far as known triggers tell"
     figure.suptitle(headline, fontsize=12, color=_INK, x=0.01, ha="left")
     figure.supxlabel(_small_print(report), fontsize=8, color=_FAINT, x=0.01, ha="left")
-    figure.savefig(file, dpi=110)
+    with open_private(file, "wb") as picture:  # it shows clean images
+        figure.savefig(picture, format="png", dpi=110)
 
 
 def _small_print(report: AssessmentReport) -> str:
