@@ -115,6 +115,16 @@ def check_calibration(name: str, calibration: Calibration, sample: Activations, 
         raise DataError(f"{name}: its clean scores give other p-values than in fit.")
 
 
+def require_clean_scores(arrays: Mapping[str, AnyArray], n_clean: int) -> None:
+    """Refuse clean scores that are no calibration of so many clean images, with DataError.
+
+    The retrainer calibrates without the images that it holds out, which stay in the reference: there may be fewer.
+    """
+    scores = require(arrays, "clean_scores", (None,), ascending=True)
+    if not 0 < len(scores) <= n_clean:
+        raise DataError(f"array clean_scores must have shape (1 to {n_clean}), got {scores.shape}.")
+
+
 def check_backup(arrays: Mapping[str, AnyArray]) -> None:
     """Refuse weights and buffers of a backup that are not finite, with DataError."""
     for name, array in arrays.items():
@@ -174,7 +184,7 @@ def _check_document(document: Mapping[str, Any]) -> None:
 
 def _check_reference(document: Mapping[str, Any], arrays: Mapping[str, AnyArray]) -> None:
     n, n_classes = document["clean_images"], document["n_classes"]
-    require(arrays, "clean_scores", (n,), ascending=True)
+    require_clean_scores(arrays, n)
     labels = require(arrays, "labels", (n,), kind="i", low=0, high=n_classes - 1)
     layers = (FEATURES, *document["depths"])
     require(arrays, "reference.logits", (n, n_classes))
