@@ -174,8 +174,12 @@ def _check_document(document: Mapping[str, Any]) -> None:
 
 def _check_reference(document: Mapping[str, Any], arrays: Mapping[str, AnyArray]) -> None:
     n, n_classes = document["clean_images"], document["n_classes"]
-    require(arrays, "clean_scores", (n,), ascending=True)
     labels = require(arrays, "labels", (n,), kind="i", low=0, high=n_classes - 1)
+    calibrated = len(require(arrays, "clean_scores", (None,), ascending=True))
+    # A round of retraining holds out up to half of each class, and keeps it in the reference for the next one.
+    least = n - sum(math.ceil(size / 2) for size in np.bincount(labels).tolist())
+    if not max(1, least) <= calibrated <= n:
+        raise DataError(f"array clean_scores must have {max(1, least)} to {n} rows, got {calibrated}.")
     layers = (FEATURES, *document["depths"])
     require(arrays, "reference.logits", (n, n_classes))
     widths = {"logits": n_classes} | {one: require(arrays, f"reference.{one}", (n, None)).shape[1] for one in layers}
