@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from guard.arrays import require
 from guard.backups.backup import Backup
 from guard.bundle import read_bundle, write_bundle
 from guard.config import PLACES, GuardConfig
@@ -22,7 +23,6 @@ from guard.soundness import (
     check_calibration,
     check_stored,
     reproduction,
-    require_clean_scores,
     sample_of,
     share_right,
 )
@@ -260,7 +260,7 @@ class FittedGuard:
         check_calibration("the guard", self._calibration(), sample, arrays.get(KEPT))
         for place, one in enumerate(self.early):
             early = Calibration(one.ensemble, one.fusion, one.clean_scores)
-            require_clean_scores({"clean_scores": one.clean_scores}, len(self.reference_labels))
+            require({"clean_scores": one.clean_scores}, "clean_scores", (len(self._clean_scores),))
             check_calibration(f"the verdict at {one.depth}", early, sample, arrays.get(f"early.{place}.{KEPT}"))
 
 

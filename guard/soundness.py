@@ -115,16 +115,6 @@ def check_calibration(name: str, calibration: Calibration, sample: Activations, 
         raise DataError(f"{name}: its clean scores give other p-values than in fit.")
 
 
-def require_clean_scores(arrays: Mapping[str, AnyArray], n_clean: int) -> None:
-    """Refuse clean scores that are no calibration of so many clean images, with DataError.
-
-    The retrainer calibrates without the images that it holds out, which stay in the reference: there may be fewer.
-    """
-    scores = require(arrays, "clean_scores", (None,), ascending=True)
-    if not 0 < len(scores) <= n_clean:
-        raise DataError(f"array clean_scores must have shape (1 to {n_clean}), got {scores.shape}.")
-
-
 def check_backup(arrays: Mapping[str, AnyArray]) -> None:
     """Refuse weights and buffers of a backup that are not finite, with DataError."""
     for name, array in arrays.items():
@@ -184,8 +174,12 @@ def _check_document(document: Mapping[str, Any]) -> None:
 
 def _check_reference(document: Mapping[str, Any], arrays: Mapping[str, AnyArray]) -> None:
     n, n_classes = document["clean_images"], document["n_classes"]
-    require_clean_scores(arrays, n)
     labels = require(arrays, "labels", (n,), kind="i", low=0, high=n_classes - 1)
+    calibrated = len(require(arrays, "clean_scores", (None,), ascending=True))
+    # A round of retraining holds out up to half of each class, and keeps it in the reference for the next one.
+    least = n - sum(math.ceil(size / 2) for size in np.bincount(labels).tolist())
+    if not max(1, least) <= calibrated <= n:
+        raise DataError(f"array clean_scores must have {max(1, least)} to {n} rows, got {calibrated}.")
     layers = (FEATURES, *document["depths"])
     require(arrays, "reference.logits", (n, n_classes))
     widths = {"logits": n_classes} | {one: require(arrays, f"reference.{one}", (n, None)).shape[1] for one in layers}

@@ -14,9 +14,10 @@ from queue_helpers import START, Clock, flagged
 from review_helpers import client_of, desk_of, log_in, picture
 from starlette.testclient import TestClient
 
+from guard.errors import UnknownLabel
 from guard.relabel.gold import other_request_id
 from guard.relabel.groups import refresh_groups
-from guard.relabel.items import State
+from guard.relabel.items import Answer, State
 from guard.relabel.queue import Queue
 from guard.relabel.settings import QueueSettings
 from guard.review import Desk
@@ -185,6 +186,26 @@ def test_answers_of_others_are_shown_to_admins_only(queue):
     assert program.get(f"/api/v1/items/{item_id}/image.png").status_code == 403
     program.headers["Authorization"] = f"Bearer {desk.reviewers.add('chief', 'admin')}"
     assert program.get(f"/api/v1/items/{item_id}").json()["decision"]["reviewer"] == "ann"
+
+
+def test_answer_of_another_about_a_gold_item_shows_in_no_count(queue):
+    """Else it would be the one answer that makes no open item fewer."""
+    gold = queue.add_gold(flagged(0), True, 5)
+    before = queue.counts(seen_by="ben")
+    decide(queue, gold, "ann")
+    assert queue.counts(seen_by="ben") == before
+    assert queue.counts(seen_by="ann").decisions["poisoned"] == 1
+
+
+def test_answer_that_cannot_be_saved_tells_nothing_of_others(queue):
+    """Whether an item is held, answered or open: a label that the model has not is refused alike."""
+    ids = queue.enqueue([flagged(number) for number in range(3)]).ids
+    decide(queue, ids[0], "ann")
+    queue.claim_items("ann", [ids[1]])
+    for item_id in ids:
+        answer = Answer(item_id=item_id, is_poisoned=True, true_label=99)
+        with pytest.raises(UnknownLabel, match=rf"classes of item {item_id}'s model, got 99"):
+            queue.decide_many("ben", [answer], also_free=True)
 
 
 def test_gold_item_is_not_asked_of_who_answered_its_original(queue):

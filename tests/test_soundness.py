@@ -9,11 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from retrainer_helpers import Desk, fit_guard, world
 
 from guard import Activations, Guard, GuardConfig, SuspectModel
 from guard.bundle import BundleStore, StoredBundle, read_bundle, write_bundle
 from guard.cli import run
 from guard.errors import BundleError
+from guard.retrainer.candidate import fit_candidate
+from guard.retrainer.material import gather
+from guard.retrainer.settings import RetrainerSettings
 from guard.review.known_bundles import KnownBundles
 from guard.serving.runtime import GuardRuntime
 
@@ -64,6 +68,10 @@ ABSURD: dict[str, Change] = {
     "clean scores by a hundred": scaled("clean_scores", 0.01),
     "reversed clean scores": reversed_rows("clean_scores"),
     "truncated clean scores": first("clean_scores", 50),
+    "fewer clean scores than any hold-out leaves": first("clean_scores", 140),
+    "clean scores of other inputs besides": lambda arrays: arrays.update(
+        clean_scores=np.repeat(arrays["clean_scores"], 2)
+    ),
     "no clean scores": first("clean_scores", 0),
     "clean scores as integers": as_type("clean_scores", np.int64),
     "clean scores as a matrix": lambda arrays: arrays.update(clean_scores=arrays["clean_scores"].reshape(2, -1)),
@@ -158,6 +166,19 @@ def test_sound_bundles_of_both_versions_load_and_decide_alike(sound, tmp_path, c
         {name: clean_activations.at(name)[:20] for name in new.reference.depths},
     )
     assert new.inspect_activations(sample) == old.inspect_activations(sample)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_candidate_of_a_round_that_held_clean_images_out_loads(tmp_path, share):
+    """It is calibrated on the others, and keeps all in its reference for the next round."""
+    guard, desk = fit_guard(), Desk()
+    poisoned, labels = world(30, seed=3, trigger=1)
+    desk.add(poisoned, labels, is_poisoned=True)
+    material = gather(guard, desk.items, desk.decisions, RetrainerSettings(holdout_share=share))
+    candidate = fit_candidate(guard, material).candidate
+    loaded = Guard.load(candidate.save(tmp_path))
+    assert loaded.least_p_value == candidate.least_p_value > guard.least_p_value
+    np.testing.assert_array_equal(loaded.scores(poisoned).p_values, candidate.scores(poisoned).p_values)
 
 
 @pytest.mark.parametrize("version", ["new", "old"])

@@ -45,6 +45,7 @@ from guard.relabel.items import Answer, Decision, FlaggedInput
 from guard.relabel.queue import Queue
 from guard.relabel.reviewers import Reviewers
 from guard.relabel.rounds import Rounds
+from guard.relabel.settings import QueueSettings
 from guard.retrainer.settings import RetrainerSettings
 from guard.retrainer.worker import Retrainer
 from guard.suspect import SuspectModel
@@ -165,7 +166,7 @@ class Office:
         self.store = BundleStore(root / "bundles")
         self.digest = one.guard.save(self.store.root).name
         self.store.activate(self.digest)
-        self.queue = Queue.open(f"sqlite:///{root / 'queue.db'}")
+        self.queue = Queue.open(f"sqlite:///{root / 'queue.db'}", QueueSettings(max_held=max(LIES)))
         for name in accounts:
             Reviewers(self.queue).add(name)
 

@@ -48,8 +48,8 @@ class Deciding:
             raise AlreadyDecided("the same item is answered twice at once. Send one answer per item.")
         for one in answers:
             item = items[one.item_id]
+            _check_label(item, one.true_label)  # first: an answer that cannot be saved tells nothing of others
             self._check_claim(item)
-            _check_label(item, one.true_label)
         rows = [self._row(one.item_id, one.is_poisoned, one.true_label, one.note) for one in answers]
         appended = chain.append(self._connection, rows)
         settled = []

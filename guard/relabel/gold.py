@@ -16,6 +16,7 @@ from guard.relabel import statements
 from guard.relabel.deciding import outcome
 from guard.relabel.enqueueing import insert_rows, update_ledger
 from guard.relabel.items import Counts, Decision, FlaggedInput, QueueItem, State
+from guard.relabel.reading import answer_kinds
 from guard.relabel.rows import Rows, decision_of, detectors_of
 
 _random = random.SystemRandom()
@@ -113,7 +114,10 @@ class Eyes:
             by_state[state] += 1
             if state is State.PENDING:
                 oldest = min(oldest or row["received_at"], row["received_at"])
-        return replace(counts, by_state=by_state, oldest_pending_at=oldest)
+        others = self._connection.execute(statements.COUNT_GOLD_ANSWERS_OF_OTHERS, {"reviewer": self._reviewer})
+        hidden = answer_kinds(others)
+        decisions = {kind: count - hidden[kind] for kind, count in counts.decisions.items()}
+        return replace(counts, by_state=by_state, oldest_pending_at=oldest, decisions=decisions)
 
     def _see(self, item: QueueItem, own: Decision | None, learned_to: int | None) -> QueueItem:
         state = item.state if learned_to is None else self._state(item.state, item.claimed_by, own, learned_to)

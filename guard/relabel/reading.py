@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,20 +98,25 @@ def read_counts(connection: Connection) -> Counts:
         by_state[State(state)] += count
     for state, count in connection.execute(statements.COUNT_GOLD_BY_STATE):
         by_state[State(state)] -= count
-    kinds = dict.fromkeys(("poisoned", "false_alarm", "superseded", "withdrawn"), 0)
-    for is_poisoned, later, count in connection.execute(statements.COUNT_ANSWERS):
-        kinds["poisoned" if is_poisoned else "false_alarm"] += count
-        if later is not None:
-            kinds["withdrawn" if later == "withdrawal" else "superseded"] += count
     held = connection.execute(statements.HELD_IN_ALL).one()
     return Counts(
         by_state=by_state,
         oldest_pending_at=connection.execute(statements.OLDEST_PENDING).scalar(),
         dropped={(model, label): count for model, label, count in connection.execute(statements.DROPS)},
-        decisions=kinds,
+        decisions=answer_kinds(connection.execute(statements.COUNT_ANSWERS)),
         held_items=held.held_items,
         held_bytes=held.held_bytes,
     )
+
+
+def answer_kinds(rows: Iterable[Any]) -> dict[str, int]:
+    """Return how many answers say what, and how many of these were replaced, from rows of `COUNT_ANSWERS`."""
+    kinds = dict.fromkeys(("poisoned", "false_alarm", "superseded", "withdrawn"), 0)
+    for is_poisoned, later, count in rows:
+        kinds["poisoned" if is_poisoned else "false_alarm"] += count
+        if later is not None:
+            kinds["withdrawn" if later == "withdrawal" else "superseded"] += count
+    return kinds
 
 
 def read_groups(connection: Connection, seen_by: str | None) -> list[Group]:

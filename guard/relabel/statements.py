@@ -352,6 +352,10 @@ GOLD_BY_ID = sa.select(gold.c.item_id, gold.c.learned_to).where(gold.c.item_id.i
 OWN_ANSWERS = ANSWERS.where(
     decisions.c.item_id.in_(sa.bindparam("ids", expanding=True)), decisions.c.reviewer == sa.bindparam("reviewer")
 )
+#: Answers of others about gold items, as `COUNT_ANSWERS`.
+COUNT_GOLD_ANSWERS_OF_OTHERS = COUNT_ANSWERS.join(gold, gold.c.item_id == decisions.c.item_id).where(
+    decisions.c.reviewer != sa.bindparam("reviewer")
+)
 #: All gold items that a reviewer may be asked.
 GOLD_STATES = (
     sa.select(items.c.id, items.c.state, items.c.claimed_by, items.c.received_at, gold.c.learned_to)
