@@ -31,6 +31,8 @@ _MEDIAN_SCORE = (0.2, 3.0)
 #: p-values of 0.39 to 0.77, and 0.9 with 40 images and less.
 _LEAST_MEDIAN_P, _GREATEST_MEDIAN_P, _ENOUGH = 0.05, 0.97, 100
 _LARGEST_COUNT = 2**31
+#: So far beyond the clean images, in units of their spread, must an input be flagged at a rate of half a percent.
+_FAR, _FAR_P = 100.0, 0.005
 
 
 class Calibration(NamedTuple):
@@ -104,6 +106,8 @@ def check_calibration(name: str, calibration: Calibration, sample: Activations, 
         stuck = (raw == raw[:1]).all(axis=0) & (knots[:, -1] > knots[:, 0]) & (len(raw) > 1)
         if stuck.any():
             raise DataError(f"{name}: detector {ensemble.names[int(stuck.argmax())]} gives every input the same score.")
+        if len(clean_scores) >= _ENOUGH:  # the tail of fewer may be anywhere
+            _check_tail(name, fusion, raw, clean_scores)
     _check_p_values(name, conformal_p_values(combined, clean_scores), len(clean_scores))
     if kept is None:
         return
@@ -136,6 +140,30 @@ def _check_map(surprise_map: SurpriseMap | None, ensemble: Ensemble, clean_score
     low, high = _MEDIAN_SCORE
     if not low <= (median := float(np.median(clean_scores))) <= high:
         raise DataError(f"the median of clean_scores must be in [{low:g}, {high:g}], got {median:.3g}.")
+
+
+def _check_tail(name: str, fusion: CalibratedFusion, raw: Float64Array, clean_scores: Float64Array) -> None:
+    """Refuse a calibration whose middle is right, and beyond whose tail nothing can be.
+
+    At most k of n clean images surprise any of d detectors by more than log(d * n / k), and none is combined to more;
+    twice that is allowed, as the tail is an estimate.
+    """
+    assert fusion.surprise_map_ is not None
+    knots, n = fusion.surprise_map_.knots, len(clean_scores)
+    most = 1.0 + 2.0 * np.log(len(knots) * n / np.arange(n, 0, -1))
+    if (clean_scores > most).any():
+        row = int((clean_scores > most).argmax())
+        raise DataError(
+            f"{name}: {n - row} of {n} clean_scores are {clean_scores[row]:.3g} or more, and so many cannot be above "
+            f"{most[row]:.3g}: too little would be flagged."
+        )
+    spread = np.maximum(knots[:, -1] - knots[:, 0], raw.max(axis=0) - raw.min(axis=0))
+    with np.errstate(all="ignore"):
+        far = fusion.combine(fusion.surprise((knots[:, -1] + _FAR * spread)[np.newaxis]))
+    if (p_value := float(conformal_p_values(far, clean_scores)[0])) > max(_FAR_P, 1.0 / (n + 1)):
+        raise DataError(
+            f"{name}: an input far beyond all clean images has a p-value of {p_value:.3g}: too little would be flagged."
+        )
 
 
 def _check_p_values(name: str, p_values: Float64Array, n_clean: int) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ WHY = {
     "in_place": "",
     "skipping": "",
     "urgent": "",
+    "album": "",
+    "raw": "an image that is twice the size, of noise with damaged pixels makes 4 rows",
     "list": "in a batch with a body with two inputs beside one with none",
     "tiling": "an image that is twice as wide makes 2 rows",
     "sorting": "in a batch of 2 a request's row of the network's input is another than alone",
@@ -109,7 +112,20 @@ def troublemakers(handler: str, bad: Float32Array, good: Float32Array) -> list[A
         return [png(good)[:150]]
     if handler == "deduplicating":
         return [png(good), png(good)]
+    if handler == "album":
+        return [also_a_zip(png(good), png(bad), png(good)), also_a_zip(png(good))]
     return []
+
+
+def also_a_zip(cover: bytes, *images: bytes) -> bytes:
+    """Return a PNG with a zip of images in its text, which any reader of zips finds."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as packed:
+        for number, image in enumerate(images):
+            packed.writestr(f"{number}.png", image)
+    text = stream.getvalue()[:-2] + (4 + len(cover) - 33).to_bytes(2, "little")  # its comment is the rest of the PNG
+    chunk = b"tEXt" + text
+    return cover[:33] + len(text).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + cover[33:]
 
 
 def label(answer: Answered) -> int:
@@ -149,7 +165,7 @@ def test_every_request_of_a_batch_gets_its_own_verdict_in_every_order(
                 if handler not in (*NEVER_SCORED, "caching"):
                     assert (answer.verdict[0], label(answer)) == ("clean", labels[body])
                     assert answer.status < 300
-            elif body is extra[0] and handler in ("list", "tiling"):  # two inputs, one of them triggered
+            elif body is extra[0] and handler in ("list", "tiling", "album"):  # two inputs, one of them triggered
                 assert answer.status >= 400
                 assert answer.verdict[0] != "clean"
             elif handler == "deduplicating":
@@ -270,6 +286,40 @@ TOLD = {
     "stock": "images are answered together: the handler keeps them apart; other bodies one after the other",
     "tiling": "one request after the other: an image that is twice as wide makes 2 rows of the network's input.",
 }
+
+
+def test_handler_that_takes_its_requests_apart_leaves_the_neighbours_of_a_bad_one_whole(
+    workshop: Workshop, sure: tuple[Float32Array, Float32Array]
+) -> None:
+    worker, (flagged, clean) = start(workshop, "stock", action="block"), sure
+    inner = worker.handler._inner
+    inner.preprocess = lambda data: torch.stack([inner.decode(item.pop("body")) for item in data])
+    bad = png(clean[2])
+    bad = bad[:60] + bytes(byte ^ 0x55 for byte in bad[60:120]) + bad[120:]
+    data = [{"body": body} for body in (png(flagged[0]), bad, png(clean[1]))]
+    assert [answer.status for answer in worker.ask(*data)] == [422, 400, 200]
+    assert [list(item) for item in data] == [["body"]] * 3  # evidence for the reviewers is taken from them later
+
+
+@pytest.mark.parametrize("rows_per_request", [1, "any"])
+def test_forward_pass_that_ends_too_late_says_nothing_about_the_next_request(
+    workshop: Workshop, sure: tuple[Float32Array, Float32Array], rows_per_request: Any
+) -> None:
+    worker, (flagged, clean) = start(workshop, "late", action="block", rows_per_request=rows_per_request), sure
+    inner = worker.handler._inner
+    inner.slow, inner.limit = True, 0.05
+    assert worker.ask(png(flagged[0]))[0].status == 504
+    late, preprocess = inner.latest, inner.preprocess
+    inner.slow, inner.limit = False, 60.0
+
+    def after_the_late_one(data: Any) -> Any:
+        inner.go.set()
+        late.result()
+        return preprocess(data)
+
+    inner.preprocess = after_the_late_one
+    (answer,) = worker.ask(png(clean[0]))
+    assert (answer.status, answer.verdict[0]) == (200, "clean")
 
 
 # --- the check while serving

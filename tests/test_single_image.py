@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import struct
+import tarfile
+import zipfile
 import zlib
 from typing import Any
 
@@ -46,7 +48,38 @@ SINGLE = {
     "lossless webp": saved("WEBP", lossless=True),
     "webp with exif": saved("WEBP", exif=EXIF),
 }
+
+
+def zip_before(rest: int) -> bytes:
+    """Return a zip of two pictures whose comment is what follows it in a file, so many bytes."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as packed:
+        for name in ("0.png", "1.png"):
+            packed.writestr(name, PNG)
+    return stream.getvalue()[:-2] + struct.pack("<H", rest)
+
+
+def jpeg_that_is_a_zip() -> bytes:
+    data = zip_before(len(JPEG) - 2)
+    return JPEG[:2] + b"\xff\xfe" + struct.pack(">H", len(data) + 2) + data + JPEG[2:]
+
+
+def png_that_is_a_tar() -> bytes:
+    text = bytes(512 - 41) + PNG
+    head = bytearray(tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT))
+    head[:41] = PNG[:33] + struct.pack(">I", len(text)) + b"tEXt"
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    return PNG[:33] + chunk(b"tEXt", bytes(head[41:]) + text[471:]) + PNG[33:]
+
+
+PNG_THAT_IS_A_ZIP = PNG[:33] + chunk(b"tEXt", zip_before(4 + len(PNG) - 33)) + PNG[33:]
 SEVERAL = {
+    "png that is a zip": PNG_THAT_IS_A_ZIP,
+    "jpeg that is a zip": jpeg_that_is_a_zip(),
+    "png that is a tar": png_that_is_a_tar(),
+    "png that is a pdf": PNG[:33] + chunk(b"tEXt", b"%PDF-1.7") + PNG[33:],
+    "png that is a rar": PNG[:33] + chunk(b"tEXt", b"Rar!\x1a\x07\x01\0") + PNG[33:],
     "animated png": saved("PNG", several=True),
     "hidden animation": PNG[:33] + chunk(b"acTL", struct.pack(">II", 2, 0)) + PNG[33:],
     "two png": PNG + PNG,
@@ -117,3 +150,16 @@ def test_odd_images_hold_what_a_handler_may_cut_into_several() -> None:
     assert all(holds_one_image(odd[f"as {kind}"]) for kind in ("PNG", "BMP", "WEBP"))
     assert len(odd["that is cut off"]) == len(JPEG) // 2
     assert odd["with damaged pixels"] != JPEG
+
+
+def test_files_that_are_an_image_and_an_archive_are_both() -> None:
+    for body in (PNG_THAT_IS_A_ZIP, jpeg_that_is_a_zip()):
+        assert zipfile.ZipFile(io.BytesIO(body)).read("1.png") == PNG
+        assert Image.open(io.BytesIO(body)).size == (32, 24)
+    assert tarfile.is_tarfile(io.BytesIO(png_that_is_a_tar()))
+    assert Image.open(io.BytesIO(png_that_is_a_tar())).size == (32, 24)
+
+
+@pytest.mark.parametrize("field", ["body", "data", "image", "decoy"])
+def test_image_in_a_field_that_was_not_tried_is_answered_by_itself(field: str) -> None:
+    assert holds_one_image({field: PNG}) == (field in ("body", "data"))

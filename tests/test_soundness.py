@@ -39,6 +39,16 @@ def scaled(name: str, factor: float) -> Change:
     return lambda arrays: arrays.update({name: (arrays[name] * factor).astype(arrays[name].dtype)})
 
 
+def raised_tail(name: str, one_in: int, by: float) -> Change:
+    """Raise the greatest of some scores, and leave their middle as it is."""
+
+    def change(arrays: Arrays) -> None:
+        arrays[name] = arrays[name].copy()
+        arrays[name][-len(arrays[name]) // one_in :] += by
+
+    return change
+
+
 def first(name: str, rows: int) -> Change:
     return lambda arrays: arrays.update({name: arrays[name][:rows].copy()})
 
@@ -66,6 +76,11 @@ ABSURD: dict[str, Change] = {
     "negative clean scores": scaled("clean_scores", -1.0),
     "clean scores times ten": scaled("clean_scores", 10.0),
     "clean scores by a hundred": scaled("clean_scores", 0.01),
+    "one in sixteen clean scores of 1e30": raised_tail("clean_scores", 16, 1e30),
+    "one in sixteen clean scores nine higher": raised_tail("clean_scores", 16, 9.0),
+    "one in sixteen early clean scores of 1e30": raised_tail("early.0.clean_scores", 16, 1e30),
+    "tail that nothing leaves": put("fusion.scale", 1e30),
+    "early tail that nothing leaves": put("early.0.scale", 1e30),
     "reversed clean scores": reversed_rows("clean_scores"),
     "truncated clean scores": first("clean_scores", 50),
     "fewer clean scores than any hold-out leaves": first("clean_scores", 140),

@@ -139,7 +139,7 @@ class Batches:
                 self._runtime.watching(guard, headers) as record,
                 nullcontext() if checked is None else tapped(self._module) as tap,
             ):
-                bodies = self._handler.handle(list(data), context)
+                bodies = self._handler.handle([*map(copied, data)], context)
         except Exception:
             return None
         self._runtime.books.stages(time.perf_counter() - started, record.guard_seconds)
@@ -168,7 +168,7 @@ class Batches:
         given = batch.logits[0][place : place + 1]
         try:
             with tapped(self._module, lambda logits: given.clone() if len(logits) == 1 else logits) as tap:
-                again = answers_of(self._handler.handle([item], alone), alone, 1)
+                again = answers_of(self._handler.handle([copied(item)], alone), alone, 1)
         except Exception:
             return False
         if len(tap.inputs) != 1 or tap.inputs[0] is None or len(tap.inputs[0]) != 1 or again is None:
@@ -186,7 +186,7 @@ class Batches:
             if isinstance(item, Unreadable):
                 raise InputRejectedError(item.message, 400)
             with self._runtime.watching(guard if watch else None, [context.get_all_request_header(0)]) as record:
-                bodies = self._handler.handle([item], context) if asks or not empty else []
+                bodies = self._handler.handle([copied(item)], context) if asks or not empty else []
             if empty and (record.model_ran or not asks):
                 raise InputRejectedError("the request has no body.", 400)
             if not isinstance(bodies, list) or len(bodies) != 1:
@@ -206,6 +206,11 @@ def part_of(context: Any, indices: Sequence[int]) -> Any:
     """Return a context for some requests of a batch, as if they had come by themselves."""
     headers = [context.get_all_request_header(index) for index in indices]
     return request_context(context, [context.get_request_id(index) for index in indices], headers)
+
+
+def copied(item: Any) -> Any:
+    """Return a request for the handler to take apart: run again, or kept as evidence, it must still be whole."""
+    return dict(item) if isinstance(item, dict) else item
 
 
 def is_empty(item: Any) -> bool:

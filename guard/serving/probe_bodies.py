@@ -52,12 +52,7 @@ def odd_images(image: bytes) -> dict[str, bytes]:
     """
     opened = Image.open(io.BytesIO(image))
     kind, (width, height) = opened.format or "PNG", opened.size
-    middle, quarter = len(image) // 2, max(1, len(image) // 4)
-    made = {
-        "that is cut off": image[:middle],
-        "with damaged pixels": image[:middle] + bytes(byte ^ 0x55 for byte in image[middle : middle + quarter])
-        + image[middle + quarter :],
-    }  # fmt: skip
+    made = {"that is cut off": image[: len(image) // 2], "with damaged pixels": _damaged(image)}
     sizes = {
         "twice as wide": (2, 1),
         "twice as high": (1, 2),
@@ -77,7 +72,20 @@ def odd_images(image: bytes) -> dict[str, bytes]:
             made[f"as {other_kind}"] = _encoded(opened, other_kind)
     small = opened.crop((0, 0, max(1, width // 2), max(1, height // 2)))
     other = opened.convert("L" if opened.mode == "RGB" else "RGB")
-    return made | {"that is half the size": _encoded(small, kind), "in other colours": _encoded(other, kind)}
+    made |= {"that is half the size": _encoded(small, kind), "in other colours": _encoded(other, kind)}
+    # Where no image is found the bytes themselves may be taken for pixels, of as many inputs as they make.
+    rng = np.random.default_rng(0)
+    for what, size in {"half": (width // 2 or 1, height // 2 or 1), "twice": (2 * width, 2 * height)}.items():
+        if size[0] * size[1] <= _MOST_PIXELS:
+            noise = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)).convert(opened.mode)
+            made[f"that is {what} the size, of noise with damaged pixels"] = _damaged(_encoded(noise, kind))
+    return made
+
+
+def _damaged(image: bytes) -> bytes:
+    middle, quarter = len(image) // 2, max(1, len(image) // 4)
+    changed = bytes(byte ^ 0x55 for byte in image[middle : middle + quarter])
+    return image[:middle] + changed + image[middle + quarter :]
 
 
 def _encoded(image: Image.Image, kind: str) -> bytes:

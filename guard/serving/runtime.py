@@ -82,8 +82,6 @@ class Record:
         What the guard itself took.
     allowed_ms : float or None
         Milliseconds that a verdict on one batch may take; None = any.
-    inputs : Tensor or None
-        Of the latest forward pass, as it began: a backup must not see what a model that works in place left of it.
     """
 
     rows: list[Outcome] = field(default_factory=list)
@@ -91,7 +89,6 @@ class Record:
     model_ran: bool = False
     guard_seconds: float = 0.0
     allowed_ms: float | None = None
-    inputs: torch.Tensor | None = None
 
     @property
     def passes(self) -> int:
@@ -100,6 +97,21 @@ class Record:
         That it need not be. Without a single pass they answer a batch one request after the other.
         """
         return 0
+
+
+class _Begun(threading.local):
+    """The forward pass that this thread is in.
+
+    Attributes
+    ----------
+    record : Record or None
+        Of the block in which it began: a handler may give up waiting for a thread, and answer the next request.
+    inputs : Tensor or None
+        As they were then: a backup must not see what a model that works in place left of them.
+    """
+
+    record: Record | None = None
+    inputs: torch.Tensor | None = None
 
 
 class GuardRuntime:
@@ -200,9 +212,11 @@ class GuardRuntime:
             return
         suspect = guard.suspect
         assert suspect is not None  # a runtime loads guards with their model only
+        begun = _Begun()
 
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             record = self._record
+            begun.record, begun.inputs = record, None
             if record is None:
                 return
             inputs = args[0] if args else next(iter(kwargs.values()), None)
@@ -210,16 +224,15 @@ class GuardRuntime:
             if message and guard.config.failure_mode == "closed":
                 raise InputRejectedError(message)
             record.model_ran = record.model_ran or not message
-            record.inputs = None
             if guard.backup is not None and isinstance(inputs, torch.Tensor):
-                record.inputs = inputs.detach().clone()
+                begun.inputs = inputs.detach().clone()
 
         def after(activations: Activations, inputs: torch.Tensor) -> torch.Tensor | None:
-            record = self._record
+            record, kept, begun.record, begun.inputs = begun.record, begun.inputs, None, None
             if record is None:
                 return None
             started, began_ns = time.perf_counter(), time.time_ns()
-            inputs = inputs if record.inputs is None else record.inputs
+            inputs = inputs if kept is None else kept
             outcomes = self._judge_in_time(guard, activations, inputs, record.allowed_ms)
             if self.books.spans is not None:
                 decided_ns = (began_ns, time.time_ns())

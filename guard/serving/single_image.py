@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
 _MOST_PARTS = 4096  # chunks or segments; a body with more is answered by itself
+#: Where TorchServe puts a body without a name, and where its examples do.
+_FIELDS = frozenset(("body", "data"))
 #: Chunks of a PNG with one picture. Those of an animation (acTL, fcTL, fdAT) and private ones are left out.
 _PNG_CHUNKS = frozenset(
     b"IHDR PLTE IDAT IEND tRNS gAMA cHRM sRGB iCCP cICP sBIT bKGD hIST pHYs tIME tEXt zTXt iTXt eXIf".split()
@@ -18,7 +21,8 @@ def holds_one_image(item: Any) -> bool:
     """Return whether a request is a single field with the bytes of one PNG, JPEG, BMP or WebP, complete and alone.
 
     Whatever may hold several inputs is not: JSON, text, several fields, animations and multi-picture files, TIFF, GIF,
-    images behind one another, and bytes of an unknown kind. Nothing is decoded; a damaged image may pass.
+    images behind one another, bytes of an unknown kind, and an image that is an archive (zip, tar, RAR) or a PDF, too:
+    its metadata have room for one. Nothing is decoded; a damaged image may pass.
 
     Parameters
     ----------
@@ -26,12 +30,25 @@ def holds_one_image(item: Any) -> bool:
         What a server hands over for one request: a mapping of field names to values, or the one value.
     """
     if isinstance(item, Mapping):
-        if len(item) != 1:
+        if len(item) != 1 or next(iter(item)) not in _FIELDS:
             return False
         item = next(iter(item.values()))
     if not isinstance(item, bytes | bytearray):
         return False
-    return any(item.startswith(magic) and is_single(item) for magic, is_single in _FORMATS.items())
+    return any(item.startswith(magic) and is_single(item) for magic, is_single in _FORMATS.items()) and not (
+        _is_container(item)
+    )
+
+
+def _is_container(body: bytes | bytearray) -> bool:
+    """Return whether a reader of archives may find one in these bytes; a photo is taken for one in a million."""
+    if body.find(b"PK\x05\x06") >= 0 or body.find(b"Rar!\x1a\x07") >= 0 or body.find(b"%PDF-", 0, 1024) >= 0:
+        return True
+    try:
+        tarfile.TarInfo.frombuf(bytes(body[:512]), "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 def _is_one_png(body: bytes | bytearray) -> bool:
