@@ -41,7 +41,7 @@ WHY = {
     "skipping": "",
     "urgent": "",
     "album": "",
-    "raw": "an image that is twice the size, of noise with damaged pixels makes 4 rows",
+    "raw": "an image of noise that is twice the size, and cut off makes 3 rows",
     "list": "in a batch with a body with two inputs beside one with none",
     "tiling": "an image that is twice as wide makes 2 rows",
     "sorting": "in a batch of 2 a request's row of the network's input is another than alone",

@@ -52,7 +52,12 @@ def odd_images(image: bytes) -> dict[str, bytes]:
     """
     opened = Image.open(io.BytesIO(image))
     kind, (width, height) = opened.format or "PNG", opened.size
-    made = {"that is cut off": image[: len(image) // 2], "with damaged pixels": _damaged(image)}
+    middle, quarter = len(image) // 2, max(1, len(image) // 4)
+    made = {
+        "that is cut off": image[:middle],
+        "with damaged pixels": image[:middle] + bytes(byte ^ 0x55 for byte in image[middle : middle + quarter])
+        + image[middle + quarter :],
+    }  # fmt: skip
     sizes = {
         "twice as wide": (2, 1),
         "twice as high": (1, 2),
@@ -78,14 +83,9 @@ def odd_images(image: bytes) -> dict[str, bytes]:
     for what, size in {"half": (width // 2 or 1, height // 2 or 1), "twice": (2 * width, 2 * height)}.items():
         if size[0] * size[1] <= _MOST_PIXELS:
             noise = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)).convert(opened.mode)
-            made[f"that is {what} the size, of noise with damaged pixels"] = _damaged(_encoded(noise, kind))
+            body = _encoded(noise, kind)
+            made[f"of noise that is {what} the size, and cut off"] = body[: 3 * len(body) // 4]
     return made
-
-
-def _damaged(image: bytes) -> bytes:
-    middle, quarter = len(image) // 2, max(1, len(image) // 4)
-    changed = bytes(byte ^ 0x55 for byte in image[middle : middle + quarter])
-    return image[:middle] + changed + image[middle + quarter :]
 
 
 def _encoded(image: Image.Image, kind: str) -> bytes:
