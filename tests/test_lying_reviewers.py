@@ -98,7 +98,7 @@ class Office:
             Answer(item_id=one, is_poisoned=is_poisoned, true_label=int(label))
             for one, label in zip(ids, labels, strict=True)
         ]
-        return self.queue.decide_many(reviewer, answers)
+        return self.queue.decide_many(reviewer, answers, also_free=True)
 
     def confirm(self, decisions: list, reviewer: str) -> None:
         for one in decisions:

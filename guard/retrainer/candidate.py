@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 
 from guard.calibration import check_rate
-from guard.detectors.demarcation import Demarcation
 from guard.errors import DataError
 from guard.pipeline import Guard
 from guard.relabel.items import QueueItem
@@ -22,9 +21,6 @@ from guard.retrainer.settings import RetrainerSettings
 from guard.retraining import Labelled, retrain
 from guard.types import Activations, BoolArray
 
-#: Parts that anomalies are cut into, to see whether a line against the others finds one of them, and the share of clean
-#: inputs that may lie beyond that line.
-_PARTS, _CLEAN_BEYOND = 5, 0.02
 #: Why false alarms are not learned from although no cap forbids it, for the report.
 MOVED_TOO_MUCH = "false alarms that would let other inputs pass"
 
@@ -64,31 +60,7 @@ def choose_anomalies(
         flagged = stacked(guard, [item for item in undecided if item.id % 2])
         pure = purify(guard.with_config(false_positive_rate=requested_rate(guard, settings)), flagged)
         anomalies = Activations.concatenate([anomalies, flagged[pure]])
-    enough = len(anomalies) >= settings.min_anomalies
-    return anomalies if enough and stand_together(guard.reference, anomalies) else anomalies[:0]
-
-
-def stand_together(clean: Activations, anomalies: Activations) -> bool:
-    """Return whether a line drawn against some of the anomalies finds most of the others among clean inputs.
-
-    Triggered inputs have something in common that clean ones lack. Clean inputs that somebody called poisoned have not:
-    a line against them finds clean inputs like any other, and takes the place of detectors that find triggers.
-
-    Parameters
-    ----------
-    clean : Activations
-        The clean reference.
-    anomalies : Activations of at least 2 inputs
-    """
-    rng = np.random.default_rng(0)
-    parts = min(_PARTS, len(anomalies))
-    of_clean, of_anomalies = (rng.permutation(len(one)) % parts for one in (clean, anomalies))
-    found = 0
-    for part in range(parts):
-        line = Demarcation().fit(clean[of_clean != part], anomalies[of_anomalies != part])
-        edge = np.quantile(line.score(clean[of_clean == part]), 1.0 - _CLEAN_BEYOND)
-        found += int((line.score(anomalies[of_anomalies == part]) > edge).sum())
-    return found > len(anomalies) / 2
+    return anomalies if len(anomalies) >= settings.min_anomalies else anomalies[:0]
 
 
 def fit_candidate(

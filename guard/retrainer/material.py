@@ -89,6 +89,17 @@ class Material:
     left_out: dict[str, int] = field(default_factory=dict)
     waiting: int = 0
 
+    def without_poisoned(self, why: str) -> Material:
+        """Return the same without any poisoned input among what is learned from; `why` is for the report."""
+        clean = ~self.training.is_poisoned
+        return dataclasses.replace(
+            self,
+            training=self.training[clean],
+            training_ids=tuple(one for one, kept in zip(self.training_ids, clean, strict=True) if kept),
+            poisoned=self.poisoned[:0],
+            left_out={**self.left_out, why: len(self.poisoned)},
+        )
+
     def without_false_alarms(self, why: str) -> Material:
         """Return the same without any false alarm among what is learned from; `why` is for the report."""
         poisoned = self.training.is_poisoned
