@@ -187,7 +187,9 @@ def _what(error: OSError) -> str:
 
 def _sqlite_file(url: str) -> Path:
     if not url.startswith(_SQLITE):
-        raise SnapshotError("a queue in PostgreSQL is backed up with pg_dump and restored with pg_restore. See docs.")
+        raise SnapshotError(
+            "a queue in PostgreSQL is backed up with pg_dump and restored with pg_restore: see docs/operations.md."
+        )
     return Path(url.removeprefix(_SQLITE))
 
 

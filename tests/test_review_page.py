@@ -419,6 +419,7 @@ def test_answers_page_takes_back_and_changes(desk, ada):
     assert html.index("item 2") < html.index("item 1")
     assert ada.post("/answers/1/withdraw").status_code == 303
     data = {"verdict": "false_alarm", "true_label": "3"}
+    assert ada.post("/answers/2/change", data={"true_label": "3"}).status_code == 422  # says neither
     assert ada.post("/answers/2/change", data=data).status_code == 303
     states = {item: desk.queue.get(item).state for item in (1, 2)}
     assert states == {1: State.CLAIMED, 2: State.DECIDED}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from guard.cli.options import QueueUrl
-from guard.cli.output import say
+from guard.cli.output import say, tell
 
 if TYPE_CHECKING:
     from guard.snapshot import Snapshot
@@ -30,6 +30,9 @@ def snapshot_save(folder: Folder, queue: QueueUrl = None, bundles: BundleFolder 
     from guard.snapshot import save_snapshot
 
     _tell("saved", save_snapshot(folder, queue_url=_url(queue), bundles=bundles))
+    for what, given in (("queue", queue), ("bundles", bundles)):
+        if given is None:
+            tell(f"the snapshot is without the {what}: none named (--{what})")
 
 
 @snapshot_app.command("verify")

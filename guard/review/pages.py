@@ -123,7 +123,7 @@ def change(desk: TheDesk, posted: Form, decision_id: Number) -> Response:
     desk.queue.supersede(
         posted.session.name,
         decision_id,
-        is_poisoned=posted.text("verdict") == "poisoned",
+        is_poisoned=_is_poisoned(posted),
         true_label=label_of(posted.text("true_label"), names),
     )
     return RedirectResponse("/answers", status_code=303)
@@ -164,17 +164,22 @@ def read_answer(posted: Posted, item: QueueItem, names: list[str]) -> tuple[bool
     DataError
         If it says neither, or a poisoned input comes without its true label or "none".
     """
-    verdict, label = posted.text("verdict"), posted.text("true_label")
-    if verdict not in ("poisoned", "false_alarm"):
-        raise DataError("say whether it is poisoned or a false alarm.")
+    is_poisoned, label = _is_poisoned(posted), posted.text("true_label")
     if label == "none":
-        return verdict == "poisoned", None
+        return is_poisoned, None
     true_label = label_of(label, names)
-    if true_label is None and verdict == "poisoned":
+    if true_label is None and is_poisoned:
         raise DataError("choose the true label first, or say that it cannot be told.")
     if true_label is None:  # a false alarm without another label: the suspect is right
         true_label = item.input.suspect_label
-    return verdict == "poisoned", true_label
+    return is_poisoned, true_label
+
+
+def _is_poisoned(posted: Posted) -> bool:
+    verdict = posted.text("verdict")
+    if verdict not in ("poisoned", "false_alarm"):
+        raise DataError("say whether it is poisoned or a false alarm.")
+    return verdict == "poisoned"
 
 
 def answer_text(decision: Decision, names: list[str]) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from guard.errors import ArchiveError, ServerError
-from guard.files import PRIVATE_FILE, READABLE_FILE, whole_file
+from guard.files import PRIVATE_FILE, READABLE_FILE, READABLE_FOLDER, whole_file
 from guard.serving.manifest import MANIFEST
 from guard.serving.strict_zip import read_member
 
@@ -103,7 +103,7 @@ def make_archive(
     members = _collect([Path(path) for path in singles], [Path(path) for path in extra_files])
     manifest = _manifest(name, version, handler, weights, model_file, config_yaml)
     try:
-        archive.parent.mkdir(parents=True, exist_ok=True)
+        archive.parent.mkdir(mode=READABLE_FOLDER, parents=True, exist_ok=True)  # an archive is code
         _write(archive, members, manifest, PRIVATE_FILE if private else READABLE_FILE)
     except OSError as error:
         raise ArchiveError(f"{archive} cannot be written: {error}. Check the folder and the disk.") from error
