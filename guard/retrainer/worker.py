@@ -25,6 +25,7 @@ from guard.retrainer.candidate import (
     check_false_alarms,
     choose_anomalies,
     compare_on,
+    doubt_poisoned,
     fit_candidate,
     try_candidate,
 )
@@ -171,7 +172,7 @@ class Retrainer:
         active, settings = self.store.active_path(), self.settings
         guard = Guard.load(active)
         report["parent"] = active.name
-        material = self._gather(guard, active, items)
+        material = doubt_poisoned(guard, self._gather(guard, active, items), settings)
         report |= about_material(material)
         undecided = self.queue.items(state=State.PENDING, model=self.model, limit=_UNDECIDED)
         anomalies = choose_anomalies(guard, material, undecided, settings)
