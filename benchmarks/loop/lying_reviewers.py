@@ -4,13 +4,15 @@
 
 The attacker knows everything: the guard, its clean reference, which inputs are triggered, the caps. Attackers:
 
+- `none`: no lie, 50 true answers about triggered inputs and false alarms;
 - `spread`: calls triggered inputs clean, one per group of look-alikes: pairwise farther apart than a clean image of the
   class usually is from its k-th neighbour;
 - `slow`: the same in five rounds;
 - `accounts`: the same in two rounds, by two accounts that confirm each other's answers;
 - `mixed`: the same, beside 50 true answers about triggered inputs and false alarms, by the same account;
 - `greedy`: the triggered inputs nearest to the centre of all, in three rounds;
-- `poisoned`: calls the most suspicious clean inputs poisoned, with the attacker's label as the true one, in two rounds.
+- `poisoned`: calls the most suspicious clean inputs poisoned, with the attacker's label as the true one, in two rounds;
+  of 2,000, so most were not flagged: an attacker who sends many more inputs would have as many that were.
 
 Rates are of triggered and clean inputs that are in no queue; `tpr_after` and `fpr_after` are of the worst guard that
 was active after any of the rounds. Guards are fitted on the first clean validation images of models of the zoo, 1,000
@@ -61,8 +63,8 @@ NETWORKS = {
     "mnist-pattern-mnist_cnn-2": 1000,
     "gtsrb-blend-gtsrb_cnn-0": 5000,
 }
-ATTACKERS = ("spread", "slow", "accounts", "mixed", "greedy", "poisoned")
-LIES = (15, 60, 175)
+ATTACKERS = ("none", "spread", "slow", "accounts", "mixed", "greedy", "poisoned")
+LIES = (15, 60, 175)  # of `none`: 0
 ROUNDS = {"slow": 5, "accounts": 2, "greedy": 3, "poisoned": 2}
 HONEST = 50
 RATE = 0.01
@@ -154,7 +156,7 @@ def spread_out(guard: Guard, activations: Activations, most: int) -> IntArray:
             kept.append(row)
         if len(kept) == most:
             break
-    return np.array(kept, dtype=np.int64)
+    return np.array(kept[:most], dtype=np.int64)
 
 
 class Office:
@@ -235,7 +237,7 @@ def attack(office: Office, attacker: str, lies: int) -> Iterator[None]:
             first = rows if attacker != "greedy" else rows[:0]
             rows = np.concatenate([first, nearest[~np.isin(nearest, first)]])[:lies]
         chosen, labels = one.triggered[rows], one.triggered.predicted_labels[rows]
-    if attacker == "mixed":
+    if attacker in ("none", "mixed"):
         free = np.setdiff1d(np.arange(len(one.triggered)), rows)[: HONEST // 2]
         office.answer(one.triggered[free], one.true_labels[free], is_poisoned=True)
         alarms = np.flatnonzero(one.guard.scores(one.clean).is_poisoned)[: HONEST // 2]
@@ -243,6 +245,9 @@ def attack(office: Office, attacker: str, lies: int) -> Iterator[None]:
     for number, part in enumerate(np.array_split(np.arange(len(chosen)), n_rounds)):
         names = ("mallory", "trudy") if number % 2 == 0 else ("trudy", "mallory")
         reviewer = names[0] if attacker == "accounts" else "mallory"
+        if not len(part):  # no lie
+            yield
+            continue
         given = office.answer(chosen[part], labels[part], is_poisoned=attacker == "poisoned", reviewer=reviewer)
         if attacker == "accounts":
             for decision in given:
@@ -263,7 +268,7 @@ def run(one: Scene, attacker: str, lies: int) -> dict[str, object]:
         "network": one.name,
         "seed": one.seed,
         "lies": lies,
-        "honest_answers": HONEST if attacker == "mixed" else 0,
+        "honest_answers": HONEST if attacker in ("none", "mixed") else 0,
         "promoted": sum(promoted for promoted, _, _ in done),
         "tpr_before": round(before[0], 5),
         "tpr_after": round(min(rates[0] for _, _, rates in done), 5),
@@ -289,7 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows = list(csv.DictReader(file))
     known = {(str(row["network"]), str(row["attacker"]), int(str(row["lies"]))) for row in rows}
     for name, n_clean in NETWORKS.items():
-        missing = [(a, n) for n in LIES for a in ATTACKERS if (name, a, n) not in known]
+        wanted = [("none", 0), *((attacker, lies) for lies in LIES for attacker in ATTACKERS if attacker != "none")]
+        missing = [(attacker, lies) for attacker, lies in wanted if (name, attacker, lies) not in known]
         if not missing or (given.only and name not in given.only):
             continue
         one = scene(name, n_clean)

@@ -16,13 +16,16 @@ from guard.retrainer.gate import Judgement, judge, judge_canary
 from guard.retrainer.material import Material, fits
 from guard.retrainer.measuring import Count, Measurement, flags_of, measure
 from guard.retrainer.movement import Movement
-from guard.retrainer.purifying import purify
+from guard.retrainer.purifying import purify, recognise
 from guard.retrainer.settings import RetrainerSettings
 from guard.retraining import Labelled, retrain
 from guard.types import Activations, BoolArray
 
 #: Why false alarms are not learned from although no cap forbids it, for the report.
 MOVED_TOO_MUCH = "false alarms that would let other inputs pass"
+
+#: Why answers that say "poisoned" are not learned from, for the report.
+NOT_BORNE_OUT = "poisoned, unlike the others called so"
 
 
 class Pair(NamedTuple):
@@ -39,6 +42,23 @@ class Trial(NamedTuple):
     before: Measurement
     after: Measurement
     judgement: Judgement
+
+
+def doubt_poisoned(guard: Guard, material: Material, settings: RetrainerSettings) -> Material:
+    """Return the material without poisoned answers that no other bears out; without all, where most are such.
+
+    Parameters
+    ----------
+    guard : Guard
+        The active one; only its reference is read.
+    material : Material
+    settings : RetrainerSettings
+    """
+    alike = recognise(guard, material.poisoned)
+    n_alike = int(alike.sum())
+    if n_alike < settings.min_anomalies or 2 * n_alike < len(alike):
+        alike[:] = False
+    return material.without_poisoned(~alike, NOT_BORNE_OUT)
 
 
 def choose_anomalies(

@@ -70,6 +70,8 @@ class Material:
     poisoned : Activations
         Decided as poisoned, with or without a true label, and neither held out nor over a reviewer's cap: what a
         demarcation may learn from.
+    poisoned_ids : tuple of int
+        Items of `poisoned`, in its order.
     agreement : Agreement
     by_reviewer : dict of str to dict of str to int
         Per reviewer: `decided`, `used`, and how often they `agreed` of `shared`.
@@ -84,21 +86,11 @@ class Material:
     clean_held_out: BoolArray
     held_out: HeldOut
     poisoned: Activations
+    poisoned_ids: tuple[int, ...]
     agreement: Agreement
     by_reviewer: dict[str, dict[str, int]] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     waiting: int = 0
-
-    def without_poisoned(self, why: str) -> Material:
-        """Return the same without any poisoned input among what is learned from; `why` is for the report."""
-        clean = ~self.training.is_poisoned
-        return dataclasses.replace(
-            self,
-            training=self.training[clean],
-            training_ids=tuple(one for one, kept in zip(self.training_ids, clean, strict=True) if kept),
-            poisoned=self.poisoned[:0],
-            left_out={**self.left_out, why: len(self.poisoned)},
-        )
 
     def without_false_alarms(self, why: str) -> Material:
         """Return the same without any false alarm among what is learned from; `why` is for the report."""
@@ -111,6 +103,19 @@ class Material:
             training_ids=tuple(one for one, kept in zip(self.training_ids, poisoned, strict=True) if kept),
             held_out=dataclasses.replace(self.held_out, not_learned=not_learned),
             left_out={**self.left_out, why: len(false_alarms)},
+        )
+
+    def without_poisoned(self, doubted: BoolArray, why: str) -> Material:
+        """Return the same without some rows of `poisoned`, in `training` too; `why` is for the report."""
+        ids = {one for one, out in zip(self.poisoned_ids, doubted, strict=True) if out}
+        kept = np.array([one not in ids for one in self.training_ids], dtype=bool)
+        return dataclasses.replace(
+            self,
+            training=self.training[kept],
+            training_ids=tuple(one for one in self.training_ids if one not in ids),
+            poisoned=self.poisoned[~doubted],
+            poisoned_ids=tuple(one for one in self.poisoned_ids if one not in ids),
+            left_out={**self.left_out, **({why: len(ids)} if ids else {})},
         )
 
 
@@ -206,6 +211,7 @@ def gather(
             _stack([one for one in usable if not one.is_poisoned and one.id not in learned], guard.reference),
         ),
         poisoned=_stack(anomalies, guard.reference),
+        poisoned_ids=tuple(one.id for one in anomalies),
         agreement=_agreement(trusted.values()),
         by_reviewer=_by_reviewer(words.values(), chosen.lessons),
         left_out={reason: count for reason, count in left_out.items() if count},

@@ -33,7 +33,7 @@ class RetrainerSettings(BaseModel):
     #: Whether a demarcation joins the candidate: `off`; `decided` = against poisoned inputs that a person named;
     #: `purified` = also against flagged ones that nobody has looked at, less most of the false alarms.
     demarcation: Literal["off", "decided", "purified"] = "decided"
-    #: Fewer anomalies than this draw no line.
+    #: Fewer anomalies than this draw no line, and teach no head: too few to bear each other out.
     min_anomalies: int = Field(10, ge=1)
     #: With `purified` a round also starts when this many inputs were flagged since the last one began; 0 = never for
     #: that reason.

@@ -26,6 +26,7 @@ from guard.retrainer.candidate import (
     check_false_alarms,
     choose_anomalies,
     compare_on,
+    doubt_poisoned,
     fit_candidate,
     try_candidate,
 )
@@ -34,7 +35,6 @@ from guard.retrainer.material import Material, gather
 from guard.retrainer.promotion import Lineage, Promoter, Promotion, same_network, write_candidate
 from guard.retrainer.report import Finished, about_material, about_trial
 from guard.retrainer.settings import RetrainerSettings
-from guard.retrainer.standing import SCATTERED, stand_together
 
 logger = logging.getLogger(__name__)
 
@@ -173,9 +173,7 @@ class Retrainer:
         active, settings = self.store.active_path(), self.settings
         guard = Guard.load(active)
         report["parent"] = active.name
-        material = self._gather(guard, active, items)
-        if len(material.poisoned) and not stand_together(guard.reference, material.poisoned):
-            material = material.without_poisoned(SCATTERED)
+        material = doubt_poisoned(guard, self._gather(guard, active, items), settings)
         report |= about_material(material)
         undecided = self.queue.items(state=State.PENDING, model=self.model, limit=_UNDECIDED)
         anomalies = choose_anomalies(guard, material, undecided, settings)
