@@ -255,7 +255,7 @@ class FittedGuard:
         check_calibration("the guard", self._calibration(), sample, arrays.get(KEPT))
         for place, one in enumerate(self.early):
             early = Calibration(one.ensemble, one.fusion, one.clean_scores)
-            require({"clean_scores": one.clean_scores}, "clean_scores", (len(self.reference_labels),))
+            require({"clean_scores": one.clean_scores}, "clean_scores", (len(self._clean_scores),))
             check_calibration(f"the verdict at {one.depth}", early, sample, arrays.get(f"early.{place}.{KEPT}"))
 
 

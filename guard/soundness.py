@@ -30,6 +30,8 @@ _MEDIAN_SCORE = (0.2, 3.0)
 #: Detectors have seen the reference, and find it a little less suspicious than calibration does: seen were median
 #: p-values of 0.39 to 0.77, and 0.9 with 40 images and less.
 _LEAST_MEDIAN_P, _GREATEST_MEDIAN_P, _ENOUGH = 0.05, 0.97, 100
+#: A retrainer holds out half of the clean images at most, class by class.
+_LEAST_CALIBRATED = 0.4
 _LARGEST_COUNT = 2**31
 
 
@@ -174,7 +176,9 @@ def _check_document(document: Mapping[str, Any]) -> None:
 
 def _check_reference(document: Mapping[str, Any], arrays: Mapping[str, AnyArray]) -> None:
     n, n_classes = document["clean_images"], document["n_classes"]
-    require(arrays, "clean_scores", (n,), ascending=True)
+    n_scores = len(require(arrays, "clean_scores", (None,), ascending=True))
+    if not _LEAST_CALIBRATED * n <= n_scores <= n:
+        raise DataError(f"array clean_scores must have a value per clean image but hold-outs, got {n_scores} of {n}.")
     labels = require(arrays, "labels", (n,), kind="i", low=0, high=n_classes - 1)
     layers = (FEATURES, *document["depths"])
     require(arrays, "reference.logits", (n, n_classes))
