@@ -193,17 +193,24 @@ def test_request_of_many_rows_is_relabelled_whole_and_each_row_is_asked_once(
 
 
 def test_backup_that_gives_no_number_flags_and_names_no_label(backed, triggered, serve):
-    damaged = copy.copy(backed)
-    damaged.backup = dataclasses.replace(backed.backup, network=copy.deepcopy(backed.backup.network))
+    module, runtime = serve(backed)
     with torch.no_grad():
-        damaged.backup.network.fc.bias[0] = float("nan")
-    module, runtime = serve(damaged)
+        runtime.current.backup.network.fc.bias[0] = float("nan")
     runtime.review_queue = SimpleNamespace(close=lambda: None)
     logits, rows = forward(module, runtime, triggered.images[:5])
     (row, *_) = [row for row, outcome in enumerate(rows) if outcome.kind == "poisoned"]
     assert rows[row].verdict.action == "flag"
     assert rows[row].verdict.final_label == rows[row].verdict.label == logits[row].argmax()
     assert (rows[row].evidence.backup_label, rows[row].evidence.backup_confidence) == (None, None)
+
+
+def test_backup_of_no_numbers_in_a_bundle_is_refused(backed, tmp_path):
+    damaged = copy.copy(backed)
+    damaged.backup = dataclasses.replace(backed.backup, network=copy.deepcopy(backed.backup.network))
+    with torch.no_grad():
+        damaged.backup.network.fc.bias[0] = float("nan")
+    with pytest.raises(BundleError, match=r"array fc\.bias of the backup must be finite"):
+        Guard.load(damaged.save(tmp_path), backed.suspect)
 
 
 def test_no_second_opinion_good_enough_means_flag_only(backed, triggered, passes, serve):

@@ -266,6 +266,15 @@ def test_honest_guards_of_few_images_load_again(suspect, clean_split, tmp_path, 
         assert Guard.load(guard.save(tmp_path)).digest == guard.digest
 
 
+def test_candidate_that_was_calibrated_without_its_hold_outs_loads_again(suspect, clean_split, tmp_path):
+    """As `fit_candidate` makes it: the reference is whole, for the rounds to come."""
+    images, labels = clean_split.validation
+    guard = Guard.fit(suspect, images[:100], labels[:100], GuardConfig(false_positive_rate=0.1))
+    whole = suspect.activations(images[:150])
+    guard.reference, guard.reference_labels = whole, labels[:150]
+    assert Guard.load(guard.save(tmp_path)).digest == guard.digest
+
+
 def test_paper_guard_that_calls_everything_clean_is_refused(suspect, clean_split, tmp_path):
     images, labels = clean_split.validation
     guard = Guard.fit(suspect, images[:200], labels[:200], GuardConfig(false_positive_rate=0.1, mode="paper"))
