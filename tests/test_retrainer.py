@@ -273,6 +273,16 @@ def test_false_alarms_that_let_other_inputs_pass_are_dropped_however_high_the_ca
     assert finished.report["learned_from"] == {"poisoned": 0, "false_alarms": 0}
 
 
+def test_clean_inputs_called_poisoned_bear_each_other_out_no_more_than_chance_does(place):
+    activations, labels = place.traffic(2000, 7)
+    assert len(labels) > 40
+    place.decide(place.enqueue(activations), (labels + 1) % 5, is_poisoned=True)
+    finished = place.step()
+    assert finished.outcome == "refused"
+    assert " poisoned, unlike the others called so" in finished.line
+    assert place.store.active_digest() == place.digest
+
+
 def review_with_a_liar(place: Place, share: float) -> None:
     """Two reviewers answer as many poisoned inputs each; the second calls a share of them clean."""
     rng = np.random.default_rng(0)
@@ -307,12 +317,12 @@ def test_a_hostile_reviewer_does_not_get_a_worse_guard_promoted_where_no_cap_hol
 def test_reviewers_who_contradict_each_other_stop_the_round(place, quick):
     place.review()
     items = place.queue.decided(MODEL)
-    for item in items[:40]:
+    for item in items[-30:]:  # false alarms: what is poisoned is enough to learn from
         place.queue.supersede("mallory", item.decision.id, is_poisoned=not item.decision.is_poisoned, true_label=0)
     finished = place.step()
     assert finished.outcome == "refused"
-    assert "reviewers agree on 0.0 % of 40 inputs" in finished.line
-    assert finished.report["left_out"]["reviewers disagree"] == 40
+    assert "reviewers agree on 0.0 % of 30 inputs" in finished.line
+    assert finished.report["left_out"]["reviewers disagree"] == 30
     Rounds(place.queue).request(MODEL, "boss")
     assert place.step(leave_out_reviewers=("mallory",)).outcome in ("promoted", "refused")
 

@@ -14,8 +14,10 @@ from retrainer_helpers import Desk, fit_guard, world
 from guard import Activations
 from guard.errors import ConfigError, DataError
 from guard.relabel.items import GoldResult, State
+from guard.retrainer.candidate import doubt_poisoned
 from guard.retrainer.lessons import ClassLimits, reviewer_limit, reviewers_needed
 from guard.retrainer.material import clean_hold_out, gather, last_words
+from guard.retrainer.purifying import recognise
 from guard.retrainer.settings import RetrainerSettings, load_retrainer_settings
 
 FREE = RetrainerSettings(max_reviewer_share=1, max_false_alarms_per_class=1000, max_class_share=1)
@@ -389,6 +391,32 @@ def test_gather_poisoned_over_the_cap_of_a_class_still_joins_the_anomalies(guard
     assert (
         len(material.poisoned) == material.left_out["over the cap of one class"] == 60 - len(material.held_out.poisoned)
     )
+
+
+def test_recognise_knows_a_trigger_and_not_odd_clean_inputs(guard):
+    triggered, _ = world(40, 3, 1, 8.0)
+    clean, _ = world(2000, 4)
+    odd = clean[np.argsort(guard.scores(clean).p_values, kind="stable")[:40]]
+    assert recognise(guard, triggered).mean() > 0.9
+    assert recognise(guard, odd).mean() < 0.5
+    mixed = recognise(guard, Activations.concatenate([triggered, odd]))
+    assert mixed[:40].mean() > 0.9
+    assert not recognise(guard, triggered[:4]).any()  # too few to draw a line with some of them left out
+
+
+def test_doubt_poisoned_takes_all_out_where_most_are_unlike_the_others(guard, desk):
+    activations, labels = world(40, 1, 1, 6.0)
+    desk.add(activations, labels, is_poisoned=True)
+    settings = RetrainerSettings(holdout_share=0.2, max_class_share=1)
+    material = gathered(guard, desk, settings)
+    kept = doubt_poisoned(guard, material, settings)
+    assert len(kept.poisoned) > 0.5 * len(material.poisoned)
+    assert {*kept.training_ids} <= {*kept.poisoned_ids}
+    n = len(material.poisoned)
+    demanding = settings.model_copy(update={"min_anomalies": n + 1})
+    nothing = doubt_poisoned(guard, material, demanding)
+    assert len(nothing.poisoned) == len(nothing.training) == 0
+    assert nothing.left_out["poisoned, unlike the others called so"] == n
 
 
 def test_settings_are_all_in_the_documentation():
