@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binomtest
-from sklearn.metrics import roc_auc_score
 
 from guard.errors import DataError
 from guard.types import BoolArray, Float64Array, FloatArray, IntArray
@@ -145,6 +143,8 @@ def auroc(scores: FloatArray, is_poisoned: BoolArray) -> float:
     ----------
     .. [1] Hanley, McNeil (1982), The meaning and use of the area under a receiver operating characteristic curve.
     """
+    from sklearn.metrics import roc_auc_score  # here, as it loads much that a server does not need
+
     values, poisoned = _scores(scores, is_poisoned)
     _, ranks = np.unique(values, return_inverse=True)  # an infinite score has a rank like any other
     return float(roc_auc_score(poisoned, ranks))
@@ -202,6 +202,8 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> In
         raise DataError(f"confidence must be in (0, 1), got {confidence}.")
     if trials < 1 or not 0 <= successes <= trials:
         raise DataError(f"a rate needs 0 <= successes <= trials and trials >= 1, got {successes} of {trials}.")
+    from scipy.stats import binomtest
+
     interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
     return Interval(float(interval.low), float(interval.high))
 

@@ -99,7 +99,8 @@ def test_body_that_cannot_be_written_anew_costs_no_answer(kind: str):
 
     outcome = SimpleNamespace(verdict=object(), evidence=object())
     kept = review_queue.flagged_request(Context(), 0, outcome, {"body": body})
-    assert kept.body == (b"\\ud800" if kind == "half a character" else b"")
+    begins = {"deep": b"[[[[", "in itself": b'"[[', "keys": b'"{(', "half a character": b"\xed\xa0\x80"}
+    assert kept.body.startswith(begins[kind])
     while deep:  # taken apart here, as a chain of that length is not to be freed at once
         [deep] = deep
 

@@ -184,7 +184,7 @@ def test_archives_to_serve_that_hold_nonsense_are_refused(tmp_path: Path, name: 
         read(tmp_path)
 
 
-GUARDED = {"handler": "image_handler.py", "bundles": None, "embedded": "0" * 64, "example": None}
+GUARDED = {"handler": "image_handler.py", "bundles": None, "embedded": "0" * 64, "example": None, "examples": []}
 
 
 @pytest.mark.parametrize(

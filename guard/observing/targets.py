@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from guard.errors import ObservingError
-from guard.files import replace_file
+from guard.files import READABLE_FILE, replace_file
 
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
 
@@ -57,7 +57,9 @@ def write_targets(file: Path, targets: Sequence[Target]) -> None:
     """
     groups = [{"targets": [target.address], "labels": {"job": target.job}} for target in targets]
     try:
-        replace_file(file, (json.dumps(groups, indent=2) + "\n").encode("ascii"))
+        replace_file(
+            file, (json.dumps(groups, indent=2) + "\n").encode("ascii"), READABLE_FILE
+        )  # a Prometheus of another account
     except OSError as error:
         raise ObservingError(f"{file} cannot be written: {error.strerror}.") from error
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from guard.bundle import BundleStore, read_bundle
+from guard.bundle import BundleStore, StoredBundle, read_bundle
 from guard.errors import BundleError
-from guard.soundness import check_stored
 from guard.types import Float32Array, Float64Array, IntArray
 
 #: Bundles kept in memory.
@@ -101,10 +100,12 @@ class KnownBundles:
 
 def _read(path: Path) -> KnownBundle | None:
     try:
-        stored = read_bundle(path)
-        check_stored(stored)
-    except BundleError:
+        return _known(read_bundle(path))
+    except (BundleError, KeyError, TypeError, ValueError):
         return None
+
+
+def _known(stored: StoredBundle) -> KnownBundle:
     names, features = stored.document["class_names"], stored.arrays["reference.features"]
     return KnownBundle(
         stored.digest,
