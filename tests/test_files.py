@@ -42,7 +42,6 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "write_private": lambda path: write_private(path, "text"),
     "open_private": lambda path: open_private(path, "a").close(),
     "replace_file": lambda path: replace_file(path, b"data"),
-    "targets of Prometheus": lambda path: write_targets(path, [Target("guard-server", "127.0.0.1:1")]),
 }
 
 
@@ -54,6 +53,14 @@ def test_written_files_are_private_new_and_old(tmp_path: Path, write: Callable[[
             path.chmod(0o666)
         write(path)
         assert rights(path) == 0o600
+
+
+def test_targets_are_for_a_prometheus_of_another_account_and_only_for_their_owner_to_write(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("before")
+    (tmp_path / "old").chmod(0o666)
+    for name in ("old", "new"):
+        write_targets(tmp_path / name, [Target("guard-server", "127.0.0.1:1")])
+        assert rights(tmp_path / name) == 0o644
 
 
 def test_private_folder_is_closed_new_and_old(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def parse_address(text: str) -> str:
 def write_targets(file: Path, targets: Sequence[Target]) -> None:
     """Write the file anew, so that a Prometheus that reads it meanwhile sees the old or the new one.
 
-    It is private, as its folder is: a Prometheus of another user needs a copy.
+    It holds no secret, and everybody may read it: Prometheus mostly runs under another account.
 
     Raises
     ------
@@ -57,9 +57,7 @@ def write_targets(file: Path, targets: Sequence[Target]) -> None:
     """
     groups = [{"targets": [target.address], "labels": {"job": target.job}} for target in targets]
     try:
-        replace_file(
-            file, (json.dumps(groups, indent=2) + "\n").encode("ascii"), READABLE_FILE
-        )  # a Prometheus of another account
+        replace_file(file, (json.dumps(groups, indent=2) + "\n").encode("ascii"), READABLE_FILE)
     except OSError as error:
         raise ObservingError(f"{file} cannot be written: {error.strerror}.") from error
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from guard.bundle import BundleStore, StoredBundle, read_bundle
 from guard.errors import BundleError
+from guard.soundness import check_stored
 from guard.types import Float32Array, Float64Array, IntArray
 
 #: Bundles kept in memory.
@@ -76,7 +77,7 @@ class KnownBundles:
         return BundleStore(self._folder) if self._folder is not None else None
 
     def find(self, digest: str) -> KnownBundle | None:
-        """Return a bundle by its digest; None if it is not in the folder, or damaged."""
+        """Return a bundle by its digest; None if it is not in the folder, damaged or not sound."""
         if self._folder is None or not re.fullmatch("[0-9a-f]{64}", digest):
             return None
         with self._lock:
@@ -100,7 +101,9 @@ class KnownBundles:
 
 def _read(path: Path) -> KnownBundle | None:
     try:
-        return _known(read_bundle(path))
+        stored = read_bundle(path)
+        check_stored(stored)
+        return _known(stored)
     except (BundleError, KeyError, TypeError, ValueError):
         return None
 
