@@ -70,9 +70,23 @@ def shown_item(html: str) -> int | None:
 
 
 def small_bundle(folder: Path, class_names: list[str] | None, features: np.ndarray, labels: np.ndarray) -> str:
-    """Write a bundle that holds just what the page reads, and return its digest."""
-    document = {"class_names": class_names, "settings": {"mode": "calibrated", "false_positive_rate": 0.01}}
-    arrays = {"reference.features": features.astype(np.float32), "labels": labels.astype(np.int64)}
+    """Write a bundle without detectors, sound as far as the page looks, and return its digest."""
+    n_classes = len(class_names) if class_names else int(labels.max()) + 1
+    document = {
+        "class_names": class_names,
+        "settings": {"mode": "calibrated", "false_positive_rate": 0.01},
+        "n_classes": n_classes,
+        "clean_images": len(labels),
+        "input_shape": None,
+        "depths": [],
+        "realised_false_positive_rate": 0.01,
+    }
+    arrays = {
+        "reference.features": features.astype(np.float32),
+        "reference.logits": np.eye(n_classes, dtype=np.float32)[labels],
+        "labels": labels.astype(np.int64),
+        "clean_scores": np.linspace(0.1, 1.0, len(labels)),
+    }
     return write_bundle(folder, document, arrays).name
 
 

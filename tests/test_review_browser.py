@@ -138,7 +138,7 @@ def test_picture_tools_by_keyboard(queue, open_page):
 def test_many_classes_are_chosen_by_number_and_by_search(queue, open_page, tmp_path):
     names = [f"sign {label}" for label in range(42)] + ["Roundabout"]
     wide = Activations(np.zeros((1, 43), dtype=np.float32), np.zeros((1, 6), dtype=np.float32))
-    digest = small_bundle(tmp_path / "bundles", names, np.zeros((43, 6)), np.arange(43))
+    digest = small_bundle(tmp_path / "bundles", names, np.eye(43, 6), np.arange(43))
     queue.enqueue([picture(number, activations=wide, bundle_digest=digest) for number in range(3)])
     desk = desk_of(queue, bundles=KnownBundles(tmp_path / "bundles"))
     token = desk.reviewers.add("ada")
@@ -288,7 +288,7 @@ def hostile_metrics(evil: str) -> Sampler:
 def test_hostile_names_bodies_and_types_run_no_script(queue, open_page, tmp_path):
     evil = "\"'><img src=x onerror=\"alert('img')\"><script>alert('script')</script><svg onload=alert('svg')>"
     names = [f"{evil}{label}" for label in range(N_CLASSES)]
-    digest = small_bundle(tmp_path / "bundles", names, np.zeros((N_CLASSES, 6)), np.arange(N_CLASSES))
+    digest = small_bundle(tmp_path / "bundles", names, np.eye(N_CLASSES, 6), np.arange(N_CLASSES))
     body = b"<html><script>alert('body')</script><img src=x onerror=alert('body')></html>"
     hostile = {
         "request_id": evil,

@@ -692,7 +692,7 @@ def test_fields_without_a_picture_are_said_to_be_none(queue):
 def test_hostile_names_are_text(queue, tmp_path):
     evil = '"><img src=x onerror=alert(1)><script>alert(2)</script>'
     names = [f"{evil} {label}" for label in range(N_CLASSES)]
-    digest = small_bundle(tmp_path / "bundles", names, np.zeros((N_CLASSES, 6)), np.arange(N_CLASSES))
+    digest = small_bundle(tmp_path / "bundles", names, np.eye(N_CLASSES, 6), np.arange(N_CLASSES))
     hostile = picture(
         0,
         request_id=evil,
