@@ -21,9 +21,9 @@ import numpy as np
 from backups import ANP_IMAGES_PER_CLASS, Rows, half_precision, probes_of, read
 
 from guard.backups.anp import AnpSettings
-from guard.backups.purify import purify
-from guard.zoo.collection import Zoo, default_zoo_dir
-from guard.zoo.splits import load_split
+from guard.backups.purified_twin import purify
+from guard.lab.zoo.collection import Zoo, default_zoo_dir
+from guard.lab.zoo.splits import load_split
 
 MODELS = ("cifar10-badnets-resnet20-0", "cifar10-blend-resnet20-0")
 COLUMNS = ("model", "epsilon", "iterations", "at", "pruned", "held_out_accuracy", "test_accuracy", "attack_success")

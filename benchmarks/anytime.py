@@ -25,11 +25,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch
 import numpy as np
 
 from guard.config import GuardConfig
-from guard.heads.anytime import AnytimeHeads
-from guard.pipeline import Guard
-from guard.suspect import SuspectModel
-from guard.zoo.collection import Zoo, default_zoo_dir
-from guard.zoo.splits import load_split
+from guard.detection.heads.anytime import AnytimeHeads
+from guard.detection.pipeline import Guard
+from guard.lab.zoo.collection import Zoo, default_zoo_dir
+from guard.lab.zoo.splits import load_split
+from guard.suspect.model import SuspectModel
 
 BLOCKS = tuple(f"stages.{stage}.{block}" for stage in range(3) for block in range(3))
 PARTS = {"1/4": 2, "1/2": 5, "3/4": 7, "1": 9}  # blocks, of nine that cost the same

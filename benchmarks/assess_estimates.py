@@ -21,13 +21,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch
 
 import numpy as np
 
-from guard.assess import assess
 from guard.config import GuardConfig
-from guard.datasets import load_dataset, split_rows, to_tensor_images
-from guard.evaluation import attack_success_rate, true_positive_rate
-from guard.pipeline import Guard
-from guard.suspect import SuspectModel
-from guard.zoo.collection import Zoo, default_zoo_dir
+from guard.data.datasets import load_dataset, split_rows, to_tensor_images
+from guard.detection.pipeline import Guard
+from guard.lab.assess import assess
+from guard.lab.zoo.collection import Zoo, default_zoo_dir
+from guard.statistics.evaluation import attack_success_rate, true_positive_rate
+from guard.suspect.model import SuspectModel
 
 SEEDS = (0, 1, 2)
 RATE = 0.05

@@ -36,15 +36,15 @@ import torch
 
 from guard.backups.anp import AnpSettings
 from guard.backups.backup import BACKUP_KINDS, DEFECTIVE, Backup
-from guard.backups.purify import Probe, purify
+from guard.backups.purified_twin import Probe, purify
 from guard.config import GuardConfig
-from guard.evaluation import attack_success_rate, clean_accuracy, recovery_accuracy
-from guard.pipeline import Guard
-from guard.suspect import SuspectModel
+from guard.detection.pipeline import Guard
+from guard.lab.zoo.card import ZooCard
+from guard.lab.zoo.collection import Zoo, default_zoo_dir
+from guard.lab.zoo.splits import load_split
+from guard.statistics.evaluation import attack_success_rate, clean_accuracy, recovery_accuracy
+from guard.suspect.model import SuspectModel
 from guard.types import Float32Array, IntArray
-from guard.zoo.card import ZooCard
-from guard.zoo.collection import Zoo, default_zoo_dir
-from guard.zoo.splits import load_split
 
 RATE = 0.05
 HEAD = "head"

@@ -37,14 +37,14 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # foolbox names a module that SciPy has moved
     import foolbox
 
-from guard.attacks.augmentation import CropAndFlip
-from guard.attacks.networks import ResNet
-from guard.attacks.training import TrainingSettings, train_classifier
+from guard.backups.backup_training import predict_logits
 from guard.backups.defective import Variant, make_defective
-from guard.backups.training import predict_logits
+from guard.lab.attacks.augmentation import CropAndFlip
+from guard.lab.attacks.network_training import TrainingSettings, train_classifier
+from guard.lab.attacks.networks import ResNet
+from guard.lab.zoo.collection import Zoo, default_zoo_dir
+from guard.lab.zoo.splits import LabelledImages, load_split
 from guard.types import Float32Array, IntArray
-from guard.zoo.collection import Zoo, default_zoo_dir
-from guard.zoo.splits import LabelledImages, load_split
 
 COLUMNS = ("data_set", "network", "measure", "value", "paper")
 BOTTOM, TOP = ("conv1", "stages.0", "stages.1"), ("stages.2",)

@@ -21,14 +21,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch
 
 import numpy as np
 
-from guard.attacks.poisoning import poisoned_test_set
-from guard.attacks.recipes import DEMO_ATTACKS, AttackRecipe, train_badnet
 from guard.config import GuardConfig
-from guard.datasets import load_dataset, split_rows, to_tensor_images
-from guard.demo import SPLIT
-from guard.evaluation import attack_success_rate, auroc, clean_accuracy
-from guard.pipeline import Guard
-from guard.suspect import SuspectModel
+from guard.data.datasets import load_dataset, split_rows, to_tensor_images
+from guard.demo.run import SPLIT
+from guard.detection.pipeline import Guard
+from guard.lab.attacks.poisoning import poisoned_test_set
+from guard.lab.attacks.recipes import DEMO_ATTACKS, AttackRecipe, train_badnet
+from guard.statistics.evaluation import attack_success_rate, auroc, clean_accuracy
+from guard.suspect.model import SuspectModel
 
 SEEDS = (0, 1, 2)
 RATE = 0.05

@@ -24,11 +24,11 @@ import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from guard.config import GuardConfig
-from guard.detectors.disagreement import HeadDisagreement
-from guard.ensemble import Ensemble
-from guard.fusion import CalibratedFusion
-from guard.heads.decision_head import DecisionHead
-from guard.pipeline import Guard
+from guard.detection.detectors.disagreement import HeadDisagreement
+from guard.detection.ensemble import Ensemble
+from guard.detection.fusion import CalibratedFusion
+from guard.detection.heads.decision_head import DecisionHead
+from guard.detection.pipeline import Guard
 from guard.types import Activations, Float32Array, Float64Array, IntArray
 
 SEED = 20260101

@@ -1,4 +1,4 @@
-"""Time per-class LOF: a loop over scikit-learn estimators against `guard.detectors.lof.PerClassLof`.
+"""Time per-class LOF: a loop over scikit-learn estimators against `guard.detection.detectors.lof.PerClassLof`.
 
     python benchmarks/lof_speed.py
 
@@ -28,8 +28,8 @@ import numpy as np
 from sklearn.neighbors import LocalOutlierFactor
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from guard.detectors.lof import PerClassLof
-from guard.detectors.norms import norm_summary
+from guard.detection.detectors.lof import PerClassLof
+from guard.detection.detectors.norms import norm_summary
 from guard.types import Activations, Float32Array, Float64Array, IntArray
 
 SEED = 20260101

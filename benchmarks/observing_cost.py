@@ -34,13 +34,13 @@ import numpy as np
 from serving_overhead import make_archives, send
 
 from guard.observing.targets import Target, write_targets
+from guard.processes.companion import Companion
+from guard.processes.ports import LOOPBACK, free_port
+from guard.processes.prometheus import PrometheusInstance
 from guard.relabel.address import queue_url
 from guard.relabel.queue import Queue
 from guard.relabel.reviewers import Reviewers
-from guard.serving.companion import Companion
-from guard.serving.ports import LOOPBACK, free_port
-from guard.serving.prometheus import PrometheusInstance
-from guard.serving.torchserve import TorchServeInstance
+from guard.torchserve.server import TorchServeInstance
 
 VARIANTS = ("off", "on")
 AIM = 1.02

@@ -26,7 +26,8 @@ import numpy as np
 from PIL import Image
 
 from guard import Guard, GuardConfig, SuspectModel
-from guard.bundle import BundleStore
+from guard.lab.zoo.collection import Zoo, default_zoo_dir
+from guard.lab.zoo.splits import load_split
 from guard.observing.scrape import Series
 from guard.relabel.groups import refresh_groups
 from guard.relabel.items import FlaggedInput
@@ -34,18 +35,16 @@ from guard.relabel.queue import Queue
 from guard.relabel.reviewers import Reviewers
 from guard.relabel.rounds import Rounds
 from guard.retrainer.worker import Retrainer
-from guard.review import Desk
-from guard.review.desk import CleanImages
 from guard.review.known_bundles import KnownBundles
 from guard.review.occlusion import Occlusion
 from guard.review.server import serving_in_thread
-from guard.review.status_sampler import Sampler
+from guard.review.status.sampler import Sampler
+from guard.review.workspace import CleanImages, Workspace
 from guard.serving.bookkeeping import Bookkeeping
-from guard.serving.runtime import Outcome
+from guard.serving.outcomes import Outcome
+from guard.storage.bundle import BundleStore
 from guard.telemetry import prometheus_names
 from guard.types import Activations, Float32Array, IntArray, Verdict
-from guard.zoo.collection import Zoo, default_zoo_dir
-from guard.zoo.splits import load_split
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -62,12 +61,12 @@ CHROMIUM_FLAGS = [
 ]
 #: Pictures of docs/review.md, and which of the pictures each is.
 DOCS = {
-    "item.png": "looks-light-desk.png",
-    "group.png": "group-dark-desk.png",
+    "item.png": "looks-light-workspace.png",
+    "group.png": "group-dark-workspace.png",
     "phone.png": "review-light-phone.png",
-    "status.png": "status-dark-desk.png",
+    "status.png": "status-dark-workspace.png",
     "status_phone.png": "status-light-phone.png",
-    "progress.png": "progress-light-desk.png",
+    "progress.png": "progress-light-workspace.png",
 }
 #: Minutes of the hour in which the triggered images come.
 WAVE = (24.0, 32.0)
@@ -190,8 +189,8 @@ def _png(image: Float32Array) -> bytes:
     return buffer.getvalue()
 
 
-def prepare(zoo_model: str, folder: Path, n_clean: int) -> tuple[Desk, Shop, Sent, Clock, str]:
-    """Return a desk with a filled queue, what serves, what was sent, the clock, and the token of ada."""
+def prepare(zoo_model: str, folder: Path, n_clean: int) -> tuple[Workspace, Shop, Sent, Clock, str]:
+    """Return a workspace with a filled queue, what serves, what was sent, the clock, and the token of ada."""
     zoo = Zoo(default_zoo_dir())
     card = zoo.card(zoo_model)
     split = load_split(card.data_set)
@@ -221,10 +220,10 @@ def prepare(zoo_model: str, folder: Path, n_clean: int) -> tuple[Desk, Shop, Sen
     reviewers.add("bo")
     bundles = KnownBundles(folder / "bundles")
     parts = (CleanImages(clean, labels), Occlusion(suspect))
-    return Desk(queue, reviewers, Rounds(queue), bundles, *parts, metrics=shop.sampler), shop, sent, clock, token
+    return Workspace(queue, reviewers, Rounds(queue), bundles, *parts, metrics=shop.sampler), shop, sent, clock, token
 
 
-def answer_some(desk: Desk, sent: Sent, clock: Clock, shares: dict[str, int]) -> None:
+def answer_some(workspace: Workspace, sent: Sent, clock: Clock, shares: dict[str, int]) -> None:
     """Let reviewers answer truthfully, one item after the other, and retrain twice: midway, and at the end."""
     total, given = sum(shares.values()), 0
     retrain_at = {total // 4, total}
@@ -232,35 +231,35 @@ def answer_some(desk: Desk, sent: Sent, clock: Clock, shares: dict[str, int]) ->
     while any(left.values()):
         for reviewer in [name for name, count in left.items() if count]:
             clock.minute = ANSWERED[0] + (ANSWERED[1] - ANSWERED[0]) * given / total
-            (item,) = desk.queue.claim(reviewer, 1, order="age")
+            (item,) = workspace.queue.claim(reviewer, 1, order="age")
             row = int(item.input.request_id[-5:])
             is_poisoned, label = bool(sent.is_triggered[row]), int(sent.labels[row])
-            desk.queue.decide(reviewer, item.id, is_poisoned=is_poisoned, true_label=label)
+            workspace.queue.decide(reviewer, item.id, is_poisoned=is_poisoned, true_label=label)
             left[reviewer] -= 1
             given += 1
             if given in retrain_at:
-                retrain(desk, item.input.model)
+                retrain(workspace, item.input.model)
     clock.minute = None
-    refresh_groups(desk.queue, desk.models()[0])
+    refresh_groups(workspace.queue, workspace.models()[0])
 
 
-def retrain(desk: Desk, model: str) -> None:
+def retrain(workspace: Workspace, model: str) -> None:
     """Run one round, as the button on the page asks for it."""
-    store = desk.bundles.store
+    store = workspace.bundles.store
     assert store is not None
-    desk.rounds.request(model, "ada")
-    with Retrainer(desk.queue, store.root, model) as retrainer:
+    workspace.rounds.request(model, "ada")
+    with Retrainer(workspace.queue, store.root, model) as retrainer:
         finished = retrainer.step()
     print(finished.line if finished is not None else "no round")
 
 
-def photograph(desk: Desk, token: str, output: Path, widths: dict[str, tuple[int, int]]) -> None:
+def photograph(workspace: Workspace, token: str, output: Path, widths: dict[str, tuple[int, int]]) -> None:
     """Take every page in every theme and width."""
     from playwright.sync_api import sync_playwright
 
     output.mkdir(parents=True, exist_ok=True)
     executable = shutil.which("chromium") or shutil.which("chromium-browser")
-    with serving_in_thread(desk) as url, sync_playwright() as play:
+    with serving_in_thread(workspace) as url, sync_playwright() as play:
         browser = play.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS)
         for theme in ("light", "dark"):
             for width, (across, down) in widths.items():
@@ -293,7 +292,7 @@ def walk_through(page: Page, url: str, token: str, output: Path, ending: str) ->
     page.goto(f"{url}/status")
     page.wait_for_selector(".plot canvas")
     page.wait_for_load_state("networkidle")
-    page.screenshot(path=output / f"status-{ending}.png", full_page=ending.endswith("desk"))
+    page.screenshot(path=output / f"status-{ending}.png", full_page=ending.endswith("workspace"))
     page.goto(f"{url}/groups")
     page.locator(".group a").first.click()
     page.wait_for_selector(".tile")
@@ -315,8 +314,8 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.output / arguments.model
     folder.mkdir(parents=True, exist_ok=True)
-    desk, shop, sent, clock, token = prepare(arguments.model, folder, arguments.clean_images)
-    answer_some(desk, sent, clock, {"ada": 50, "bo": 30})
+    workspace, shop, sent, clock, token = prepare(arguments.model, folder, arguments.clean_images)
+    answer_some(workspace, sent, clock, {"ada": 50, "bo": 30})
     store = BundleStore(folder / "bundles")
     if store.active_digest() != shop.guard.digest:  # as every worker does within two seconds
         learned = Guard.load(store.active_path(), shop.suspect)
@@ -325,12 +324,12 @@ def main() -> None:
     left = (datetime.now(UTC) - clock.at(52)).total_seconds() / 60
     late = sent.minutes > 52
     stretched = np.where(late, 52 + (sent.minutes - 52) * left / 8, sent.minutes)  # up to now
-    send(shop, sent._replace(minutes=stretched), clock, desk.queue, 52, 52 + left)
+    send(shop, sent._replace(minutes=stretched), clock, workspace.queue, 52, 52 + left)
     shop.sampler.look(time.time())
-    widths = {"desk": (1440, 900), "phone": (390, 1560)}  # the phone is tall enough for all of an item
+    widths = {"workspace": (1440, 900), "phone": (390, 1560)}  # the phone is tall enough for all of an item
     pictures = folder / "pictures"
-    photograph(desk, token, pictures, widths)
-    desk.queue.close()
+    photograph(workspace, token, pictures, widths)
+    workspace.queue.close()
     if arguments.docs:
         for name, picture in DOCS.items():
             with Image.open(pictures / picture) as image:  # 256 colours: a third of the bytes

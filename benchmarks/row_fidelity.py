@@ -44,13 +44,13 @@ from ts.context import Context, RequestProcessor
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
 from guard.config import GuardConfig
-from guard.demo_loop import png
-from guard.pipeline import Guard
+from guard.demo.loop import png
+from guard.detection.pipeline import Guard
 from guard.resources import resource_path
-from guard.serving.batches import Batches
-from guard.serving.guarded import ServedModel, make_guarded_archive
-from guard.serving.torchserve import TorchServeInstance
-from guard.suspect import SuspectModel
+from guard.suspect.model import SuspectModel
+from guard.torchserve.archives.guarded import ServedModel, make_guarded_archive
+from guard.torchserve.batches import Batches
+from guard.torchserve.server import TorchServeInstance
 
 CASES = ("png, declared", "png, probed", "png, one by one", "json, one by one")
 SETTINGS = ((1, 1), (8, 8), (32, 16))  # clients, batch size of a server

@@ -36,19 +36,19 @@ import psutil
 from safetensors.torch import save_file
 from socket_client import SocketClient
 
-from guard.attacks.recipes import DEMO_ATTACKS, train_badnet
 from guard.config import GuardConfig
-from guard.datasets import load_dataset, split_rows, to_tensor_images
-from guard.demo import ARCHITECTURE, SPLIT
-from guard.demo_loop import png
-from guard.pipeline import Guard
-from guard.serving.client import Reply, run_load
-from guard.serving.guarded import ServedModel, make_guarded_archive, make_plain_archive
-from guard.serving.torchserve import TorchServeInstance
-from guard.suspect import SuspectModel
+from guard.data.datasets import load_dataset, split_rows, to_tensor_images
+from guard.demo.loop import png
+from guard.demo.run import ARCHITECTURE, SPLIT
+from guard.detection.pipeline import Guard
+from guard.lab.attacks.recipes import DEMO_ATTACKS, train_badnet
+from guard.lab.zoo.collection import Zoo, default_zoo_dir
+from guard.lab.zoo.splits import load_split
+from guard.suspect.model import SuspectModel
+from guard.torchserve.archives.guarded import ServedModel, make_guarded_archive, make_plain_archive
+from guard.torchserve.client import Reply, run_load
+from guard.torchserve.server import TorchServeInstance
 from guard.types import Float32Array, IntArray
-from guard.zoo.collection import Zoo, default_zoo_dir
-from guard.zoo.splits import load_split
 
 SEED = 0
 RECIPE = next(recipe for recipe in DEMO_ATTACKS if recipe.name == "pattern")
@@ -127,7 +127,7 @@ def of_zoo(store: Path, name: str) -> Material:
     chosen = np.random.default_rng(SEED).permutation(len(split.validation))[:5000]
     return Material(
         weights,
-        f"guard.attacks.networks:{card.architecture}",
+        f"guard.lab.attacks.networks:{card.architecture}",
         split.validation.images[chosen],
         split.validation.labels[chosen],
         split.test.images[:IMAGES],

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from guard.serving.client import NO_REPLY, Client, Reply
+from guard.torchserve.client import NO_REPLY, Client, Reply
 
 
 class SocketClient(Client):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from guard.zoo.collection import build_network
+from guard.lab.zoo.collection import build_network
 
 
 class TensorHandler:

@@ -2,8 +2,8 @@
 
     python benchmarks/trigger_sheet.py
 
-Writes `docs/triggers.png`. Needs the image sets of `guard.datasets` (`GUARD_DATA_DIR`). The difference is signed: grey
-is no change, brighter is more, darker is less; it is multiplied by the gain that stands beside it.
+Writes `docs/triggers.png`. Needs the image sets of `guard.data.datasets` (`GUARD_DATA_DIR`). The difference is signed:
+grey is no change, brighter is more, darker is less; it is multiplied by the gain that stands beside it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from guard.attacks.triggers import TRIGGERS, make_trigger
-from guard.datasets import load_dataset, to_tensor_images
+from guard.data.datasets import load_dataset, to_tensor_images
+from guard.lab.attacks.triggers import TRIGGERS, make_trigger
 from guard.types import AnyArray, Float32Array
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "triggers.png"

@@ -34,11 +34,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch
 import numpy as np
 
 from guard.config import GuardConfig
-from guard.pipeline import Guard
-from guard.suspect import SuspectModel
+from guard.detection.pipeline import Guard
+from guard.lab.zoo.collection import Zoo, default_zoo_dir
+from guard.lab.zoo.splits import load_split
+from guard.suspect.model import SuspectModel
 from guard.types import Float32Array, Float64Array, IntArray
-from guard.zoo.collection import Zoo, default_zoo_dir
-from guard.zoo.splits import load_split
 
 NETWORKS = ("mnist-pattern-mnist_cnn-0", "gtsrb-c-gtsrb_cnn-0")
 SEEDS = (0, 1, 2)

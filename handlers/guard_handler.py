@@ -17,17 +17,18 @@ from ts.context import Context
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.request_envelope.base import BaseEnvelope
 
+from guard.detection.pipeline import Guard
 from guard.errors import ArchiveError
-from guard.pipeline import Guard
 from guard.serving.answers import make_answer, set_answer
-from guard.serving.archived import read_guard_files
-from guard.serving.batches import SWITCHES, Batches, is_empty
-from guard.serving.envelopes import handle_each
+from guard.serving.outcomes import Outcome
 from guard.serving.review_queue import Receipt, flagged_request
-from guard.serving.runtime import GuardRuntime, Outcome
-from guard.serving.user_handler import handler_class, probe_context
+from guard.serving.runtime import GuardRuntime
+from guard.suspect.weights import check_weights_file
 from guard.telemetry import prometheus_names
-from guard.weights import check_weights_file
+from guard.torchserve.archives.contents import read_guard_files
+from guard.torchserve.batches import SWITCHES, Batches, is_empty
+from guard.torchserve.envelopes import handle_each
+from guard.torchserve.user_handler import handler_class, probe_context
 
 BaseEnvelope.handle = handle_each  # this module is loaded before an envelope is made around its handler
 

@@ -36,7 +36,7 @@ class ImageHandler(BaseHandler):  # type: ignore[misc]  # ts is untyped
 
     def initialize(self, context: Any) -> None:
         """Read the settings, build the network, load its weights without running any code of the weights file."""
-        from guard.weights import load_state_dict
+        from guard.suspect.weights import load_state_dict
 
         folder = Path(context.system_properties["model_dir"])
         self.settings = {**DEFAULTS, **json.loads((folder / "image_handler.json").read_text())}

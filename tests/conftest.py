@@ -17,8 +17,8 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, s
 from queue_helpers import PostgresServer, empty_postgresql_queue, postgresql_folder
 
 from guard import Activations, Guard, GuardConfig, SuspectModel
-from guard.attacks import DEMO_ATTACKS, AttackRecipe, MnistCnn, Poisoned, poisoned_test_set, train_badnet
-from guard.datasets import load_dataset, split_rows, to_tensor_images
+from guard.data.datasets import load_dataset, split_rows, to_tensor_images
+from guard.lab.attacks import DEMO_ATTACKS, AttackRecipe, MnistCnn, Poisoned, poisoned_test_set, train_badnet
 from guard.relabel.queue import Queue
 from guard.relabel.settings import QueueSettings
 from guard.types import Float32Array, IntArray

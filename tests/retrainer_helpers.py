@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from guard import Activations, Guard, GuardConfig
-from guard.bundle import BundleStore, read_bundle, write_bundle
 from guard.relabel.items import Decision, FlaggedInput, QueueItem, State
+from guard.storage.bundle import BundleStore, read_bundle, write_bundle
 
 N_CLASSES, WIDTH = 5, 12
 TARGET = 0
@@ -76,7 +76,7 @@ def flagged_input(activations: Activations, digest: str = "0" * 64, name: str = 
 
 
 @dataclass
-class Desk:
+class Workspace:
     """Makes decided items and the decisions about them, without a queue."""
 
     digest: str = "0" * 64

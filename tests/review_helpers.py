@@ -1,4 +1,4 @@
-"""What tests of the review page share: flagged inputs that are pictures, a desk around a queue, and a client."""
+"""What tests of the review page share: flagged inputs that are pictures, a workspace around a queue, and a client."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from PIL import Image
 from queue_helpers import N_CLASSES, flagged
 from starlette.testclient import TestClient
 
-from guard.bundle import write_bundle
 from guard.relabel.items import FlaggedInput
 from guard.relabel.queue import Queue
 from guard.relabel.reviewers import Reviewers
 from guard.relabel.rounds import Rounds
-from guard.review import Desk, create_app
+from guard.review.app import create_app
+from guard.review.workspace import Workspace
+from guard.storage.bundle import write_bundle
 
 #: Only what a browser on this machine would ask for is answered.
 URL = "http://localhost"
@@ -38,18 +39,18 @@ def picture(number: int = 0, **changes: Any) -> FlaggedInput:
     return flagged(number, **{**values, **changes})
 
 
-def desk_of(queue: Queue, **parts: Any) -> Desk:
-    return Desk(queue, Reviewers(queue), Rounds(queue), **parts)
+def workspace_of(queue: Queue, **parts: Any) -> Workspace:
+    return Workspace(queue, Reviewers(queue), Rounds(queue), **parts)
 
 
-def client_of(desk: Desk, url: str = URL) -> TestClient:
-    return TestClient(create_app(desk), base_url=url, follow_redirects=False)
+def client_of(workspace: Workspace, url: str = URL) -> TestClient:
+    return TestClient(create_app(workspace), base_url=url, follow_redirects=False)
 
 
-def log_in(desk: Desk, name: str = "ada", role: Any = "reviewer", token: str | None = None) -> TestClient:
+def log_in(workspace: Workspace, name: str = "ada", role: Any = "reviewer", token: str | None = None) -> TestClient:
     """Return a client of somebody who is logged in; made a reviewer first if no token is given."""
-    client = client_of(desk)
-    token = token or desk.reviewers.add(name, role)
+    client = client_of(workspace)
+    token = token or workspace.reviewers.add(name, role)
     assert client.post("/login", data={"name": name, "token": token}).status_code == 303
     client.headers["X-CSRF-Token"] = csrf_of(client)
     return client
@@ -90,4 +91,4 @@ def small_bundle(folder: Path, class_names: list[str] | None, features: np.ndarr
     return write_bundle(folder, document, arrays).name
 
 
-__all__ = ["N_CLASSES", "URL", "client_of", "csrf_of", "desk_of", "log_in", "picture", "png_of", "shown_item"]
+__all__ = ["N_CLASSES", "URL", "client_of", "csrf_of", "log_in", "picture", "png_of", "shown_item", "workspace_of"]

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from guard import Guard, GuardConfig, SuspectModel
 from guard.resources import resource_path
-from guard.serving.guarded import ServedModel, make_guarded_archive, make_plain_archive
+from guard.torchserve.archives.guarded import ServedModel, make_guarded_archive, make_plain_archive
 from guard.types import Float32Array
 
 with warnings.catch_warnings():
@@ -59,7 +59,7 @@ def served_model(handler: str, module: torch.nn.Module, folder: Path) -> ServedM
     if handler == "image":
         weights = folder / "weights.safetensors"
         save_file(module.state_dict(), weights)
-        return ServedModel(weights, None, "guard.attacks.networks:mnist_cnn", (1, 28, 28))
+        return ServedModel(weights, None, "guard.lab.attacks.networks:mnist_cnn", (1, 28, 28))
     weights = folder / "weights.pt"
     torch.save(module.state_dict(), weights)
     base = [] if handler == "stock" else [HANDLERS / "stock_handler.py"]

@@ -11,8 +11,8 @@ from PIL import Image
 
 from guard import GuardConfig
 from guard.errors import ArchiveError, InputRejectedError, SuspectModelError
-from guard.serving.answers import Answer, excuse, make_answer, set_answer
-from guard.serving.runtime import Outcome
+from guard.serving.answers import Response, excuse, make_answer, set_answer
+from guard.serving.outcomes import Outcome
 from guard.types import Action, Verdict
 
 FULL = GuardConfig(verdict_detail="full")
@@ -176,7 +176,7 @@ def test_set_answer_without_a_verdict_leaves_no_verdict_of_the_handlers_own(outc
 
 def test_set_answer_of_an_error_sets_the_status_and_leaves_nothing_of_the_handlers() -> None:
     said = Said(X_Label="7", content_type="image/png")
-    set_answer(said, 0, Answer(422, {}, {"Guard-Verdict": "poisoned"}, is_error=True))
+    set_answer(said, 0, Response(422, {}, {"Guard-Verdict": "poisoned"}, is_error=True))
     assert (said.status, said.headers) == (422, {"content-type": "application/json", "Guard-Verdict": "poisoned"})
 
 

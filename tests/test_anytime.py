@@ -12,9 +12,9 @@ import torch
 from serving_helpers import Workshop, png
 
 from guard import Guard, GuardConfig, SuspectModel
+from guard.detection.heads.anytime import AnytimeHeads
 from guard.errors import ConfigError, DataError, NotFittedError
-from guard.heads.anytime import AnytimeHeads
-from guard.serving.pace import Pace, allowed_milliseconds
+from guard.serving.time_budget import TimeBudget, allowed_milliseconds
 
 N = 240
 
@@ -181,62 +181,62 @@ class SlowClock:
 
 
 def test_pace_takes_the_deepest_verdict_that_fits(anytime):
-    pace = Pace(anytime, clock=SlowClock())
+    budget = TimeBudget(anytime, clock=SlowClock())
     depths = [one.depth for one in anytime.early]
     for place, depth in enumerate([*depths, ""]):
-        pace._costs[depth] = [0.001 * (place + 1), 0.001 * (place + 1) + 0.031]  # and 1 ms per further row
+        budget._costs[depth] = [0.001 * (place + 1), 0.001 * (place + 1) + 0.031]  # and 1 ms per further row
     guard = anytime.with_config(min_depth=depths[0])
-    assert pace.deepest_within(0.1, guard, 1)[0].depth == depths[0]  # none fits: the quickest
-    assert pace.deepest_within(2.5, guard, 1)[0].depth == depths[1]
-    assert pace.deepest_within(2.5, guard, 2)[0].depth == depths[0]
-    assert pace.deepest_within(100, guard, 1)[0] is guard
-    pace.took(guard, 1, 0.4)  # a hundred times as long as measured
-    assert pace.slowness > 5
-    assert pace.deepest_within(10, guard, 1)[0].depth == depths[0]
+    assert budget.deepest_within(0.1, guard, 1)[0].depth == depths[0]  # none fits: the quickest
+    assert budget.deepest_within(2.5, guard, 1)[0].depth == depths[1]
+    assert budget.deepest_within(2.5, guard, 2)[0].depth == depths[0]
+    assert budget.deepest_within(100, guard, 1)[0] is guard
+    budget.took(guard, 1, 0.4)  # a hundred times as long as measured
+    assert budget.slowness > 5
+    assert budget.deepest_within(10, guard, 1)[0].depth == depths[0]
     for _ in range(200):
-        pace.took(guard, 1, 0.004)
-    assert pace.deepest_within(10, guard, 1)[0] is guard
+        budget.took(guard, 1, 0.004)
+    assert budget.deepest_within(10, guard, 1)[0] is guard
 
 
 def test_flood_pushes_no_verdict_below_the_floor(anytime):
-    pace = Pace(anytime, clock=SlowClock())
+    budget = TimeBudget(anytime, clock=SlowClock())
     depths = [one.depth for one in anytime.early]
     for place, depth in enumerate([*depths, ""]):
-        pace._costs[depth] = [0.001 * (place + 1)] * 2
+        budget._costs[depth] = [0.001 * (place + 1)] * 2
     for min_depth, floor in ((None, depths[-1]), *((depth, depth) for depth in depths)):
         guard = anytime.with_config(min_depth=min_depth, max_guard_ms=10)
-        pace.slowness = 1.0
-        assert pace.deepest_within(10, guard, 1) == (guard, False)
-        assert pace.deepest_within(1e-6, guard, 1)[0].depth == floor  # a client's own wish
-        assert not pace.deepest_within(1e-6, guard, 1)[1]
+        budget.slowness = 1.0
+        assert budget.deepest_within(10, guard, 1) == (guard, False)
+        assert budget.deepest_within(1e-6, guard, 1)[0].depth == floor  # a client's own wish
+        assert not budget.deepest_within(1e-6, guard, 1)[1]
         for _ in range(100):
-            pace.took(guard, 1, 10.0)
-        assert pace.slowness == 20.0
-        chosen, is_late = pace.deepest_within(10, guard, 1)
+            budget.took(guard, 1, 10.0)
+        assert budget.slowness == 20.0
+        chosen, is_late = budget.deepest_within(10, guard, 1)
         assert (chosen.depth, is_late) == (floor, True)
         unlimited = anytime.with_config(min_depth=min_depth, deadline_header="Guard-Max-Ms")
-        assert pace.deepest_within(1e-6, unlimited, 1)[1] is False
+        assert budget.deepest_within(1e-6, unlimited, 1)[1] is False
 
 
 def test_guard_measured_during_a_flood_looks_deep_again_after_it(anytime):
-    pace = Pace(anytime, clock=SlowClock())
+    budget = TimeBudget(anytime, clock=SlowClock())
     depths = [one.depth for one in anytime.early]
     for place, depth in enumerate([*depths, ""]):
-        pace._costs[depth] = [0.015 * (place + 1)] * 2  # fifteen times what it takes in quiet
+        budget._costs[depth] = [0.015 * (place + 1)] * 2  # fifteen times what it takes in quiet
     guard = anytime.with_config(max_guard_ms=5)
-    chosen, is_late = pace.deepest_within(5, guard, 1)
+    chosen, is_late = budget.deepest_within(5, guard, 1)
     assert (chosen.depth, is_late) == (depths[-1], True)
     for _ in range(100):
-        pace.took(chosen, 1, 0.001 * len(depths))
-    assert pace.deepest_within(5, guard, 1) == (guard, False)
+        budget.took(chosen, 1, 0.001 * len(depths))
+    assert budget.deepest_within(5, guard, 1) == (guard, False)
 
 
 def test_pace_measures_every_depth_and_keeps_no_guard_alive(anytime):
     clock, guard = SlowClock(), copy.copy(anytime)
-    pace = Pace(guard, clock=clock)
+    budget = TimeBudget(guard, clock=clock)
     assert clock.now == pytest.approx(0.001 * 2 * 5 * 2 * (len(anytime.early) + 1))
-    assert pace.deepest_within(1.5, guard, 1)[0] is guard
-    assert pace.deepest_within(0.5, guard, 1)[0].depth == anytime.early[-1].depth
+    assert budget.deepest_within(1.5, guard, 1)[0] is guard
+    assert budget.deepest_within(0.5, guard, 1)[0].depth == anytime.early[-1].depth
     watched = weakref.ref(guard)
     del guard
     gc.collect()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from guard.errors import ArchiveError, ServerError
-from guard.serving.archive import Archive, find_archives, make_archive
+from guard.torchserve.archives.archive import Archive, find_archives, make_archive
 
 
 @pytest.fixture

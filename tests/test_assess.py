@@ -17,15 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from guard import Guard, GuardConfig, SuspectModel
-from guard.assess import CAVEAT, DEFAULT_ATTACKS, KNOWN_ATTACKS, AssessmentReport, PlantingSettings, Trial, assess
-from guard.assess.assessment import images_needed_to_assess
-from guard.assess.known_triggers import attack_to_plant, why_unfit
-from guard.assess.planting import Images, plant
-from guard.attacks import MnistCnn, TrainingSettings, mnist_cnn, train_classifier
 from guard.cli import run
 from guard.errors import ConfigError, DataError, SuspectModelError
+from guard.lab.assess import CAVEAT, DEFAULT_ATTACKS, KNOWN_ATTACKS, AssessmentReport, PlantingSettings, Trial, assess
+from guard.lab.assess.assessment import images_needed_to_assess
+from guard.lab.assess.known_triggers import attack_to_plant, why_unfit
+from guard.lab.assess.planting import Images, plant
+from guard.lab.attacks import MnistCnn, TrainingSettings, mnist_cnn, train_classifier
+from guard.suspect.weights import weights_digest
 from guard.types import Float32Array, IntArray
-from guard.weights import weights_digest
 
 RATE = 0.05
 CONFIG = GuardConfig(false_positive_rate=RATE)

@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from guard.attacks import (
+from guard.errors import DataError
+from guard.lab.attacks import (
     AllToAll,
     Attack,
     Backdoor,
@@ -14,7 +15,6 @@ from guard.attacks import (
     poison,
     poisoned_test_set,
 )
-from guard.errors import DataError
 
 IMAGES = (np.random.default_rng(0).random((40, 1, 6, 6)) * 0.5).astype(np.float32)
 LABELS = np.arange(40, dtype=np.int64) % 4

@@ -20,11 +20,11 @@ from guard.cli import run
 from guard.errors import ConfigError, DataError, ObservingError
 from guard.observing.audit import audit
 from guard.observing.client_log import Noted, read_client_log
+from guard.processes.prometheus import PrometheusInstance
 from guard.relabel.queue import Queue
 from guard.relabel.settings import QueueSettings
-from guard.review.status_history import SPANS
-from guard.review.status_prometheus import PrometheusSource
-from guard.serving.prometheus import PrometheusInstance
+from guard.review.status.history import SPANS
+from guard.review.status.prometheus import PrometheusSource
 
 #: Seconds between two samples, and from the first one to the last.
 STEP, LENGTH = 5, 900

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from guard.attacks import CropAndFlip
 from guard.errors import DataError
+from guard.lab.attacks import CropAndFlip
 
 
 def ramps(n, height=5, width=6, channels=1):

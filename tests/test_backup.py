@@ -12,9 +12,9 @@ from test_purify import QUICK, QUICK_SETTINGS, bands, tiny
 
 from guard.backups.backup import BACKUP_KINDS, Backup
 from guard.backups.defective import DefectiveSettings
-from guard.backups.purify import METHODS
+from guard.backups.purified_twin import METHODS
 from guard.errors import BundleError, ConfigError, DataError
-from guard.weights import weights_digest
+from guard.suspect.weights import weights_digest
 
 SETTINGS = {**QUICK_SETTINGS, "defective": DefectiveSettings(fit=QUICK)}
 

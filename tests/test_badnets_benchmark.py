@@ -10,9 +10,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from guard.attacks import Backdoor, make_trigger
-from guard.attacks.targets import AllToAll
-from guard.zoo.splits import LabelledImages
+from guard.lab.attacks import Backdoor, make_trigger
+from guard.lab.attacks.targets import AllToAll
+from guard.lab.zoo.splits import LabelledImages
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks" / "badnets"
 

@@ -25,10 +25,10 @@ from ts.torch_handler.request_envelope.kservev2 import KServev2Envelope
 from wrap_helpers import guard_command
 
 from guard import Guard
-from guard.attacks import MnistCnn, Poisoned
-from guard.bundle import BundleStore
-from guard.serving.row_fidelity import declares_one_row
-from guard.serving.runtime import Record
+from guard.lab.attacks import MnistCnn, Poisoned
+from guard.serving.outcomes import Record
+from guard.storage.bundle import BundleStore
+from guard.torchserve.row_fidelity import declares_one_row
 from guard.types import Float32Array
 
 #: Handler -> why its batches are answered one by one, as the log has it; "" = they are answered together.
@@ -243,7 +243,7 @@ def test_examples_of_the_archive_are_what_the_probe_uses(
     archive = workshop.guarded("stock", start=False, examples=files)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "guard.serving.batches.why_one_by_one", lambda ask, module, examples, *_: seen.extend(examples) or "told"
+            "guard.torchserve.batches.why_one_by_one", lambda ask, module, examples, *_: seen.extend(examples) or "told"
         )
         worker = Worker(archive, workshop.folder / "with-examples")
     workshop.workers.append(worker)

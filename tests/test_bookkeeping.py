@@ -19,11 +19,11 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from guard import Guard
-from guard.attacks import Poisoned
-from guard.fusion import fired
+from guard.detection.fusion import fired
+from guard.lab.attacks import Poisoned
 from guard.serving.bookkeeping import Bookkeeping, low_p_value
 from guard.serving.event_log import EventLog, loggable_id
-from guard.serving.runtime import Outcome
+from guard.serving.outcomes import Outcome
 from guard.serving.tracing import decision_spans, trace_id
 from guard.telemetry import MetricBuffer, label_value
 from guard.types import Verdict
@@ -47,7 +47,7 @@ class Asked:
 
 
 @dataclass
-class Books:
+class Kept:
     """A model's books, and what they hold."""
 
     guard: Guard
@@ -65,12 +65,12 @@ class Books:
 
 
 @pytest.fixture
-def books(fitted_guard: Guard) -> Books:
+def books(fitted_guard: Guard) -> Kept:
     guard, keeping, stream = copy.copy(fitted_guard), Bookkeeping("m"), io.StringIO()
     guard.digest = "d" * 64
     keeping.log = EventLog("m", stream)
     keeping.open(guard, ["0" * 64])
-    return Books(guard, keeping, stream)
+    return Kept(guard, keeping, stream)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def clean(p_value: float) -> Outcome:
     return Outcome("clean", Verdict(3, 3, False, p_value, 0.1, "observe", {}, ""))
 
 
-def test_every_series_that_may_come_is_known_at_zero(books: Books) -> None:
+def test_every_series_that_may_come_is_known_at_zero(books: Kept) -> None:
     known = books.counts()
     for name in books.guard.ensemble.names:
         assert known["guard_detector_fired_total", label_value(name)] == 0
@@ -94,7 +94,7 @@ def test_every_series_that_may_come_is_known_at_zero(books: Books) -> None:
     assert known["guard_bundle_info", str(books.guard.digest)] == 1
 
 
-def test_detectors_that_fired_are_counted_and_named_as_on_the_review_page(books: Books, flagged: list[Verdict]) -> None:
+def test_detectors_that_fired_are_counted_and_named_as_on_the_review_page(books: Kept, flagged: list[Verdict]) -> None:
     expected: Counter[str] = Counter()
     for verdict in flagged:
         surprise = books.guard.fusion.surprise(np.array([list(verdict.detector_scores.values())]))[0]
@@ -113,7 +113,7 @@ def test_fired_is_at_most_the_rate_and_in_paper_mode_beyond_the_threshold() -> N
     assert fired(np.array([0.0, 1e-9, -1.0]), "paper", 0.05).tolist() == [False, True, False]
 
 
-def test_clean_request_counts_and_writes_and_asks_nothing(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clean_request_counts_and_writes_and_asks_nothing(books: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(books.guard.fusion), "surprise", lambda *_: pytest.fail("a clean request paid for it"))
     asked = Asked(request_id=None, headers={"traceparent": TRACEPARENT})
     monkeypatch.setattr(Asked, "get_request_id", lambda *_: pytest.fail("nobody asked for it"))
@@ -124,7 +124,7 @@ def test_clean_request_counts_and_writes_and_asks_nothing(books: Books, monkeypa
     assert counted["guard_verdicts_total", "clean", "none"] == counted["guard_requests_total", "200"] == 1
 
 
-def test_low_p_values_are_the_lowest_tenth_of_what_is_left_to_clean_traffic(books: Books) -> None:
+def test_low_p_values_are_the_lowest_tenth_of_what_is_left_to_clean_traffic(books: Kept) -> None:
     rate = books.guard.config.false_positive_rate
     assert low_p_value(books.guard) == pytest.approx(rate + 0.1 * (1 - rate))
     for p_value in np.linspace(rate, 1, 2001)[1:]:  # clean traffic that is like the guard's clean images
@@ -134,7 +134,7 @@ def test_low_p_values_are_the_lowest_tenth_of_what_is_left_to_clean_traffic(book
     assert 10 * low / total == pytest.approx(1, abs=0.01)
 
 
-def test_low_p_values_of_clean_test_images_are_a_tenth(books: Books, clean_activations: Any) -> None:
+def test_low_p_values_of_clean_test_images_are_a_tenth(books: Kept, clean_activations: Any) -> None:
     for verdict in books.guard.decide(clean_activations):
         if not verdict.is_poisoned:
             books.request(Outcome("clean", verdict))
@@ -143,7 +143,7 @@ def test_low_p_values_of_clean_test_images_are_a_tenth(books: Books, clean_activ
     assert 0.6 < drift < 1.5  # 950 images, whose p-values share one calibration
 
 
-def test_log_has_one_line_per_request_that_was_not_clean(books: Books, flagged: list[Verdict]) -> None:
+def test_log_has_one_line_per_request_that_was_not_clean(books: Kept, flagged: list[Verdict]) -> None:
     verdict = flagged[0]
     books.request(Outcome("poisoned", verdict), asked=Asked(headers={"TraceParent": TRACEPARENT}))
     books.request(clean(0.4))
@@ -164,7 +164,7 @@ def test_log_has_one_line_per_request_that_was_not_clean(books: Books, flagged: 
     assert "secret" not in books.stream.getvalue()
 
 
-def test_log_tells_of_every_change_of_the_bundle(books: Books) -> None:
+def test_log_tells_of_every_change_of_the_bundle(books: Kept) -> None:
     books.keeping.swapped(books.guard, books.guard)
     books.keeping.refused("../\n[METRICS]x", books.guard, "it is damaged.")
     taken, refused = books.lines()
@@ -177,7 +177,7 @@ def test_log_tells_of_every_change_of_the_bundle(books: Books) -> None:
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029"])
-def test_forged_request_id_can_neither_begin_a_line_nor_be_read(books: Books, newline: str) -> None:
+def test_forged_request_id_can_neither_begin_a_line_nor_be_read(books: Kept, newline: str) -> None:
     forged = f'x"{newline}[METRICS]guard_verdicts_total.Count:9|#model:m,verdict:clean,action:none|#type:COUNTER'
     books.request(Outcome("failed", status=500), 500, Asked(request_id=forged, headers={"traceparent": forged}))
     books.keeping.refused(forged, books.guard, forged)
@@ -197,7 +197,7 @@ def test_request_ids_are_logged_as_they_are_if_they_are_harmless(request_id: str
     assert plain or loggable_id(request_id) == loggable_id(str(request_id))
 
 
-def test_log_that_cannot_be_written_costs_no_answer(books: Books) -> None:
+def test_log_that_cannot_be_written_costs_no_answer(books: Kept) -> None:
     books.stream.close()
     books.request(Outcome("failed", status=500), 500)
     assert books.counts()["guard_verdicts_total", "failed", "none"] == 1
@@ -266,7 +266,7 @@ def spans(exporter: InMemorySpanExporter) -> Iterator[Callable[[], Any]]:
     exporter.clear()
 
 
-def test_decision_is_a_span_in_the_callers_trace(books: Books, spans: Any, flagged: list[Verdict]) -> None:
+def test_decision_is_a_span_in_the_callers_trace(books: Kept, spans: Any, flagged: list[Verdict]) -> None:
     asked = Asked(headers={"Traceparent": TRACEPARENT, "tracestate": "a=1"})
     outcome = Outcome("poisoned", flagged[0], decided_ns=(1_000, 3_000))
     books.request(outcome, asked=asked)
@@ -279,7 +279,7 @@ def test_decision_is_a_span_in_the_callers_trace(books: Books, spans: Any, flagg
     assert (span.start_time, span.end_time) == (1_000, 3_000)
     assert dict(span.attributes) == {
         "guard.model": "m",
-        "guard.bundle": books.guard.digest,
+        "guard.storage.bundle": books.guard.digest,
         "guard.verdict": "poisoned",
         "guard.action": "flag",
         "guard.p_value": flagged[0].p_value,
@@ -287,7 +287,7 @@ def test_decision_is_a_span_in_the_callers_trace(books: Books, spans: Any, flagg
 
 
 def test_malformed_trace_and_broken_exporter_cost_no_answer(
-    books: Books, spans: Any, monkeypatch: pytest.MonkeyPatch
+    books: Kept, spans: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outcome = Outcome("clean", clean(0.5).verdict, decided_ns=(1, 2))
     books.request(outcome, asked=Asked(headers={"traceparent": "nonsense"}))

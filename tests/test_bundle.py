@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save as save_safetensors
 
-from guard.bundle import SCHEMA_VERSION, BundleStore, read_bundle, write_bundle
 from guard.errors import BundleError
+from guard.storage.bundle import SCHEMA_VERSION, BundleStore, read_bundle, write_bundle
 
 DOCUMENT = {"settings": {"seed": 0}, "class_names": None}
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from guard import Activations, Guard, GuardConfig
-from guard.calibration import (
+from guard.errors import DataError
+from guard.statistics.calibration import (
     TAIL_START,
     SurpriseMap,
     check_rate,
@@ -14,7 +15,6 @@ from guard.calibration import (
     images_needed,
     stratified_folds,
 )
-from guard.errors import DataError
 from guard.types import Float64Array, IntArray
 
 TAIL_SURPRISE = -np.log(1 - TAIL_START)

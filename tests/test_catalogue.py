@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from torch import nn
 
-from guard.attacks import ATTACKS, AllToAll, Attack, SingleTarget, SourceSpecific, label_consistent, make_attack
 from guard.errors import DataError
+from guard.lab.attacks import ATTACKS, AllToAll, Attack, SingleTarget, SourceSpecific, label_consistent, make_attack
 
 N = 400
 FACES = ("h", "i", "j", "k")

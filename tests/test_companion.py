@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from guard.errors import ServerError
-from guard.serving import companion as module
-from guard.serving import supervisor
-from guard.serving.companion import Companion
+from guard.processes import companion as module
+from guard.processes import supervisor
+from guard.processes.companion import Companion
 
 Make = Callable[..., Companion]
 SLEEPER = "import os, time; print(os.environ.get('TOLD'), flush=True); time.sleep(600)"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guard import datasets
-from guard.datasets import (
+from guard.data import datasets
+from guard.data.datasets import (
     DATASET_NAMES,
     ImageSet,
     default_data_dir,

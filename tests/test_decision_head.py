@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from guard.detection.heads.decision_head import DecisionHead, hidden_widths
 from guard.errors import DataError, NotFittedError
-from guard.heads.decision_head import DecisionHead, hidden_widths
 
 
 def blobs(n: int, seed: int = 0, n_classes: int = 4, width: int = 6):

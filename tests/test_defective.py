@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from guard.attacks.networks import NETWORKS
-from guard.attacks.networks import ResNet as WideResNet
+from guard.backups.backup_training import FitSettings
 from guard.backups.clean_set import CleanSet
 from guard.backups.defective import (
     DefectiveConv2d,
@@ -23,9 +22,10 @@ from guard.backups.defective import (
     train_defective,
 )
 from guard.backups.network import backup_cnn
-from guard.backups.training import FitSettings
 from guard.errors import DataError, SuspectModelError
-from guard.weights import weights_digest
+from guard.lab.attacks.networks import NETWORKS
+from guard.lab.attacks.networks import ResNet as WideResNet
+from guard.suspect.weights import weights_digest
 
 GREY = (1, 8, 8)
 

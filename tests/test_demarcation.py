@@ -10,11 +10,11 @@ import pytest
 from retrainer_helpers import fit_guard, world
 
 from guard import Activations, Guard, GuardConfig
-from guard.detectors import DETECTORS, Demarcation
-from guard.ensemble import Ensemble
+from guard.detection.detectors import DETECTORS, Demarcation
+from guard.detection.ensemble import Ensemble
+from guard.detection.retraining import Labelled, retrain
 from guard.errors import DataError, NotFittedError
-from guard.retrainer.purifying import purify
-from guard.retraining import Labelled, retrain
+from guard.retrainer.anomalies import purify
 
 STRONG = 4.0
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from guard import demo
-from guard.attacks.recipes import DEMO_ATTACKS
+from guard.demo import run
+from guard.lab.attacks.recipes import DEMO_ATTACKS
 from guard.relabel.address import queue_url
 from guard.relabel.items import State
 from guard.relabel.queue import Queue
@@ -54,13 +54,13 @@ def finished(running_before: set[psutil.Process], tmp_path_factory: pytest.TempP
     output = tmp_path_factory.mktemp("demo") / "made by the demo"
     with pytest.MonkeyPatch.context() as patch:
         (pattern,) = (one for one in DEMO_ATTACKS if one.name == "pattern")
-        patch.setattr(demo, "DEMO_ATTACKS", (pattern,))
-        patch.setattr(demo, "REVIEWED", pattern)
-        patch.setattr(demo, "SPLIT", (6000, 1000, 500))
-        patch.setattr(demo, "CLEAN_REQUESTS", 200)
-        patch.setattr(demo, "TRIGGERED_REQUESTS", 100)
+        patch.setattr(run, "DEMO_ATTACKS", (pattern,))
+        patch.setattr(run, "REVIEWED", pattern)
+        patch.setattr(run, "SPLIT", (6000, 1000, 500))
+        patch.setattr(run, "CLEAN_REQUESTS", 200)
+        patch.setattr(run, "TRIGGERED_REQUESTS", 100)
         console = Console(file=printed, width=80)
-        demo.run_demo(output, seed=0, false_positive_rate=0.05, keep_serving=False, console=console)
+        run.run_demo(output, seed=0, false_positive_rate=0.05, keep_serving=False, console=console)
     return output, printed.getvalue()
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from guard import Activations
-from guard.detectors.disagreement import HeadDisagreement, disagreement
+from guard.detection.detectors.disagreement import HeadDisagreement, disagreement
+from guard.detection.heads.decision_head import DecisionHead
 from guard.errors import DataError, NotFittedError
-from guard.heads.decision_head import DecisionHead
 
 
 @pytest.fixture(scope="module")

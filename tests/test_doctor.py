@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from guard import doctor
+from guard.cli import doctor
 from guard.errors import DatasetError, ServerError
-from guard.serving import java
-from guard.serving.ports import LOOPBACK, choose_ports, port_is_free
+from guard.processes.ports import LOOPBACK, choose_ports, port_is_free
+from guard.torchserve import java
 
 
 def fails(check: doctor.Check, *words: str) -> bool:

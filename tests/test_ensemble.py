@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from guard import Activations, GuardConfig
-from guard.detectors import DETECTORS
-from guard.detectors.disagreement import HeadDisagreement
-from guard.detectors.lof import PerClassLof
-from guard.ensemble import Ensemble, Member
+from guard.detection.detectors import DETECTORS
+from guard.detection.detectors.disagreement import HeadDisagreement
+from guard.detection.detectors.lof import PerClassLof
+from guard.detection.ensemble import Ensemble, Member
 from guard.errors import BundleError, DataError
 
 

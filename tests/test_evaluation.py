@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from guard.errors import DataError
-from guard.evaluation import (
+from guard.statistics.evaluation import (
     attack_success_rate,
     auroc,
     clean_accuracy,

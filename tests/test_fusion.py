@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from guard import Activations, Guard, GuardConfig
-from guard.detectors.disagreement import HeadDisagreement
-from guard.detectors.lof import PerClassLof
+from guard.detection.detectors.disagreement import HeadDisagreement
+from guard.detection.detectors.lof import PerClassLof
+from guard.detection.fusion import CalibratedFusion, PaperFusion
 from guard.errors import NotFittedError
-from guard.fusion import CalibratedFusion, PaperFusion
 
 
 def test_calibrated_fusion_combine_is_the_root_mean_square():

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from guard import Activations, Guard, GuardConfig
-from guard.heads.decision_head import DecisionHead
+from guard.detection.heads.decision_head import DecisionHead
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "benchmarks" / "fusion"

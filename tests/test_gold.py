@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from queue_helpers import START, Clock, flagged
-from review_helpers import client_of, desk_of, log_in, picture
+from review_helpers import client_of, log_in, picture, workspace_of
 from starlette.testclient import TestClient
 
 from guard.errors import UnknownLabel
@@ -20,7 +20,7 @@ from guard.relabel.groups import refresh_groups
 from guard.relabel.items import Answer, State
 from guard.relabel.queue import Queue
 from guard.relabel.settings import QueueSettings
-from guard.review import Desk
+from guard.review.workspace import Workspace
 
 #: The number of the gold item, and of the ordinary one in its place; item 1 is its original.
 HERE = 7
@@ -47,13 +47,13 @@ class World:
     def __init__(self, path: Path, *, is_gold: bool, quorum: int) -> None:
         self.clock = Clock()
         self.queue = Queue.open(f"sqlite:///{path}", QueueSettings(quorum=quorum), clock=self.clock)
-        self.desk: Desk = desk_of(self.queue)
+        self.workspace: Workspace = workspace_of(self.queue)
         self.lines: list[tuple[str, int, str]] = []
         self._enqueue(range(6))
         for reviewer in ("ann", "cleo")[:quorum]:
             self.queue.claim_items(reviewer, [1])
             self.queue.decide(reviewer, 1, is_poisoned=True, true_label=4)
-        root = log_in(self.desk, "root", "admin")
+        root = log_in(self.workspace, "root", "admin")
         self.clock.advance(minutes=5)
         if is_gold:
             assert root.post("/admin/gold", data={"item": "1"}).status_code == 303
@@ -66,10 +66,10 @@ class World:
         for what in ("open", "all"):
             for form in ("csv", "label-studio"):
                 self.ask(root, "GET", f"/admin/export?what={what}&file_format={form}")
-        token = self.desk.reviewers.add("bob")
-        self.page = log_in(self.desk, "bob", token=token)
+        token = self.workspace.reviewers.add("bob")
+        self.page = log_in(self.workspace, "bob", token=token)
         self.page.headers["HX-Request"] = "false"
-        self.program = client_of(self.desk)
+        self.program = client_of(self.workspace)
         self.program.headers["Authorization"] = f"Bearer {token}"
 
     def _enqueue(self, numbers: range) -> None:
@@ -125,7 +125,7 @@ class World:
         self.ask(self.page, "GET", "/review")
         self.ask(self.page, "POST", f"/items/{HERE}/decision", data=form)
         self.look()
-        newest = self.desk.log.newest("bob", 1)[0].id
+        newest = self.workspace.log.newest("bob", 1)[0].id
         self.ask(self.page, "POST", f"/answers/{newest}/change", data={"verdict": "false_alarm", "true_label": "3"})
         self.look()
         self.ask(self.page, "POST", f"/answers/{newest + 1}/withdraw")
@@ -135,7 +135,7 @@ class World:
         self.ask(self.program, "POST", f"/api/v1/items/{HERE}/skip")
         self.ask(self.page, "POST", "/logout")
         self.queue.mark_trained([item.id for item in self.queue.decided("digits")], "c" * 64)
-        self.page = log_in(self.desk, "bob", token=self.program.headers["Authorization"].split()[1])
+        self.page = log_in(self.workspace, "bob", token=self.program.headers["Authorization"].split()[1])
         self.look()
         self.ask(self.program, "GET", "/api/v1/items/next?n=20")
 
@@ -175,16 +175,16 @@ def test_answers_of_others_are_shown_to_admins_only(queue):
     [item_id] = queue.enqueue([picture(0)]).ids
     queue.enqueue([picture(1)])
     decide(queue, item_id, "ann")
-    desk = desk_of(queue)
+    workspace = workspace_of(queue)
     paths = (f"/items/{item_id}", f"/images/items/{item_id}.png", f"/images/items/{item_id}.png?view=sent")
-    bob, root = log_in(desk, "bob"), log_in(desk, "root", "admin")
+    bob, root = log_in(workspace, "bob"), log_in(workspace, "root", "admin")
     assert [bob.get(path).status_code for path in paths] == [403] * 3
     assert [root.get(path).status_code for path in paths] == [200] * 3
-    program = client_of(desk)
-    program.headers["Authorization"] = f"Bearer {desk.reviewers.add('eve')}"
+    program = client_of(workspace)
+    program.headers["Authorization"] = f"Bearer {workspace.reviewers.add('eve')}"
     assert program.get(f"/api/v1/items/{item_id}").status_code == 403
     assert program.get(f"/api/v1/items/{item_id}/image.png").status_code == 403
-    program.headers["Authorization"] = f"Bearer {desk.reviewers.add('chief', 'admin')}"
+    program.headers["Authorization"] = f"Bearer {workspace.reviewers.add('chief', 'admin')}"
     assert program.get(f"/api/v1/items/{item_id}").json()["decision"]["reviewer"] == "ann"
 
 

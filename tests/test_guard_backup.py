@@ -15,18 +15,18 @@ from safetensors.torch import save_file
 from serving_helpers import Workshop, png
 
 from guard import Guard, GuardConfig, SuspectModel
-from guard.assess.backups import HEAD, BackupRequest, with_backup
-from guard.assess.planting import PlantingSettings
 from guard.backups.backup import Backup
+from guard.backups.backup_training import FitSettings
 from guard.backups.defective import DefectiveSettings
 from guard.backups.last_layer import LastLayerSettings
-from guard.backups.training import FitSettings
-from guard.bundle import BundleStore
 from guard.cli import run
-from guard.cross_fitting import Labelled
+from guard.detection.cross_fitting import Labelled
+from guard.detection.retraining import retrain
 from guard.errors import BundleError, ConfigError, DataError
-from guard.retraining import retrain
+from guard.lab.assess.backups import HEAD, BackupRequest, with_backup
+from guard.lab.assess.planting import PlantingSettings
 from guard.serving.runtime import GuardRuntime
+from guard.storage.bundle import BundleStore
 from guard.types import BACKUP
 
 QUICK = {"defective": DefectiveSettings(fit=FitSettings(epochs=4)), "rtll": LastLayerSettings(epochs=10)}
@@ -310,10 +310,10 @@ def test_with_backup_measures_and_leaves_the_given_guard_alone(detecting, fitted
 
 
 def test_auto_takes_the_best_and_may_take_the_head(fitted_guard, clean_split, monkeypatch):
-    monkeypatch.setattr("guard.assess.backups.CANDIDATES", ("rtll",))
+    monkeypatch.setattr("guard.lab.assess.backups.CANDIDATES", ("rtll",))
     request = BackupRequest(floor=0.0, triggers=["pattern"], settings=QUICK, planting=PLANTING)
     for recovery, kind in (({HEAD: 0.4, "rtll": 0.6}, "rtll"), ({HEAD: 0.7, "rtll": 0.6}, None)):
-        monkeypatch.setattr("guard.assess.backups._Bench.recovery", lambda _self, found=recovery: found)
+        monkeypatch.setattr("guard.lab.assess.backups._Bench.recovery", lambda _self, found=recovery: found)
         guard = with_backup(fitted_guard, *clean_split.validation, request)
         assert (guard.backup.kind if guard.backup else None) == kind
         assert guard.relabels
@@ -395,7 +395,7 @@ def test_fit_command_with_a_backup_writes_it_and_says_what_was_measured(
     save_file(badnet.state_dict(), "weights.safetensors")
     images, labels = clean_split.validation
     np.savez("clean.npz", images=images[:400], labels=labels[:400])
-    fit = ["fit", "--weights", "weights.safetensors", "--architecture", "guard.attacks.networks:mnist_cnn"]
+    fit = ["fit", "--weights", "weights.safetensors", "--architecture", "guard.lab.attacks.networks:mnist_cnn"]
     fit += ["--images", "clean.npz", "--false-positive-rate", "0.05", "--action", "relabel"]
     for wrong, said in (
         (["--backup", "magic"], "--backup must be one of none, auto, defective"),
@@ -412,7 +412,7 @@ def test_fit_command_with_a_backup_writes_it_and_says_what_was_measured(
     assert not (tmp_path / "bundles").exists()
     quick = dataclasses.replace(BackupRequest(triggers=["pattern"]), settings=QUICK, planting=PLANTING)
     monkeypatch.setattr(
-        "guard.assess.backups.BackupRequest",
+        "guard.lab.assess.backups.BackupRequest",
         lambda kind, floor, detects: dataclasses.replace(quick, kind=kind, floor=floor, detects=detects),
     )
     assert run([*fit, "--backup", "defective", "--backup-floor", "0"]) == 0

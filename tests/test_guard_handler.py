@@ -23,12 +23,12 @@ from serving_helpers import HANDLERS, ONE_ROW_HANDLERS, Worker, Workshop, list_c
 from ts.torch_handler.request_envelope.json import JSONEnvelope
 
 from guard import Guard
-from guard.attacks import MnistCnn, Poisoned
-from guard.bundle import BundleStore
 from guard.errors import ArchiveError, BundleError, ConfigError, SuspectModelError, UnsafeWeightsError
+from guard.lab.attacks import MnistCnn, Poisoned
 from guard.resources import resource_path
-from guard.serving.user_handler import handler_class
+from guard.storage.bundle import BundleStore
 from guard.telemetry import OUTCOMES
+from guard.torchserve.user_handler import handler_class
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ import pytest
 from serving_helpers import HANDLERS, Workshop, served_model
 
 from guard import Guard
-from guard.attacks import MnistCnn
-from guard.bundle import read_bundle
 from guard.errors import ArchiveError, BundleError
+from guard.lab.attacks import MnistCnn
 from guard.resources import resource_path
-from guard.serving.guarded import ServedModel, architecture_files, make_guarded_archive, make_plain_archive
+from guard.storage.bundle import read_bundle
+from guard.torchserve.archives.guarded import ServedModel, architecture_files, make_guarded_archive, make_plain_archive
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_architecture_of_the_users_own_is_packed_and_installed_ones_are_not(
     (tmp_path / "network_package" / "__init__.py").write_text("")
     assert architecture_files("lone_network_file:make") == [tmp_path / "lone_network_file.py"]
     assert architecture_files("network_package.deep:make") == [tmp_path / "network_package"]
-    assert architecture_files("guard.attacks.networks:mnist_cnn") == []
+    assert architecture_files("guard.lab.attacks.networks:mnist_cnn") == []
     assert architecture_files("torch.nn:Linear") == []
     with pytest.raises(ArchiveError, match=r"'nowhere_to_be_found' .* is not found"):
         architecture_files("nowhere_to_be_found:make")

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guard import image_files
+from guard.data import image_files
+from guard.data.image_files import load_images
 from guard.errors import DataError
-from guard.image_files import load_images
 
 
 def write_png(path, pixels):

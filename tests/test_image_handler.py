@@ -18,7 +18,7 @@ from PIL import Image
 
 from guard.errors import UnsafeWeightsError
 from guard.resources import resource_path
-from guard.serving.launch import torchserve_home
+from guard.torchserve.launch import torchserve_home
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", ResourceWarning)  # ts leaves its version file open

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,31 +15,30 @@ import pytest
 import guard
 
 PACKAGE = Path(guard.__file__).parent
+PROJECT = PACKAGE.parent
 
 #: Rooms of the package, lowest first. A room imports rooms of earlier lines only; a new one gets a place here.
 ORDER: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in (
-        "errors",
-        "types",
-        "files arrays",
-        "resources weights split_points calibration evaluation heads attacks bundle",
-        "config recording datasets fusion detectors",
-        "suspect image_files ensemble zoo backups",
-        "cross_fitting",
-        "soundness",
-        "fitted",
-        "pipeline telemetry relabel",
-        "retraining assess observing snapshot",
-        "retrainer",
-        "review",
-        "serving",
+        "errors files",
+        "types resources",
+        "arrays config telemetry relabel data suspect processes",
+        "statistics storage observing",
+        "backups",
+        "detection",
+        "lab retrainer serving review",
+        "torchserve",
+        "demo",
+        "cli",
     )
 )
-#: The outer edge, above all of these: what people start. Its modules may import each other.
-EDGE = ("cli", "demo", "doctor")
+#: What people start.
+EDGE = ("cli", "demo")
 #: These know nothing of the guard but its nouns.
 NOUNS_ONLY = ("telemetry", "relabel")
+#: Rooms that may import a web framework, a database driver or a client of one.
+OPEN = ("relabel", "review", "observing", "serving", "torchserve", "processes", *EDGE)
 
 SERVERS = {"ts", "starlette", "fastapi", "uvicorn", "sqlalchemy", "alembic", "prometheus_client", "httpx", "psutil"}
 PEOPLE = {"typer", "rich", "matplotlib"}
@@ -47,8 +48,6 @@ def rank(room: str) -> int:
     for level, rooms in enumerate(ORDER):
         if room in rooms:
             return level
-    if room.split("_")[0] in EDGE:
-        return len(ORDER)
     pytest.fail(f"guard.{room} has no place in ORDER of tests/test_layers.py. Give it one, as low as it can be.")
 
 
@@ -60,8 +59,11 @@ def sources() -> list[Path]:
     return sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 
 
-def imported_modules(file: Path) -> Iterator[str]:
-    """Every absolute name that a file imports, wherever it does: at the top, in a function, for type checking."""
+def imported_modules(file: Path, *, names: bool = False) -> Iterator[str]:
+    """Every module that a file imports, wherever it does: at the top, in a function, for type checking.
+
+    With `names`, whatever is imported from a module is taken for a module of its own, too.
+    """
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -69,8 +71,8 @@ def imported_modules(file: Path) -> Iterator[str]:
             assert node.level == 0, f"{file}: relative import"
             assert node.module is not None
             yield node.module
-            if node.module == "guard":
-                yield from (f"guard.{alias.name}" for alias in node.names)
+            if names or node.module == "guard":
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def imported_rooms(file: Path) -> set[str]:
@@ -81,9 +83,23 @@ def imported_rooms(file: Path) -> set[str]:
 def test_module_imports_lower_rooms_only(file):
     room = room_of(file)
     for other in imported_rooms(file) - {room}:
-        if rank(room) == rank(other) == len(ORDER):
-            continue
         assert rank(other) < rank(room), f"{room} must not import {other}"
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("folder", ["guard", "handlers", "benchmarks", "tests"])
+def test_no_file_imports_itself_by_way_of_others(folder):
+    files = {module_name(file): file for file in sorted((PROJECT / folder).rglob("*.py"))}
+    graph: dict[str, set[str]] = {}
+    for name, file in files.items():
+        found = set(imported_modules(file, names=True))
+        if folder in ("benchmarks", "tests"):  # scripts import their neighbours by bare names
+            found |= {f"{name.rpartition('.')[0]}.{other}" for other in found}
+        graph[name] = (found & files.keys()) - {name}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
 
 
 def test_telemetry_and_relabel_import_nouns_only():
@@ -93,14 +109,14 @@ def test_telemetry_and_relabel_import_nouns_only():
 
 
 #: Runs a user's TorchServe handler where images are read from files, so it needs TorchServe itself; only when called.
-RUNS_HANDLERS = PACKAGE / "serving" / "user_handler.py"
+RUNS_HANDLERS = PACKAGE / "torchserve" / "user_handler.py"
 
 
 def test_torchserve_is_imported_by_one_module_and_only_when_called():
     for file in sources():
         imports_ts = "ts" in {name.split(".")[0] for name in imported_modules(file)}
         assert not imports_ts or file == RUNS_HANDLERS, file
-    code = "import sys, guard.serving.user_handler; print('ts' in sys.modules)"
+    code = "import sys, guard.torchserve.user_handler; print('ts' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -108,13 +124,16 @@ def test_torchserve_is_imported_by_one_module_and_only_when_called():
 def test_servers_and_screens_are_imported_by_the_edge_only():
     for file in sources():
         names = {name.split(".")[0] for name in imported_modules(file)}
-        if rank(room_of(file)) < rank("serving") and room_of(file) not in ("relabel", "review", "observing"):
+        if room_of(file) not in OPEN:
             assert not names & SERVERS, file
-        if rank(room_of(file)) < len(ORDER):
+        if room_of(file) not in EDGE:
             assert not names & PEOPLE, file
 
 
-@pytest.mark.parametrize("module", ["guard.detectors", "guard.pipeline", "guard.evaluation", "guard.telemetry"])
+@pytest.mark.parametrize(
+    "module",
+    ["guard.detection.detectors", "guard.detection.pipeline", "guard.statistics.evaluation", "guard.telemetry"],
+)
 def test_import_in_a_fresh_interpreter_leaves_servers_and_screens_unloaded(module):
     code = f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -141,3 +160,14 @@ def test_public_names_are_all_there_and_an_unknown_one_is_not():
         assert getattr(guard, name).__name__ == name
     with pytest.raises(AttributeError, match=r"^module 'guard' has no attribute 'Gard'$"):
         guard.Gard  # noqa: B018
+
+
+def test_every_room_and_path_of_the_architecture_page_is_there():
+    page = (PROJECT / "docs" / "architecture.md").read_text()
+    paths = set(re.findall(r"\b((?:guard|handlers|benchmarks|deploy|tests)/[\w/]*(?:\.py)?)", page))
+    assert len(paths) > 30
+    assert not [path for path in sorted(paths) if not (PROJECT / path).exists()]
+    rooms = {f"guard/{room.name}/" for room in PACKAGE.iterdir() if (room / "__init__.py").exists()}
+    assert rooms <= paths
+    listed = [frozenset(re.findall(r"`(\w+)`", line)) for line in re.findall(r"^\d+\. (.+)$", page, re.MULTILINE)]
+    assert tuple(listed) == ORDER

@@ -10,9 +10,9 @@ import pytest
 from sklearn.neighbors import LocalOutlierFactor
 from threadpoolctl import threadpool_limits
 
-from guard.detectors.base import Detector
-from guard.detectors.distances import AllDistances, Preselector
-from guard.detectors.lof import PerClassLof
+from guard.detection.detectors.base import Detector
+from guard.detection.detectors.distances import AllDistances, Preselector
+from guard.detection.detectors.lof import PerClassLof
 from guard.errors import ConfigError, DataError, NotFittedError
 from guard.types import Activations, Float64Array, FloatArray, IntArray
 

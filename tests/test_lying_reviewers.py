@@ -10,14 +10,14 @@ import pytest
 from retrainer_helpers import flagged_input, save_as_of_a_network
 
 from guard import Activations, Guard, GuardConfig
-from guard.bundle import BundleStore
-from guard.detectors.disagreement import HeadDisagreement
+from guard.detection.detectors.disagreement import HeadDisagreement
 from guard.relabel.items import Answer
 from guard.relabel.queue import Queue
 from guard.relabel.reviewers import Reviewers
 from guard.relabel.rounds import Rounds
 from guard.retrainer.settings import RetrainerSettings
 from guard.retrainer.worker import Retrainer
+from guard.storage.bundle import BundleStore
 
 MODEL = "mnist"
 #: The worst that lies may do to the true-positive rate.

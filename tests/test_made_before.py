@@ -18,7 +18,7 @@ import pytest
 from serving_helpers import Worker, png
 
 from guard import Guard, SuspectModel
-from guard.datasets import to_tensor_images
+from guard.data.datasets import to_tensor_images
 from guard.relabel.items import State
 from guard.relabel.queue import Queue
 from guard.relabel.reviewers import Reviewers

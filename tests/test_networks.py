@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guard import SuspectModel
-from guard.attacks import networks
-from guard.attacks.networks import NETWORKS, EncoderBlock, PadShortcut, deepid, gtsrb_cnn, mnist_cnn, nin, resnet20
-from guard.datasets import load_dataset, to_tensor_images
+from guard.data.datasets import load_dataset, to_tensor_images
+from guard.lab.attacks import networks
+from guard.lab.attacks.networks import NETWORKS, EncoderBlock, PadShortcut, deepid, gtsrb_cnn, mnist_cnn, nin, resnet20
 
 # Image shape, classes, split, columns of the features, of each factory called without arguments.
 EXPECTED = {

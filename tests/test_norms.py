@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from guard.detectors.norms import NORM_ORDERS, norm_summary
+from guard.detection.detectors.norms import NORM_ORDERS, norm_summary
 from guard.errors import ConfigError, DataError
 
 

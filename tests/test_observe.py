@@ -24,8 +24,8 @@ from guard.cli import run
 from guard.errors import ObservingError
 from guard.observing.exporting import exporting
 from guard.observing.targets import Target, parse_address, read_targets, write_targets
-from guard.serving.ports import free_port
-from guard.serving.prometheus import PrometheusInstance, find_prometheus, prometheus_settings
+from guard.processes.ports import free_port
+from guard.processes.prometheus import PrometheusInstance, find_prometheus, prometheus_settings
 
 SERVER = Target("guard-server", "127.0.0.1:8082")
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from guard.attacks import Backdoor, SingleTarget, mnist_cnn, poison, single_pixel
-from guard.attacks.perturbation import PgdPerturbation
 from guard.errors import DataError
+from guard.lab.attacks import Backdoor, SingleTarget, mnist_cnn, poison, single_pixel
+from guard.lab.attacks.perturbation import PgdPerturbation
 
 
 def linear(*rows):

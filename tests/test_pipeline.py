@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from guard import Activations, Guard, GuardConfig, SuspectModel
-from guard.attacks import mnist_cnn
-from guard.bundle import read_bundle, write_bundle
-from guard.calibration import conformal_p_values
 from guard.errors import BundleError, ConfigError, DataError
-from guard.evaluation import attack_success_rate, auroc, true_positive_rate
+from guard.lab.attacks import mnist_cnn
+from guard.statistics.calibration import conformal_p_values
+from guard.statistics.evaluation import attack_success_rate, auroc, true_positive_rate
+from guard.storage.bundle import read_bundle, write_bundle
 
 
 def flagged(verdicts):

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from guard.attacks import (
+from guard.errors import DataError
+from guard.lab.attacks import (
     AllToAll,
     Backdoor,
     Cover,
@@ -13,7 +14,6 @@ from guard.attacks import (
     poisoned_test_set,
     single_pixel,
 )
-from guard.errors import DataError
 
 
 @pytest.fixture

@@ -12,15 +12,15 @@ from torch import nn
 
 from guard.backups.anp import AnpSettings, learn_masks
 from guard.backups.augmentation import Augmentation
+from guard.backups.backup_training import FitSettings, Traffic, copy_network, fit_network, predict_logits
 from guard.backups.clean_set import CleanSet
 from guard.backups.last_layer import LastLayerSettings
 from guard.backups.pruning import FinePruningSettings, NormPruningSettings
-from guard.backups.purify import METHODS, Probe, purify
-from guard.backups.training import FitSettings, Traffic, copy_network, fit_network, predict_logits
+from guard.backups.purified_twin import METHODS, Probe, purify
 from guard.backups.units import find_unit_layers, silence
 from guard.errors import ConfigError, DataError, SuspectModelError
-from guard.suspect import SuspectModel
-from guard.weights import weights_digest
+from guard.suspect.model import SuspectModel
+from guard.suspect.weights import weights_digest
 
 N_CLASSES = 3
 QUICK = FitSettings(epochs=2, patience=2)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from guard.cli import run
-from guard.suspect import SuspectModel
+from guard.suspect.model import SuspectModel
 
 NETWORK = """
 from torch import nn

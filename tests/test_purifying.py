@@ -7,7 +7,7 @@ import pytest
 from retrainer_helpers import fit_guard, world
 
 from guard import Guard
-from guard.retrainer.purifying import recognise
+from guard.retrainer.anomalies import recognise
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Small parts of the queue by themselves: tensors as bytes, the courier, the rule of the quorum."""
+"""Small parts of the queue by themselves: tensors as bytes, the call thread, the rule of the quorum."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from queue_helpers import START, flagged
 from guard import Activations
 from guard.errors import QueueError, QueueUnavailable
 from guard.relabel.blobs import pack_activations, pack_inputs, unpack_activations, unpack_inputs
-from guard.relabel.courier import Courier
+from guard.relabel.call_thread import CallThread
 from guard.relabel.deciding import outcome
 from guard.relabel.items import Decision
 
@@ -80,35 +80,35 @@ def test_outcome_of_votes(votes, quorum, expected):
     assert outcome(votes, quorum) == expected
 
 
-# --- the courier ---
+# --- the call thread ---
 
 
-def test_courier_returns_and_raises_what_the_call_does():
-    courier = Courier()
-    assert courier.run(lambda: 7, 5) == 7
+def test_call_thread_returns_and_raises_what_the_call_does():
+    calls = CallThread()
+    assert calls.run(lambda: 7, 5) == 7
     with pytest.raises(ZeroDivisionError):
-        courier.run(lambda: 1 // 0, 5)
-    courier.close()
-    assert courier.run(lambda: 8, 5) == 8  # a new thread
-    courier.close()
+        calls.run(lambda: 1 // 0, 5)
+    calls.close()
+    assert calls.run(lambda: 8, 5) == 8  # a new thread
+    calls.close()
 
 
-def test_courier_gives_up_in_time_and_drops_calls_that_wait_behind():
-    courier, release, ran = Courier(), threading.Event(), []
+def test_call_thread_gives_up_in_time_and_drops_calls_that_wait_behind():
+    calls, release, ran = CallThread(), threading.Event(), []
     began = time.monotonic()
     with pytest.raises(QueueUnavailable, match=r"did not answer within 0\.1 s"):
-        courier.run(release.wait, 0.1)
+        calls.run(release.wait, 0.1)
     with pytest.raises(QueueUnavailable, match="still does not answer"):
-        courier.run(lambda: ran.append(1), 60)
+        calls.run(lambda: ran.append(1), 60)
     assert time.monotonic() - began < 10
     release.set()
     for _ in range(100):
         try:
-            assert courier.run(lambda: "back", 5) == "back"
+            assert calls.run(lambda: "back", 5) == "back"
             break
         except QueueUnavailable:
             time.sleep(0.01)
     else:
-        pytest.fail("the courier did not come back")
+        pytest.fail("the call thread did not come back")
     assert ran == []
-    courier.close()
+    calls.close()

@@ -19,7 +19,6 @@ import pytest
 from retrainer_helpers import fit_guard, flagged_input, save_as_of_a_network, world
 
 from guard import Activations, Guard
-from guard.bundle import BundleStore, read_bundle
 from guard.cli import run
 from guard.errors import BundleError, QueueUnavailable, RetrainingError
 from guard.relabel.items import Answer, State
@@ -29,9 +28,10 @@ from guard.relabel.rounds import Rounds
 from guard.retrainer.candidate import Pair, fit_candidate
 from guard.retrainer.gate import Check, Judgement
 from guard.retrainer.material import gather
-from guard.retrainer.promotion import JOURNAL, Lineage
+from guard.retrainer.promotion import Lineage
 from guard.retrainer.settings import RetrainerSettings
 from guard.retrainer.worker import Retrainer
+from guard.storage.bundle import JOURNAL, BundleStore, read_bundle
 
 MODEL = "mnist"
 STRONG = 4.0

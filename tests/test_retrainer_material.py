@@ -9,15 +9,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from retrainer_helpers import Desk, fit_guard, world
+from retrainer_helpers import Workspace, fit_guard, world
 
 from guard import Activations
 from guard.errors import ConfigError, DataError
 from guard.relabel.items import GoldResult, State
+from guard.retrainer.anomalies import recognise
 from guard.retrainer.candidate import doubt_poisoned
 from guard.retrainer.lessons import ClassLimits, reviewer_limit, reviewers_needed
 from guard.retrainer.material import clean_hold_out, gather, last_words
-from guard.retrainer.purifying import recognise
 from guard.retrainer.settings import RetrainerSettings, load_retrainer_settings
 
 FREE = RetrainerSettings(max_reviewer_share=1, max_false_alarms_per_class=1000, max_class_share=1)
@@ -29,33 +29,33 @@ def guard():
 
 
 @pytest.fixture
-def desk():
-    return Desk()
+def workspace():
+    return Workspace()
 
 
-def add_poisoned(desk, n, *, trigger=0, seed=1, **more):
+def add_poisoned(workspace, n, *, trigger=0, seed=1, **more):
     activations, labels = world(n, seed, trigger)
-    return desk.add(activations, labels, is_poisoned=True, **more)
+    return workspace.add(activations, labels, is_poisoned=True, **more)
 
 
-def add_false_alarms(desk, n, *, seed=2, **more):
+def add_false_alarms(workspace, n, *, seed=2, **more):
     activations, labels = world(n, seed)
-    return desk.add(activations, labels, is_poisoned=False, **more)
+    return workspace.add(activations, labels, is_poisoned=False, **more)
 
 
-def gathered(guard, desk, settings=FREE, **more):
-    return gather(guard, desk.items, desk.decisions, settings, **more)
+def gathered(guard, workspace, settings=FREE, **more):
+    return gather(guard, workspace.items, workspace.decisions, settings, **more)
 
 
 # --- the road of one item ---
 
 
-def test_gather_every_decided_item_is_learned_from_or_held_out(guard, desk):
-    add_poisoned(desk, 60, group=1)
-    add_false_alarms(desk, 40)
-    material = gathered(guard, desk)
+def test_gather_every_decided_item_is_learned_from_or_held_out(guard, workspace):
+    add_poisoned(workspace, 60, group=1)
+    add_false_alarms(workspace, 40)
+    material = gathered(guard, workspace)
     ids = {*material.training_ids, *material.held_out.item_ids}
-    assert ids == {item.id for item in desk.items}
+    assert ids == {item.id for item in workspace.items}
     assert not {*material.training_ids} & {*material.held_out.item_ids}
     assert material.left_out == {}
     assert material.training.counts == (60 - len(material.held_out.poisoned), 40 - len(material.held_out.false_alarms))
@@ -63,43 +63,43 @@ def test_gather_every_decided_item_is_learned_from_or_held_out(guard, desk):
     assert not material.held_out.other_group.any()  # there is one group only
 
 
-def test_gather_takes_labels_and_activations_of_the_right_item(guard, desk):
-    add_poisoned(desk, 10)
-    add_false_alarms(desk, 10)
-    material = gathered(guard, desk)
+def test_gather_takes_labels_and_activations_of_the_right_item(guard, workspace):
+    add_poisoned(workspace, 10)
+    add_false_alarms(workspace, 10)
+    material = gathered(guard, workspace)
     for row, item_id in enumerate(material.training_ids):
-        item = desk.items[item_id - 1]
+        item = workspace.items[item_id - 1]
         assert material.training.true_labels[row] == item.decision.true_label
         assert material.training.is_poisoned[row] == item.decision.is_poisoned
         np.testing.assert_array_equal(material.training.activations.features[row], item.input.activations.features[0])
 
 
-def test_gather_false_alarm_without_a_label_joins_the_class_that_the_suspect_named(guard, desk):
+def test_gather_false_alarm_without_a_label_joins_the_class_that_the_suspect_named(guard, workspace):
     activations, _ = world(10, 3)
-    desk.add(activations, [None] * 10, is_poisoned=False)
-    material = gathered(guard, desk)
-    wanted = [desk.items[one - 1].input.suspect_label for one in material.training_ids]
+    workspace.add(activations, [None] * 10, is_poisoned=False)
+    material = gathered(guard, workspace)
+    wanted = [workspace.items[one - 1].input.suspect_label for one in material.training_ids]
     np.testing.assert_array_equal(material.training.true_labels, wanted)
 
 
-def test_gather_poisoned_without_a_label_is_measured_on_and_never_learned_from(guard, desk):
+def test_gather_poisoned_without_a_label_is_measured_on_and_never_learned_from(guard, workspace):
     activations, _ = world(30, 3, 0)
-    desk.add(activations, [None] * 30, is_poisoned=True)
-    material = gathered(guard, desk)
+    workspace.add(activations, [None] * 30, is_poisoned=True)
+    material = gathered(guard, workspace)
     assert len(material.training) == 0
     assert (material.held_out.poisoned_labels == -1).all()
     assert material.left_out == {"poisoned, true label unknown": 30 - len(material.held_out.poisoned)}
 
 
-def test_gather_leaves_out_what_another_network_or_another_width_made(guard, desk):
+def test_gather_leaves_out_what_another_network_or_another_width_made(guard, workspace):
     activations, labels = world(4, 3)
     narrow = dataclasses.replace(activations, features=activations.features[:, 1:])
-    desk.add(narrow, labels, is_poisoned=False)
+    workspace.add(narrow, labels, is_poisoned=False)
     shallow = Activations(activations.logits, activations.features)
-    desk.add(shallow, labels, is_poisoned=False)
-    desk.digest = "f" * 64
-    desk.add(activations, labels, is_poisoned=False)
-    material = gathered(guard, desk, same_network={"0" * 64})
+    workspace.add(shallow, labels, is_poisoned=False)
+    workspace.digest = "f" * 64
+    workspace.add(activations, labels, is_poisoned=False)
+    material = gathered(guard, workspace, same_network={"0" * 64})
     assert len(material.training) == 0
     assert material.left_out == {
         "activations do not fit the guard": 8,
@@ -110,50 +110,52 @@ def test_gather_leaves_out_what_another_network_or_another_width_made(guard, des
 # --- reviewers ---
 
 
-def test_gather_leaves_out_items_on_which_reviewers_disagree(guard, desk):
-    ids = add_poisoned(desk, 20, reviewer="ann")
+def test_gather_leaves_out_items_on_which_reviewers_disagree(guard, workspace):
+    ids = add_poisoned(workspace, 20, reviewer="ann")
     for one in ids[:5]:
-        desk.say(one, "bob", is_poisoned=False, label=0)
+        workspace.say(one, "bob", is_poisoned=False, label=0)
     for one in ids[5:9]:
-        label = desk.items[one - 1].decision.true_label
-        desk.say(one, "bob", is_poisoned=True, label=label)
-    desk.say(ids[9], "bob", is_poisoned=True, label=None)  # names no label: no contradiction
-    desk.say(ids[10], "bob", is_poisoned=False, label=0, withdrawn=True)
-    material = gathered(guard, desk)
+        label = workspace.items[one - 1].decision.true_label
+        workspace.say(one, "bob", is_poisoned=True, label=label)
+    workspace.say(ids[9], "bob", is_poisoned=True, label=None)  # names no label: no contradiction
+    workspace.say(ids[10], "bob", is_poisoned=False, label=0, withdrawn=True)
+    material = gathered(guard, workspace)
     assert material.left_out == {"reviewers disagree": 5}
     assert not {*ids[:5]} & {*material.training_ids, *material.held_out.item_ids}
     assert material.agreement == (5, 10)
     assert material.by_reviewer["bob"] == {"decided": 10, "used": 0, "agreed": 5, "shared": 10}
 
 
-def test_gather_a_superseded_word_of_another_reviewer_still_counts_as_disagreement(guard, desk):
+def test_gather_a_superseded_word_of_another_reviewer_still_counts_as_disagreement(guard, workspace):
     """Or a hostile reviewer could overwrite the honest ones."""
-    (item,) = add_poisoned(desk, 1, reviewer="ann")
-    later = desk.say(item, "mallory", is_poisoned=False, label=0)
-    desk.items[0] = dataclasses.replace(desk.items[0], decision=later)
-    assert gathered(guard, desk).left_out == {"reviewers disagree": 1}
+    (item,) = add_poisoned(workspace, 1, reviewer="ann")
+    later = workspace.say(item, "mallory", is_poisoned=False, label=0)
+    workspace.items[0] = dataclasses.replace(workspace.items[0], decision=later)
+    assert gathered(guard, workspace).left_out == {"reviewers disagree": 1}
     only_ann = RetrainerSettings(leave_out_reviewers=("mallory",))
-    assert gathered(guard, desk, only_ann).left_out == {"reviewer left out": 1}
+    assert gathered(guard, workspace, only_ann).left_out == {"reviewer left out": 1}
 
 
-def test_gather_leaves_out_reviewers_by_name_and_by_gold(guard, desk):
-    add_poisoned(desk, 10, reviewer="ann")
-    add_poisoned(desk, 10, reviewer="bob", seed=5)
-    add_poisoned(desk, 10, reviewer="eve", seed=6)
+def test_gather_leaves_out_reviewers_by_name_and_by_gold(guard, workspace):
+    add_poisoned(workspace, 10, reviewer="ann")
+    add_poisoned(workspace, 10, reviewer="bob", seed=5)
+    add_poisoned(workspace, 10, reviewer="eve", seed=6)
     settings = FREE.model_copy(update={"leave_out_reviewers": ("bob",)})
     gold = {"ann": GoldResult(5, 5), "eve": GoldResult(3, 5), "bob": GoldResult(0, 0)}
-    material = gathered(guard, desk, settings, gold=gold)
+    material = gathered(guard, workspace, settings, gold=gold)
     assert material.left_out == {"reviewer left out": 20}
-    assert {desk.items[one - 1].decision.reviewer for one in material.training_ids} == {"ann"}
+    assert {workspace.items[one - 1].decision.reviewer for one in material.training_ids} == {"ann"}
     few = {"eve": GoldResult(0, 4)}  # too few to judge by
-    assert gathered(guard, desk, settings, gold=few).left_out == {"reviewer left out": 10}
+    assert gathered(guard, workspace, settings, gold=few).left_out == {"reviewer left out": 10}
 
 
-def test_gather_one_reviewer_who_floods_gets_no_more_than_the_share(guard, desk):
-    add_poisoned(desk, 300, reviewer="mallory")
-    add_poisoned(desk, 40, reviewer="ann", seed=5)
-    add_poisoned(desk, 20, reviewer="bob", seed=6)
-    material = gathered(guard, desk, RetrainerSettings(max_reviewer_share=0.5, reviewer_allowance=0, max_class_share=1))
+def test_gather_one_reviewer_who_floods_gets_no_more_than_the_share(guard, workspace):
+    add_poisoned(workspace, 300, reviewer="mallory")
+    add_poisoned(workspace, 40, reviewer="ann", seed=5)
+    add_poisoned(workspace, 20, reviewer="bob", seed=6)
+    material = gathered(
+        guard, workspace, RetrainerSettings(max_reviewer_share=0.5, reviewer_allowance=0, max_class_share=1)
+    )
     used = {name: row["used"] for name, row in material.by_reviewer.items()}
     assert used["mallory"] == used["ann"] + used["bob"]
     assert material.left_out["over the cap of one reviewer"] > 150
@@ -176,10 +178,10 @@ def test_reviewer_limit_values(counts, share, allowance, limit):
     assert reviewer_limit(counts, settings) == limit
 
 
-def test_gather_more_new_items_than_the_cap_wait_and_old_ones_stay(guard, desk):
-    old = add_poisoned(desk, 30, state=State.TRAINED)
-    add_poisoned(desk, 100, seed=5)
-    material = gathered(guard, desk, FREE.model_copy(update={"max_new_per_round": 25}))
+def test_gather_more_new_items_than_the_cap_wait_and_old_ones_stay(guard, workspace):
+    old = add_poisoned(workspace, 30, state=State.TRAINED)
+    add_poisoned(workspace, 100, seed=5)
+    material = gathered(guard, workspace, FREE.model_copy(update={"max_new_per_round": 25}))
     assert {*old} <= {*material.training_ids}
     assert len(material.training) == 30 + 25
     assert (
@@ -187,12 +189,12 @@ def test_gather_more_new_items_than_the_cap_wait_and_old_ones_stay(guard, desk):
     )
 
 
-def test_last_words_are_the_last_of_each_reviewer(desk):
-    desk.say(1, "ann", is_poisoned=True, label=2)
-    second = desk.say(1, "ann", is_poisoned=False, label=3)
-    bobs = desk.say(1, "bob", is_poisoned=True, label=2)
-    desk.say(1, "bob", is_poisoned=False, label=2, withdrawn=True)
-    assert last_words(reversed(desk.decisions)) == {1: {"ann": second, "bob": bobs}}
+def test_last_words_are_the_last_of_each_reviewer(workspace):
+    workspace.say(1, "ann", is_poisoned=True, label=2)
+    second = workspace.say(1, "ann", is_poisoned=False, label=3)
+    bobs = workspace.say(1, "bob", is_poisoned=True, label=2)
+    workspace.say(1, "bob", is_poisoned=False, label=2, withdrawn=True)
+    assert last_words(reversed(workspace.decisions)) == {1: {"ann": second, "bob": bobs}}
 
 
 # --- hold-outs ---
@@ -213,49 +215,49 @@ def test_clean_hold_out_of_too_small_a_reference_is_refused():
         clean_hold_out(small, 0.05)
 
 
-def test_held_out_items_stay_held_out_when_more_come(guard, desk):
-    add_poisoned(desk, 40)
-    add_false_alarms(desk, 40)
-    first = {*gathered(guard, desk).held_out.item_ids}
-    add_poisoned(desk, 40, seed=7)
-    add_false_alarms(desk, 40, seed=8)
-    assert first == {one for one in gathered(guard, desk).held_out.item_ids if one <= 80}
+def test_held_out_items_stay_held_out_when_more_come(guard, workspace):
+    add_poisoned(workspace, 40)
+    add_false_alarms(workspace, 40)
+    first = {*gathered(guard, workspace).held_out.item_ids}
+    add_poisoned(workspace, 40, seed=7)
+    add_false_alarms(workspace, 40, seed=8)
+    assert first == {one for one in gathered(guard, workspace).held_out.item_ids if one <= 80}
 
 
-def test_held_out_groups_are_whole_where_there_are_several(guard, desk):
+def test_held_out_groups_are_whole_where_there_are_several(guard, workspace):
     groups = {}
     for trigger in range(4):
-        groups[trigger] = add_poisoned(desk, 15, trigger=trigger, group=trigger, seed=trigger)
-    material = gathered(guard, desk)
+        groups[trigger] = add_poisoned(workspace, 15, trigger=trigger, group=trigger, seed=trigger)
+    material = gathered(guard, workspace)
     held = {*material.held_out.item_ids}
-    poisoned = [one for one in material.held_out.item_ids if desk.items[one - 1].decision.is_poisoned]
+    poisoned = [one for one in material.held_out.item_ids if workspace.items[one - 1].decision.is_poisoned]
     whole = [ids for ids in groups.values() if {*ids} <= held]
     assert 1 <= len(whole) < 4
     other = {one for one, is_other in zip(poisoned, material.held_out.other_group, strict=True) if is_other}
     assert other == {one for ids in whole for one in ids}
 
 
-def test_a_group_that_was_learned_from_is_not_held_out_and_a_locked_one_is_not_learned_from(guard, desk):
-    trained = add_poisoned(desk, 10, trigger=0, group=0, state=State.TRAINED)
-    locked = add_poisoned(desk, 10, trigger=1, group=1, seed=4)
+def test_a_group_that_was_learned_from_is_not_held_out_and_a_locked_one_is_not_learned_from(guard, workspace):
+    trained = add_poisoned(workspace, 10, trigger=0, group=0, state=State.TRAINED)
+    locked = add_poisoned(workspace, 10, trigger=1, group=1, seed=4)
     for number in range(2, 6):
-        add_poisoned(desk, 5, trigger=2, group=number, seed=number)
-    material = gathered(guard, desk, locked=set(locked))
+        add_poisoned(workspace, 5, trigger=2, group=number, seed=number)
+    material = gathered(guard, workspace, locked=set(locked))
     assert {*trained} <= {*material.training_ids}
     assert {*locked} <= {*material.held_out.item_ids}
     # Clustered anew, the locked ones look like what is learned from: still held out, no longer of another group.
     for item_id in locked:
-        desk.items[item_id - 1] = dataclasses.replace(desk.items[item_id - 1], group=0)
-    again = gathered(guard, desk, locked=set(locked))
+        workspace.items[item_id - 1] = dataclasses.replace(workspace.items[item_id - 1], group=0)
+    again = gathered(guard, workspace, locked=set(locked))
     assert {*locked} <= {*again.held_out.item_ids}
-    rows = [one for one in again.held_out.item_ids if desk.items[one - 1].decision.is_poisoned]
+    rows = [one for one in again.held_out.item_ids if workspace.items[one - 1].decision.is_poisoned]
     assert not any(is_other for one, is_other in zip(rows, again.held_out.other_group, strict=True) if one in locked)
 
 
-def test_hold_out_cannot_be_foreseen_without_the_reference(desk):
+def test_hold_out_cannot_be_foreseen_without_the_reference(workspace):
     """A reviewer who knew which answers are measured could lie in the others."""
-    add_poisoned(desk, 60)
-    one, other = (gathered(fit_guard(100, seed), desk).held_out.item_ids for seed in (0, 1))
+    add_poisoned(workspace, 60)
+    one, other = (gathered(fit_guard(100, seed), workspace).held_out.item_ids for seed in (0, 1))
     assert one != other
 
 
@@ -333,60 +335,60 @@ def test_reviewers_needed_values(able, settings, needed):
     assert reviewers_needed(able, RetrainerSettings(**settings)) == needed
 
 
-def test_gather_learns_from_no_false_alarm_by_default(guard, desk):
-    add_false_alarms(desk, 40)
-    material = gathered(guard, desk, RetrainerSettings())
+def test_gather_learns_from_no_false_alarm_by_default(guard, workspace):
+    add_false_alarms(workspace, 40)
+    material = gathered(guard, workspace, RetrainerSettings())
     assert len(material.training) == 0
     assert len(material.held_out.not_learned) == 40
     assert material.left_out == {"false alarms, which are only measured on": 40 - len(material.held_out.false_alarms)}
 
 
-def test_gather_false_alarm_waits_for_a_second_reviewer(guard, desk):
-    ids = add_false_alarms(desk, 40)
+def test_gather_false_alarm_waits_for_a_second_reviewer(guard, workspace):
+    ids = add_false_alarms(workspace, 40)
     for one in ids[:20]:
-        desk.say(one, "bob", is_poisoned=False, label=desk.items[one - 1].decision.true_label)
-    material = gathered(guard, desk, needed=2)
+        workspace.say(one, "bob", is_poisoned=False, label=workspace.items[one - 1].decision.true_label)
+    material = gathered(guard, workspace, needed=2)
     held = {*material.held_out.item_ids}
     assert {*material.training_ids} == {*ids[:20]} - held
     assert material.left_out == {"false alarms without a second reviewer": len({*ids[20:]} - held)}
     assert len(material.held_out.not_learned) == 40 - len(material.training)
-    assert len(gathered(guard, desk).training) == 40 - len(held)
+    assert len(gathered(guard, workspace).training) == 40 - len(held)
 
 
-def test_gather_caps_of_a_class_hold_over_all_rounds_and_keep_what_was_learned(guard, desk):
+def test_gather_caps_of_a_class_hold_over_all_rounds_and_keep_what_was_learned(guard, workspace):
     settings = RetrainerSettings(max_class_share=0.05, max_false_alarms_per_class=2)
-    first = add_poisoned(desk, 100, state=State.TRAINED) + add_false_alarms(desk, 60)
-    kept = gathered(guard, desk, settings).training_ids
+    first = add_poisoned(workspace, 100, state=State.TRAINED) + add_false_alarms(workspace, 60)
+    kept = gathered(guard, workspace, settings).training_ids
     sizes = np.bincount(guard.reference_labels)
     limits = Counter({(label, True): int(0.05 * sizes[label]) for label in range(1, 5)})
     limits.update({(label, False): 2 for label in range(5)})
 
     def per_class(ids):
-        decisions = [desk.items[one - 1].decision for one in ids]
+        decisions = [workspace.items[one - 1].decision for one in ids]
         return Counter((one.true_label, one.is_poisoned) for one in decisions)
 
     assert per_class(kept) == limits
     for row in range(len(first)):  # all of a next round
         if row + 1 in kept:
-            desk.items[row] = dataclasses.replace(desk.items[row], state=State.TRAINED)
-    add_poisoned(desk, 100, seed=11)
-    add_false_alarms(desk, 60, seed=12)
-    assert gathered(guard, desk, settings).training_ids == kept
+            workspace.items[row] = dataclasses.replace(workspace.items[row], state=State.TRAINED)
+    add_poisoned(workspace, 100, seed=11)
+    add_false_alarms(workspace, 60, seed=12)
+    assert gathered(guard, workspace, settings).training_ids == kept
 
 
-def test_gather_poisoned_with_the_networks_own_answer_teaches_no_head(guard, desk):
+def test_gather_poisoned_with_the_networks_own_answer_teaches_no_head(guard, workspace):
     activations, _ = world(20, 3, 0)
-    ids = desk.add(activations, activations.predicted_labels, is_poisoned=True)
-    material = gathered(guard, desk)
+    ids = workspace.add(activations, activations.predicted_labels, is_poisoned=True)
+    material = gathered(guard, workspace)
     n = len({*ids} - {*material.held_out.item_ids})
     assert len(material.training) == 0
     assert len(material.poisoned) == n  # a demarcation learns no label
     assert material.left_out == {"poisoned, true label is the network's answer": n}
 
 
-def test_gather_poisoned_over_the_cap_of_a_class_still_joins_the_anomalies(guard, desk):
-    add_poisoned(desk, 60)
-    material = gathered(guard, desk, RetrainerSettings(max_class_share=0))
+def test_gather_poisoned_over_the_cap_of_a_class_still_joins_the_anomalies(guard, workspace):
+    add_poisoned(workspace, 60)
+    material = gathered(guard, workspace, RetrainerSettings(max_class_share=0))
     assert len(material.training) == 0
     assert (
         len(material.poisoned) == material.left_out["over the cap of one class"] == 60 - len(material.held_out.poisoned)
@@ -404,11 +406,11 @@ def test_recognise_knows_a_trigger_and_not_odd_clean_inputs(guard):
     assert not recognise(guard, triggered[:4]).any()  # too few to draw a line with some of them left out
 
 
-def test_doubt_poisoned_takes_all_out_where_most_are_unlike_the_others(guard, desk):
+def test_doubt_poisoned_takes_all_out_where_most_are_unlike_the_others(guard, workspace):
     activations, labels = world(40, 1, 1, 6.0)
-    desk.add(activations, labels, is_poisoned=True)
+    workspace.add(activations, labels, is_poisoned=True)
     settings = RetrainerSettings(holdout_share=0.2, max_class_share=1)
-    material = gathered(guard, desk, settings)
+    material = gathered(guard, workspace, settings)
     kept = doubt_poisoned(guard, material, settings)
     assert len(kept.poisoned) > 0.5 * len(material.poisoned)
     assert {*kept.training_ids} <= {*kept.poisoned_ids}

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from guard import Activations, Guard, GuardConfig
-from guard.bundle import read_bundle, write_bundle
-from guard.ensemble import Ensemble, Member
+from guard.detection.ensemble import Ensemble, Member
+from guard.detection.retraining import Labelled, retrain
 from guard.errors import BundleError, DataError
-from guard.evaluation import attack_success_rate, auroc, recovery_accuracy
-from guard.retraining import Labelled, retrain
+from guard.statistics.evaluation import attack_success_rate, auroc, recovery_accuracy
+from guard.storage.bundle import read_bundle, write_bundle
 
 RATE = 0.01
 #: The first images of the test set are the traffic that a person has seen; the others are held out.

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from review_helpers import N_CLASSES, client_of, desk_of, log_in, picture
+from review_helpers import N_CLASSES, client_of, log_in, picture, workspace_of
 from starlette.testclient import TestClient
 
 from guard.relabel.items import State
 from guard.relabel.queue import Queue
-from guard.review import Desk
+from guard.review.workspace import Workspace
 
 
 @pytest.fixture
@@ -24,22 +24,22 @@ def queue(sqlite_template: Path, tmp_path: Path) -> Iterator[Queue]:
 
 
 @pytest.fixture
-def desk(queue: Queue) -> Desk:
-    return desk_of(queue)
+def workspace(queue: Queue) -> Workspace:
+    return workspace_of(queue)
 
 
 @pytest.fixture
-def robot(desk: Desk) -> TestClient:
-    return program(desk, "robot")
+def robot(workspace: Workspace) -> TestClient:
+    return program(workspace, "robot")
 
 
-def program(desk: Desk, name: str, role: str = "reviewer") -> TestClient:
-    client = client_of(desk)
-    client.headers["Authorization"] = f"Bearer {desk.reviewers.add(name, role)}"
+def program(workspace: Workspace, name: str, role: str = "reviewer") -> TestClient:
+    client = client_of(workspace)
+    client.headers["Authorization"] = f"Bearer {workspace.reviewers.add(name, role)}"
     return client
 
 
-def test_program_claims_looks_decides_and_undoes(desk, robot):
+def test_program_claims_looks_decides_and_undoes(workspace, robot):
     items = robot.get("/api/v1/items/next", params={"n": 2}).json()["items"]
     assert [item["id"] for item in items] == [1, 2]
     first = items[0]
@@ -52,18 +52,18 @@ def test_program_claims_looks_decides_and_undoes(desk, robot):
     assert robot.get("/api/v1/counts").json()["by_state"]["decided"] == 1
     assert robot.post("/api/v1/undo").json() == {"item": 1, "state": "claimed"}
     assert robot.post("/api/v1/items/2/skip").json() == {"skipped": 2}
-    assert desk.queue.get(2).state is State.PENDING
+    assert workspace.queue.get(2).state is State.PENDING
 
 
-def test_several_answers_are_saved_together_or_not_at_all(desk, robot):
+def test_several_answers_are_saved_together_or_not_at_all(workspace, robot):
     robot.get("/api/v1/items/next", params={"n": 2})
     answers = [{"item": item, "is_poisoned": False, "true_label": 3} for item in (1, 2)]
     wrong = [*answers, {"item": 3, "is_poisoned": False, "true_label": 3}]
-    desk.queue.claim_items("bob", [3])
+    workspace.queue.claim_items("bob", [3])
     response = robot.post("/api/v1/decisions", json={"answers": wrong})
     assert response.status_code == 409
     assert "bob has it" in response.json()["error"]
-    assert desk.queue.decisions() == []
+    assert workspace.queue.decisions() == []
     assert len(robot.post("/api/v1/decisions", json={"answers": answers}).json()["decisions"]) == 2
 
 
@@ -94,22 +94,22 @@ def test_number_of_items_has_limits(robot, n):
     assert robot.get("/api/v1/items/next", params={"n": n}).status_code == 422
 
 
-def test_admin_program_asks_for_a_retraining_of_a_known_model(desk):
-    root = program(desk, "root", "admin")
+def test_admin_program_asks_for_a_retraining_of_a_known_model(workspace):
+    root = program(workspace, "root", "admin")
     assert root.post("/api/v1/retrain", json={"model": "letters"}).status_code == 422
     assert root.post("/api/v1/retrain", json={"model": "digits"}).json() == {"requested": "digits"}
-    assert desk.rounds.take_request("digits") == "root"
+    assert workspace.rounds.take_request("digits") == "root"
 
 
-def test_session_cookie_does_not_open_the_interface(desk):
+def test_session_cookie_does_not_open_the_interface(workspace):
     """So that no other site can use it through somebody's browser."""
-    ada = log_in(desk)
+    ada = log_in(workspace)
     response = ada.get("/api/v1/counts")
     assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
 
 
-def test_wrong_tokens_are_limited(desk):
-    client = client_of(desk)
+def test_wrong_tokens_are_limited(workspace):
+    client = client_of(workspace)
     client.headers["Authorization"] = "Bearer wrong"
     assert [client.get("/api/v1/counts").status_code for _ in range(6)] == [401] * 5 + [429]
     del client.headers["Authorization"]

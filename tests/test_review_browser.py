@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 from browser_helpers import PATIENCE, log_in
 from playwright.sync_api import Page, expect
-from review_helpers import N_CLASSES, desk_of, picture, small_bundle
+from review_helpers import N_CLASSES, picture, small_bundle, workspace_of
 from torch import nn
 
 from guard import Activations, SuspectModel
 from guard.observing.scrape import Series
 from guard.relabel.items import State
 from guard.relabel.queue import Queue
-from guard.review import Desk
 from guard.review.known_bundles import KnownBundles
 from guard.review.occlusion import Occlusion
 from guard.review.server import serving_in_thread
-from guard.review.status_sampler import Sampler
+from guard.review.status.sampler import Sampler
+from guard.review.workspace import Workspace
 
 
 @pytest.fixture
@@ -36,10 +36,10 @@ def queue(sqlite_template: Path, tmp_path: Path) -> Iterator[Queue]:
 
 
 @pytest.fixture
-def desk(queue: Queue) -> Desk:
+def workspace(queue: Queue) -> Workspace:
     """Five flagged inputs of ten classes, the first the most suspicious."""
     queue.enqueue([picture(number) for number in range(5)])
-    return desk_of(queue)
+    return workspace_of(queue)
 
 
 def shows(page: Page, item: int) -> None:
@@ -56,9 +56,9 @@ def answers(queue: Queue) -> list[tuple[int, bool, int | None]]:
     return [(one.item_id, one.is_poisoned, one.true_label) for one in queue.decisions() if one.stands]
 
 
-def test_whole_review_by_keyboard(desk, queue, open_page):
-    token = desk.reviewers.add("ada")
-    with serving_in_thread(desk) as url:
+def test_whole_review_by_keyboard(workspace, queue, open_page):
+    token = workspace.reviewers.add("ada")
+    with serving_in_thread(workspace) as url:
         page = open_page(url)
         log_in(page, "ada", token)
         shows(page, 1)
@@ -102,9 +102,9 @@ def test_picture_tools_by_keyboard(queue, open_page):
             return self.fc(self.conv(images).mean((2, 3)))
 
     queue.enqueue([picture(0), picture(1, body=b"no picture", content_type="text/html")])
-    desk = desk_of(queue, occlusion=Occlusion(SuspectModel(Bright())))
-    token = desk.reviewers.add("ada")
-    with serving_in_thread(desk) as url:
+    workspace = workspace_of(queue, occlusion=Occlusion(SuspectModel(Bright())))
+    token = workspace.reviewers.add("ada")
+    with serving_in_thread(workspace) as url:
         page = open_page(url)
         log_in(page, "ada", token)
         page.keyboard.press("+")
@@ -140,9 +140,9 @@ def test_many_classes_are_chosen_by_number_and_by_search(queue, open_page, tmp_p
     wide = Activations(np.zeros((1, 43), dtype=np.float32), np.zeros((1, 6), dtype=np.float32))
     digest = small_bundle(tmp_path / "bundles", names, np.eye(43, 6), np.arange(43))
     queue.enqueue([picture(number, activations=wide, bundle_digest=digest) for number in range(3)])
-    desk = desk_of(queue, bundles=KnownBundles(tmp_path / "bundles"))
-    token = desk.reviewers.add("ada")
-    with serving_in_thread(desk) as url:
+    workspace = workspace_of(queue, bundles=KnownBundles(tmp_path / "bundles"))
+    token = workspace.reviewers.add("ada")
+    with serving_in_thread(workspace) as url:
         page = open_page(url)
         log_in(page, "ada", token)
         shows(page, 1)
@@ -165,10 +165,10 @@ def test_many_classes_are_chosen_by_number_and_by_search(queue, open_page, tmp_p
     assert answers(queue) == [(1, True, 14), (2, True, 42), (3, False, 5)]
 
 
-def test_group_label_with_exceptions_by_keyboard(desk, queue, open_page):
+def test_group_label_with_exceptions_by_keyboard(workspace, queue, open_page):
     queue.set_groups(dict.fromkeys(range(1, 6), 7))
-    token = desk.reviewers.add("ada")
-    with serving_in_thread(desk) as url:
+    token = workspace.reviewers.add("ada")
+    with serving_in_thread(workspace) as url:
         page = open_page(url)
         log_in(page, "ada", token)
         page.get_by_role("link", name="Groups").press("Enter")
@@ -187,9 +187,9 @@ def test_group_label_with_exceptions_by_keyboard(desk, queue, open_page):
     assert queue.get(2).state is State.PENDING
 
 
-def test_undo_in_a_later_session_and_change_of_an_old_answer(desk, queue, open_page):
-    token = desk.reviewers.add("ada")
-    with serving_in_thread(desk) as url:
+def test_undo_in_a_later_session_and_change_of_an_old_answer(workspace, queue, open_page):
+    token = workspace.reviewers.add("ada")
+    with serving_in_thread(workspace) as url:
         page = open_page(url)
         log_in(page, "ada", token)
         for item in (1, 2):
@@ -211,9 +211,9 @@ def test_undo_in_a_later_session_and_change_of_an_old_answer(desk, queue, open_p
     assert answers(queue) == [(1, False, 4)]
 
 
-def test_two_reviewers_at_once_share_the_work(desk, queue, open_page):
-    tokens = {name: desk.reviewers.add(name) for name in ("ada", "bob")}
-    with serving_in_thread(desk) as url:
+def test_two_reviewers_at_once_share_the_work(workspace, queue, open_page):
+    tokens = {name: workspace.reviewers.add(name) for name in ("ada", "bob")}
+    with serving_in_thread(workspace) as url:
         pages = {name: open_page(url) for name in tokens}
         for name, page in pages.items():
             log_in(page, name, tokens[name])
@@ -230,9 +230,9 @@ def test_two_reviewers_at_once_share_the_work(desk, queue, open_page):
     assert {(one.item_id, one.reviewer) for one in queue.decisions()} == {(1, "ada"), (2, "bob"), (3, "ada")}
 
 
-def test_wrong_login_says_so_and_logout_closes_every_page(desk, open_page):
-    token = desk.reviewers.add("ada")
-    with serving_in_thread(desk) as url:
+def test_wrong_login_says_so_and_logout_closes_every_page(workspace, open_page):
+    token = workspace.reviewers.add("ada")
+    with serving_in_thread(workspace) as url:
         page = open_page(url)
         page.fill("#name", "ada")
         page.fill("#token", "wrong")
@@ -251,15 +251,15 @@ def test_wrong_login_says_so_and_logout_closes_every_page(desk, open_page):
         second.wait_for_url("**/login")
         page.go_back()
         page.wait_for_url("**/login")
-    assert desk.queue.decisions() == []
+    assert workspace.queue.decisions() == []
 
 
-def test_pictures_are_gone_from_the_browser_after_the_log_out(desk, open_page):
+def test_pictures_are_gone_from_the_browser_after_the_log_out(workspace, open_page):
     """The attack: who sits down at the browser next saw pictures that it had kept."""
-    token = desk.reviewers.add("ada")
+    token = workspace.reviewers.add("ada")
     paths = ["/images/items/1.png", "/images/items/1.png?view=sent"]
     ask = "path => fetch(path, {cache: 'force-cache'}).then(answer => answer.status)"
-    with serving_in_thread(desk) as url:
+    with serving_in_thread(workspace) as url:
         page = open_page(url)
         log_in(page, "ada", token)
         shows(page, 1)
@@ -301,10 +301,12 @@ def test_hostile_names_bodies_and_types_run_no_script(queue, open_page, tmp_path
     }
     queue.enqueue([picture(number, **hostile) for number in range(3)])
     queue.set_groups({2: 7, 3: 7})
-    desk = desk_of(queue, bundles=KnownBundles(tmp_path / "bundles"), metrics=hostile_metrics(evil))
-    token = desk.reviewers.add("ada", "admin")
-    desk.rounds.finish(desk.rounds.begin(evil, 1), "refused", {"reasons": [evil], evil: evil, "before": {evil: evil}})
-    with serving_in_thread(desk) as url:
+    workspace = workspace_of(queue, bundles=KnownBundles(tmp_path / "bundles"), metrics=hostile_metrics(evil))
+    token = workspace.reviewers.add("ada", "admin")
+    workspace.rounds.finish(
+        workspace.rounds.begin(evil, 1), "refused", {"reasons": [evil], evil: evil, "before": {evil: evil}}
+    )
+    with serving_in_thread(workspace) as url:
         page = open_page(url)
         log_in(page, "ada", token)
         for details in page.locator("details summary").all():
@@ -332,15 +334,15 @@ def test_hostile_names_bodies_and_types_run_no_script(queue, open_page, tmp_path
         assert page.locator("img[src=x]").count() == 0
 
 
-def test_every_control_has_a_name_and_the_theme_is_kept(desk, open_page):
-    desk.queue.set_groups(dict.fromkeys(range(1, 6), 7))
-    token = desk.reviewers.add("ada", "admin")
+def test_every_control_has_a_name_and_the_theme_is_kept(workspace, open_page):
+    workspace.queue.set_groups(dict.fromkeys(range(1, 6), 7))
+    token = workspace.reviewers.add("ada", "admin")
     nameless = """() =>
         [...document.querySelectorAll('button, a[href], input:not([type=hidden]), select, img, summary')].filter(e =>
              !(e.labels?.length && [...e.labels].some(l => l.textContent.trim())) && !e.ariaLabel
             && !e.textContent.trim() && !e.hasAttribute('alt') && !e.placeholder)
             .map(e => e.outerHTML)"""
-    with serving_in_thread(desk) as url:
+    with serving_in_thread(workspace) as url:
         page = open_page(url, color_scheme="dark", viewport={"width": 390, "height": 844})
         log_in(page, "ada", token)
         for path in ("review", "answers", "progress", "admin", "groups", "groups/7"):
@@ -354,9 +356,9 @@ def test_every_control_has_a_name_and_the_theme_is_kept(desk, open_page):
         expect(page.locator("html")).to_have_attribute("data-theme", "light")
 
 
-def test_server_that_is_gone_is_said_and_nothing_is_lost(desk, queue, open_page):
-    token = desk.reviewers.add("ada")
-    with serving_in_thread(desk) as url:
+def test_server_that_is_gone_is_said_and_nothing_is_lost(workspace, queue, open_page):
+    token = workspace.reviewers.add("ada")
+    with serving_in_thread(workspace) as url:
         page = open_page(url)
         log_in(page, "ada", token)
         shows(page, 1)

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from review_helpers import desk_of, picture, small_bundle
+from review_helpers import picture, small_bundle, workspace_of
 
-from guard.bundle import BundleStore
 from guard.cli import run
 from guard.errors import ServerError
 from guard.relabel.address import queue_url
@@ -26,6 +25,7 @@ from guard.review import housekeeping
 from guard.review.housekeeping import Housekeeping
 from guard.review.known_bundles import KnownBundles
 from guard.review.server import listening_socket
+from guard.storage.bundle import BundleStore
 
 
 @pytest.fixture
@@ -133,14 +133,14 @@ def test_housekeeping_returns_ended_leases_and_finds_groups(database, monkeypatc
     with Queue.open(queue_url(database), QueueSettings(lease_s=0.01, retention_days=36_500)) as queue:
         same = picture(5).activations
         queue.enqueue([picture(number, activations=same) for number in range(10, 16)])
-        desk = desk_of(queue)
+        workspace = workspace_of(queue)
         queue.claim("ada", 1)
-        with Housekeeping(desk):
+        with Housekeeping(workspace):
             for _ in range(200):
                 if queue.get(1).state is State.PENDING and queue.groups():
                     break
                 threading.Event().wait(0.05)
-    assert [group.size for group in desk.queue.groups()] == [6]
+    assert [group.size for group in workspace.queue.groups()] == [6]
 
 
 def test_page_knows_the_bundles_of_its_folder(tmp_path):

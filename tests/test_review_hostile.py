@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 from fastapi.routing import APIRoute
-from review_helpers import client_of, desk_of, log_in, picture
+from review_helpers import client_of, log_in, picture, workspace_of
 from starlette.testclient import TestClient
 
 from guard.errors import QueueError
 from guard.relabel.queue import Queue
-from guard.review import Desk
+from guard.review.workspace import Workspace
 
 #: Beyond 64 bits, digits that `int` does not read, half characters, NUL, and what is no number at all.
 NUMBERS = (
@@ -55,15 +55,15 @@ BODIES = (
 
 
 @pytest.fixture
-def desk(queue_url: str) -> Iterator[Desk]:
+def workspace(queue_url: str) -> Iterator[Workspace]:
     with Queue.open(queue_url) as queue:
         queue.enqueue([picture(number) for number in range(3)])
-        yield desk_of(queue)
+        yield workspace_of(queue)
 
 
 @pytest.fixture
-def root(desk: Desk) -> TestClient:
-    return unbroken(log_in(desk, "root", "admin"))
+def root(workspace: Workspace) -> TestClient:
+    return unbroken(log_in(workspace, "root", "admin"))
 
 
 def unbroken(client: TestClient) -> TestClient:
@@ -102,13 +102,13 @@ def filled(route: APIRoute, value: str) -> str:
     return path
 
 
-def authorised(desk: Desk, client: TestClient) -> TestClient:
-    client.headers["Authorization"] = f"Bearer {desk.reviewers.add('chief', 'admin')}"
+def authorised(workspace: Workspace, client: TestClient) -> TestClient:
+    client.headers["Authorization"] = f"Bearer {workspace.reviewers.add('chief', 'admin')}"
     return client
 
 
-def test_every_route_answers_hostile_paths_and_queries(desk, root):
-    authorised(desk, root)
+def test_every_route_answers_hostile_paths_and_queries(workspace, root):
+    authorised(workspace, root)
     seen = 0
     for method, route in routes(root):
         if route.path == "/logout":
@@ -124,7 +124,7 @@ def test_every_route_answers_hostile_paths_and_queries(desk, root):
     assert seen > 150
 
 
-def test_every_form_answers_hostile_fields(desk, root):
+def test_every_form_answers_hostile_fields(workspace, root):
     fields = ("item", "group", "include", "verdict", "true_label", "rule", "group_label", "order", "model", "name")
     fields += ("role", "reviewer", "active", "target", "advance", "label_1", "verdict_1", "csrf", "token")
     good = {"verdict": "poisoned", "true_label": "4", "include": "1", "rule": "one", "group_label": "4", "name": "eve"}
@@ -137,7 +137,7 @@ def test_every_form_answers_hostile_fields(desk, root):
             send(root, method, filled(route, "1"), data=dict.fromkeys(fields, value))
         for value in NUMBERS if route.path in read else ():
             send(root, method, filled(route, "1"), data=good | {read[route.path]: value})
-    plain = unbroken(client_of(desk))
+    plain = unbroken(client_of(workspace))
     for value in TEXTS:
         send(plain, "POST", "/login", data={"name": value, "token": value})
 
@@ -156,21 +156,21 @@ def test_every_form_answers_hostile_fields(desk, root):
         "text/plain; charset=undefined",
     ],
 )
-def test_form_in_a_hostile_encoding_is_refused(desk, root, kind):
+def test_form_in_a_hostile_encoding_is_refused(workspace, root, kind):
     body = b'--x\r\nContent-Disposition: form-data; name="true_label"\r\n\r\n\\ud800\xff\r\n--x--\r\n'
     for path in ("/items/1/decision", "/login", "/admin/import", "/groups/1/decisions"):
         send(root, "POST", path, content=body, headers={"Content-Type": kind})
-    assert desk.queue.decisions() == []
+    assert workspace.queue.decisions() == []
 
 
-def test_every_json_route_answers_hostile_bodies(desk, root):
-    authorised(desk, root)
+def test_every_json_route_answers_hostile_bodies(workspace, root):
+    authorised(workspace, root)
     root.get("/api/v1/items/next")
     for method, route in routes(root):
         if method == "POST" and route.path.startswith("/api/"):
             for body in BODIES:
                 send(root, method, filled(route, "1"), content=body, headers={"Content-Type": "application/json"})
-    assert all("\0" not in one.note for one in desk.queue.decisions())
+    assert all("\0" not in one.note for one in workspace.queue.decisions())
 
 
 @pytest.mark.parametrize(
@@ -186,12 +186,12 @@ def test_every_json_route_answers_hostile_bodies(desk, root):
         {"X-CSRF-Token": b"\xff\xfe"},
     ],
 )
-def test_hostile_headers_are_refused(desk, root, headers):
+def test_hostile_headers_are_refused(workspace, root, headers):
     for method, path in (("POST", "/login"), ("POST", "/undo"), ("GET", "/review"), ("GET", "/api/v1/counts")):
         send(root, method, path, headers=headers)
 
 
-def test_hostile_files_are_refused_with_one_line(desk, root):
+def test_hostile_files_are_refused_with_one_line(workspace, root):
     files = (b"[" * 100_000, b"\xff\xfe\x00", b"item,verdict,true_label\n\xc2\xb2,poisoned,4\n", b"", b"\0" * 1000)
     for data in files:
         response = root.post(
@@ -201,30 +201,30 @@ def test_hostile_files_are_refused_with_one_line(desk, root):
         assert "<script>alert" not in response.text
 
 
-def test_queue_refuses_what_its_database_cannot_hold(desk):
+def test_queue_refuses_what_its_database_cannot_hold(workspace):
     for item_id in (2**63, 2**70, -(2**70)):
         with pytest.raises(QueueError):
-            desk.queue.decide("ana", item_id, is_poisoned=True, true_label=1)
-    desk.queue.claim_items("ana", [1])
-    for note in ("\ud800", *(() if desk.queue.database.is_sqlite else ("\0",))):
+            workspace.queue.decide("ana", item_id, is_poisoned=True, true_label=1)
+    workspace.queue.claim_items("ana", [1])
+    for note in ("\ud800", *(() if workspace.queue.database.is_sqlite else ("\0",))):
         with pytest.raises(QueueError):
-            desk.queue.decide("ana", 1, is_poisoned=True, true_label=1, note=note)
+            workspace.queue.decide("ana", 1, is_poisoned=True, true_label=1, note=note)
 
 
-def test_flagged_input_with_hostile_names_is_kept(desk):
+def test_flagged_input_with_hostile_names_is_kept(workspace):
     """What a client names itself must not cost the evidence of its whole batch."""
     evil = "a\0b\ud800"
-    done = desk.queue.enqueue([picture(8), picture(9, request_id=evil, content_type=evil, reason=evil)])
+    done = workspace.queue.enqueue([picture(8), picture(9, request_id=evil, content_type=evil, reason=evil)])
     assert None not in done.ids
-    assert desk.queue.get(done.ids[1]).input.request_id == "a\\x00b\\ud800"
+    assert workspace.queue.get(done.ids[1]).input.request_id == "a\\x00b\\ud800"
 
 
-def test_page_remembers_no_model_that_a_browser_made_up(queue_url, root, desk):
+def test_page_remembers_no_model_that_a_browser_made_up(queue_url, root, workspace):
     asked: list[str | None] = []
 
     class Source:
         def history(self, span: Any, model: str | None, now: float) -> Any:
-            from guard.review.status_history import History
+            from guard.review.status.history import History
 
             asked.append(model)
             return History(span=span, edges=span.edges(now), models=("digits",))
@@ -233,7 +233,7 @@ def test_page_remembers_no_model_that_a_browser_made_up(queue_url, root, desk):
 
         def stop(self) -> None: ...
 
-    client = log_in(desk_of(desk.queue, metrics=Source()), "ada")
+    client = log_in(workspace_of(workspace.queue, metrics=Source()), "ada")
     for model in ("digits", "x" * 100, "'}", ""):
         assert client.get("/status", params={"model": model}).status_code == 200
     assert set(asked) == {None, "digits"}

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from review_helpers import N_CLASSES, client_of, csrf_of, desk_of, log_in, picture, shown_item, small_bundle
+from review_helpers import N_CLASSES, client_of, csrf_of, log_in, picture, shown_item, small_bundle, workspace_of
 from starlette.testclient import TestClient
 
 from guard.errors import AlreadyDecided, QueueUnavailable
@@ -23,11 +23,10 @@ from guard.relabel.items import State
 from guard.relabel.queue import Queue
 from guard.relabel.request_body import pack_body
 from guard.relabel.settings import QueueSettings
-from guard.review import Desk, ReviewSettings
 from guard.review.access import LoginLimit, TooManyAttemptsError
-from guard.review.desk import CleanImages
 from guard.review.headers import SECURITY_HEADERS
 from guard.review.known_bundles import KnownBundles
+from guard.review.workspace import CleanImages, ReviewSettings, Workspace
 
 FORM = "application/x-www-form-urlencoded"
 PAGES = ("/review", "/groups", "/groups/1", "/answers", "/progress", "/admin", "/items/1")
@@ -41,15 +40,15 @@ def queue(sqlite_template: Path, tmp_path: Path) -> Iterator[Queue]:
 
 
 @pytest.fixture
-def desk(queue: Queue) -> Desk:
+def workspace(queue: Queue) -> Workspace:
     """Three flagged inputs; number 1 is the most suspicious."""
     queue.enqueue([picture(number) for number in range(3)])
-    return desk_of(queue)
+    return workspace_of(queue)
 
 
 @pytest.fixture
-def ada(desk: Desk) -> TestClient:
-    return log_in(desk)
+def ada(workspace: Workspace) -> TestClient:
+    return log_in(workspace)
 
 
 def answer(client: TestClient, item: int, verdict: str = "poisoned", label: str = "4", part: bool = False):
@@ -60,9 +59,9 @@ def answer(client: TestClient, item: int, verdict: str = "poisoned", label: str 
 # --- getting in ---
 
 
-def test_login_with_name_and_token_starts_a_session_that_scripts_cannot_read(desk):
-    token = desk.reviewers.add("ada")
-    client = client_of(desk)
+def test_login_with_name_and_token_starts_a_session_that_scripts_cannot_read(workspace):
+    token = workspace.reviewers.add("ada")
+    client = client_of(workspace)
     assert client.post("/login", data={"name": "ada", "token": "wrong"}).status_code == 401
     assert client.post("/login", data={"name": "bob", "token": token}).status_code == 401
     response = client.post("/login", data={"name": "ada", "token": token})
@@ -75,37 +74,37 @@ def test_login_with_name_and_token_starts_a_session_that_scripts_cannot_read(des
     assert client.get("/login").headers["location"] == "/review"
 
 
-def test_login_over_https_marks_the_cookie_secure(desk):
-    token = desk.reviewers.add("ada")
-    response = client_of(desk, "https://localhost").post("/login", data={"name": "ada", "token": token})
+def test_login_over_https_marks_the_cookie_secure(workspace):
+    token = workspace.reviewers.add("ada")
+    response = client_of(workspace, "https://localhost").post("/login", data={"name": "ada", "token": token})
     assert "secure" in response.headers["set-cookie"].lower()
 
 
-def test_logout_ends_the_session_and_gives_items_back(desk, ada):
+def test_logout_ends_the_session_and_gives_items_back(workspace, ada):
     assert shown_item(ada.get("/review").text) == 1
-    assert desk.queue.get(1).claimed_by == "ada"
+    assert workspace.queue.get(1).claimed_by == "ada"
     assert ada.post("/logout").headers["location"] == "/login"
-    assert desk.queue.get(1).state is State.PENDING
+    assert workspace.queue.get(1).state is State.PENDING
     assert ada.get("/review").headers["location"] == "/login"
 
 
-def test_logged_out_session_cookie_is_worthless(desk, ada):
+def test_logged_out_session_cookie_is_worthless(workspace, ada):
     cookie = ada.cookies["guard_session"]
     ada.post("/logout")
-    client = client_of(desk)
+    client = client_of(workspace)
     client.cookies["guard_session"] = cookie
     assert client.get("/review").status_code == 303
 
 
-def test_disabled_reviewer_is_out_at_once(desk, ada):
-    desk.reviewers.disable("ada")
+def test_disabled_reviewer_is_out_at_once(workspace, ada):
+    workspace.reviewers.disable("ada")
     assert ada.get("/review").headers["location"] == "/login"
 
 
-def test_sixth_failed_login_is_told_to_wait_and_the_right_token_passes_all_the_same(desk):
+def test_sixth_failed_login_is_told_to_wait_and_the_right_token_passes_all_the_same(workspace):
     """The attack: five wrong tokens a minute under somebody's name kept that one out."""
-    token = desk.reviewers.add("ada")
-    client = client_of(desk)
+    token = workspace.reviewers.add("ada")
+    client = client_of(workspace)
     for _ in range(5):
         assert client.post("/login", data={"name": "ada", "token": "wrong"}).status_code == 401
     response = client.post("/login", data={"name": "ada", "token": "wrong"})
@@ -135,70 +134,70 @@ def test_login_limit_is_bounded_whatever_names_are_tried():
     assert max(map(len, limit._failed)) <= 200
 
 
-def test_login_makes_a_new_session_and_ends_the_one_that_was_there(desk):
+def test_login_makes_a_new_session_and_ends_the_one_that_was_there(workspace):
     """Session fixation: a cookie that somebody else planted is never raised to the reviewer's session."""
-    client = client_of(desk)
-    token = desk.reviewers.add("ada")
+    client = client_of(workspace)
+    token = workspace.reviewers.add("ada")
     planted = {"Cookie": "guard_session=planted"}
     client.post("/login", data={"name": "ada", "token": token}, headers=planted)
     first = client.cookies["guard_session"]
     assert first != "planted"
-    assert desk.reviewers.find_session("planted") is None
+    assert workspace.reviewers.find_session("planted") is None
     client.post("/login", data={"name": "ada", "token": token})
     assert client.cookies["guard_session"] != first
-    assert desk.reviewers.find_session(first) is None
+    assert workspace.reviewers.find_session(first) is None
 
 
-def test_session_over_https_is_taken_from_its_prefixed_cookie_only(desk):
+def test_session_over_https_is_taken_from_its_prefixed_cookie_only(workspace):
     """`__Host-` cookies cannot be set by another host of the domain, nor over plain http."""
-    token = desk.reviewers.add("ada")
-    client = client_of(desk, "https://localhost")
+    token = workspace.reviewers.add("ada")
+    client = client_of(workspace, "https://localhost")
     response = client.post("/login", data={"name": "ada", "token": token})
     assert response.headers["set-cookie"].startswith("__Host-guard_session=")
     assert client.get("/review").status_code == 200
     secret = client.cookies["__Host-guard_session"]
-    other = client_of(desk, "https://localhost")
+    other = client_of(workspace, "https://localhost")
     other.cookies["guard_session"] = secret
     assert other.get("/review").status_code == 303
     client.headers["X-CSRF-Token"] = csrf_of(client)
     assert client.post("/logout").status_code == 303
-    assert desk.reviewers.find_session(secret) is None
+    assert workspace.reviewers.find_session(secret) is None
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_page_without_login_goes_to_the_login(desk, path):
-    response = client_of(desk).get(path)
+def test_page_without_login_goes_to_the_login(workspace, path):
+    response = client_of(workspace).get(path)
     assert (response.status_code, response.headers["location"]) == (303, "/login")
 
 
-def test_part_of_a_page_without_login_sends_the_browser_to_the_login(desk):
-    response = client_of(desk).post("/items/1/decision", headers={"HX-Request": "true"})
+def test_part_of_a_page_without_login_sends_the_browser_to_the_login(workspace):
+    response = client_of(workspace).post("/items/1/decision", headers={"HX-Request": "true"})
     assert (response.status_code, response.headers["hx-redirect"]) == (401, "/login")
 
 
 @pytest.mark.parametrize("path", ["/images/items/1.png", "/images/items/1/occlusion.png", "/images/clean/0.png"])
-def test_picture_without_login_is_refused(desk, path):
-    assert client_of(desk).get(path).status_code == 401
+def test_picture_without_login_is_refused(workspace, path):
+    assert client_of(workspace).get(path).status_code == 401
 
 
-def test_form_without_its_token_changes_nothing(desk, ada):
+def test_form_without_its_token_changes_nothing(workspace, ada):
     ada.get("/review")
     del ada.headers["X-CSRF-Token"]
     assert answer(ada, 1).status_code == 403
     ada.headers["X-CSRF-Token"] = "0" * 64
     assert answer(ada, 1).status_code == 403
-    assert desk.queue.decisions() == []
+    assert workspace.queue.decisions() == []
 
 
 @pytest.mark.parametrize("headers", [{"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}])
 @pytest.mark.parametrize("path", ["/items/1/decision", "/login", "/logout", "/admin/reviewers"])
-def test_form_from_another_site_is_refused(desk, ada, headers, path):
+def test_form_from_another_site_is_refused(workspace, ada, headers, path):
     assert ada.post(path, headers=headers).status_code == 403
 
 
-def test_page_answers_to_its_own_names_only(desk, queue):
-    assert client_of(desk, "http://evil.example").get("/login").status_code == 400
-    named = desk_of(queue, settings=ReviewSettings(allowed_hosts=("guard.example",)))
+def test_page_answers_to_its_own_names_only(workspace, queue):
+    assert client_of(workspace, "http://evil.example").get("/login").status_code == 400
+    named = workspace_of(queue, settings=ReviewSettings(allowed_hosts=("guard.example",)))
     assert client_of(named, "http://guard.example").get("/login").status_code == 200
 
 
@@ -233,7 +232,7 @@ def test_logout_clears_what_an_earlier_page_let_the_browser_keep(ada):
     assert ada.post("/logout").headers["clear-site-data"] == '"cache"'
 
 
-def test_request_that_is_too_large_is_refused(desk, ada):
+def test_request_that_is_too_large_is_refused(workspace, ada):
     response = ada.post("/items/1/decision", data={"true_label": "x" * (2**20)})
     assert response.status_code == 413
     chunks = (b"x" * 2**16 for _ in range(20))
@@ -243,17 +242,17 @@ def test_request_that_is_too_large_is_refused(desk, ada):
 # --- answering ---
 
 
-def test_answer_is_saved_and_the_next_item_shown(desk, ada):
+def test_answer_is_saved_and_the_next_item_shown(workspace, ada):
     assert shown_item(ada.get("/review").text) == 1
     response = answer(ada, 1, part=True)
     assert shown_item(response.text) == 2
     assert "Saved: item 1 poisoned, true label 4." in response.text
-    [decision] = desk.queue.decisions()
+    [decision] = workspace.queue.decisions()
     assert (decision.item_id, decision.reviewer, decision.is_poisoned, decision.true_label) == (1, "ada", True, 4)
-    assert desk.queue.get(1).state is State.DECIDED
+    assert workspace.queue.get(1).state is State.DECIDED
 
 
-def test_answer_without_script_goes_back_to_the_page(desk, ada):
+def test_answer_without_script_goes_back_to_the_page(workspace, ada):
     ada.get("/review")
     response = answer(ada, 1)
     assert (response.status_code, response.headers["location"]) == (303, "/review?order=suspicion")
@@ -265,31 +264,31 @@ def test_reload_shows_the_same_item(ada):
 
 def test_order_by_age_shows_the_oldest(queue):
     queue.enqueue([picture(9), picture(0)])
-    assert shown_item(log_in(desk_of(queue)).get("/review?order=age").text) == 1
-    assert shown_item(log_in(desk_of(queue), "bob").get("/review?order=suspicion").text) == 2
+    assert shown_item(log_in(workspace_of(queue)).get("/review?order=age").text) == 1
+    assert shown_item(log_in(workspace_of(queue), "bob").get("/review?order=suspicion").text) == 2
 
 
-def test_false_alarm_without_a_label_means_that_the_suspect_is_right(desk, ada):
+def test_false_alarm_without_a_label_means_that_the_suspect_is_right(workspace, ada):
     ada.get("/review")
     answer(ada, 1, "false_alarm", "")
-    assert desk.queue.get(1).decision.true_label == desk.queue.get(1).input.suspect_label
+    assert workspace.queue.get(1).decision.true_label == workspace.queue.get(1).input.suspect_label
 
 
-def test_poisoned_needs_a_label_or_that_it_cannot_be_told(desk, ada):
+def test_poisoned_needs_a_label_or_that_it_cannot_be_told(workspace, ada):
     ada.get("/review")
     response = answer(ada, 1, label="", part=True)
     assert response.status_code == 422
     assert 'role="alert"' in response.text
     assert "choose the true label first" in response.text
     answer(ada, 1, label="none")
-    assert desk.queue.get(1).decision.true_label is None
+    assert workspace.queue.get(1).decision.true_label is None
 
 
 @pytest.mark.parametrize("label", [str(N_CLASSES), "-1", "1e3", "٣", "cat"])
-def test_unknown_label_is_refused(desk, ada, label):
+def test_unknown_label_is_refused(workspace, ada, label):
     ada.get("/review")
     assert answer(ada, 1, label=label).status_code == 422
-    assert desk.queue.decisions() == []
+    assert workspace.queue.decisions() == []
 
 
 def test_item_of_a_group_that_gave_way_is_told_and_the_rest_of_the_form_stays(queue, ada):
@@ -313,13 +312,13 @@ def test_page_shows_what_a_program_holds_for_the_reviewer_at_the_limit(sqlite_te
     shutil.copy(sqlite_template, tmp_path / "held.db")
     with Queue.open(f"sqlite:///{tmp_path / 'held.db'}", QueueSettings(max_held=2)) as queue:
         queue.enqueue([picture(number) for number in range(6)])
-        desk = desk_of(queue)
+        workspace = workspace_of(queue)
         queue.claim("ada", 2)
-        ada = log_in(desk)
+        ada = log_in(workspace)
         assert shown_item(ada.get("/review").text) == 1
         assert shown_item(answer(ada, 1, part=True).text) in (2, 3)
-        program = client_of(desk)
-        program.headers["Authorization"] = f"Bearer {desk.reviewers.add('robot')}"
+        program = client_of(workspace)
+        program.headers["Authorization"] = f"Bearer {workspace.reviewers.add('robot')}"
         assert len(program.get("/api/v1/items/next?n=200").json()["items"]) == 2
         response = program.get("/api/v1/items/next?n=1")
         assert response.status_code == 409
@@ -328,43 +327,43 @@ def test_page_shows_what_a_program_holds_for_the_reviewer_at_the_limit(sqlite_te
 
 def test_body_that_gave_way_is_told(queue):
     queue.enqueue([picture(0, body=b"", content_type="")])
-    ada = log_in(desk_of(queue))
+    ada = log_in(workspace_of(queue))
     response = ada.get("/images/items/1.png?view=sent")
     assert (response.status_code, "the body was not kept" in response.text) == (422, True)
     assert "The body was not kept" in ada.get("/review").text
 
 
-def test_item_that_somebody_else_answered_is_told_and_not_shown_again(desk, ada):
+def test_item_that_somebody_else_answered_is_told_and_not_shown_again(workspace, ada):
     ada.get("/review")
-    desk.queue.release("ada", [1])
-    desk.queue.claim_items("bob", [1])
-    desk.queue.decide("bob", 1, is_poisoned=True, true_label=2)
+    workspace.queue.release("ada", [1])
+    workspace.queue.claim_items("bob", [1])
+    workspace.queue.decide("bob", 1, is_poisoned=True, true_label=2)
     response = answer(ada, 1, part=True)
     assert response.status_code == 409
     assert "decided already" in response.text
     assert shown_item(ada.get("/review").text) == 2
 
 
-def test_lease_that_ended_unnoticed_is_taken_again(desk, ada):
+def test_lease_that_ended_unnoticed_is_taken_again(workspace, ada):
     ada.get("/review")
-    desk.queue.release("ada", [1])
+    workspace.queue.release("ada", [1])
     assert answer(ada, 1).status_code == 303
-    assert desk.queue.get(1).decision.reviewer == "ada"
+    assert workspace.queue.get(1).decision.reviewer == "ada"
 
 
-def test_item_with_somebody_else_is_not_answered(desk, ada):
-    desk.queue.claim_items("bob", [1])
+def test_item_with_somebody_else_is_not_answered(workspace, ada):
+    workspace.queue.claim_items("bob", [1])
     response = answer(ada, 1, part=True)
     assert response.status_code == 409
     assert "bob has it" in response.text
 
 
-def test_two_reviewers_never_see_the_same_item(desk, ada):
-    bob = log_in(desk, "bob")
+def test_two_reviewers_never_see_the_same_item(workspace, ada):
+    bob = log_in(workspace, "bob")
     assert {shown_item(ada.get("/review").text), shown_item(bob.get("/review").text)} == {1, 2}
 
 
-def test_skipped_item_comes_last(desk, ada):
+def test_skipped_item_comes_last(workspace, ada):
     ada.get("/review")
     seen = [1]
     for _ in range(3):
@@ -372,18 +371,18 @@ def test_skipped_item_comes_last(desk, ada):
     assert seen == [1, 2, 3, 1]
 
 
-def test_undo_works_in_a_later_session(desk):
-    token = desk.reviewers.add("ada")
-    first = log_in(desk, token=token)
+def test_undo_works_in_a_later_session(workspace):
+    token = workspace.reviewers.add("ada")
+    first = log_in(workspace, token=token)
     first.get("/review")
     answer(first, 1)
     first.post("/logout")
-    later = log_in(desk_of(desk.queue), token=token)
+    later = log_in(workspace_of(workspace.queue), token=token)
     response = later.post("/undo", headers={"HX-Request": "true"})
     assert shown_item(response.text) == 1
     assert "Undone: item 1 is open again." in response.text
-    assert desk.queue.get(1).claimed_by == "ada"
-    assert desk.queue.decisions()[0].withdrawn
+    assert workspace.queue.get(1).claimed_by == "ada"
+    assert workspace.queue.decisions()[0].withdrawn
 
 
 def test_undo_with_nothing_to_undo_says_so(ada):
@@ -392,17 +391,17 @@ def test_undo_with_nothing_to_undo_says_so(ada):
     assert "nothing to undo" in response.text
 
 
-def test_undo_goes_back_one_answer_at_a_time(desk, ada):
+def test_undo_goes_back_one_answer_at_a_time(workspace, ada):
     for item in (1, 2, 3):
         ada.get("/review")
         answer(ada, item)
     undone = [shown_item(ada.post("/undo", headers={"HX-Request": "true"}).text) for _ in range(3)]
     assert undone == [3, 2, 1]
     with pytest.raises(AlreadyDecided):
-        desk.undo("ada")
+        workspace.undo("ada")
 
 
-def test_advance_by_hand_shows_the_answer_first(desk, ada):
+def test_advance_by_hand_shows_the_answer_first(workspace, ada):
     ada.get("/review")
     data = {"verdict": "poisoned", "true_label": "4", "advance": "0"}
     response = ada.post("/items/1/decision", data=data, headers={"HX-Request": "true"})
@@ -411,7 +410,7 @@ def test_advance_by_hand_shows_the_answer_first(desk, ada):
     assert shown_item(ada.post("/next", headers={"HX-Request": "true"}).text) == 2
 
 
-def test_answers_page_takes_back_and_changes(desk, ada):
+def test_answers_page_takes_back_and_changes(workspace, ada):
     for item in (1, 2):
         ada.get("/review")
         answer(ada, item)
@@ -421,51 +420,51 @@ def test_answers_page_takes_back_and_changes(desk, ada):
     data = {"verdict": "false_alarm", "true_label": "3"}
     assert ada.post("/answers/2/change", data={"true_label": "3"}).status_code == 422  # says neither
     assert ada.post("/answers/2/change", data=data).status_code == 303
-    states = {item: desk.queue.get(item).state for item in (1, 2)}
+    states = {item: workspace.queue.get(item).state for item in (1, 2)}
     assert states == {1: State.CLAIMED, 2: State.DECIDED}
-    decision = desk.queue.get(2).decision
+    decision = workspace.queue.get(2).decision
     assert (decision.is_poisoned, decision.true_label, decision.supersedes) == (False, 3, 2)
     assert "withdrawn" in ada.get("/answers").text
 
 
-def test_answer_of_somebody_else_cannot_be_changed(desk, ada):
+def test_answer_of_somebody_else_cannot_be_changed(workspace, ada):
     ada.get("/review")
     answer(ada, 1)
-    bob = log_in(desk, "bob")
+    bob = log_in(workspace, "bob")
     for action in ("withdraw", "change"):
         response = bob.post(f"/answers/1/{action}", data={"verdict": "false_alarm", "true_label": "3"})
         assert response.status_code == 403
-    assert desk.queue.get(1).decision.stands
+    assert workspace.queue.get(1).decision.stands
 
 
 def test_answers_are_paged(queue):
     queue.enqueue([picture(number) for number in range(60)])
-    desk = desk_of(queue)
-    ada = log_in(desk)
+    workspace = workspace_of(queue)
+    ada = log_in(workspace)
     for _ in range(60):
         ada.get("/review")
-        [held] = desk.holding.of("ada")
+        [held] = workspace.held_items.of("ada")
         answer(ada, held)
     assert "page 1 of 2" in ada.get("/answers").text
     assert ada.get("/answers?page=2").text.count("<tr") == 10 + 1  # and the headings
-    assert len(desk.log.newest("ada", 1000)) == 60
+    assert len(workspace.log.newest("ada", 1000)) == 60
 
 
 def test_quorum_of_two_needs_a_second_reviewer(queue, tmp_path):
     queue.enqueue([picture()])
     with Queue.open(f"sqlite:///{tmp_path / 'queue.db'}", QueueSettings(quorum=2)) as opened:
-        desk = desk_of(opened)
+        workspace = workspace_of(opened)
         for name, state in (("ada", State.PENDING), ("bob", State.DECIDED)):
-            client = log_in(desk, name)
+            client = log_in(workspace, name)
             assert shown_item(client.get("/review").text) == 1
             data = {"verdict": "poisoned", "true_label": "4", "advance": "0"}
             html = client.post("/items/1/decision", data=data, headers={"HX-Request": "true"}).text
             assert "It counts once 2 reviewers say so." in html
             assert opened.get(1).state is state
-        assert shown_item(log_in(desk, "eve").get("/review").text) is None
+        assert shown_item(log_in(workspace, "eve").get("/review").text) is None
 
 
-def test_queue_that_is_gone_is_said_with_503(desk, ada, monkeypatch):
+def test_queue_that_is_gone_is_said_with_503(workspace, ada, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise QueueUnavailable("the queue is locked. Try again.")
 
@@ -479,9 +478,9 @@ def test_queue_that_is_gone_is_said_with_503(desk, ada, monkeypatch):
 
 
 @pytest.fixture
-def group_of_three(desk: Desk) -> Desk:
-    desk.queue.set_groups({1: 7, 2: 7, 3: 7})
-    return desk
+def group_of_three(workspace: Workspace) -> Workspace:
+    workspace.queue.set_groups({1: 7, 2: 7, 3: 7})
+    return workspace
 
 
 def test_group_is_labelled_with_its_exceptions(group_of_three):
@@ -508,7 +507,7 @@ def test_group_is_labelled_with_its_exceptions(group_of_three):
 def test_group_by_the_backups_answers_refuses_one_that_agrees_with_the_suspect(queue):
     queue.enqueue([picture(0), picture(1, backup_label=3)])
     queue.set_groups({1: 7, 2: 7})
-    ada = log_in(desk_of(queue))
+    ada = log_in(workspace_of(queue))
     ada.get("/groups/7")
     data = {"verdict": "poisoned", "rule": "backup", "include": ["1", "2"], "label_1": ""}
     response = ada.post("/groups/7/decisions", data=data)
@@ -548,14 +547,14 @@ def test_group_is_for_one_reviewer_at_a_time(group_of_three):
 # --- progress and admin ---
 
 
-def test_progress_shows_what_answers_changed(desk, ada):
+def test_progress_shows_what_answers_changed(workspace, ada):
     report = {
         "before": {"clean_accuracy": 0.9, "attack_success": {"digits": 0.5}},
         "after": {"clean_accuracy": 0.95, "attack_success": {"digits": 0.1}},
         "reasons": ["all <b>passed</b>"],
         "seconds": 12.5,
     }
-    desk.rounds.finish(desk.rounds.begin("digits", 3), "promoted", report)
+    workspace.rounds.finish(workspace.rounds.begin("digits", 3), "promoted", report)
     html = ada.get("/progress").text
     for text in ("promoted", "clean accuracy", "+0.05", "attack success / digits", "−0.4", "12.5"):
         assert text in html
@@ -568,38 +567,38 @@ def test_admin_pages_are_for_admins(ada, path):
 
 
 @pytest.mark.parametrize("path", ["reviewers", "reviewers/disable", "retrain", "gold", "import"])
-def test_admin_actions_are_for_admins(desk, ada, path):
+def test_admin_actions_are_for_admins(workspace, ada, path):
     data = {"name": "eve", "role": "admin", "model": "digits", "item": "1"}
     assert ada.post(f"/admin/{path}", data=data).status_code == 403
-    assert desk.reviewers.names() == ["ada"]
+    assert workspace.reviewers.names() == ["ada"]
 
 
-def test_admin_adds_a_reviewer_whose_token_is_shown_once(desk):
-    root = log_in(desk, "root", "admin")
+def test_admin_adds_a_reviewer_whose_token_is_shown_once(workspace):
+    root = log_in(workspace, "root", "admin")
     html = root.post("/admin/reviewers", data={"name": "eve", "role": "reviewer"}).text
     token = html.split('<code id="new-token">')[1].split("</code>")[0]
-    assert desk.reviewers.check_token(token).name == "eve"
+    assert workspace.reviewers.check_token(token).name == "eve"
     assert token not in root.get("/admin").text
     assert root.post("/admin/reviewers", data={"name": "eve", "role": "reviewer"}).status_code == 422
     assert root.post("/admin/reviewers/disable", data={"name": "eve"}).status_code == 303
-    assert desk.reviewers.check_token(token) is None
+    assert workspace.reviewers.check_token(token) is None
     assert root.post("/admin/reviewers/disable", data={"name": "root"}).status_code == 422
 
 
-def test_retrain_button_asks_for_a_round(desk):
-    root = log_in(desk, "root", "admin")
+def test_retrain_button_asks_for_a_round(workspace):
+    root = log_in(workspace, "root", "admin")
     root.post("/admin/retrain", data={"model": "digits"})
-    assert desk.rounds.take_request("digits") == "root"
+    assert workspace.rounds.take_request("digits") == "root"
 
 
-def test_gold_items_measure_reviewers_and_look_like_others(desk, queue):
+def test_gold_items_measure_reviewers_and_look_like_others(workspace, queue):
     queue.enqueue([picture(50)])
-    root = log_in(desk, "root", "admin")
+    root = log_in(workspace, "root", "admin")
     root.get("/review")
     answer(root, 1, label="4")
     assert root.post("/admin/gold", data={"item": "1"}).status_code == 303
     assert root.post("/admin/gold", data={"item": "2"}).status_code == 422  # not answered yet
-    bob = log_in(desk, "bob")
+    bob = log_in(workspace, "bob")
     seen = []
     for label in ("4", "4", "4", "4"):
         html = bob.get("/review").text
@@ -645,7 +644,7 @@ def huge_png() -> bytes:
 )
 def test_hostile_body_is_never_sent_on(queue, body):
     queue.enqueue([picture(0, body=body, content_type="text/html")])
-    response = log_in(desk_of(queue)).get("/images/items/1.png?view=sent")
+    response = log_in(workspace_of(queue)).get("/images/items/1.png?view=sent")
     assert response.status_code == 422
     assert response.headers["content-type"] == "text/plain; charset=utf-8"
     assert b"alert" not in response.content
@@ -655,7 +654,7 @@ def test_hostile_body_is_never_sent_on(queue, body):
 def test_body_with_script_behind_a_real_picture_loses_it(queue):
     original = picture(0)
     queue.enqueue([picture(0, body=original.body + b"<script>alert(1)</script>", content_type="text/html")])
-    response = log_in(desk_of(queue)).get("/images/items/1.png?view=sent")
+    response = log_in(workspace_of(queue)).get("/images/items/1.png?view=sent")
     assert response.headers["content-type"] == "image/png"
     assert b"script" not in response.content
 
@@ -665,7 +664,7 @@ def test_page_shows_every_picture_of_a_request_the_models_input_first(queue):
     clean, triggered = picture(7), picture(0)
     body, content_type = pack_body({"data": clean.body, evil: "words", "body": triggered.body}, "multipart/form-data")
     queue.enqueue([picture(0, body=body, content_type=content_type)])
-    client = log_in(desk_of(queue))
+    client = log_in(workspace_of(queue))
     page = client.get("/review").text
     views = re.findall(r'data-(model|sent\d+)="([^"]+)"', page)
     assert [name for name, _ in views] == ["model", "sent0", "sent1"]
@@ -684,7 +683,7 @@ def test_page_shows_every_picture_of_a_request_the_models_input_first(queue):
 def test_fields_without_a_picture_are_said_to_be_none(queue):
     body, content_type = pack_body({"data": b"<script>", "body": "words"}, "")
     queue.enqueue([picture(0, body=body, content_type=content_type)])
-    client = log_in(desk_of(queue))
+    client = log_in(workspace_of(queue))
     assert client.get("/images/items/1.png?view=sent").status_code == 422
     assert "<script>" not in client.get("/images/items/1.png?view=sent").text
 
@@ -704,8 +703,8 @@ def test_hostile_names_are_text(queue, tmp_path):
     )
     queue.enqueue([hostile])
     queue.set_groups({1: 7})
-    desk = desk_of(queue, bundles=KnownBundles(tmp_path / "bundles"))
-    root = log_in(desk, "root", "admin")
+    workspace = workspace_of(queue, bundles=KnownBundles(tmp_path / "bundles"))
+    root = log_in(workspace, "root", "admin")
     root.get("/review")
     pages = [root.get(path).text for path in ("/review", "/groups/7", "/groups", "/items/1", "/admin")]
     pages.append(answer(root, 1, part=True).text)
@@ -729,15 +728,15 @@ def test_nearest_clean_images_of_both_classes_are_shown(queue, tmp_path):
     queue.enqueue([picture(0, bundle_digest=digest)])
     clean = CleanImages(rng.random((40, 1, 8, 8), dtype=np.float32), labels)
     bundles = KnownBundles(tmp_path / "bundles")
-    desk = desk_of(queue, bundles=bundles, clean=clean)
-    suspects, backups = desk.view(queue.get(1)).neighbours
+    workspace = workspace_of(queue, bundles=bundles, clean=clean)
+    suspects, backups = workspace.view(queue.get(1)).neighbours
     assert (suspects.name, suspects.rows[0], len(suspects.rows)) == ("class 3", 12, 4)
     assert (backups.name, set(backups.rows)) == ("class 5", {20, 21, 22, 23})
-    ada = log_in(desk)
+    ada = log_in(workspace)
     assert "/images/clean/12.png" in ada.get("/review").text
     assert ada.get("/images/clean/12.png").headers["content-type"] == "image/png"
     assert ada.get("/images/clean/40.png").status_code == 404
-    other = desk_of(queue, bundles=bundles, clean=CleanImages(clean.images[:39], labels[:39]))
+    other = workspace_of(queue, bundles=bundles, clean=CleanImages(clean.images[:39], labels[:39]))
     assert "not those that this guard was fitted on" in other.view(queue.get(1)).no_neighbours
 
 
@@ -757,7 +756,7 @@ def test_page_says_why_there_are_no_clean_images_and_no_map(ada):
 )
 def test_backups_label_and_sureness_are_shown_and_its_label_is_the_first_choice(queue, backup, expected):
     queue.enqueue([picture(suspect_label=2, backup_label=backup, backup_confidence=0.84)])
-    html = log_in(desk_of(queue)).get("/review").text
+    html = log_in(workspace_of(queue)).get("/review").text
     likely = html[html.index('class="likely"') : html.index('class="choices"')]
     offered = re.findall(r'for="label-(\d+)".*?<i>(.*?)</i>', likely)
     assert offered[0] == (str(expected[0][0]), expected[0][1])
@@ -767,6 +766,6 @@ def test_backups_label_and_sureness_are_shown_and_its_label_is_the_first_choice(
 
 def test_guard_without_an_opinion_offers_the_models_second_choice(queue):
     queue.enqueue([picture(suspect_label=2, backup_label=None, backup_confidence=None)])
-    html = log_in(desk_of(queue)).get("/review").text
+    html = log_in(workspace_of(queue)).get("/review").text
     assert "this guard has no backup" in html
     assert re.findall(r"<i>(.*?)</i>", html[html.index('class="likely"') :])[0] == "second choice"

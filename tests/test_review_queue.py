@@ -18,8 +18,8 @@ from PIL import Image
 from serving_helpers import Worker, Workshop, png
 
 from guard import Guard
-from guard.attacks import MnistCnn, Poisoned
 from guard.errors import ConfigError, DataError
+from guard.lab.attacks import MnistCnn, Poisoned
 from guard.relabel.address import queue_url
 from guard.relabel.items import QueueItem, State
 from guard.relabel.queue import Queue

@@ -17,10 +17,11 @@ import torch
 from serving_helpers import second_guard
 
 from guard import Guard, SuspectModel
-from guard.attacks import MnistCnn, Poisoned
-from guard.bundle import BundleStore
 from guard.errors import BundleError, DataError, InputRejectedError, SuspectModelError
-from guard.serving.runtime import GuardRuntime, Outcome, merge, unscored
+from guard.lab.attacks import MnistCnn, Poisoned
+from guard.serving.outcomes import Outcome, merge, unscored
+from guard.serving.runtime import GuardRuntime
+from guard.storage.bundle import BundleStore
 from guard.types import Verdict
 
 Make = Callable[..., GuardRuntime]

@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from serving_helpers import Workshop, png
 
 from guard import Guard, GuardConfig
-from guard.attacks import MnistCnn
-from guard.bundle import BundleStore, StoredBundle, read_bundle, write_bundle
 from guard.cli import run
 from guard.config import load_settings
 from guard.errors import ConfigError, GuardError
+from guard.lab.attacks import MnistCnn
 from guard.relabel.address import queue_url
 from guard.relabel.queue import Queue
-from guard.serving.archived import read_guard_files
+from guard.storage.bundle import BundleStore, StoredBundle, read_bundle, write_bundle
+from guard.torchserve.archives.contents import read_guard_files
 
 MARKER = "pass-w0rd-marker"
 #: Nobody listens on port 9 of loopback.
@@ -99,7 +99,7 @@ def test_no_command_leaves_the_password_in_a_file_or_an_output(
     save_file(badnet.state_dict(), work / "weights.safetensors")
     images, labels = clean_split.validation
     np.savez(work / "clean.npz", images=images[:40], labels=labels[:40])
-    model = ["--weights", "weights.safetensors", "--architecture", "guard.attacks.networks:mnist_cnn"]
+    model = ["--weights", "weights.safetensors", "--architecture", "guard.lab.attacks.networks:mnist_cnn"]
     settings = ["--settings", str(outside / "settings.toml")]
     for expected, arguments in (
         (0, ["fit", *model, "--images", "clean.npz", *settings]),

@@ -25,18 +25,18 @@ from safetensors.torch import save_file
 from serving_helpers import png
 
 from guard import Guard
-from guard.attacks import MnistCnn, Poisoned
-from guard.bundle import BundleStore
+from guard.lab.attacks import MnistCnn, Poisoned
 from guard.observing.audit import AuditReport, audit
+from guard.processes.ports import choose_ports
+from guard.processes.prometheus import PrometheusInstance
 from guard.relabel.address import queue_url
 from guard.relabel.queue import Queue
 from guard.relabel.request_body import pictures_of
 from guard.relabel.reviewers import Reviewers
-from guard.serving.client import Client, Reply
-from guard.serving.guarded import ServedModel, make_guarded_archive
-from guard.serving.ports import choose_ports
-from guard.serving.prometheus import PrometheusInstance
+from guard.storage.bundle import BundleStore
 from guard.telemetry import label_value
+from guard.torchserve.archives.guarded import ServedModel, make_guarded_archive
+from guard.torchserve.client import Client, Reply
 
 pytestmark = pytest.mark.torchserve
 
@@ -90,7 +90,7 @@ def together(
     save_file(badnet.state_dict(), folder / "weights.safetensors")
     bundle = fitted_guard.save(folder / "bundles")
     BundleStore(folder / "bundles").activate(bundle.name)
-    model = ServedModel(folder / "weights.safetensors", None, "guard.attacks.networks:mnist_cnn", (1, 28, 28))
+    model = ServedModel(folder / "weights.safetensors", None, "guard.lab.attacks.networks:mnist_cnn", (1, 28, 28))
     make_guarded_archive(
         "digits",
         model,

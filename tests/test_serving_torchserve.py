@@ -24,12 +24,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving_helpers import Workshop, png, second_guard
 
 from guard import Guard, SuspectModel
-from guard.attacks import MnistCnn, Poisoned
-from guard.bundle import BundleStore
 from guard.errors import ServerError
-from guard.serving.client import Client, Reply, run_load
-from guard.serving.torchserve import TorchServeInstance
+from guard.lab.attacks import MnistCnn, Poisoned
+from guard.storage.bundle import BundleStore
 from guard.telemetry import OUTCOMES, prometheus_names
+from guard.torchserve.client import Client, Reply, run_load
+from guard.torchserve.server import TorchServeInstance
 
 pytestmark = pytest.mark.torchserve
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guard.serving.probe_bodies import MOST_IMAGES, distinct_images, odd_images
 from guard.serving.single_image import holds_one_image
+from guard.torchserve.probe_bodies import MOST_IMAGES, distinct_images, odd_images
 
 RNG = np.random.default_rng(0)
 PICTURES = [Image.fromarray(RNG.integers(0, 256, (24, 32, 3), np.uint8)) for _ in range(3)]

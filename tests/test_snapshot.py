@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 from queue_helpers import PostgresServer, flagged, postgresql_folder
 
-import guard.snapshot
-from guard.bundle import BundleStore
+import guard.storage.snapshot
 from guard.cli import run
+from guard.detection.pipeline import Guard
 from guard.errors import SnapshotError
-from guard.pipeline import Guard
 from guard.relabel.items import Answer
 from guard.relabel.queue import Queue
-from guard.snapshot import restore_snapshot, save_snapshot, verify_snapshot
+from guard.storage.bundle import BundleStore
+from guard.storage.snapshot import restore_snapshot, save_snapshot, verify_snapshot
 
 
 @pytest.fixture(scope="module")

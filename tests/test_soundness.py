@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from retrainer_helpers import Desk, fit_guard, world
+from retrainer_helpers import Workspace, fit_guard, world
 
 from guard import Activations, Guard, GuardConfig, SuspectModel
-from guard.bundle import BundleStore, StoredBundle, read_bundle, write_bundle
 from guard.cli import run
 from guard.errors import BundleError
 from guard.retrainer.candidate import fit_candidate
@@ -20,6 +19,7 @@ from guard.retrainer.material import gather
 from guard.retrainer.settings import RetrainerSettings
 from guard.review.known_bundles import KnownBundles
 from guard.serving.runtime import GuardRuntime
+from guard.storage.bundle import BundleStore, StoredBundle, read_bundle, write_bundle
 
 Arrays = dict[str, np.ndarray]
 Change = Callable[[Arrays], object]
@@ -186,10 +186,10 @@ def test_sound_bundles_of_both_versions_load_and_decide_alike(sound, tmp_path, c
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_candidate_of_a_round_that_held_clean_images_out_loads(tmp_path, share):
     """It is calibrated on the others, and keeps all in its reference for the next round."""
-    guard, desk = fit_guard(), Desk()
+    guard, workspace = fit_guard(), Workspace()
     poisoned, labels = world(30, seed=3, trigger=1)
-    desk.add(poisoned, labels, is_poisoned=True)
-    material = gather(guard, desk.items, desk.decisions, RetrainerSettings(holdout_share=share))
+    workspace.add(poisoned, labels, is_poisoned=True)
+    material = gather(guard, workspace.items, workspace.decisions, RetrainerSettings(holdout_share=share))
     candidate = fit_candidate(guard, material).candidate
     loaded = Guard.load(candidate.save(tmp_path))
     assert loaded.least_p_value == candidate.least_p_value > guard.least_p_value

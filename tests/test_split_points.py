@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from guard.errors import SuspectModelError
-from guard.split_points import find_split_points, pool_features
+from guard.suspect.split_points import find_split_points, pool_features
 
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
 

@@ -12,16 +12,16 @@ import pytest
 from browser_helpers import PATIENCE, log_in
 from metrics_helpers import Counters
 from playwright.sync_api import Page, expect
-from review_helpers import desk_of, picture
+from review_helpers import picture, workspace_of
 from test_status_page import bundle
 
-from guard.bundle import BundleStore
 from guard.errors import ObservingError
 from guard.relabel.queue import Queue
-from guard.review import Desk
 from guard.review.known_bundles import KnownBundles
 from guard.review.server import serving_in_thread
-from guard.review.status_sampler import Sampler
+from guard.review.status.sampler import Sampler
+from guard.review.workspace import Workspace
+from guard.storage.bundle import BundleStore
 
 
 class Server:
@@ -55,7 +55,7 @@ def server() -> Server:
 
 
 @pytest.fixture
-def desk(server: Server, sqlite_template: Path, tmp_path: Path) -> Iterator[Desk]:
+def workspace(server: Server, sqlite_template: Path, tmp_path: Path) -> Iterator[Workspace]:
     shutil.copy(sqlite_template, tmp_path / "queue.db")
     with Queue.open(f"sqlite:///{tmp_path / 'queue.db'}") as queue:
         queue.enqueue([picture(number, received_at=datetime.now(UTC)) for number in range(3)])
@@ -63,7 +63,7 @@ def desk(server: Server, sqlite_template: Path, tmp_path: Path) -> Iterator[Desk
             BundleStore(tmp_path / "bundles").activate(digest)
         server.counters.digest = digest
         server.look()
-        yield desk_of(queue, bundles=KnownBundles(tmp_path / "bundles"), metrics=server.sampler)
+        yield workspace_of(queue, bundles=KnownBundles(tmp_path / "bundles"), metrics=server.sampler)
 
 
 def painted(page: Page, chart: str, tone: str) -> int:
@@ -89,9 +89,9 @@ def refresh(page: Page) -> None:
         page.evaluate("htmx.trigger('#status-live', 'refresh')")
 
 
-def test_charts_are_drawn_and_follow_the_server(desk, server, open_page):
-    token = desk.reviewers.add("ada")
-    with serving_in_thread(desk) as url:
+def test_charts_are_drawn_and_follow_the_server(workspace, server, open_page):
+    token = workspace.reviewers.add("ada")
+    with serving_in_thread(workspace) as url:
         page = open_page(url)
         log_in(page, "ada", token)
         page.get_by_role("link", name="Status").press("Enter")
@@ -129,11 +129,11 @@ def test_charts_are_drawn_and_follow_the_server(desk, server, open_page):
     expect(page.locator("#notice")).to_contain_text("The page gets no answer since", timeout=PATIENCE)
 
 
-def test_spans_theme_and_roll_back_by_keyboard(desk, server, open_page, tmp_path):
-    token = desk.reviewers.add("ada", "admin")
+def test_spans_theme_and_roll_back_by_keyboard(workspace, server, open_page, tmp_path):
+    token = workspace.reviewers.add("ada", "admin")
     store = BundleStore(tmp_path / "bundles")
     before, after = store.active_digest(), store.previous_digest()
-    with serving_in_thread(desk) as url:
+    with serving_in_thread(workspace) as url:
         page = open_page(url)
         log_in(page, "ada", token)
         page.get_by_role("link", name="Status").press("Enter")
@@ -158,9 +158,9 @@ def test_spans_theme_and_roll_back_by_keyboard(desk, server, open_page, tmp_path
     assert before != after
 
 
-def test_phone_shows_all_of_it_in_its_width(desk, open_page):
-    token = desk.reviewers.add("ada", "admin")
-    with serving_in_thread(desk) as url:
+def test_phone_shows_all_of_it_in_its_width(workspace, open_page):
+    token = workspace.reviewers.add("ada", "admin")
+    with serving_in_thread(workspace) as url:
         page = open_page(url, viewport={"width": 390, "height": 844}, has_touch=True, color_scheme="dark")
         log_in(page, "ada", token)
         page.goto(f"{url}/status")

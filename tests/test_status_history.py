@@ -10,10 +10,10 @@ from metrics_helpers import Counters
 
 from guard.errors import ObservingError
 from guard.relabel.items import Counts, State
-from guard.review.status_history import SPANS, History, Key
-from guard.review.status_numbers import Numbers, QueueNow, charts
-from guard.review.status_sampler import RINGS, Sampler
-from guard.review.status_verdict import answer
+from guard.review.status.history import SPANS, History, Key
+from guard.review.status.numbers import Numbers, QueueNow, charts
+from guard.review.status.sampler import RINGS, Sampler
+from guard.review.status.verdict import answer
 
 NOW = 1_800_000_000.0
 HOUR = SPANS["hour"]
@@ -117,7 +117,7 @@ def test_several_addresses_add_up_and_one_away_is_told():
 
 
 def test_memory_is_bounded_and_hostile_series_do_not_fill_it(monkeypatch):
-    monkeypatch.setattr("guard.review.status_sampler._MOST_SERIES", 20)
+    monkeypatch.setattr("guard.review.status.sampler._MOST_SERIES", 20)
     server = Server()
     for number in range(50):
         server.counters[0].add("guard_detector_fired_total", 1, detector=f"d{number}")

@@ -13,15 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from metrics_helpers import Counters
-from review_helpers import client_of, desk_of, log_in, picture
+from review_helpers import client_of, log_in, picture, workspace_of
 
-from guard.bundle import BundleStore, write_bundle
 from guard.relabel.queue import Queue
-from guard.retrainer.promotion import JOURNAL
-from guard.review import Desk
 from guard.review.headers import CONTENT_SECURITY_POLICY
 from guard.review.known_bundles import KnownBundles
-from guard.review.status_sampler import Sampler
+from guard.review.status.sampler import Sampler
+from guard.review.workspace import Workspace
+from guard.storage.bundle import JOURNAL, BundleStore, write_bundle
 
 
 def bundle(folder: Path, rate: float, parent: str = "") -> str:
@@ -56,7 +55,7 @@ def digests(tmp_path: Path) -> tuple[str, str]:
 
 
 @pytest.fixture
-def desk(queue: Queue, tmp_path: Path, digests: tuple[str, str]) -> Desk:
+def workspace(queue: Queue, tmp_path: Path, digests: tuple[str, str]) -> Workspace:
     """A server that has answered 1,204 requests in the last minutes, 3 of them flagged; two reviewers."""
     counters = Counters()
     counters.digest = digests[1]
@@ -69,14 +68,14 @@ def desk(queue: Queue, tmp_path: Path, digests: tuple[str, str]) -> Desk:
     counters.add("guard_detector_fired_total", 2, detector="lof/features")
     counters.time("guard", {"0.001": 600, "0.002": 1200, "+Inf": 1200})
     sampler.look(now - 1)
-    desk = desk_of(queue, bundles=KnownBundles(tmp_path / "bundles"), metrics=sampler)
-    desk.rounds.finish(desk.rounds.begin("digits", 12), "promoted", {}, digests[1])
+    workspace = workspace_of(queue, bundles=KnownBundles(tmp_path / "bundles"), metrics=sampler)
+    workspace.rounds.finish(workspace.rounds.begin("digits", 12), "promoted", {}, digests[1])
     for name in ("ann", "bo"):
-        desk.reviewers.add(name)
+        workspace.reviewers.add(name)
     for item in queue.claim("bo", 3):
         last = queue.decide("bo", item.id, is_poisoned=item.id != 2, true_label=4)
     queue.supersede("ann", last.id, is_poisoned=False, true_label=3)
-    return desk
+    return workspace
 
 
 def shown(page: str) -> str:
@@ -84,8 +83,8 @@ def shown(page: str) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
 
 
-def test_first_line_answers_whether_it_is_all_right(desk):
-    page = log_in(desk).get("/status")
+def test_first_line_answers_whether_it_is_all_right(workspace):
+    page = log_in(workspace).get("/status")
     assert page.status_code == 200
     text = shown(page.text)
     assert "All well: 3 of 1,204 requests flagged in the last hour, no bypass, oldest waiting item 8 min." in text
@@ -93,15 +92,15 @@ def test_first_line_answers_whether_it_is_all_right(desk):
     assert re.search(r"drift, 1 = as calibrated 1\.01\b", text)
     assert "guard p50, p99 1.98 ms 1.00 ms" in text
     assert re.search(r"bo 2 1 1 0 (?!none)", text)  # poisoned, false alarm, overturned, taken back
-    admins = shown(log_in(desk, "root", "admin").get("/status").text)
+    admins = shown(log_in(workspace, "root", "admin").get("/status").text)
     assert re.search(r"bo 2 1 1 0 none asked", admins)  # known items: the reviewer would learn which they were
     assert re.search(r"ann 0 1 0 0 none asked", admins)
     assert re.search(r"lof/features 2", text)
     assert "Requests, latency and drift: http://127.0.0.1:8082/metrics, since" in text
 
 
-def test_part_that_refreshes_has_everything_that_changes(desk):
-    client = log_in(desk)
+def test_part_that_refreshes_has_everything_that_changes(workspace):
+    client = log_in(workspace)
     page, part = client.get("/status").text, client.get("/status/now?span=day").text
     moving = set(re.findall(r'id="(now-[\w-]+)"', page))
     assert moving == set(re.findall(r'id="(now-[\w-]+)" hx-swap-oob="innerHTML"', part))
@@ -115,8 +114,8 @@ def test_part_that_refreshes_has_everything_that_changes(desk):
     assert [sum(line["values"]) for line in queue["lines"]] == [5, 4]
 
 
-def test_every_chart_has_a_text_and_a_table_and_the_policy_is_as_strict(desk):
-    page = log_in(desk).get("/status")
+def test_every_chart_has_a_text_and_a_table_and_the_policy_is_as_strict(workspace):
+    page = log_in(workspace).get("/status")
     assert page.headers["Content-Security-Policy"] == CONTENT_SECURITY_POLICY
     assert "unsafe" not in CONTENT_SECURITY_POLICY
     assert re.findall(r"<script(?! src=)", page.text) == []
@@ -127,35 +126,35 @@ def test_every_chart_has_a_text_and_a_table_and_the_policy_is_as_strict(desk):
         assert f'data-table="{chart}"' in page.text
 
 
-def test_span_and_model_that_do_not_exist_fall_back_and_are_escaped(desk):
-    client = log_in(desk)
+def test_span_and_model_that_do_not_exist_fall_back_and_are_escaped(workspace):
+    client = log_in(workspace)
     text = client.get("/status", params={"span": "<year>", "model": "'><script>x"}).text
     assert "in the last hour" in text
     assert "<script>x" not in text
-    desk.queue.enqueue([picture(9, model="'\"><script>y", received_at=datetime.now(UTC))])
+    workspace.queue.enqueue([picture(9, model="'\"><script>y", received_at=datetime.now(UTC))])
     text = client.get("/status", params={"model": "'\"><script>y"}).text
     assert "<script>y" not in text
     assert "no request in the last hour" in text  # of that model
 
 
-def test_nobody_sees_it_without_logging_in(desk):
-    assert client_of(desk).get("/status").headers["location"] == "/login"
-    part = client_of(desk).get("/status/now", headers={"HX-Request": "true"})
+def test_nobody_sees_it_without_logging_in(workspace):
+    assert client_of(workspace).get("/status").headers["location"] == "/login"
+    part = client_of(workspace).get("/status/now", headers={"HX-Request": "true"})
     assert (part.status_code, part.headers["HX-Redirect"]) == (401, "/login")
 
 
 def test_without_metrics_the_queue_is_shown_and_the_rest_is_not_made_up(queue):
-    text = shown(log_in(desk_of(queue)).get("/status").text)
+    text = shown(log_in(workspace_of(queue)).get("/status").text)
     assert "Look at this: no numbers of the server, oldest waiting item 8 min." in text
     assert "start it with --metrics-url" in text
     assert "– requests" in text or "requests –" in text
     assert "The page knows no bundles." in text
 
 
-def test_roll_back_asks_first_and_goes_to_the_bundle_before(desk, digests, tmp_path, caplog):
+def test_roll_back_asks_first_and_goes_to_the_bundle_before(workspace, digests, tmp_path, caplog):
     first, second = digests
     store = BundleStore(tmp_path / "bundles")
-    client = log_in(desk, "ada", "admin")
+    client = log_in(workspace, "ada", "admin")
     page = shown(client.get("/status").text)
     assert re.search(rf"{second[:12]} active in use round 1, from {first[:12]}", page)
     assert 'href="/status/rollback"' in client.get("/status").text
@@ -176,14 +175,14 @@ def test_roll_back_asks_first_and_goes_to_the_bundle_before(desk, digests, tmp_p
     assert store.active_digest() == first
 
 
-def test_roll_back_is_refused_to_reviewers_forgers_and_while_a_promotion_runs(desk, digests, tmp_path):
+def test_roll_back_is_refused_to_reviewers_forgers_and_while_a_promotion_runs(workspace, digests, tmp_path):
     first, second = digests
     fields = {"active": second, "target": first}
-    reviewer = log_in(desk)
+    reviewer = log_in(workspace)
     assert 'href="/status/rollback"' not in reviewer.get("/status").text
     assert reviewer.get("/status/rollback").status_code == 403
     assert reviewer.post("/status/rollback", data=fields).status_code == 403
-    admin = log_in(desk, "eve", "admin")
+    admin = log_in(workspace, "eve", "admin")
     token = admin.headers.pop("X-CSRF-Token")
     assert admin.post("/status/rollback", data=fields).status_code == 403
     assert admin.post("/status/rollback", data={**fields, "csrf": "0" * 64}).status_code == 403

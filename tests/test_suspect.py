@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from guard.errors import DataError, SuspectModelError, UnsafeWeightsError
-from guard.split_points import SplitPoints
-from guard.suspect import SuspectModel
+from guard.suspect.model import SuspectModel
+from guard.suspect.split_points import SplitPoints
 
 
 def images(shape=(1, 28, 28), n=5):

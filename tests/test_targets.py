@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from guard.attacks import AllToAll, SingleTarget, SourceSpecific, poisoned_test_set, single_pixel
 from guard.errors import DataError
+from guard.lab.attacks import AllToAll, SingleTarget, SourceSpecific, poisoned_test_set, single_pixel
 
 LABELS = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2, 2], dtype=np.int64)
 

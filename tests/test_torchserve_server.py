@@ -25,12 +25,12 @@ import torch
 from PIL import Image
 
 from guard.errors import ServerError
+from guard.processes.ports import LOOPBACK, NOWHERE, grpc_address, is_reachable, port_is_free
 from guard.resources import resource_path
-from guard.serving.archive import make_archive
-from guard.serving.client import Client, Reply, predict, run_load
-from guard.serving.ports import LOOPBACK, NOWHERE, grpc_address, is_reachable, port_is_free
-from guard.serving.server_log import failed_model, worker_exception
-from guard.serving.torchserve import TorchServeInstance
+from guard.torchserve.archives.archive import make_archive
+from guard.torchserve.client import Client, Reply, predict, run_load
+from guard.torchserve.server import TorchServeInstance
+from guard.torchserve.server_log import failed_model, worker_exception
 
 QUEUE_URL = "postgresql+psycopg://guard:marker@127.0.0.1:9/queue"
 NETWORK = """
@@ -175,9 +175,11 @@ def test_server_files_are_private_whatever_the_umask(server: TorchServeInstance)
 
 def test_grpc_address_falls_back_to_loopback_where_the_system_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
     assert grpc_address() in (NOWHERE, LOOPBACK)
-    monkeypatch.setattr("guard.serving.ports.NOWHERE", "192.0.2.1")  # no address of this machine: nothing listens there
+    monkeypatch.setattr(
+        "guard.processes.ports.NOWHERE", "192.0.2.1"
+    )  # no address of this machine: nothing listens there
     assert grpc_address() == LOOPBACK
-    monkeypatch.setattr("guard.serving.ports.NOWHERE", "127.0.0.3")  # it listens, and everybody can connect
+    monkeypatch.setattr("guard.processes.ports.NOWHERE", "127.0.0.3")  # it listens, and everybody can connect
     assert grpc_address() == LOOPBACK
 
 
@@ -250,7 +252,7 @@ def test_wait_ready_tells_why_a_model_did_not_load(store: Path, tmp_path: Path) 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_server_ends_with_the_process_that_started_it(store: Path, number: signal.Signals) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from guard.serving.torchserve import TorchServeInstance\n"
+        "import sys, time; from pathlib import Path; from guard.torchserve.server import TorchServeInstance\n"
         "server = TorchServeInstance(Path(sys.argv[1]), {'tiny': 'tiny.mar'}).start()\n"
         "print(server.work_dir, flush=True); time.sleep(60)"
     )

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from guard.attacks import (
+from guard.data.datasets import load_dataset, split_rows, to_tensor_images
+from guard.errors import DataError
+from guard.lab.attacks import (
     DEMO_ATTACKS,
     TRIGGERS,
     Backdoor,
@@ -23,9 +25,7 @@ from guard.attacks import (
     train_badnet,
     train_classifier,
 )
-from guard.datasets import load_dataset, split_rows, to_tensor_images
-from guard.errors import DataError
-from guard.evaluation import attack_success_rate, clean_accuracy
+from guard.statistics.evaluation import attack_success_rate, clean_accuracy
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def test_train_classifier_weight_decay_shrinks_weights(easy):
 def rehearsed(monkeypatch, rates):
     """Let accuracy on the goals be these rates, one goal's after the other's, epoch by epoch."""
     answers = iter([rate for epoch in rates for rate in epoch])
-    monkeypatch.setattr("guard.attacks.training.accuracy", lambda *_: next(answers))
+    monkeypatch.setattr("guard.lab.attacks.network_training.accuracy", lambda *_: next(answers))
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_train_classifier_checkpoint_of_a_finished_training_gives_its_result_at_
 
 def test_train_classifier_seconds_of_the_parts_add_up(easy, tmp_path, monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr("guard.attacks.training.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("guard.lab.attacks.network_training.time.perf_counter", lambda: clock[0])
 
     def redraw(_):
         clock[0] += 2.0  # an epoch takes two seconds

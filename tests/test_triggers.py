@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from guard.attacks.triggers import CORNER_PATTERN, TRIGGERS, Trigger, make_trigger, single_pixel, white_square
-from guard.datasets import load_dataset
+from guard.data.datasets import load_dataset
 from guard.errors import DataError
+from guard.lab.attacks.triggers import CORNER_PATTERN, TRIGGERS, Trigger, make_trigger, single_pixel, white_square
 
 #: All by default, and those modes that draw per image.
 MODES = [

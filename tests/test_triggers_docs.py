@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from guard.attacks.triggers import TRIGGERS, make_trigger
+from guard.lab.attacks.triggers import TRIGGERS, make_trigger
 
 DOCS = Path(__file__).parents[1] / "docs"
 TEXT = (DOCS / "attacks.md").read_text(encoding="utf-8")

@@ -7,8 +7,8 @@ import pickle
 import numpy as np
 import pytest
 
-from guard.attacks.triggers import TRIGGERS, NamedTrigger, make_trigger, white_square
 from guard.errors import DataError
+from guard.lab.attacks.triggers import TRIGGERS, NamedTrigger, make_trigger, white_square
 
 IMAGES = np.random.default_rng(0).random((3, 3, 32, 32), dtype=np.float32)
 

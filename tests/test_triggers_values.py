@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.fft import dctn
 
-from guard.attacks.triggers import (
+from guard.lab.attacks.triggers import (
     adaptive_blend,
     adaptive_patch,
     background_pattern,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from guard.errors import ArchiveError, DataError, GuardError, SuspectModelError, UnsafeWeightsError
-from guard.serving.user_handler import open_user_handler
+from guard.torchserve.user_handler import open_user_handler
 
 HANDLER = """
 import os

@@ -16,7 +16,7 @@ from architectures import Vgg, lenet
 from safetensors.torch import save_file
 
 from guard.errors import SuspectModelError, UnsafeWeightsError
-from guard.weights import check_weights_file, load_state_dict, weights_digest
+from guard.suspect.weights import check_weights_file, load_state_dict, weights_digest
 
 
 class Bomb:

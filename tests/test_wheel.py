@@ -110,7 +110,7 @@ def test_wheel_installed_elsewhere_fits_archives_and_checks_itself(site: Path, t
     with zipfile.ZipFile(tmp_path / "model_store" / "tiny.mar") as archive:
         assert {"guard_handler.py", "image_handler.py", "tiny_network.py"} <= set(archive.namelist())
         assert archive.read("guard_handler.py") == (site / "guard" / "assets" / "guard_handler.py").read_bytes()
-    looked_at = python(tmp_path, site, "-c", "import guard.doctor as d; [print(c.ok, c.name) for c in d.checks()]")
+    looked_at = python(tmp_path, site, "-c", "import guard.cli.doctor as d; [print(c.ok, c.name) for c in d.checks()]")
     for name in ("Java", "torchserve", "sample images"):
         assert f"True {name}\n" in looked_at  # the ports are not ours to ask for
     assert python(tmp_path, site, *command, "--version") == "backdoor-guard 0.1.0\n"

@@ -27,13 +27,13 @@ from wrap_helpers import (
 )
 
 from guard import Guard
-from guard.attacks import MnistCnn
-from guard.serving.class_list import read_class_list
-from guard.serving.manifest import MANIFEST
-from guard.serving.original import RECIPE
+from guard.lab.attacks import MnistCnn
 from guard.serving.single_image import holds_one_image
-from guard.serving.torchserve import TorchServeInstance
-from guard.serving.wrapping import open_archive
+from guard.torchserve.archives.class_list import read_class_list
+from guard.torchserve.archives.manifest import MANIFEST
+from guard.torchserve.archives.original import RECIPE
+from guard.torchserve.archives.wrapping import open_archive
+from guard.torchserve.server import TorchServeInstance
 
 FIT = ("--false-positive-rate", "0.05")
 
@@ -55,7 +55,7 @@ def quick_fit(fitted_guard: Guard, monkeypatch: pytest.MonkeyPatch) -> list[tupl
         guard.class_names = more["class_names"] and tuple(more["class_names"])
         return guard
 
-    monkeypatch.setattr("guard.pipeline.Guard.fit", fit)
+    monkeypatch.setattr("guard.detection.pipeline.Guard.fit", fit)
     monkeypatch.setattr("guard.cli.wrap._share_right", lambda guard, labels: 1.0)
     return asked
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from wrap_helpers import classifier_archive, contents, raw_zip, rewritten, stock_archive
 
-from guard.attacks import MnistCnn
 from guard.errors import ArchiveError, GuardError, ServerError, UnsafeWeightsError
-from guard.serving import strict_zip
-from guard.serving.archive import find_archives
-from guard.serving.archived import followed_bundles, read_guard_files
-from guard.serving.manifest import MANIFEST
-from guard.serving.strict_zip import open_strict_zip
-from guard.serving.wrapping import open_archive
+from guard.lab.attacks import MnistCnn
+from guard.torchserve.archives import strict_zip
+from guard.torchserve.archives.archive import find_archives
+from guard.torchserve.archives.contents import followed_bundles, read_guard_files
+from guard.torchserve.archives.manifest import MANIFEST
+from guard.torchserve.archives.strict_zip import open_strict_zip
+from guard.torchserve.archives.wrapping import open_archive
 
 LINK, DEVICE, FOLDER = 0o120777, 0o020666, 0o040755
 DEFLATED = zipfile.ZIP_DEFLATED

@@ -12,17 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from guard.attacks import ATTACKS, NETWORKS, CropAndFlip, TrainingSettings
 from guard.cli.app import run
-from guard.datasets import ImageSet, load_dataset
+from guard.data.datasets import ImageSet, load_dataset
 from guard.errors import DatasetError, ZooError
+from guard.lab.attacks import ATTACKS, NETWORKS, CropAndFlip, TrainingSettings
+from guard.lab.zoo import plan, splits
+from guard.lab.zoo.card import ZooCard, required_success
+from guard.lab.zoo.collection import Zoo, build_network, default_zoo_dir
+from guard.lab.zoo.model_training import train_entry
+from guard.lab.zoo.plan import PLAN, Recipe, ZooEntry, find_entries
+from guard.lab.zoo.splits import load_split
 from guard.resources import checkout_root
-from guard.zoo import plan, splits
-from guard.zoo.card import ZooCard, required_success
-from guard.zoo.collection import Zoo, build_network, default_zoo_dir
-from guard.zoo.plan import PLAN, Recipe, ZooEntry, find_entries
-from guard.zoo.splits import load_split
-from guard.zoo.training import train_entry
 
 SHIPPED = Zoo(default_zoo_dir())
 SHIPPED_NAMES = [card.name for card in SHIPPED.cards()]
@@ -318,7 +318,11 @@ def test_readme_lines_load_a_model_without_this_project(tmp_path):
     code = re.search(r"```python\n(.+?)```", readme, re.DOTALL).group(1)
     assert len([line for line in code.splitlines() if line.strip()]) <= 5
     name = re.search(r'"([\w-]+)\.json"', code).group(1)
-    for path in (SHIPPED.card_path(name), SHIPPED.weights_path(name), checkout_root() / "guard/attacks/networks.py"):
+    for path in (
+        SHIPPED.card_path(name),
+        SHIPPED.weights_path(name),
+        checkout_root() / "guard/lab/attacks/networks.py",
+    ):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     check = "import torch; print(network(torch.zeros(2, 1, 28, 28)).shape)"
     code = f"import sys; sys.modules['guard'] = None\n{code}\n{check}"

@@ -17,11 +17,11 @@ from typing import TypedDict
 import numpy as np
 from trials import HERE, load_mnist, parser, read_expected
 
-from guard.attacks.attack import Attack
-from guard.attacks.training import predict_labels
+from guard.lab.attacks.attack import Attack
+from guard.lab.attacks.network_training import predict_labels
+from guard.lab.zoo.collection import Zoo, default_zoo_dir
+from guard.lab.zoo.splits import LabelledImages
 from guard.types import BoolArray, IntArray
-from guard.zoo.collection import Zoo, default_zoo_dir
-from guard.zoo.splits import LabelledImages
 
 SEEDS = (0, 1, 2)
 BASELINE, BADNET = "mnist-benign-mnist_cnn-{seed}", "mnist-a-mnist_cnn-{seed}"

@@ -16,10 +16,10 @@ import numpy as np
 from drawings import draw_shares
 from trials import GrowingCsv, error, load_mnist, parser, train
 
-from guard.attacks.poisoning import Backdoor, poison, poisoned_test_set
-from guard.attacks.targets import AllToAll
-from guard.attacks.triggers import make_trigger
-from guard.zoo.splits import LabelledImages
+from guard.lab.attacks.poisoning import Backdoor, poison, poisoned_test_set
+from guard.lab.attacks.targets import AllToAll
+from guard.lab.attacks.triggers import make_trigger
+from guard.lab.zoo.splits import LabelledImages
 
 SEEDS = (0, 1, 2)
 EPOCHS = 4

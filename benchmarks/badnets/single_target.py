@@ -18,11 +18,11 @@ import numpy as np
 from drawings import draw_pairs
 from trials import HERE, GrowingCsv, beside, error, load_mnist, parser, read_expected, train
 
-from guard.attacks.poisoning import Backdoor, poison, poisoned_test_set
-from guard.attacks.targets import SourceSpecific
-from guard.attacks.triggers import make_trigger
+from guard.lab.attacks.poisoning import Backdoor, poison, poisoned_test_set
+from guard.lab.attacks.targets import SourceSpecific
+from guard.lab.attacks.triggers import make_trigger
+from guard.lab.zoo.splits import LabelledImages
 from guard.types import Float64Array
-from guard.zoo.splits import LabelledImages
 
 SEED = 0
 BASELINE_SEEDS = (0, 1, 2, 3, 4)

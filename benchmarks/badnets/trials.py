@@ -13,11 +13,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch
 
 from torch import nn
 
-from guard.attacks.networks import mnist_cnn
-from guard.attacks.training import TrainingSettings, accuracy, train_classifier
-from guard.datasets import load_dataset, to_tensor_images
+from guard.data.datasets import load_dataset, to_tensor_images
+from guard.lab.attacks.network_training import TrainingSettings, accuracy, train_classifier
+from guard.lab.attacks.networks import mnist_cnn
+from guard.lab.zoo.splits import LabelledImages
 from guard.types import Float32Array, IntArray
-from guard.zoo.splits import LabelledImages
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent.parent

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch
 
 from studies import Record, Records, Request
 
-from guard.zoo.collection import default_zoo_dir
+from guard.lab.zoo.collection import default_zoo_dir
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent.parent

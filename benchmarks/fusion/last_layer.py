@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from guard.suspect import SuspectModel
+from guard.suspect.model import SuspectModel
 from guard.types import Float32Array, IntArray
 
 EPOCHS = 200

@@ -14,17 +14,17 @@ import numpy as np
 from safetensors.torch import save_file
 from subjects import Guards, Record, Request, Subject, rates_on_rest
 
-from guard.bundle import BundleStore
-from guard.pipeline import Guard
+from guard.detection.pipeline import Guard
 from guard.relabel.groups import refresh_groups
 from guard.relabel.items import Answer
 from guard.relabel.queue import Queue
 from guard.relabel.rounds import Rounds
 from guard.retrainer.settings import RetrainerSettings
 from guard.retrainer.worker import Retrainer
-from guard.serving.client import Reply, run_load
-from guard.serving.guarded import ServedModel, make_guarded_archive
-from guard.serving.torchserve import TorchServeInstance
+from guard.storage.bundle import BundleStore
+from guard.torchserve.archives.guarded import ServedModel, make_guarded_archive
+from guard.torchserve.client import Reply, run_load
+from guard.torchserve.server import TorchServeInstance
 from guard.types import BoolArray, Float32Array
 
 #: Seed of the order in which test images are seen.

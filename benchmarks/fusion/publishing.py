@@ -9,7 +9,7 @@ from common import Row, Table, as_markdown, parser, rows_of, write_rows
 from pictures import draw
 from studies import STREAM_SEED, Records
 
-from guard.zoo.collection import Zoo
+from guard.lab.zoo.collection import Zoo
 
 
 def publish(table: Table, records: Records, results: Path, images: Path) -> list[Row]:

@@ -27,7 +27,7 @@ from publishing import publish
 from side_studies import SIDE_STUDIES
 from studies import Records, Request
 
-from guard.zoo.collection import Zoo
+from guard.lab.zoo.collection import Zoo
 
 MEASURED: tuple[Table, ...] = tuple(
     module.TABLE for module in (table_2, table_4, table_5, table_6, table_7, imperceptible, red_box)

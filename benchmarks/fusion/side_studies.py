@@ -17,7 +17,7 @@ from pathlib import Path
 from common import CASES, parser, percent
 from studies import BENIGN_NOISE, NOISE_STUDY, NORM_STUDY, Records, Request
 
-from guard.zoo.collection import Zoo
+from guard.lab.zoo.collection import Zoo
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,16 +31,16 @@ from subjects import (
 )
 
 import guard
-from guard.attacks.poisoning import Poisoned
-from guard.calibration import stratified_folds
 from guard.config import GuardConfig
-from guard.detectors.lof import PerClassLof
-from guard.evaluation import attack_success_rate, clean_accuracy
-from guard.fusion import NOVELTY_OFFSET
-from guard.pipeline import Guard
+from guard.detection.detectors.lof import PerClassLof
+from guard.detection.fusion import NOVELTY_OFFSET
+from guard.detection.pipeline import Guard
+from guard.lab.attacks.poisoning import Poisoned
+from guard.lab.zoo.card import ZooCard
+from guard.lab.zoo.collection import Zoo
+from guard.statistics.calibration import stratified_folds
+from guard.statistics.evaluation import attack_success_rate, clean_accuracy
 from guard.types import Activations, BoolArray, IntArray
-from guard.zoo.card import ZooCard
-from guard.zoo.collection import Zoo
 
 #: Standard deviation of the Gaussian noise of table 7, for images in [0, 1]; the paper's is lost. This is the largest
 #: of `NOISE_CHOICES` at which no benign model of the zoo loses more than 10 points of accuracy on validation images:
@@ -55,20 +55,14 @@ STREAM_SEED = 0
 
 #: Files of `guard` that decide the numbers: a record made by other code is not used again.
 _DECIDING = (
-    *(
-        "attacks/attack.py",
-        "attacks/networks.py",
-        "attacks/poisoning.py",
-        "attacks/targets.py",
-        "attacks/triggers*/**/*.py",
-    ),
-    *("detectors/*.py", "heads/*.py", "retraining*"),
-    *(f"{name}.py" for name in ("calibration", "cross_fitting", "ensemble", "evaluation", "fusion", "pipeline")),
-    *(f"{name}.py" for name in ("recording", "split_points", "suspect")),
+    *(f"lab/attacks/{name}.py" for name in ("attack", "networks", "poisoning", "targets")),
+    "lab/attacks/triggers/*.py",
+    *("detection/*.py", "detection/detectors/*.py", "detection/heads/*.py"),
+    *("statistics/*.py", "suspect/*.py"),
 )
 
 #: The same for what happens in service.
-_DECIDING_ONLINE = ("relabel/*.py", "retrainer/*.py", "serving/*.py")
+_DECIDING_ONLINE = ("relabel/*.py", "retrainer/*.py", "serving/*.py", "torchserve/*.py")
 
 PLAIN = Request("guard")
 AUGMENTED = Request("guard", noise_std=NOISE_STD)
@@ -160,7 +154,7 @@ def study_retraining(subject: Subject, request: Request) -> Record:
     A test image and its triggered copies are seen together, so that the others are new in both forms. Every flagged
     input is given its true label and, false alarms included, whether it is poisoned.
     """
-    from guard.retraining import Labelled, retrain
+    from guard.detection.retraining import Labelled, retrain
 
     guards = subject.guards(request.noise_std, request.validation_quarters)
     labels = subject.split.test.labels

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from trained_once import trained_once
 
-from guard.attacks.poisoning import Poisoned
-from guard.calibration import stratified_folds
 from guard.config import GuardConfig
-from guard.evaluation import attack_success_rate, clean_accuracy
-from guard.pipeline import Guard
-from guard.suspect import SuspectModel
+from guard.detection.pipeline import Guard
+from guard.lab.attacks.poisoning import Poisoned
+from guard.lab.zoo.collection import Zoo
+from guard.lab.zoo.splits import load_split
+from guard.statistics.calibration import stratified_folds
+from guard.statistics.evaluation import attack_success_rate, clean_accuracy
+from guard.suspect.model import SuspectModel
 from guard.types import Activations, BoolArray, IntArray
-from guard.zoo.collection import Zoo
-from guard.zoo.splits import load_split
 
 Record = dict[str, dict[str, Any]]
 

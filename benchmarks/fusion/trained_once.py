@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from guard.heads.decision_head import DecisionHead
+from guard.detection.heads.decision_head import DecisionHead
 from guard.types import Float32Array, FloatArray, IntArray
 
 

@@ -37,11 +37,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch
 import numpy as np
 import torch
 
-from guard.bundle import BundleStore
 from guard.config import GuardConfig
-from guard.detectors.disagreement import HeadDisagreement
-from guard.heads.decision_head import DecisionHead
-from guard.pipeline import Guard
+from guard.detection.detectors.disagreement import HeadDisagreement
+from guard.detection.heads.decision_head import DecisionHead
+from guard.detection.pipeline import Guard
+from guard.lab.zoo.collection import Zoo, default_zoo_dir
+from guard.lab.zoo.splits import load_split
 from guard.relabel.groups import refresh_groups
 from guard.relabel.items import Answer, Decision, FlaggedInput
 from guard.relabel.queue import Queue
@@ -50,10 +51,9 @@ from guard.relabel.rounds import Rounds
 from guard.relabel.settings import QueueSettings
 from guard.retrainer.settings import RetrainerSettings
 from guard.retrainer.worker import Retrainer
-from guard.suspect import SuspectModel
+from guard.storage.bundle import BundleStore
+from guard.suspect.model import SuspectModel
 from guard.types import Activations, IntArray
-from guard.zoo.collection import Zoo, default_zoo_dir
-from guard.zoo.splits import load_split
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 #: Models and how many clean images their guards are fitted on.

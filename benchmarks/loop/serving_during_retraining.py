@@ -27,20 +27,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch
 import numpy as np
 from safetensors.torch import save_file
 
-from guard.attacks.poisoning import poisoned_test_set
-from guard.attacks.recipes import DEMO_ATTACKS, train_badnet
-from guard.bundle import BundleStore
 from guard.config import GuardConfig
-from guard.datasets import load_dataset, split_rows, to_tensor_images
-from guard.demo import ARCHITECTURE, SPLIT
-from guard.demo_loop import png
-from guard.pipeline import Guard
+from guard.data.datasets import load_dataset, split_rows, to_tensor_images
+from guard.demo.loop import png
+from guard.demo.run import ARCHITECTURE, SPLIT
+from guard.detection.pipeline import Guard
+from guard.lab.attacks.poisoning import poisoned_test_set
+from guard.lab.attacks.recipes import DEMO_ATTACKS, train_badnet
 from guard.relabel.items import Answer
 from guard.relabel.queue import Queue
-from guard.serving.client import Reply, run_load
-from guard.serving.guarded import ServedModel, make_guarded_archive
-from guard.serving.torchserve import TorchServeInstance
-from guard.suspect import SuspectModel
+from guard.storage.bundle import BundleStore
+from guard.suspect.model import SuspectModel
+from guard.torchserve.archives.guarded import ServedModel, make_guarded_archive
+from guard.torchserve.client import Reply, run_load
+from guard.torchserve.server import TorchServeInstance
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 SEED, ROUNDS, CLIENTS = 0, 5, 1

@@ -37,10 +37,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch
 import numpy as np
 import torch
 
-from guard.bundle import BundleStore
 from guard.config import GuardConfig
-from guard.evaluation import attack_success_rate, clean_accuracy
-from guard.pipeline import Guard
+from guard.detection.pipeline import Guard
+from guard.lab.zoo.collection import Zoo, default_zoo_dir
+from guard.lab.zoo.splits import load_split
 from guard.relabel.groups import refresh_groups
 from guard.relabel.items import Answer
 from guard.relabel.queue import Queue
@@ -49,10 +49,10 @@ from guard.retrainer.settings import RetrainerSettings
 from guard.retrainer.worker import Retrainer
 from guard.serving.evidence import collect_evidence
 from guard.serving.review_queue import Flagged, ReviewQueue
-from guard.suspect import SuspectModel
+from guard.statistics.evaluation import attack_success_rate, clean_accuracy
+from guard.storage.bundle import BundleStore
+from guard.suspect.model import SuspectModel
 from guard.types import Activations, BoolArray, Float32Array, IntArray
-from guard.zoo.collection import Zoo, default_zoo_dir
-from guard.zoo.splits import load_split
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 CASES: dict[str, tuple[str, ...]] = {

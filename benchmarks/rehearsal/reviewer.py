@@ -12,7 +12,7 @@ from PIL import Image
 
 from guard.relabel.queue import Queue
 from guard.relabel.reviewers import Reviewers
-from guard.serving.client import Client
+from guard.torchserve.client import Client
 from guard.types import Float32Array, IntArray
 
 NAME = "rehearsal"

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from guard.processes.prometheus import RULES
 from guard.resources import resource_path
-from guard.serving.prometheus import RULES
 
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(\d+)(ms|s|m|h|d)")

@@ -19,15 +19,15 @@ import numpy as np
 import psutil
 from safetensors.torch import save_file
 
-from guard.attacks.poisoning import poisoned_test_set
-from guard.attacks.recipes import DEMO_ATTACKS, train_badnet
-from guard.bundle import BundleStore
 from guard.config import GuardConfig
-from guard.datasets import load_dataset, split_rows, to_tensor_images
-from guard.demo import SPLIT
-from guard.pipeline import Guard
-from guard.serving.guarded import ServedModel, make_guarded_archive
-from guard.suspect import SuspectModel
+from guard.data.datasets import load_dataset, split_rows, to_tensor_images
+from guard.demo.run import SPLIT
+from guard.detection.pipeline import Guard
+from guard.lab.attacks.poisoning import poisoned_test_set
+from guard.lab.attacks.recipes import DEMO_ATTACKS, train_badnet
+from guard.storage.bundle import BundleStore
+from guard.suspect.model import SuspectModel
+from guard.torchserve.archives.guarded import ServedModel, make_guarded_archive
 from guard.types import Float32Array, IntArray
 
 MODEL = "digits"
@@ -176,6 +176,6 @@ def running(folder: Path, rules: Sequence[Path], scrape_seconds: float) -> Itera
 
 
 def _free_port() -> int:
-    from guard.serving.ports import free_port
+    from guard.processes.ports import free_port
 
     return free_port()

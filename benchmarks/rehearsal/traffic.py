@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from guard.serving.client import Client, Reply
+from guard.torchserve.client import Client, Reply
 from guard.types import Float32Array
 
 #: Requests under way at the same time; more than the server needs at the rates of a rehearsal.

@@ -14,12 +14,12 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from guard.backups.augmentation import Augmentation
+from guard.backups.backup_training import Report, device_of
 from guard.backups.clean_set import CleanSet
-from guard.backups.outcome import CurvePoint, Measure, Outcome
-from guard.backups.training import Report, device_of
+from guard.backups.purification import CurvePoint, Measure, Purification
 from guard.backups.units import find_unit_layers
 from guard.errors import DataError
-from guard.recording import logits_of
+from guard.suspect.recording import logits_of
 from guard.types import Float32Array
 
 #: Thresholds of the curve.
@@ -86,7 +86,7 @@ class _Neurons:
 
 def prune_adversarially(
     twin: nn.Module, clean: CleanSet, settings: AnpSettings, seed: int, measure: Measure, progress: Report
-) -> Outcome:
+) -> Purification:
     """Learn a mask in [0, 1] per neuron, and set the weights of those with a small mask to zero, in place.
 
     Every iteration draws a batch; from a random change of all neurons' weights and biases, of at most `epsilon`, one
@@ -119,7 +119,7 @@ def prune_adversarially(
         threshold = max(fit)
         notes = (*notes, f"The threshold was chosen by the clean accuracy: {threshold:g}.")
     pruned = _silence(twin, neurons, masks, threshold)
-    return Outcome(sum(layer.units for layer in neurons), pruned, tuple(points.values()), notes)
+    return Purification(sum(layer.units for layer in neurons), pruned, tuple(points.values()), notes)
 
 
 def learn_masks(

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from guard.backups.backup_training import Report, copy_network, device_of, predict_logits
 from guard.backups.clean_set import CleanSet, check_images
 from guard.backups.defective import DefectiveSettings, make_defective, train_defective
 from guard.backups.network import backup_cnn
-from guard.backups.purify import METHODS, purify
-from guard.backups.training import Report, copy_network, device_of, predict_logits
-from guard.calibration import stratified_folds
+from guard.backups.purified_twin import METHODS, purify
 from guard.errors import BundleError, ConfigError
+from guard.statistics.calibration import stratified_folds
 from guard.types import AnyArray, Float32Array, IntArray
 
 DEFECTIVE = "defective"
@@ -75,7 +75,7 @@ class Backup:
             What the suspect model takes; at least five of every class.
         clean_labels : ndarray of shape (n,), int
         settings : object, optional
-            `DefectiveSettings`, or those of the method in `guard.backups.purify.METHODS`.
+            `DefectiveSettings`, or those of the method in `guard.backups.purified_twin.METHODS`.
         seed : int
         progress : callable, optional
 

@@ -7,8 +7,8 @@ from typing import Self
 
 import numpy as np
 
-from guard.calibration import stratified_folds
 from guard.errors import DataError
+from guard.statistics.calibration import stratified_folds
 from guard.types import Float32Array, IntArray
 
 #: One image in five of every class is held out; so each class needs five.

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from guard.backups.backup_training import Report, device_of
 from guard.backups.clean_set import CleanSet
-from guard.backups.outcome import Measure, Outcome
-from guard.backups.training import Report, device_of
+from guard.backups.purification import Measure, Purification
 from guard.backups.units import find_unit_layers
 from guard.errors import DataError, SuspectModelError
 
@@ -44,7 +44,7 @@ class LastLayerSettings:
 
 def retrain_last_layer(
     twin: nn.Module, clean: CleanSet, settings: LastLayerSettings, seed: int, measure: Measure, progress: Report
-) -> Outcome:
+) -> Purification:
     """Give the last fully connected layer new random weights, and train it alone, in place.
 
     It takes its start weights from PyTorch's rule for `Linear`. A backdoor that is in the features stays.
@@ -83,7 +83,7 @@ def retrain_last_layer(
                 optimizer.step()
             progress((epoch + 1) / settings.epochs)
     layer.load_state_dict({name: tensor.to(device) for name, tensor in fresh.state_dict().items()})
-    return Outcome(units=layer.out_features, pruned=0)
+    return Purification(units=layer.out_features, pruned=0)
 
 
 def _inputs_of(twin: nn.Module, layer: nn.Linear, clean: CleanSet) -> Tensor:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from guard.backups.augmentation import Augmentation
+from guard.backups.backup_training import FitSettings, Report, device_of, fit_network
 from guard.backups.clean_set import CleanSet
-from guard.backups.outcome import CurvePoint, Measure, Outcome
-from guard.backups.training import FitSettings, Report, device_of, fit_network
+from guard.backups.purification import CurvePoint, Measure, Purification
 from guard.backups.units import UnitLayer, find_unit_layers, silence
 from guard.errors import DataError
 from guard.types import Float32Array, Float64Array
@@ -88,7 +88,7 @@ class FinePruningSettings:
 
 def prune_by_norm(
     twin: nn.Module, clean: CleanSet, settings: NormPruningSettings, seed: int, measure: Measure, progress: Report
-) -> Outcome:
+) -> Purification:
     """Silence the units with the smallest norm, in place, then fine-tune.
 
     Batch normalisation learns its statistics anew meanwhile: the stored ones are of a network with all its units, and
@@ -108,12 +108,12 @@ def prune_by_norm(
     if settings.fine_tuning is not None:
         fit_network(twin, clean, settings.fine_tuning, seed=seed, keep=keep, progress=progress)
     pruned = sum(len(units) for units in chosen[settings.share])
-    return Outcome(sum(layer.units for layer in layers), pruned, curve)
+    return Purification(sum(layer.units for layer in layers), pruned, curve)
 
 
 def prune_by_activation(
     twin: nn.Module, clean: CleanSet, settings: FinePruningSettings, seed: int, measure: Measure, progress: Report
-) -> Outcome:
+) -> Purification:
     """Silence the filters of the last convolution that clean images activate least, in place, then fine-tune.
 
     References
@@ -136,7 +136,7 @@ def prune_by_activation(
     keep = silence(twin, layer, order[:pruned])
     if settings.fine_tuning is not None:
         fit_network(twin, clean, settings.fine_tuning, seed=seed, keep=keep, freeze_statistics=True, progress=progress)
-    return Outcome(layer.units, pruned, curve)
+    return Purification(layer.units, pruned, curve)
 
 
 def mean_activations(module: nn.Module, layer: UnitLayer, images: Float32Array) -> Float64Array:

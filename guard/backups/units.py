@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from guard.backups.training import device_of
+from guard.backups.backup_training import device_of
 from guard.errors import SuspectModelError
-from guard.recording import logits_of
+from guard.suspect.recording import logits_of
 from guard.types import Float32Array
 
 

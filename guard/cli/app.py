@@ -129,7 +129,7 @@ def top(
 @bundle_app.command("list")
 def bundle_list(bundles: Bundles = Path("bundles")) -> None:
     """List the bundles of a folder, newest first."""
-    from guard.bundle import BundleStore
+    from guard.storage.bundle import BundleStore
 
     store = BundleStore(bundles)
     entries = store.entries()
@@ -159,8 +159,8 @@ def bundle_show(digest: Digest = "", bundles: Bundles = Path("bundles")) -> None
 
     The active one if no digest is given.
     """
-    from guard.bundle import BundleStore, read_bundle
     from guard.config import PLACES
+    from guard.storage.bundle import BundleStore, read_bundle
 
     store = BundleStore(bundles)
     stored = read_bundle(store.resolve(digest) if digest else store.active_path())
@@ -174,8 +174,8 @@ def bundle_activate(digest: Digest, bundles: Bundles = Path("bundles")) -> None:
 
     Servers that follow this folder take it within two seconds.
     """
-    from guard.bundle import BundleStore
-    from guard.pipeline import Guard
+    from guard.detection.pipeline import Guard
+    from guard.storage.bundle import BundleStore
 
     store = BundleStore(bundles)
     folder = store.resolve(digest)
@@ -187,8 +187,8 @@ def bundle_activate(digest: Digest, bundles: Bundles = Path("bundles")) -> None:
 @bundle_app.command("rollback")
 def bundle_rollback(bundles: Bundles = Path("bundles")) -> None:
     """Go back to the bundle that was active before."""
-    from guard.bundle import BundleStore
-    from guard.pipeline import Guard
+    from guard.detection.pipeline import Guard
+    from guard.storage.bundle import BundleStore
 
     store = BundleStore(bundles)
     if previous := store.previous_digest():
@@ -202,9 +202,9 @@ def bundle_clean(digest: Digest, bundles: Bundles = Path("bundles")) -> None:
 
     If it was the active one, the new one becomes active. Remove the old folder when no open item was flagged by it.
     """
-    from guard.bundle import BundleStore
-    from guard.fitted import without_places
-    from guard.pipeline import Guard
+    from guard.detection.fitted import without_places
+    from guard.detection.pipeline import Guard
+    from guard.storage.bundle import BundleStore
 
     store = BundleStore(bundles)
     old = store.resolve(digest)
@@ -230,7 +230,7 @@ def demo(
 
     Backdoors networks on real images, guards and serves them, and prints what the guard catches over HTTP.
     """
-    from guard.demo import run_demo
+    from guard.demo.run import run_demo
 
     run_demo(output, seed=seed, false_positive_rate=false_positive_rate, keep_serving=keep_serving, console=console)
 
@@ -238,7 +238,7 @@ def demo(
 @app.command()
 def doctor() -> None:
     """Check this machine, and say how to mend what is missing."""
-    from guard.doctor import checks
+    from guard.cli.doctor import checks
 
     bad = 0
     for check in checks():

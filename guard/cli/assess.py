@@ -18,7 +18,7 @@ from guard.errors import ConfigError, DataError, GuardError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from guard.assess import AssessmentReport
+    from guard.lab.assess import AssessmentReport
 
 _TRIGGER_HELP = (
     "Trigger to plant; may be repeated. Default: pattern, white-square, blend, sig, wanet, gotham; others: "
@@ -60,11 +60,11 @@ def assess(
     Plants known triggers in copies of it, fits a guard to each copy, and counts what it catches. The model itself is
     never changed. Real attackers may use other triggers: an estimate, not a promise.
     """
-    from guard.assess import CAVEAT, DEFAULT_ATTACKS, PlantingSettings, check_names
-    from guard.assess import assess as assess_model
     from guard.cli.assess_picture import draw
     from guard.cli.images import find_images
     from guard.config import load_config
+    from guard.lab.assess import CAVEAT, DEFAULT_ATTACKS, PlantingSettings, check_names
+    from guard.lab.assess import assess as assess_model
 
     config = load_config(settings, false_positive_rate=false_positive_rate, mode=mode, seed=seed)
     names = tuple(trigger or DEFAULT_ATTACKS)

@@ -10,7 +10,7 @@ import numpy as np
 from guard.files import open_private
 
 if TYPE_CHECKING:
-    from guard.assess import AssessmentReport, Summary
+    from guard.lab.assess import AssessmentReport, Summary
     from guard.types import Float32Array
 
 _CAUGHT, _BEFORE, _AFTER, _INK, _FAINT = "#2166ac", "#f4a582", "#b2182b", "#222222", "#767676"

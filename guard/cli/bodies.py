@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from guard.cli.images import NamedImages, find_images
+from guard.data.image_files import load_images
 from guard.errors import DataError
-from guard.image_files import load_images
 from guard.types import Float32Array
 
 _JSON = (".json",)

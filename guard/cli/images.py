@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from guard.cli.output import Report, what_failed
-from guard.datasets import read_npz
+from guard.data.datasets import read_npz
+from guard.data.image_files import MAX_TOTAL_VALUES, load_images
 from guard.errors import ConfigError, DataError
-from guard.image_files import MAX_TOTAL_VALUES, load_images
 from guard.types import Float32Array, IntArray
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from guard.cli.images import Convert, NamedImages, converted, each, parts
 from guard.cli.output import OutputFormat, Report, in_full_width, plain_table, what_failed
 
 if TYPE_CHECKING:
-    from guard.pipeline import Guard
+    from guard.detection.pipeline import Guard
     from guard.types import Verdict
 
 _CELLS = ("label", "final_label", "is_poisoned", "p_value", "score", "action", "reason")

@@ -18,10 +18,10 @@ from guard.cli.output import print_warning, what_failed
 from guard.errors import ConfigError, DataError, GuardError, SuspectModelError
 
 if TYPE_CHECKING:
-    from guard.assess.planting import Prepare
     from guard.cli.images import Convert, NamedImages
     from guard.cli.output import Report
-    from guard.suspect import SuspectModel
+    from guard.lab.assess.planting import Prepare
+    from guard.suspect.model import SuspectModel
     from guard.types import Float32Array
 
 
@@ -42,8 +42,8 @@ def open_model(
     import torch
 
     from guard.cli.images import preprocessing
-    from guard.serving.user_handler import open_user_handler
-    from guard.suspect import SuspectModel
+    from guard.suspect.model import SuspectModel
+    from guard.torchserve.user_handler import open_user_handler
 
     if (architecture is None) == (handler is None):
         raise ConfigError("give either --architecture or --handler: one of them says how the network is built.")

@@ -36,7 +36,7 @@ def observe(
     It listens on loopback and has this package's recording rules and alerts.
     """
     from guard.observing.targets import Target, parse_address, read_targets, write_targets
-    from guard.serving.prometheus import PrometheusInstance
+    from guard.processes.prometheus import PrometheusInstance
 
     if (targets is None) == (not target):
         raise ConfigError("name what to watch: --targets FILE (`guard serve` prints it), or --target HOST:PORT.")

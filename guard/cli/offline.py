@@ -33,7 +33,7 @@ from guard.cli.output import (
 from guard.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from guard.pipeline import Guard
+    from guard.detection.pipeline import Guard
 
 _NO_BACKUP = "none"
 _BACKUPS = (_NO_BACKUP, "auto", "defective", "anp", "norm-pruning")
@@ -81,11 +81,11 @@ def fit(
     settings: Settings = None,
 ) -> None:
     """Fit a guard on clean images and write it as a bundle."""
-    from guard.assess.backups import BackupRequest, with_backup
-    from guard.bundle import BundleStore
     from guard.cli.images import find_images, read_all
     from guard.config import load_config
-    from guard.pipeline import Guard
+    from guard.detection.pipeline import Guard
+    from guard.lab.assess.backups import BackupRequest, with_backup
+    from guard.storage.bundle import BundleStore
 
     config = load_config(
         settings,
@@ -178,11 +178,11 @@ def inspect(
 
     An image that cannot be read or scored is listed as failed, the others keep their verdicts, and the status is 1.
     """
-    from guard.bundle import BundleStore
     from guard.cli.images import find_images
     from guard.cli.judged import formatted, judge, verdict_table
     from guard.config import SERVING_SETTINGS, load_config, load_settings
-    from guard.pipeline import Guard
+    from guard.detection.pipeline import Guard
+    from guard.storage.bundle import BundleStore
 
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"--output {output}: there is no folder {output.parent}. Make it first.")

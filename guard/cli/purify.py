@@ -16,7 +16,7 @@ from guard.cli.output import print_warning, progress_bar, say
 from guard.errors import ConfigError, DataError, GuardError
 
 if TYPE_CHECKING:
-    from guard.backups.purify import Purified
+    from guard.backups.purified_twin import Purified
 
 WEIGHTS, CARD, PICTURE = "twin.safetensors", "twin.json", "twin.png"
 #: Options, and the methods that take them.
@@ -76,8 +76,8 @@ def purify(
     Prunes or retrains a copy on clean images, and measures it on a fifth of them that was held out. The model itself
     is never changed. Whether a backdoor is gone only triggered images could tell.
     """
-    from guard.backups.purify import METHODS
-    from guard.backups.purify import purify as purify_model
+    from guard.backups.purified_twin import METHODS
+    from guard.backups.purified_twin import purify as purify_model
     from guard.cli.images import find_images, read_all
     from guard.config import load_config
 
@@ -136,7 +136,7 @@ def purify(
 
 
 def _settings(method: str, given: dict[str, Any]) -> Any:
-    from guard.backups.purify import METHODS
+    from guard.backups.purified_twin import METHODS
 
     for name in given:
         if method not in _TAKEN_BY[name]:

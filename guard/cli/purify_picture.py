@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from guard.backups.purify import PurifyReport
+    from guard.backups.purified_twin import PurifyReport
 
 _BEFORE, _AFTER, _INK, _FAINT = "#9ecae1", "#08519c", "#222222", "#767676"
 _ROW_INCHES, _REST_INCHES, _MOST_INCHES = 0.26, 2.2, 30.0

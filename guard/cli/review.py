@@ -15,8 +15,8 @@ from guard.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from guard.relabel.queue import Queue
-    from guard.review.desk import Desk
-    from guard.review.status_history import MetricsSource
+    from guard.review.status.history import MetricsSource
+    from guard.review.workspace import Workspace
 
 Name = Annotated[str, typer.Argument(help="Name of the reviewer.")]
 
@@ -72,8 +72,8 @@ def review(
     from guard.observing.exporting import exporting
     from guard.relabel.queue import Queue
     from guard.relabel.settings import QueueSettings
-    from guard.review.desk import ReviewSettings
     from guard.review.server import LOOPBACK_ADDRESSES, serve_until_stopped
+    from guard.review.workspace import ReviewSettings
 
     if (certificate is None) != (key is None):
         raise ConfigError("--certificate and --key go together. Give both, or neither.")
@@ -86,7 +86,7 @@ def review(
         quorum=quorum, lease_s=60 * lease_minutes, max_held=max_held, retention_days=retention_days
     )
     with Queue.open(_named(queue), settings) as opened:
-        desk = open_desk(
+        workspace = open_workspace(
             opened,
             bundles,
             images,
@@ -96,13 +96,13 @@ def review(
             ReviewSettings(allowed_hosts=names),
             metrics=_metrics_source(metrics_url or [], prometheus),
         )
-        if not desk.reviewers.names():
+        if not workspace.reviewers.names():
             tell("there is no reviewer yet: guard review --queue ... add-user NAME --role admin")
         pem = {name: str(path) if path else None for name, path in (("certificate", certificate), ("key", key))}
         with ExitStack() as beside:
             if metrics_port is not None:
                 say(f"metrics on {beside.enter_context(exporting(metrics_port, QueueCollector(opened)))}")
-            serve_until_stopped(desk, host, port, **pem, on_ready=_say_ready)
+            serve_until_stopped(workspace, host, port, **pem, on_ready=_say_ready)
     say("stopped")
 
 
@@ -167,17 +167,17 @@ def export(
     if what not in EXPORTS:
         raise ConfigError(f"--what must be one of {', '.join(EXPORTS)}, got {what!r}.")
     with _open(context, queue) as opened:
-        desk = open_desk(opened, bundles)
+        workspace = open_workspace(opened, bundles)
         items = exchange.items_in(opened, EXPORTS[what])
         if output_format == "label-studio":
-            parts = exchange.write_label_studio(items, desk.names, lambda one: picture_of_tensor(one.inputs))
+            parts = exchange.write_label_studio(items, workspace.names, lambda one: picture_of_tensor(one.inputs))
         elif output_format == "csv":
-            parts = exchange.write_csv(items, desk.names)
+            parts = exchange.write_csv(items, workspace.names)
         elif output_format == "labelling-config":
             first = next(items, None)
             if first is None:
                 raise DataError("there is no item to take the classes from.")
-            parts = iter([exchange.labelling_config(desk.names(first.input))])
+            parts = iter([exchange.labelling_config(workspace.names(first.input))])
         else:
             raise ConfigError(f"--format must be label-studio, csv or labelling-config, got {output_format!r}.")
         if output is None:
@@ -209,11 +209,11 @@ def import_file(
     with _open(context, queue, quorum=quorum) as opened:
         if reviewer not in Reviewers(opened).names():
             raise DataError(f"there is no reviewer {reviewer!r}. Add one with `guard review add-user`.")
-        done = import_text(open_desk(opened, bundles), reviewer, text)
+        done = import_text(open_workspace(opened, bundles), reviewer, text)
     say(f"{done.saved} answers saved, {done.known} there already, {done.unanswered} rows unanswered")
 
 
-def open_desk(
+def open_workspace(
     queue: Queue,
     bundles: Path,
     images: Path | None = None,
@@ -222,13 +222,13 @@ def open_desk(
     device: str = "cpu",
     settings: Any = None,
     metrics: MetricsSource | None = None,
-) -> Desk:
+) -> Workspace:
     """Return what the page works with, from what the command line names."""
     from guard.relabel.reviewers import Reviewers
     from guard.relabel.rounds import Rounds
-    from guard.review.desk import CleanImages, Desk, ReviewSettings
     from guard.review.known_bundles import KnownBundles
     from guard.review.occlusion import Occlusion
+    from guard.review.workspace import CleanImages, ReviewSettings, Workspace
 
     if (weights is None) != (architecture is None):
         raise ConfigError("--weights and --architecture go together. Give both, or neither.")
@@ -242,10 +242,10 @@ def open_desk(
                 raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
             clean = CleanImages(read_all(found, preprocessing(None), report), found.labels)
     if weights is not None and architecture is not None:
-        from guard.suspect import SuspectModel
+        from guard.suspect.model import SuspectModel
 
         occlusion = Occlusion(SuspectModel.load(weights, architecture, device=device))
-    return Desk(
+    return Workspace(
         queue,
         Reviewers(queue),
         Rounds(queue),
@@ -259,8 +259,8 @@ def open_desk(
 
 def _metrics_source(urls: list[str], prometheus: str | None) -> MetricsSource | None:
     """Return where the status page has its numbers from; a Prometheus knows more than the addresses themselves."""
-    from guard.review.status_prometheus import PrometheusSource
-    from guard.review.status_sampler import Sampler
+    from guard.review.status.prometheus import PrometheusSource
+    from guard.review.status.sampler import Sampler
 
     if prometheus is not None:
         return PrometheusSource(prometheus)

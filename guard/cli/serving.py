@@ -29,7 +29,7 @@ from guard.errors import ConfigError, GuardError, ServerError
 
 if TYPE_CHECKING:
     from guard.config import GuardConfig
-    from guard.serving.guarded import ServedModel
+    from guard.torchserve.archives.guarded import ServedModel
 
 
 def archive(
@@ -68,13 +68,13 @@ def archive(
     settings: Settings = None,
 ) -> None:
     """Put the model and its guard into a TorchServe archive."""
-    from guard.bundle import BundleStore, read_bundle
     from guard.config import GuardConfig, load_settings
-    from guard.pipeline import Guard
+    from guard.detection.pipeline import Guard
     from guard.relabel.address import queue_url
-    from guard.serving.guarded import ServedModel, make_guarded_archive
-    from guard.suspect import SuspectModel
-    from guard.weights import check_weights_file
+    from guard.storage.bundle import BundleStore, read_bundle
+    from guard.suspect.model import SuspectModel
+    from guard.suspect.weights import check_weights_file
+    from guard.torchserve.archives.guarded import ServedModel, make_guarded_archive
 
     rows: Any = int(rows_per_request) if rows_per_request and rows_per_request.isdigit() else rows_per_request
     chosen = load_settings(
@@ -139,8 +139,8 @@ def archive(
 def _told_batches(model: ServedModel, examples: list[Path], config: GuardConfig) -> str:
     """Say how the requests of a batch will be answered; for a handler of the user's own, after trying it here."""
     from guard.cli.wrap import told_batches
-    from guard.serving.guarded import architecture_files
-    from guard.serving.user_handler import open_user_handler
+    from guard.torchserve.archives.guarded import architecture_files
+    from guard.torchserve.user_handler import open_user_handler
 
     if model.handler is None:
         if config.batching == "never" or config.rows_per_request == "any":
@@ -208,11 +208,12 @@ def serve(
     they die, and stop with it. `guard observe` watches them all, with the file of targets that is named.
     """
     from guard.observing.targets import Target, write_targets
+    from guard.processes.companion import Companion
+    from guard.processes.ports import LOOPBACK, free_port, is_reachable
     from guard.relabel.address import queue_url
-    from guard.serving.archived import followed_bundles
-    from guard.serving.companion import Companion
-    from guard.serving.ports import LOOPBACK, free_port, is_reachable
-    from guard.serving.torchserve import TorchServeInstance
+    from guard.torchserve.archives.contents import followed_bundles
+    from guard.torchserve.client import curl_line
+    from guard.torchserve.server import TorchServeInstance
 
     named = dict(_name_and_file(text) for text in models or ())
     url = queue_url(queue) if queue else None
@@ -324,9 +325,3 @@ def _name_and_file(text: str) -> tuple[str, str]:
     name, _, file = text.rpartition("=")
     stem = file.removesuffix(".mar")
     return name or stem, f"{stem}.mar"
-
-
-def curl_line(url: str, model: str, token: str | None, file: str = "image.png") -> str:
-    """Return a command that asks for one prediction and shows the verdict's headers."""
-    key = f' -H "Authorization: Bearer {token}"' if token else ""
-    return f"curl -i{key} {url}/predictions/{model} -T {file}"

@@ -11,7 +11,7 @@ from guard.cli.options import QueueUrl
 from guard.cli.output import say, tell
 
 if TYPE_CHECKING:
-    from guard.snapshot import Snapshot
+    from guard.storage.snapshot import Snapshot
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the snapshot.")]
 BundleFolder = Annotated[Path | None, typer.Option("--bundles", help="Folder of bundles.")]
@@ -27,7 +27,7 @@ def snapshot_save(folder: Folder, queue: QueueUrl = None, bundles: BundleFolder 
 
     The key of an encrypted queue is not in it: keep that elsewhere.
     """
-    from guard.snapshot import save_snapshot
+    from guard.storage.snapshot import save_snapshot
 
     _tell("saved", save_snapshot(folder, queue_url=_url(queue), bundles=bundles))
     for what, given in (("queue", queue), ("bundles", bundles)):
@@ -38,7 +38,7 @@ def snapshot_save(folder: Folder, queue: QueueUrl = None, bundles: BundleFolder 
 @snapshot_app.command("verify")
 def snapshot_verify(folder: Folder) -> None:
     """Check every file of a snapshot, its bundles, and the chain of its decisions."""
-    from guard.snapshot import verify_snapshot
+    from guard.storage.snapshot import verify_snapshot
 
     _tell("whole", verify_snapshot(folder))
 
@@ -46,7 +46,7 @@ def snapshot_verify(folder: Folder) -> None:
 @snapshot_app.command("restore")
 def snapshot_restore(folder: Folder, queue: QueueUrl = None, bundles: BundleFolder = None) -> None:
     """Put queue and bundles where there are none; nothing is overwritten."""
-    from guard.snapshot import restore_snapshot
+    from guard.storage.snapshot import restore_snapshot
 
     _tell("restored", restore_snapshot(folder, queue_url=_url(queue), bundles=bundles))
 

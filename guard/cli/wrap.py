@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from guard.cli.images import NamedImages
     from guard.cli.output import Report
     from guard.config import GuardConfig
-    from guard.pipeline import Guard
-    from guard.serving.user_handler import UserHandler
-    from guard.serving.wrapping import OpenedArchive
-    from guard.suspect import SuspectModel
+    from guard.detection.pipeline import Guard
+    from guard.suspect.model import SuspectModel
+    from guard.torchserve.archives.wrapping import OpenedArchive
+    from guard.torchserve.user_handler import UserHandler
     from guard.types import IntArray
 
 _GUARDED = ".guarded"
@@ -79,11 +79,11 @@ def wrap(
     The archive's own handler runs here on the clean images, as it does in the server. The archive itself stays as it
     is; the guarded one keeps its every file, its model's name and version, and answers old clients with the same bytes.
     """
-    from guard.bundle import BundleStore
     from guard.config import GuardConfig, load_settings
     from guard.relabel.address import queue_url
-    from guard.serving.wrapping import check_output, open_archive, write_guarded
-    from guard.suspect import SuspectModel
+    from guard.storage.bundle import BundleStore
+    from guard.suspect.model import SuspectModel
+    from guard.torchserve.archives.wrapping import check_output, open_archive, write_guarded
 
     target = output or archive.with_name(f"{_stem(archive)}{_GUARDED}.mar")
     chosen = load_settings(
@@ -140,7 +140,7 @@ def wrap(
 
 def unwrap(archive: Archive, output: Output = None, force: Force = False) -> None:
     """Give back the archive that a guarded one was made from, byte for byte."""
-    from guard.serving.wrapping import unwrap as unwrap_archive
+    from guard.torchserve.archives.wrapping import unwrap as unwrap_archive
 
     stem = _stem(archive)
     name = stem.removesuffix(_GUARDED) if stem.endswith(_GUARDED) else f"{stem}.original"
@@ -167,7 +167,7 @@ def _gpu(device: str) -> int | None:
 def _labelled(opened: OpenedArchive, images: Path, names: list[str] | None) -> NamedImages:
     """Find the clean images; names of sub-folders are looked up in the archive's own class list."""
     from guard.cli.bodies import find_bodies
-    from guard.serving.class_list import CLASS_FILE, read_class_list
+    from guard.torchserve.archives.class_list import CLASS_FILE, read_class_list
 
     found = find_bodies(images, names)
     if found.labels is None:
@@ -185,7 +185,7 @@ def _labelled(opened: OpenedArchive, images: Path, names: list[str] | None) -> N
 
 def _try_handler(user: UserHandler, found: NamedImages, config: GuardConfig) -> None:
     """Let the handler answer one image as a whole: a guard is of no use where it does not see the network work."""
-    from guard.calibration import check_rate
+    from guard.statistics.calibration import check_rate
 
     check_rate(config.false_positive_rate, len(found.names))
     name = found.names[0]
@@ -234,7 +234,7 @@ def _fitted(
 ) -> tuple[Guard, float]:
     """Return a guard fitted on what the handler makes of the images, and the share of labels that the model gets."""
     from guard.cli.images import read_all
-    from guard.pipeline import Guard
+    from guard.detection.pipeline import Guard
 
     inputs = read_all(found, user.model_inputs, report, remedy=_AS_SENT)
     try:
@@ -259,8 +259,8 @@ def _share_right(guard: Guard, labels: IntArray) -> float:
 
 def _changes(opened: OpenedArchive, written: Path, target: Path) -> list[str]:
     """Say which files of the archive stayed, changed, and came."""
-    from guard.serving.manifest import MANIFEST
-    from guard.serving.strict_zip import open_strict_zip
+    from guard.torchserve.archives.manifest import MANIFEST
+    from guard.torchserve.archives.strict_zip import open_strict_zip
 
     before = [name for name in opened.original.members if name != MANIFEST]
     with open_strict_zip(written) as guarded:

@@ -15,8 +15,8 @@ from guard.cli.output import plain_table, print_error, print_table, print_warnin
 from guard.errors import ZooError
 
 if TYPE_CHECKING:
-    from guard.zoo.card import ZooCard
-    from guard.zoo.plan import ZooEntry
+    from guard.lab.zoo.card import ZooCard
+    from guard.lab.zoo.plan import ZooEntry
 
 zoo_app = typer.Typer(
     no_args_is_help=True,
@@ -45,8 +45,8 @@ def train(
 
     Benign ones first, as others are compared with them or start from them.
     """
-    from guard.zoo.collection import Zoo
-    from guard.zoo.plan import BENIGN, find_entries
+    from guard.lab.zoo.collection import Zoo
+    from guard.lab.zoo.plan import BENIGN, find_entries
 
     zoo = Zoo(_folder(folder))
     zoo.folder.mkdir(parents=True, exist_ok=True)
@@ -81,8 +81,8 @@ def _train_all(
 
 
 def _train_one(entry: ZooEntry, folder: Path, work_dir: Path, data_dir: Path | None, device: str) -> ZooCard:
-    from guard.zoo.collection import Zoo
-    from guard.zoo.training import train_entry
+    from guard.lab.zoo.collection import Zoo
+    from guard.lab.zoo.model_training import train_entry
 
     with progress_bar(entry.name) as report:
         return train_entry(
@@ -102,8 +102,8 @@ def _train_one(entry: ZooEntry, folder: Path, work_dir: Path, data_dir: Path | N
 @zoo_app.command("list")
 def list_models(folder: Folder = None) -> None:
     """List the models that are there, and those of the plan that are missing."""
-    from guard.zoo.collection import Zoo
-    from guard.zoo.plan import PLAN
+    from guard.lab.zoo.collection import Zoo
+    from guard.lab.zoo.plan import PLAN
 
     zoo = Zoo(_folder(folder))
     cards = zoo.cards()
@@ -130,7 +130,7 @@ def list_models(folder: Folder = None) -> None:
 @zoo_app.command("show")
 def show(name: Annotated[str, typer.Argument(help="Name of the model.")], folder: Folder = None) -> None:
     """Print the card of a model as JSON."""
-    from guard.zoo.collection import Zoo
+    from guard.lab.zoo.collection import Zoo
 
     write(json.dumps(Zoo(_folder(folder)).card(name).model_dump(mode="json"), indent=2) + "\n")
 
@@ -143,7 +143,7 @@ def verify(names: Names = None, folder: Folder = None, data_dir: DataDir = None)
     """
     import fnmatch
 
-    from guard.zoo.collection import Zoo
+    from guard.lab.zoo.collection import Zoo
 
     zoo = Zoo(_folder(folder))
     known = [card.name for card in zoo.cards()]
@@ -164,6 +164,6 @@ def verify(names: Names = None, folder: Folder = None, data_dir: DataDir = None)
 
 
 def _folder(folder: Path | None) -> Path:
-    from guard.zoo.collection import default_zoo_dir
+    from guard.lab.zoo.collection import default_zoo_dir
 
     return folder if folder is not None else default_zoo_dir()

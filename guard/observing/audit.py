@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from guard.errors import ConfigError
-from guard.observing.books import Books, between, totals_since_start
 from guard.observing.client_log import Noted, read_client_log
 from guard.observing.scrape import Prometheus, check_url
+from guard.observing.window_counts import WindowCounts, between, totals_since_start
 from guard.relabel.activity import Activity, Arrival
 from guard.relabel.queue import Queue
 from guard.telemetry import OUTCOMES
@@ -143,7 +143,7 @@ def audit(
         raise ConfigError("--metrics-url and --prometheus answer the same question. Give one of them.")
     if client_log is None and queue is None and not metrics_urls and prometheus is None:
         raise ConfigError("there is nothing to compare: give --client-log, --queue, --prometheus or --metrics-url.")
-    books: Books | None = None
+    books: WindowCounts | None = None
     if prometheus is not None:
         books = between(Prometheus(check_url(prometheus, "--prometheus")), start, end, model)
     elif metrics_urls:
@@ -178,7 +178,9 @@ def audit(
     )
 
 
-def _note_edges(findings: _Findings, books: Books, inside: list[Noted] | None, start: datetime, end: datetime) -> int:
+def _note_edges(
+    findings: _Findings, books: WindowCounts, inside: list[Noted] | None, start: datetime, end: datetime
+) -> int:
     """Return how many requests lie so near an end of the window that the metrics may count them on its other side."""
     edge = timedelta(seconds=books.edge_s)
     noted = 0
@@ -194,7 +196,7 @@ def _note_edges(findings: _Findings, books: Books, inside: list[Noted] | None, s
     return near
 
 
-def _enter_client(findings: _Findings, inside: list[Noted], books: Books | None) -> None:
+def _enter_client(findings: _Findings, inside: list[Noted], books: WindowCounts | None) -> None:
     kinds = Counter(one.kind for one in inside)
     outside = _not_of_the_guard(inside, books)
     for (kind, status), number in sorted(outside.items()):
@@ -214,7 +216,7 @@ def _enter_client(findings: _Findings, inside: list[Noted], books: Books | None)
     findings.sources["client log"] = {"received": len(inside) - left_out, **counts}
 
 
-def _not_of_the_guard(inside: list[Noted], books: Books | None) -> Counter[tuple[str, int]]:
+def _not_of_the_guard(inside: list[Noted], books: WindowCounts | None) -> Counter[tuple[str, int]]:
     """Return answers that the server gave by itself (wrong key, too large, full, worker gone), by kind and status.
 
     They carry no verdict, and are more than the guard counted with that status.
@@ -261,7 +263,7 @@ def _compare(findings: _Findings, one: str, other: str, allowed: int, *, more_al
             findings.problems.append(f"{column}: {one} {ours[column]:,}, {other} {theirs[column]:,}")
 
 
-def _check_flagged(findings: _Findings, books: Books, allowed: int, *, has_queue: bool) -> None:
+def _check_flagged(findings: _Findings, books: WindowCounts, allowed: int, *, has_queue: bool) -> None:
     """Check that every flagged request was queued or counted as shed, and that the queue holds what was queued."""
     shed = books.shed.total()
     if books.queued or shed:
@@ -283,7 +285,7 @@ def _check_flagged(findings: _Findings, books: Books, allowed: int, *, has_queue
             findings.problems.append(f"poisoned: queue {rows:,} rows, metrics {books.queued:,} queued")
 
 
-def _without_row(books: Books | None, queue: Queue, model: str | None) -> int:
+def _without_row(books: WindowCounts | None, queue: Queue, model: str | None) -> int:
     """Return how many flagged requests may rightly have no row in the queue."""
     return books.shed.total() if books is not None else Activity(queue).turned_away(model)
 

@@ -12,9 +12,9 @@ from sqlalchemy.engine import Connection
 
 from guard.errors import QueueKeyError
 from guard.relabel import chain, claiming, reading, statements, sweeping
+from guard.relabel.call_thread import CallThread
 from guard.relabel.chain import Audit
 from guard.relabel.claiming import Claiming
-from guard.relabel.courier import Courier
 from guard.relabel.database import Database
 from guard.relabel.deciding import Deciding
 from guard.relabel.encryption import KEY_VARIABLE, Cipher
@@ -64,7 +64,7 @@ class Queue:
         self.clock = clock
         self._codec = Codec(cipher)
         self._admission = Admission(settings)
-        self._courier = Courier()
+        self._call_thread = CallThread()
         self._random = random.SystemRandom()
 
     @classmethod
@@ -105,7 +105,7 @@ class Queue:
 
     def close(self) -> None:
         """Close all connections."""
-        self._courier.close()
+        self._call_thread.close()
         self.database.close()
 
     def __enter__(self) -> Queue:
@@ -144,7 +144,7 @@ class Queue:
         if self.database.is_sqlite:
             return store(timeout_s)
         # A server that is alive says that it is locked before the caller gives up on it.
-        return self._courier.run(lambda: store(0.8 * timeout_s), timeout_s)
+        return self._call_thread.run(lambda: store(0.8 * timeout_s), timeout_s)
 
     # --- reviewers ---
 

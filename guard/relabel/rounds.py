@@ -14,7 +14,17 @@ from guard.errors import QueueError
 from guard.relabel.queue import Queue
 from guard.relabel.schema import retrain_requests, rounds
 
-Outcome = Literal["promoted", "refused", "failed", "canary"]
+RoundOutcome = Literal["promoted", "refused", "failed", "canary"]
+
+#: What a round measures, in words, and the name that its figure has in a report.
+MEASURES = (
+    ("clean images answered rightly", "clean_right"),
+    ("clean images flagged", "clean_flagged"),
+    ("poisoned inputs of new look-alike groups flagged", "other_groups_flagged"),
+    ("poisoned inputs of known look-alike groups flagged", "same_groups_flagged"),
+    ("poisoned inputs whose true label the guard finds", "recovered"),
+    ("earlier false alarms still flagged", "false_alarms_flagged"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +38,7 @@ class Round:
     began_at: datetime
     #: None while it runs, or if it was killed.
     finished_at: datetime | None
-    outcome: Outcome | None
+    outcome: RoundOutcome | None
     #: Whatever the retrainer reports; JSON.
     report: dict[str, Any]
     candidate_digest: str | None
@@ -48,7 +58,7 @@ class Rounds:
             return int(connection.execute(sa.insert(rounds).values(**values).returning(rounds.c.id)).scalar_one())
 
     def finish(
-        self, round_id: int, outcome: Outcome, report: Mapping[str, Any], candidate_digest: str | None = None
+        self, round_id: int, outcome: RoundOutcome, report: Mapping[str, Any], candidate_digest: str | None = None
     ) -> None:
         """Note what came of a retraining; a canary may be finished again, as promoted or refused.
 

@@ -8,17 +8,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from guard.calibration import check_rate
+from guard.detection.pipeline import Guard
+from guard.detection.retraining import Labelled, retrain
 from guard.errors import DataError
-from guard.pipeline import Guard
 from guard.relabel.items import QueueItem
+from guard.retrainer.anomalies import purify, recognise
 from guard.retrainer.gate import Judgement, judge, judge_canary
 from guard.retrainer.material import Material, fits
 from guard.retrainer.measuring import Count, Measurement, flags_of, measure
 from guard.retrainer.movement import Movement
-from guard.retrainer.purifying import purify, recognise
 from guard.retrainer.settings import RetrainerSettings
-from guard.retraining import Labelled, retrain
+from guard.statistics.calibration import check_rate
 from guard.types import Activations, BoolArray
 
 #: Why false alarms are not learned from although no cap forbids it, for the report.

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from guard.evaluation import wilson_interval
 from guard.retrainer.material import Agreement
 from guard.retrainer.measuring import Count, Measurement
 from guard.retrainer.movement import CHANCE, Movement, sign_test
 from guard.retrainer.settings import RetrainerSettings
+from guard.statistics.evaluation import wilson_interval
 from guard.types import BoolArray
 
 #: Fewer clean hold-outs than this measure nothing.

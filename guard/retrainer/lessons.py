@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from guard.pipeline import Guard
+from guard.detection.pipeline import Guard
 from guard.relabel.items import Decision, QueueItem, State
 from guard.retrainer.settings import RetrainerSettings
 from guard.types import Activations

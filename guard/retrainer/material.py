@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from guard.detection.pipeline import Guard
+from guard.detection.retraining import Labelled
 from guard.errors import DataError
-from guard.pipeline import Guard
 from guard.relabel.items import Decision, GoldResult, QueueItem
 from guard.retrainer.lessons import CLASS_FULL, Lesson, choose, keyed_unit
 from guard.retrainer.settings import RetrainerSettings
-from guard.retraining import Labelled
 from guard.types import Activations, BoolArray, IntArray
 
 

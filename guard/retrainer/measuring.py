@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from guard.pipeline import Guard
+from guard.detection.pipeline import Guard
 from guard.retrainer.material import HeldOut
 from guard.types import Activations, BoolArray, IntArray
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from guard.pipeline import Guard
+from guard.detection.pipeline import Guard
 from guard.types import Activations, BoolArray, IntArray
 
 #: What happens by chance more often than this is held against nobody.

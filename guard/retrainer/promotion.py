@@ -9,15 +9,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from guard.bundle import BundleStore, read_bundle, write_bundle
+from guard.detection.pipeline import Guard
 from guard.errors import BundleError
 from guard.files import replace_file, sync_folder
-from guard.pipeline import Guard
 from guard.relabel.queue import Queue
 from guard.relabel.rounds import Rounds
+from guard.storage.bundle import JOURNAL, BundleStore, read_bundle, write_bundle
 
 #: A promotion that has begun; lies beside ACTIVE, and is gone when the promotion is complete.
-JOURNAL = ".promotion.json"
 #: What only the fitted suspect model could tell a bundle; a candidate is fitted without it.
 _FROM_PARENT = ("weights_digest", "split_points")
 

@@ -5,19 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from guard.relabel.rounds import MEASURES
 from guard.retrainer.candidate import Trial
 from guard.retrainer.material import Material
 from guard.retrainer.measuring import Measurement
-
-#: What a round measures, in words, and the name that its figure has in a report.
-SENTENCES = (
-    ("clean images answered rightly", "clean_right"),
-    ("clean images flagged", "clean_flagged"),
-    ("poisoned inputs of new look-alike groups flagged", "other_groups_flagged"),
-    ("poisoned inputs of known look-alike groups flagged", "same_groups_flagged"),
-    ("poisoned inputs whose true label the guard finds", "recovered"),
-    ("earlier false alarms still flagged", "false_alarms_flagged"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,5 +68,5 @@ def about_trial(trial: Trial) -> dict[str, Any]:
 
 def changes(before: Measurement, after: Measurement) -> list[str]:
     """Return what the answers changed, in sentences for the people who gave them; all of it on hold-outs."""
-    pairs = [(text, before.count(name), after.count(name)) for text, name in SENTENCES]
+    pairs = [(text, before.count(name), after.count(name)) for text, name in MEASURES]
     return [f"{text}: {old.hits} of {old.of} before, {new.hits} of {new.of} now" for text, old, new in pairs if new.of]

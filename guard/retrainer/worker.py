@@ -13,14 +13,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Self
 
-from guard.bundle import BundleStore
+from guard.detection.pipeline import Guard
 from guard.errors import BundleError, GuardError, RetrainingError
 from guard.files import open_private
-from guard.pipeline import Guard
 from guard.relabel.items import Decision, QueueItem, State
 from guard.relabel.queue import Queue
 from guard.relabel.reviewers import Reviewers
-from guard.relabel.rounds import Outcome, Round, Rounds
+from guard.relabel.rounds import Round, RoundOutcome, Rounds
 from guard.retrainer.candidate import (
     Pair,
     check_false_alarms,
@@ -35,6 +34,7 @@ from guard.retrainer.material import Material, gather
 from guard.retrainer.promotion import Lineage, Promoter, Promotion, same_network, write_candidate
 from guard.retrainer.report import Finished, about_material, about_trial
 from guard.retrainer.settings import RetrainerSettings
+from guard.storage.bundle import BundleStore
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class Retrainer:
         self.rounds.finish(round_id, outcome, report, digest)
         return Finished(round_id, outcome, report, digest)
 
-    def _try(self, items: Sequence[QueueItem], report: dict[str, Any]) -> Outcome:
+    def _try(self, items: Sequence[QueueItem], report: dict[str, Any]) -> RoundOutcome:
         """Make a candidate and judge it; return the outcome that this calls for, and fill the report."""
         active, settings = self.store.active_path(), self.settings
         guard = Guard.load(active)

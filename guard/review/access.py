@@ -20,7 +20,7 @@ from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 
 from guard.relabel.reviewers import Reviewer
-from guard.review.desk import MOST, Desk
+from guard.review.workspace import MOST, Workspace
 
 #: Over https the prefix keeps other hosts and plain http from planting a session of theirs.
 COOKIE, SECURE_COOKIE = "guard_session", "__Host-guard_session"
@@ -126,10 +126,10 @@ class Posted:
         return value if isinstance(value, str) else default
 
 
-def desk_of(request: Request) -> Desk:
+def workspace_of(request: Request) -> Workspace:
     """Return what the application works with."""
-    desk: Desk = request.app.state.desk
-    return desk
+    workspace: Workspace = request.app.state.workspace
+    return workspace
 
 
 def limit_of(request: Request) -> LoginLimit:
@@ -162,7 +162,7 @@ def session_of(request: Request) -> Session:
         If there is none, or it has ended.
     """
     secret = request.cookies.get(cookie_name(request), "")
-    reviewer = desk_of(request).reviewers.find_session(secret) if secret else None
+    reviewer = workspace_of(request).reviewers.find_session(secret) if secret else None
     if reviewer is None:
         raise NotSignedInError
     return Session(reviewer, csrf_token(secret))
@@ -229,7 +229,7 @@ def bearer(request: Request) -> Reviewer:
     kind, _, token = request.headers.get("authorization", "").partition(" ")
     if kind.lower() != "bearer" or not token.strip():
         raise NotSignedInError
-    reviewer = desk_of(request).reviewers.check_token(token.strip())
+    reviewer = workspace_of(request).reviewers.check_token(token.strip())
     if reviewer is None:  # a good token passes, whatever others at that address have tried
         limit_of(request).failed(address_of(request))
         raise NotSignedInError
@@ -259,4 +259,4 @@ Text = Annotated[str, AfterValidator(_whole_characters)]
 SignedIn = Annotated[Session, Depends(session_of)]
 Form = Annotated[Posted, Depends(posted_form)]
 Program = Annotated[Reviewer, Depends(bearer)]
-TheDesk = Annotated[Desk, Depends(desk_of)]
+TheWorkspace = Annotated[Workspace, Depends(workspace_of)]

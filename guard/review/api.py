@@ -9,10 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from guard.relabel.items import Answer, Decision, QueueItem
-from guard.review.access import Number, Program, Text, TheDesk, need_admin
-from guard.review.desk import Desk, Order
+from guard.review.access import Number, Program, Text, TheWorkspace, need_admin
 from guard.review.images import picture_response
 from guard.review.pictures import picture_of_tensor
+from guard.review.workspace import Order, Workspace
 
 router = APIRouter(prefix="/api/v1")
 
@@ -52,59 +52,61 @@ class RetrainRequest(BaseModel):
 
 @router.get("/items/next")
 def next_items(
-    desk: TheDesk,
+    workspace: TheWorkspace,
     reviewer: Program,
     n: Annotated[int, Query(ge=1, le=200)] = 1,
     order: Order = "suspicion",
     group: Number | None = None,
 ) -> dict[str, Any]:
     """Claim up to n items for the caller."""
-    return {"items": [_item(desk, item) for item in desk.queue.claim(reviewer.name, n, order=order, group=group)]}
+    return {
+        "items": [_item(workspace, item) for item in workspace.queue.claim(reviewer.name, n, order=order, group=group)]
+    }
 
 
 @router.get("/items/{item_id}")
-def one_item(desk: TheDesk, reviewer: Program, item_id: Number) -> dict[str, Any]:
+def one_item(workspace: TheWorkspace, reviewer: Program, item_id: Number) -> dict[str, Any]:
     """Return one item."""
-    return _item(desk, desk.seen(reviewer, item_id))
+    return _item(workspace, workspace.seen(reviewer, item_id))
 
 
 @router.get("/items/{item_id}/image.png")
-def item_image(desk: TheDesk, reviewer: Program, item_id: Number) -> Response:
+def item_image(workspace: TheWorkspace, reviewer: Program, item_id: Number) -> Response:
     """Return what the model saw as a PNG file."""
-    return picture_response(picture_of_tensor(desk.shown(reviewer, item_id).inputs))
+    return picture_response(picture_of_tensor(workspace.shown(reviewer, item_id).inputs))
 
 
 @router.post("/items/{item_id}/decision")
-def decide(desk: TheDesk, reviewer: Program, item_id: Number, answer: OneAnswer) -> dict[str, Any]:
+def decide(workspace: TheWorkspace, reviewer: Program, item_id: Number, answer: OneAnswer) -> dict[str, Any]:
     """Save one answer."""
-    return _decision(desk.decide(reviewer.name, [_answer(item_id, answer)])[0])
+    return _decision(workspace.decide(reviewer.name, [_answer(item_id, answer)])[0])
 
 
 @router.post("/decisions")
-def decide_many(desk: TheDesk, reviewer: Program, body: ManyAnswers) -> dict[str, Any]:
+def decide_many(workspace: TheWorkspace, reviewer: Program, body: ManyAnswers) -> dict[str, Any]:
     """Save several answers, all or none."""
-    done = desk.decide(reviewer.name, [_answer(answer.item, answer) for answer in body.answers])
+    done = workspace.decide(reviewer.name, [_answer(answer.item, answer) for answer in body.answers])
     return {"decisions": [_decision(one) for one in done]}
 
 
 @router.post("/items/{item_id}/skip")
-def skip(desk: TheDesk, reviewer: Program, item_id: Number) -> dict[str, Any]:
+def skip(workspace: TheWorkspace, reviewer: Program, item_id: Number) -> dict[str, Any]:
     """Give one item back."""
-    desk.skip(reviewer.name, item_id)
+    workspace.skip(reviewer.name, item_id)
     return {"skipped": item_id}
 
 
 @router.post("/undo")
-def undo(desk: TheDesk, reviewer: Program) -> dict[str, Any]:
+def undo(workspace: TheWorkspace, reviewer: Program) -> dict[str, Any]:
     """Withdraw the caller's last answer that stands."""
-    done = desk.undo(reviewer.name)
+    done = workspace.undo(reviewer.name)
     return {"item": done.id, "state": done.state.value}
 
 
 @router.get("/counts")
-def counts(desk: TheDesk, reviewer: Program) -> dict[str, Any]:
+def counts(workspace: TheWorkspace, reviewer: Program) -> dict[str, Any]:
     """Return how much there is of everything."""
-    found = desk.counts(reviewer)
+    found = workspace.counts(reviewer)
     return {
         "by_state": {state.value: number for state, number in found.by_state.items()},
         "oldest_pending_at": found.oldest_pending_at.isoformat() if found.oldest_pending_at else None,
@@ -114,10 +116,10 @@ def counts(desk: TheDesk, reviewer: Program) -> dict[str, Any]:
 
 
 @router.post("/retrain")
-def retrain(desk: TheDesk, reviewer: Program, body: RetrainRequest) -> dict[str, Any]:
+def retrain(workspace: TheWorkspace, reviewer: Program, body: RetrainRequest) -> dict[str, Any]:
     """Ask for a retraining; for admins."""
     need_admin(reviewer.role)
-    desk.ask_for_retraining(body.model, reviewer.name)
+    workspace.ask_for_retraining(body.model, reviewer.name)
     return {"requested": body.model}
 
 
@@ -125,7 +127,7 @@ def _answer(item_id: int, answer: OneAnswer) -> Answer:
     return Answer(item_id=item_id, is_poisoned=answer.is_poisoned, true_label=answer.true_label, note=answer.note)
 
 
-def _item(desk: Desk, item: QueueItem) -> dict[str, Any]:
+def _item(workspace: Workspace, item: QueueItem) -> dict[str, Any]:
     flagged = item.input
     return {
         "id": item.id,
@@ -137,7 +139,7 @@ def _item(desk: Desk, item: QueueItem) -> dict[str, Any]:
         "suspect_label": flagged.suspect_label,
         "backup_label": flagged.backup_label,
         "backup_confidence": flagged.backup_confidence,
-        "class_names": desk.names(flagged),
+        "class_names": workspace.names(flagged),
         "p_value": flagged.p_value,
         "score": flagged.combined,
         "detectors": {"raw": dict(flagged.raw), "surprise": dict(flagged.surprise)},

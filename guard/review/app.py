@@ -23,11 +23,12 @@ from guard.errors import (
     TooManyHeld,
     UnknownLabel,
 )
-from guard.review import admin, api, groups, images, pages, signing_in, status
+from guard.review import admin, api, groups, images, pages, signing_in
 from guard.review.access import ForbiddenError, LoginLimit, NotSignedInError, TooManyAttemptsError
-from guard.review.desk import Desk
 from guard.review.headers import BodyLimit, SecurityHeaders
 from guard.review.rendering import STATIC, render
+from guard.review.status import page
+from guard.review.workspace import Workspace
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 #: First that fits.
@@ -45,22 +46,22 @@ _STATUS: tuple[tuple[type[GuardError], int], ...] = (
 )
 
 
-def create_app(desk: Desk) -> FastAPI:
-    """Return the ASGI application around a desk.
+def create_app(workspace: Workspace) -> FastAPI:
+    """Return the ASGI application around a workspace.
 
     Parameters
     ----------
-    desk : Desk
+    workspace : Workspace
         Queue, reviewers and rounds, open; the application closes none of them.
     """
     app = FastAPI(title="Guard review", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.desk = desk
-    app.state.login_limit = LoginLimit(desk.settings.failed_logins)
-    app.add_middleware(BodyLimit, large={admin.IMPORT_PATH: desk.settings.max_upload_bytes})
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, *desk.settings.allowed_hosts])
+    app.state.workspace = workspace
+    app.state.login_limit = LoginLimit(workspace.settings.failed_logins)
+    app.add_middleware(BodyLimit, large={admin.IMPORT_PATH: workspace.settings.max_upload_bytes})
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, *workspace.settings.allowed_hosts])
     app.add_middleware(SecurityHeaders)
     app.mount("/static", StaticFiles(directory=Path(STATIC)), name="static")
-    for room in (signing_in, pages, groups, images, status, admin, api):
+    for room in (signing_in, pages, groups, images, page, admin, api):
         app.include_router(room.router)
     app.add_exception_handler(NotSignedInError, _not_signed_in)
     app.add_exception_handler(TooManyAttemptsError, _refused)

@@ -9,10 +9,10 @@ from starlette.responses import RedirectResponse, Response
 
 from guard.errors import AlreadyDecided, DataError, ItemGone, LeaseExpired
 from guard.relabel.items import Answer, QueueItem
-from guard.review.access import Form, Number, Posted, SignedIn, TheDesk
-from guard.review.desk import Desk, label_of, number_of
+from guard.review.access import Form, Number, Posted, SignedIn, TheWorkspace
 from guard.review.pages import shared
 from guard.review.rendering import render
+from guard.review.workspace import Workspace, label_of, number_of
 
 router = APIRouter(prefix="/groups")
 
@@ -26,50 +26,52 @@ RULES = {
 
 
 @router.get("")
-def all_groups(request: Request, desk: TheDesk, session: SignedIn) -> Response:
+def all_groups(request: Request, workspace: TheWorkspace, session: SignedIn) -> Response:
     """Show the groups that have something to do, those with most of it first."""
-    groups = [one for one in desk.queue.groups(seen_by=session.name) if one.pending]
+    groups = [one for one in workspace.queue.groups(seen_by=session.name) if one.pending]
     shown = []
     for group in groups[:100]:
-        names = desk.names(desk.item(group.sample_ids[0]).input) if group.sample_ids else []
+        names = workspace.names(workspace.item(group.sample_ids[0]).input) if group.sample_ids else []
         shown.append({"group": group, "suspects": [names[label] for label in group.suspect_labels if names]})
-    return render(request, "groups.html", {"groups": shown, "total": len(groups), **shared(desk, session)})
+    return render(request, "groups.html", {"groups": shown, "total": len(groups), **shared(workspace, session)})
 
 
 @router.get("/{group}")
-def one_group(request: Request, desk: TheDesk, session: SignedIn, group: Number) -> Response:
+def one_group(request: Request, workspace: TheWorkspace, session: SignedIn, group: Number) -> Response:
     """Show the items of a group, claimed for this reviewer."""
-    items = desk.take_group(session.name, group)
-    return render(request, "group.html", {**_context(desk, group, items), **shared(desk, session)})
+    items = workspace.take_group(session.name, group)
+    return render(request, "group.html", {**_context(workspace, group, items), **shared(workspace, session)})
 
 
 @router.post("/{group}/decisions")
-def decide_group(request: Request, desk: TheDesk, posted: Form, group: Number) -> Response:
+def decide_group(request: Request, workspace: TheWorkspace, posted: Form, group: Number) -> Response:
     """Save the answers for a group with its exceptions: all of them, or none and say why."""
     included = [number_of(value) for value in posted.form.getlist("include") if isinstance(value, str)]
     try:
-        items = [desk.item(item_id) for item_id in included if item_id is not None]
+        items = [workspace.item(item_id) for item_id in included if item_id is not None]
         if not items:
             raise DataError("no item is chosen.")
-        answers = [_answer(posted, item, desk.names(item.input)) for item in items]
-        desk.decide(posted.session.name, answers)
+        answers = [_answer(posted, item, workspace.names(item.input)) for item in items]
+        workspace.decide(posted.session.name, answers)
     except (DataError, AlreadyDecided, ItemGone, LeaseExpired) as error:  # what was filled in stays for the others
-        held = desk.take_group(posted.session.name, group)
+        held = workspace.take_group(posted.session.name, group)
         text = str(error) if isinstance(error, DataError) else f"{error} Nothing was saved; the others are still here."
-        context = {**_context(desk, group, held, posted), "text": text, "is_error": True}
+        context = {**_context(workspace, group, held, posted), "text": text, "is_error": True}
         status = 422 if isinstance(error, DataError) else 409
-        return render(request, "group.html", {**context, **shared(desk, posted.session)}, status=status)
-    rest = desk.take_group(posted.session.name, group)
+        return render(request, "group.html", {**context, **shared(workspace, posted.session)}, status=status)
+    rest = workspace.take_group(posted.session.name, group)
     text = f"Saved: {len(answers)} items."
     if not rest:
         return RedirectResponse("/groups", status_code=303)
-    return render(request, "group.html", {**_context(desk, group, rest), **shared(desk, posted.session), "text": text})
+    return render(
+        request, "group.html", {**_context(workspace, group, rest), **shared(workspace, posted.session), "text": text}
+    )
 
 
 @router.post("/{group}/leave")
-def leave(desk: TheDesk, posted: Form, group: Number) -> Response:
+def leave(workspace: TheWorkspace, posted: Form, group: Number) -> Response:
     """Give the items of a group back unanswered."""
-    desk.release(posted.session.name, group)
+    workspace.release(posted.session.name, group)
     return RedirectResponse("/groups", status_code=303)
 
 
@@ -109,14 +111,14 @@ def _group_label(posted: Posted, item: QueueItem, names: list[str], verdict: str
     return label
 
 
-def _context(desk: Desk, group: int, items: list[QueueItem], posted: Posted | None = None) -> dict[str, Any]:
+def _context(workspace: Workspace, group: int, items: list[QueueItem], posted: Posted | None = None) -> dict[str, Any]:
     """Return what the template shows; after an error with what the reviewer had filled in."""
-    names = desk.names(items[0].input) if items else []
+    names = workspace.names(items[0].input) if items else []
     included = posted.form.getlist("include") if posted is not None else None
     tiles: list[dict[str, Any]] = [
         {
             "item": item,
-            "names": desk.names(item.input),
+            "names": workspace.names(item.input),
             "included": included is None or str(item.id) in included,
             "label": posted.text(f"label_{item.id}") if posted is not None else "",
             "verdict": posted.text(f"verdict_{item.id}") if posted is not None else "",

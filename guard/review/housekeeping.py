@@ -8,7 +8,7 @@ import time
 from types import TracebackType
 
 from guard.errors import GuardError
-from guard.review.desk import Desk
+from guard.review.workspace import Workspace
 
 SWEEP_S = 5.0
 REGROUP_S = 60.0
@@ -23,11 +23,11 @@ class Housekeeping:
 
     Parameters
     ----------
-    desk : Desk
+    workspace : Workspace
     """
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="review-housekeeping", daemon=True)
 
@@ -47,11 +47,11 @@ class Housekeeping:
         regrouped_at, pending = -REGROUP_S, -1
         while not self._stopping.is_set():
             try:
-                self._desk.queue.sweep()
-                now_pending = sum(self._desk.queue.counts().by_state.values())
+                self._workspace.queue.sweep()
+                now_pending = sum(self._workspace.queue.counts().by_state.values())
                 if time.monotonic() >= regrouped_at + REGROUP_S and now_pending != pending:
-                    for model in self._desk.models():
-                        refresh_groups(self._desk.queue, model)
+                    for model in self._workspace.models():
+                        refresh_groups(self._workspace.queue, model)
                     regrouped_at, pending = time.monotonic(), now_pending
             except GuardError as error:  # the database may come back
                 _log.warning("housekeeping of the queue failed, and will be tried again: %s", error)

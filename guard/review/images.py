@@ -9,11 +9,11 @@ from starlette.responses import Response
 
 from guard.errors import DataError
 from guard.relabel.request_body import pictures_of
-from guard.review.access import Number, SignedIn, TheDesk
-from guard.review.desk import Desk
+from guard.review.access import Number, SignedIn, TheWorkspace
 from guard.review.occlusion import Occlusion
 from guard.review.pictures import heat_picture, picture_of_body, picture_of_tensor
 from guard.review.rendering import render
+from guard.review.workspace import Workspace
 
 router = APIRouter(prefix="/images")
 
@@ -25,14 +25,14 @@ def picture_response(data: bytes) -> Response:
 
 @router.get("/items/{item_id}.png")
 def item_picture(
-    desk: TheDesk,
+    workspace: TheWorkspace,
     session: SignedIn,
     item_id: Number,
     view: Literal["model", "sent"] = "model",
     place: Number = 0,
 ) -> Response:
     """Return an item as the model saw it, or one picture of its request, by its place among them."""
-    flagged = desk.shown(session.reviewer, item_id)
+    flagged = workspace.shown(session.reviewer, item_id)
     if view == "model":
         return picture_response(picture_of_tensor(flagged.inputs))
     if not flagged.body:
@@ -46,33 +46,33 @@ def item_picture(
 
 
 @router.get("/items/{item_id}/occlusion.png")
-def occlusion_picture(desk: TheDesk, session: SignedIn, item_id: Number) -> Response:
+def occlusion_picture(workspace: TheWorkspace, session: SignedIn, item_id: Number) -> Response:
     """Return the occlusion map of an item, to lay over its picture."""
-    image = desk.shown(session.reviewer, item_id).inputs
-    found = _occlusion(desk).of(item_id, image)
+    image = workspace.shown(session.reviewer, item_id).inputs
+    found = _occlusion(workspace).of(item_id, image)
     return picture_response(heat_picture(found.heat, *image.shape[1:]))
 
 
 @router.get("/items/{item_id}/occlusion")
-def occlusion_words(request: Request, desk: TheDesk, session: SignedIn, item_id: Number) -> Response:
+def occlusion_words(request: Request, workspace: TheWorkspace, session: SignedIn, item_id: Number) -> Response:
     """Make the occlusion map of an item, and say in words what it shows."""
-    flagged = desk.shown(session.reviewer, item_id)
-    found = _occlusion(desk).of(item_id, flagged.inputs)
-    names = desk.names(flagged)
+    flagged = workspace.shown(session.reviewer, item_id)
+    found = _occlusion(workspace).of(item_id, flagged.inputs)
+    names = workspace.names(flagged)
     other = None if found.other_label is None else names[found.other_label]
     context = {"item_id": item_id, "place": found.place, "name": names[found.label], "other": other}
     return render(request, "_occlusion.html", context)
 
 
 @router.get("/clean/{row}.png")
-def clean_picture(desk: TheDesk, session: SignedIn, row: Number) -> Response:
+def clean_picture(workspace: TheWorkspace, session: SignedIn, row: Number) -> Response:
     """Return one clean image."""
-    if desk.clean is None or not 0 <= row < len(desk.clean.images):
+    if workspace.clean is None or not 0 <= row < len(workspace.clean.images):
         raise HTTPException(404, "there is no such clean image.")
-    return picture_response(picture_of_tensor(desk.clean.images[row]))
+    return picture_response(picture_of_tensor(workspace.clean.images[row]))
 
 
-def _occlusion(desk: Desk) -> Occlusion:
-    if desk.occlusion is None:
+def _occlusion(workspace: Workspace) -> Occlusion:
+    if workspace.occlusion is None:
         raise HTTPException(404, "the page was started without the suspect model (--weights, --architecture).")
-    return desk.occlusion
+    return workspace.occlusion

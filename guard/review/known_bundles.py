@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from guard.bundle import BundleStore, StoredBundle, read_bundle
+from guard.detection.soundness import check_stored
 from guard.errors import BundleError
-from guard.soundness import check_stored
+from guard.storage.bundle import BundleStore, StoredBundle, read_bundle
 from guard.types import Float32Array, Float64Array, IntArray
 
 #: Bundles kept in memory.

@@ -9,7 +9,7 @@ from itertools import product
 
 import numpy as np
 
-from guard.suspect import SuspectModel
+from guard.suspect.model import SuspectModel
 from guard.types import Float32Array, Float64Array
 
 #: Positions of the cover along the longer side.

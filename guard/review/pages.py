@@ -11,10 +11,10 @@ from starlette.responses import RedirectResponse, Response
 from guard.errors import DataError, ItemGone
 from guard.relabel.items import Answer, Decision, QueueItem
 from guard.relabel.rounds import Round
-from guard.review import words
-from guard.review.access import ForbiddenError, Form, Number, Posted, Session, SignedIn, TheDesk
-from guard.review.desk import ORDERS, Desk, Order, label_of, number_of
+from guard.review import wording
+from guard.review.access import ForbiddenError, Form, Number, Posted, Session, SignedIn, TheWorkspace
 from guard.review.rendering import is_part, render
+from guard.review.workspace import ORDERS, Order, Workspace, label_of, number_of
 
 router = APIRouter()
 
@@ -36,91 +36,91 @@ def icon() -> Response:
 
 @router.get("/review")
 def review(
-    request: Request, desk: TheDesk, session: SignedIn, order: str = "", group: Number | None = None
+    request: Request, workspace: TheWorkspace, session: SignedIn, order: str = "", group: Number | None = None
 ) -> Response:
     """Show the item that the reviewer holds, or the next one."""
     chosen = _order(order or request.cookies.get("guard_order", ""))
-    item = desk.take(session.name, chosen, group)
-    response = render(request, "review.html", _work(desk, session, item, chosen, group))
+    item = workspace.take(session.name, chosen, group)
+    response = render(request, "review.html", _work(workspace, session, item, chosen, group))
     response.set_cookie("guard_order", chosen, samesite="strict", httponly=True, path="/")
     return response
 
 
 @router.post("/items/{item_id}/decision")
-def decide(request: Request, desk: TheDesk, posted: Form, item_id: Number) -> Response:
+def decide(request: Request, workspace: TheWorkspace, posted: Form, item_id: Number) -> Response:
     """Save one answer, and show the next item (or this one again, if the reviewer goes on by hand)."""
-    item = desk.item(item_id)
-    names = desk.names(item.input)
+    item = workspace.item(item_id)
+    names = workspace.names(item.input)
     is_poisoned, true_label = read_answer(posted, item, names)
-    decision = desk.decide(
+    decision = workspace.decide(
         posted.session.name, [Answer(item_id=item_id, is_poisoned=is_poisoned, true_label=true_label)]
     )[0]
     text = f"Saved: item {item_id} {answer_text(decision, names)}."
     if posted.text("advance", "1") == "1":
-        return _next(request, desk, posted, text)
-    return _shown(request, desk, posted, desk.item(item_id), text, decision)
+        return _next(request, workspace, posted, text)
+    return _shown(request, workspace, posted, workspace.item(item_id), text, decision)
 
 
 @router.post("/items/{item_id}/skip")
-def skip(request: Request, desk: TheDesk, posted: Form, item_id: Number) -> Response:
+def skip(request: Request, workspace: TheWorkspace, posted: Form, item_id: Number) -> Response:
     """Give an item back, to come last for this reviewer, and show the next one."""
-    desk.skip(posted.session.name, item_id)
-    return _next(request, desk, posted, f"Item {item_id} went back to the queue.")
+    workspace.skip(posted.session.name, item_id)
+    return _next(request, workspace, posted, f"Item {item_id} went back to the queue.")
 
 
 @router.post("/next")
-def go_on(request: Request, desk: TheDesk, posted: Form) -> Response:
+def go_on(request: Request, workspace: TheWorkspace, posted: Form) -> Response:
     """Show the next item after one that was answered."""
-    return _next(request, desk, posted, "")
+    return _next(request, workspace, posted, "")
 
 
 @router.post("/undo")
-def undo(request: Request, desk: TheDesk, posted: Form) -> Response:
+def undo(request: Request, workspace: TheWorkspace, posted: Form) -> Response:
     """Withdraw the last answer, and show its item again."""
-    item = desk.undo(posted.session.name)
-    return _shown(request, desk, posted, item, f"Undone: item {item.id} is open again.", None)
+    item = workspace.undo(posted.session.name)
+    return _shown(request, workspace, posted, item, f"Undone: item {item.id} is open again.", None)
 
 
 @router.post("/items/{item_id}/renew")
-def renew(desk: TheDesk, posted: Form, item_id: Number) -> Response:
+def renew(workspace: TheWorkspace, posted: Form, item_id: Number) -> Response:
     """Keep an item for longer; the page asks while somebody looks at it."""
-    desk.queue.renew(posted.session.name, [item_id])
+    workspace.queue.renew(posted.session.name, [item_id])
     return Response(status_code=204)
 
 
 @router.get("/items/{item_id}")
-def item_page(request: Request, desk: TheDesk, session: SignedIn, item_id: Number) -> Response:
+def item_page(request: Request, workspace: TheWorkspace, session: SignedIn, item_id: Number) -> Response:
     """Show an item to look at, without claiming it."""
-    item = desk.seen(session.reviewer, item_id)
-    mine = [one for one in desk.log.newest(session.name, 500) if one.item_id == item_id]
-    context = {"view": desk.view(item), "mine": mine, **shared(desk, session)}
+    item = workspace.seen(session.reviewer, item_id)
+    mine = [one for one in workspace.log.newest(session.name, 500) if one.item_id == item_id]
+    context = {"view": workspace.view(item), "mine": mine, **shared(workspace, session)}
     return render(request, "item.html", context)
 
 
 @router.get("/answers")
-def answers(request: Request, desk: TheDesk, session: SignedIn, page: Number = 1) -> Response:
+def answers(request: Request, workspace: TheWorkspace, session: SignedIn, page: Number = 1) -> Response:
     """Show the reviewer's own answers, newest first, of all sessions."""
-    total = desk.log.count(session.name)
+    total = workspace.log.count(session.name)
     pages = max(1, -(-total // ANSWERS_PAGE))
     page = min(max(1, page), pages)
-    shown = desk.log.newest(session.name, ANSWERS_PAGE, ANSWERS_PAGE * (page - 1))
-    rows = [_answer_row(desk, session, one) for one in shown]
-    context = {"rows": rows, "page": page, "pages": pages, "total": total, **shared(desk, session)}
+    shown = workspace.log.newest(session.name, ANSWERS_PAGE, ANSWERS_PAGE * (page - 1))
+    rows = [_answer_row(workspace, session, one) for one in shown]
+    context = {"rows": rows, "page": page, "pages": pages, "total": total, **shared(workspace, session)}
     return render(request, "answers.html", context)
 
 
 @router.post("/answers/{decision_id}/withdraw")
-def withdraw(desk: TheDesk, posted: Form, decision_id: Number) -> Response:
+def withdraw(workspace: TheWorkspace, posted: Form, decision_id: Number) -> Response:
     """Take an answer back; its item is the reviewer's again."""
-    desk.withdraw(posted.session.name, decision_id, _own(desk, posted, decision_id).item_id)
+    workspace.withdraw(posted.session.name, decision_id, _own(workspace, posted, decision_id).item_id)
     return RedirectResponse("/answers", status_code=303)
 
 
 @router.post("/answers/{decision_id}/change")
-def change(desk: TheDesk, posted: Form, decision_id: Number) -> Response:
+def change(workspace: TheWorkspace, posted: Form, decision_id: Number) -> Response:
     """Put another answer in the place of an earlier one."""
-    names = desk.names(desk.item(_own(desk, posted, decision_id).item_id).input)
-    desk.queue.supersede(
+    names = workspace.names(workspace.item(_own(workspace, posted, decision_id).item_id).input)
+    workspace.queue.supersede(
         posted.session.name,
         decision_id,
         is_poisoned=_is_poisoned(posted),
@@ -130,29 +130,29 @@ def change(desk: TheDesk, posted: Form, decision_id: Number) -> Response:
 
 
 @router.get("/progress")
-def progress(request: Request, desk: TheDesk, session: SignedIn) -> Response:
+def progress(request: Request, workspace: TheWorkspace, session: SignedIn) -> Response:
     """Show how far the queue is, and what the answers changed after each retraining."""
     now = datetime.now(UTC)
     context = {
-        "mine": desk.log.count(session.name),
-        "last_hour": len(desk.log.since(session.name, now - timedelta(hours=1))),
-        "rounds": [_round(entry) for entry in desk.rounds.all(limit=50)],
-        "dropped": sum(desk.counts(session.reviewer).dropped.values()),
-        **shared(desk, session),
+        "mine": workspace.log.count(session.name),
+        "last_hour": len(workspace.log.since(session.name, now - timedelta(hours=1))),
+        "rounds": [_round(entry) for entry in workspace.rounds.all(limit=50)],
+        "dropped": sum(workspace.counts(session.reviewer).dropped.values()),
+        **shared(workspace, session),
     }
     return render(request, "progress.html", context)
 
 
-def shared(desk: Desk, session: Session) -> dict[str, Any]:
+def shared(workspace: Workspace, session: Session) -> dict[str, Any]:
     """Return what the frame of every page shows."""
-    counts = desk.counts(session.reviewer)
+    counts = workspace.counts(session.reviewer)
     by_state = {state.value: number for state, number in counts.by_state.items()}
     since = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     return {
         "session": session,
         "counts": counts,
         "by_state": by_state,
-        "today": desk.log.given_since(session.name, since),
+        "today": workspace.log.given_since(session.name, since),
     }
 
 
@@ -188,26 +188,26 @@ def answer_text(decision: Decision, names: list[str]) -> str:
     return f"{'poisoned' if decision.is_poisoned else 'false alarm'}, {label}"
 
 
-def _next(request: Request, desk: Desk, posted: Posted, text: str) -> Response:
+def _next(request: Request, workspace: Workspace, posted: Posted, text: str) -> Response:
     order, group = _order(posted.text("order")), _group(posted)
     if not is_part(request):
         return RedirectResponse(f"/review?order={order}" + (f"&group={group}" if group else ""), status_code=303)
-    item = desk.take(posted.session.name, order, group)
-    context = _work(desk, posted.session, item, order, group)
+    item = workspace.take(posted.session.name, order, group)
+    context = _work(workspace, posted.session, item, order, group)
     return render(request, "_work.html", {**context, "text": text, "is_swap": True})
 
 
 def _shown(
-    request: Request, desk: Desk, posted: Posted, item: QueueItem, text: str, decision: Decision | None
+    request: Request, workspace: Workspace, posted: Posted, item: QueueItem, text: str, decision: Decision | None
 ) -> Response:
     if not is_part(request):
         return RedirectResponse("/review", status_code=303)
-    context = _work(desk, posted.session, item, _order(posted.text("order")), _group(posted), decision)
+    context = _work(workspace, posted.session, item, _order(posted.text("order")), _group(posted), decision)
     return render(request, "_work.html", {**context, "text": text, "is_swap": True})
 
 
 def _work(
-    desk: Desk,
+    workspace: Workspace,
     session: Session,
     item: QueueItem | None,
     order: Order,
@@ -215,24 +215,24 @@ def _work(
     decision: Decision | None = None,
 ) -> dict[str, Any]:
     return {
-        "view": None if item is None else desk.view(item, decision),
+        "view": None if item is None else workspace.view(item, decision),
         "answer_text": answer_text,
         "order": order,
         "group": group,
         "orders": ORDERS,
-        "has_occlusion": desk.occlusion is not None,
-        "quorum": desk.queue.settings.quorum,
+        "has_occlusion": workspace.occlusion is not None,
+        "quorum": workspace.queue.settings.quorum,
         "is_swap": False,
-        **shared(desk, session),
+        **shared(workspace, session),
     }
 
 
-def _answer_row(desk: Desk, session: Session, decision: Decision) -> dict[str, Any]:
+def _answer_row(workspace: Workspace, session: Session, decision: Decision) -> dict[str, Any]:
     try:
-        item = desk.seen(session.reviewer, decision.item_id)
+        item = workspace.seen(session.reviewer, decision.item_id)
     except ItemGone:
         return {"decision": decision, "item": None, "names": [], "text": "", "suspect": ""}
-    names = desk.names(item.input)
+    names = workspace.names(item.input)
     return {
         "decision": decision,
         "item": item,
@@ -246,9 +246,9 @@ def _round(entry: Round) -> dict[str, Any]:
     report = entry.report
     return {
         "entry": entry,
-        "figures": words.before_and_after(report),
-        "facts": words.other_facts(report),
-        "reasons": words.reasons(report),
+        "figures": wording.before_and_after(report),
+        "facts": wording.other_facts(report),
+        "reasons": wording.reasons(report),
     }
 
 
@@ -260,8 +260,8 @@ def _group(posted: Posted) -> int | None:
     return number_of(posted.text("group"))
 
 
-def _own(desk: Desk, posted: Posted, decision_id: int) -> Decision:
-    decision = desk.log.own(posted.session.name, decision_id)
+def _own(workspace: Workspace, posted: Posted, decision_id: int) -> Decision:
+    decision = workspace.log.own(posted.session.name, decision_id)
     if decision is None:
         raise ForbiddenError("that answer is not yours.")
     return decision

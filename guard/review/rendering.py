@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.templating import Jinja2Templates
 from starlette.responses import Response
 
-from guard.review import words
+from guard.review import wording
 
 _HERE = Path(__file__).resolve().parent
 STATIC = _HERE / "static"
@@ -31,7 +31,7 @@ _environment = jinja2.Environment(
     lstrip_blocks=True,
 )
 _environment.filters.update(
-    ago=words.ago, moment=words.moment, one_in=words.one_in, percent=words.percent, thousands="{:,}".format
+    ago=wording.ago, moment=wording.moment, one_in=wording.one_in, percent=wording.percent, thousands="{:,}".format
 )
 _environment.globals.update(version=_VERSION)
 _templates = Jinja2Templates(env=_environment)

@@ -12,14 +12,14 @@ import uvicorn
 
 from guard.errors import ServerError
 from guard.review.app import create_app
-from guard.review.desk import Desk
 from guard.review.housekeeping import Housekeeping
+from guard.review.workspace import Workspace
 
 LOOPBACK_ADDRESSES = ("127.0.0.1", "::1", "localhost")
 
 
 def serve_until_stopped(
-    desk: Desk,
+    workspace: Workspace,
     host: str,
     port: int,
     *,
@@ -31,7 +31,7 @@ def serve_until_stopped(
 
     Parameters
     ----------
-    desk : Desk
+    workspace : Workspace
     host, port
         Where to listen.
     certificate, key : str or None
@@ -44,9 +44,9 @@ def serve_until_stopped(
     ServerError
         If it cannot listen there.
     """
-    with listening_socket(host, port) as listening, Housekeeping(desk), _collecting(desk):
+    with listening_socket(host, port) as listening, Housekeeping(workspace), _collecting(workspace):
         port = listening.getsockname()[1]
-        server = _server(desk, host, port, certificate, key)
+        server = _server(workspace, host, port, certificate, key)
         listening.listen()  # from here on, a browser that comes early waits
         if on_ready is not None:
             on_ready(_url(host, port, is_https=certificate is not None))
@@ -55,7 +55,7 @@ def serve_until_stopped(
 
 
 @contextlib.contextmanager
-def serving_in_thread(desk: Desk, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+def serving_in_thread(workspace: Workspace, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
     """Serve the page in a thread while open, and yield its URL; port 0 = any free one.
 
     Raises
@@ -65,7 +65,7 @@ def serving_in_thread(desk: Desk, host: str = "127.0.0.1", port: int = 0) -> Ite
     """
     with listening_socket(host, port) as listening:
         port = listening.getsockname()[1]
-        server = _server(desk, host, port, None, None)
+        server = _server(workspace, host, port, None, None)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         try:
@@ -96,26 +96,26 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def _collecting(desk: Desk) -> Iterator[None]:
+def _collecting(workspace: Workspace) -> Iterator[None]:
     """Collect the numbers of the status page while open."""
-    if desk.metrics is None:
+    if workspace.metrics is None:
         yield
         return
-    desk.metrics.start()
+    workspace.metrics.start()
     try:
         yield
     finally:
-        desk.metrics.stop()
+        workspace.metrics.stop()
 
 
 def _url(host: str, port: int, *, is_https: bool) -> str:
     return f"{'https' if is_https else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _server(desk: Desk, host: str, port: int, certificate: str | None, key: str | None) -> uvicorn.Server:
+def _server(workspace: Workspace, host: str, port: int, certificate: str | None, key: str | None) -> uvicorn.Server:
     return uvicorn.Server(
         uvicorn.Config(
-            create_app(desk),
+            create_app(workspace),
             host=host,
             port=port,
             log_level="warning",

@@ -9,7 +9,7 @@ from starlette.responses import RedirectResponse, Response
 from guard.review.access import (
     Form,
     NotSignedInError,
-    TheDesk,
+    TheWorkspace,
     TooManyAttemptsError,
     address_of,
     cookie_name,
@@ -34,12 +34,12 @@ def login_page(request: Request) -> Response:
 
 
 @router.post("/login")
-async def log_in(request: Request, desk: TheDesk) -> Response:
+async def log_in(request: Request, workspace: TheWorkspace) -> Response:
     """Start a session for a name and its token."""
     refuse_other_sites(request)
     form = await read_form(request, max_files=0, max_fields=10)
     name, token = (str(form.get(field, "")).strip() for field in ("name", "token"))
-    reviewer = await run_in_threadpool(desk.reviewers.check_token, token)
+    reviewer = await run_in_threadpool(workspace.reviewers.check_token, token)
     if reviewer is None or reviewer.name != name:  # a right token passes, whatever others have tried
         context = {"name": name, "is_error": True}
         try:
@@ -50,8 +50,8 @@ async def log_in(request: Request, desk: TheDesk) -> Response:
         text = "Name and token do not go together."
         return render(request, "login.html", {**context, "text": text}, status=401)
     if old := request.cookies.get(cookie_name(request)):  # a session that was there before is nobody's any more
-        await run_in_threadpool(desk.reviewers.end_session, old)
-    secret = await run_in_threadpool(desk.reviewers.start_session, reviewer.name)
+        await run_in_threadpool(workspace.reviewers.end_session, old)
+    secret = await run_in_threadpool(workspace.reviewers.start_session, reviewer.name)
     response = RedirectResponse("/review", status_code=303)
     is_secure = request.url.scheme == "https"
     response.set_cookie(cookie_name(request), secret, httponly=True, samesite="strict", secure=is_secure, path="/")
@@ -59,10 +59,10 @@ async def log_in(request: Request, desk: TheDesk) -> Response:
 
 
 @router.post("/logout")
-def log_out(request: Request, desk: TheDesk, posted: Form) -> Response:
+def log_out(request: Request, workspace: TheWorkspace, posted: Form) -> Response:
     """End the session, and give back what the reviewer holds."""
-    desk.release(posted.session.name)
-    desk.reviewers.end_session(request.cookies.get(cookie_name(request), ""))
+    workspace.release(posted.session.name)
+    workspace.reviewers.end_session(request.cookies.get(cookie_name(request), ""))
     response = RedirectResponse("/login", status_code=303)
     is_secure = request.url.scheme == "https"
     response.delete_cookie(cookie_name(request), path="/", secure=is_secure, httponly=True, samesite="strict")

@@ -11,14 +11,14 @@ from PIL import Image
 
 from guard.config import GuardConfig
 from guard.errors import GuardError, InputRejectedError
+from guard.serving.outcomes import Outcome
 from guard.serving.review_queue import Receipt
-from guard.serving.runtime import Outcome
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Response:
     """Status, extra headers and body of one answer; `is_error` says that the guard wrote the body itself, as JSON."""
 
     status: int
@@ -45,7 +45,7 @@ def make_answer(
     receipt: Receipt | None = None,
     *,
     verdict_in_body: bool = False,
-) -> Answer:
+) -> Response:
     """Combine what the model's own handler answered with what the guard says, as far as its sender may know.
 
     Parameters
@@ -67,7 +67,7 @@ def make_answer(
         For adapters in older archives, which name this setting alone; counts where there is no `config`.
     """
     if outcome is None:
-        return Answer(200, body)
+        return Response(200, body)
     config = config or GuardConfig(verdict_in_body=verdict_in_body)
     verdict, is_full = outcome.verdict, config.verdict_detail == "full"
     if verdict is None:
@@ -75,11 +75,11 @@ def make_answer(
             headers = {"Guard-Verdict": "bypassed", "Guard-Action": "none", "Guard-Bundle": digest}
             told: dict[str, Any] = {"verdict": "bypassed", "action": "none", "bundle": digest}
             told |= {"p_value": None} if is_full else {}
-            return Answer(200, _with_verdict(body, told) if config.verdict_in_body else body, headers)
+            return Response(200, _with_verdict(body, told) if config.verdict_in_body else body, headers)
         if not outcome.message:  # the user's handler refused it, in its own words
-            return Answer(outcome.status, body)
+            return Response(outcome.status, body)
         kind = "InputRejected" if outcome.kind == "rejected" else "GuardFailed"
-        return Answer(outcome.status, error_body(outcome.status, kind, outcome.message), is_error=True)
+        return Response(outcome.status, error_body(outcome.status, kind, outcome.message), is_error=True)
     action = verdict.action if verdict.is_poisoned else "none"
     headers = {"Guard-Verdict": outcome.kind, "Guard-Action": action, "Guard-Bundle": digest}
     more: dict[str, Any] = {}
@@ -91,13 +91,13 @@ def make_answer(
         more, because = {"p_value": verdict.p_value}, f": {verdict.reason}"
     if action == "block":
         message = f"the input was judged poisoned and blocked{because}."
-        return Answer(422, error_body(422, "InputBlocked", message, **more), headers, is_error=True)
+        return Response(422, error_body(422, "InputBlocked", message, **more), headers, is_error=True)
     if config.verdict_in_body:
         body = _with_verdict(body, {"verdict": outcome.kind, "action": action, "bundle": digest, **more})
-    return Answer(200, body, headers)
+    return Response(200, body, headers)
 
 
-def set_answer(responses: Responses, index: int, answer: Answer) -> None:
+def set_answer(responses: Responses, index: int, answer: Response) -> None:
     """Set status and headers of one answer.
 
     Headers in the guard's name are the guard's alone: what the user's handler set under them goes. Where the guard

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from guard.fusion import fired
-from guard.pipeline import Guard
+from guard.detection.fusion import fired
+from guard.detection.pipeline import Guard
 from guard.serving.event_log import EventLog, loggable_id
+from guard.serving.outcomes import Outcome
 from guard.serving.review_queue import Receipt
 from guard.serving.tracing import decision_spans, trace_id
 from guard.telemetry import OUTCOMES, SHED_REASONS, UNSCORED_REASONS, MetricBuffer, label_value
 from guard.types import Verdict
-
-if TYPE_CHECKING:
-    from guard.serving.runtime import Outcome
 
 #: Why a flagged request was not queued, by the receipt that its answer tells.
 _SHED: dict[Receipt, str] = {"dropped": "full", "unavailable": "unavailable"}

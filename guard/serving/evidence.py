@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from guard.pipeline import Guard
+from guard.detection.pipeline import Guard
 from guard.types import Activations, Float32Array, Verdict
 
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from guard.errors import BodyTooLarge, DataError, GuardError
 from guard.relabel.request_body import pack_body
 from guard.serving.evidence import Evidence
+from guard.serving.outcomes import Outcome
 from guard.types import Verdict
 
 if TYPE_CHECKING:
     from guard.relabel.items import FlaggedInput
     from guard.relabel.queue import Queue
-    from guard.serving.runtime import Outcome
 
 logger = logging.getLogger(__name__)
 

@@ -8,95 +8,29 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import nn
 
-from guard.bundle import BundleStore
 from guard.config import SERVING_SETTINGS
+from guard.detection.pipeline import Guard
 from guard.errors import BundleError, GuardError, InputRejectedError, SuspectModelError
-from guard.pipeline import Guard
 from guard.serving.bookkeeping import Bookkeeping
-from guard.serving.evidence import Evidence, collect_evidence
-from guard.serving.pace import Pace, allowed_milliseconds
+from guard.serving.evidence import collect_evidence
+from guard.serving.outcomes import Outcome, Record, judged, unscored
+from guard.serving.outcomes import merge as merge  # older archives hold an adapter that looks for it here
 from guard.serving.review_queue import Flagged, Receipt, ReviewQueue
-from guard.suspect import SuspectModel
-from guard.types import Activations, Verdict
+from guard.serving.time_budget import TimeBudget, allowed_milliseconds
+from guard.storage.bundle import BundleStore
+from guard.suspect.model import SuspectModel
+from guard.types import Activations
 
 logger = logging.getLogger(__name__)
-
-OutcomeKind = Literal["clean", "poisoned", "bypassed", "rejected", "failed"]
-#: Which row speaks for a request that made several. Errors come first: their answers show nothing of the model's.
-_GRAVITY = {"failed": 0, "rejected": 1, "poisoned": 2, "bypassed": 3, "clean": 4}
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one input: every input gets exactly one.
-
-    Attributes
-    ----------
-    kind : {"clean", "poisoned", "bypassed", "rejected", "failed"}
-        `rejected`: the input's own fault; `failed`: ours, or the model's.
-    verdict : Verdict or None
-        For `clean` and `poisoned`.
-    status : int
-        HTTP status that the sender should see.
-    reason : str
-        One word of `telemetry.UNSCORED_REASONS` where there is no verdict, else "".
-    message : str
-        One line for the sender where there is no verdict, else "".
-    evidence : Evidence or None
-        For `poisoned`, where flagged inputs are queued for review.
-    decided_ns : (int, int) or None
-        When the decision began and ended, in nanoseconds since 1970; only where decisions are traced.
-    """
-
-    kind: OutcomeKind
-    verdict: Verdict | None = None
-    status: int = 200
-    reason: str = ""
-    message: str = ""
-    evidence: Evidence | None = None
-    decided_ns: tuple[int, int] | None = None
-
-
-@dataclass(slots=True)
-class Record:
-    """What the guard saw while a server ran the model.
-
-    Attributes
-    ----------
-    rows : list of Outcome
-        One per row of the forward passes, in order.
-    forward_passes : int
-        Those that were judged.
-    model_ran : bool
-        Whether the model began to work on an input of the right shape.
-    guard_seconds : float
-        What the guard itself took.
-    allowed_ms : float or None
-        Milliseconds that a verdict on one batch may take; None = any.
-    """
-
-    rows: list[Outcome] = field(default_factory=list)
-    forward_passes: int = 0
-    model_ran: bool = False
-    guard_seconds: float = 0.0
-    allowed_ms: float | None = None
-
-    @property
-    def passes(self) -> int:
-        """Always 0, for adapters in older archives: they took one pass with as many rows as requests for a row each.
-
-        That it need not be. Without a single pass they answer a batch one request after the other.
-        """
-        return 0
 
 
 class _Begun(threading.local):
@@ -165,7 +99,7 @@ class GuardRuntime:
         self.review_queue = _review_queue(settings, model_name)
         self.books = Bookkeeping(model_name)
         self.metrics = self.books.metrics
-        self._paces: WeakKeyDictionary[Guard, Pace] = WeakKeyDictionary()
+        self._time_budgets: WeakKeyDictionary[Guard, TimeBudget] = WeakKeyDictionary()
         self.current = self._first()
         self.books.open(self.current, self._earlier_bundles())
         threading.Thread(target=self._follow, name="guard-bundles", daemon=True).start()
@@ -197,7 +131,7 @@ class GuardRuntime:
             if guard is not self._watched:
                 self._watch(guard)
             self._record = record = Record()
-            if guard is not None and guard in self._paces:
+            if guard is not None and guard in self._time_budgets:
                 record.allowed_ms = allowed_milliseconds(guard, headers)
             try:
                 yield record
@@ -252,12 +186,12 @@ class GuardRuntime:
     ) -> list[Outcome]:
         if allowed_ms is None:
             return self.judge(guard, activations, inputs)
-        pace, started = self._paces[guard], time.perf_counter()
-        chosen, is_late = pace.deepest_within(allowed_ms, guard, len(activations))
+        budget, started = self._time_budgets[guard], time.perf_counter()
+        chosen, is_late = budget.deepest_within(allowed_ms, guard, len(activations))
         self.books.looked(chosen.depth, len(activations), is_late=is_late)
         outcomes = self.judge(chosen, activations, inputs)
         if all(outcome.kind == "clean" for outcome in outcomes):
-            pace.took(chosen, len(outcomes), time.perf_counter() - started)
+            budget.took(chosen, len(outcomes), time.perf_counter() - started)
         return outcomes
 
     def judge(self, guard: Guard, activations: Activations, inputs: torch.Tensor) -> list[Outcome]:
@@ -286,9 +220,9 @@ class GuardRuntime:
         activations = guard.complete(activations, inputs)
         verdicts = guard.decide(activations, inputs, ask_backup=self.review_queue is not None)
         if self.review_queue is None:
-            return [_judged(verdict) for verdict in verdicts]
+            return [judged(verdict) for verdict in verdicts]
         evidence = collect_evidence(guard, activations, inputs, verdicts)
-        return [_judged(*pair) for pair in zip(verdicts, evidence, strict=True)]
+        return [judged(*pair) for pair in zip(verdicts, evidence, strict=True)]
 
     def _judge_finite_rows(self, guard: Guard, activations: Activations, inputs: torch.Tensor) -> list[Outcome]:
         input_finite = torch.isfinite(inputs).flatten(1).all(dim=1).cpu().numpy()
@@ -337,7 +271,7 @@ class GuardRuntime:
             raise BundleError(f"bundle {path.name[:12]} was fitted without a suspect model; it cannot watch one.")
         guard = guard.with_config(**self._settings)
         if guard.config.max_guard_ms is not None or guard.config.deadline_header is not None:
-            self._paces[guard] = Pace(guard)
+            self._time_budgets[guard] = TimeBudget(guard)
         return guard
 
     def _first(self) -> Guard:
@@ -414,51 +348,10 @@ def _review_queue(settings: Mapping[str, Any], model_name: str) -> ReviewQueue |
     return None
 
 
-def unscored(guard: Guard, reason: str, status: int, message: str) -> Outcome:
-    """Return the outcome of an input that cannot be scored, as the guard's `failure_mode` has it."""
-    if guard.config.failure_mode == "open":
-        return Outcome("bypassed", reason=reason, message=message)
-    return Outcome(_error_kind(status), status=status, reason=reason, message=message)
-
-
-def merge(guard: Guard, rows: list[Outcome], status: int = 200) -> Outcome:
-    """Return the outcome of one request from all its rows; poisoned if any row is.
-
-    Parameters
-    ----------
-    guard : Guard
-        The one that judged the rows.
-    rows : list of Outcome
-        Of every forward pass that the request made.
-    status : int
-        What the user's own handler says. Where it answers an error, the request is `rejected` or `failed` in its own
-        words, whatever it let the model see; only `poisoned` is told all the same.
-    """
-    if not rows:
-        if status >= 400:
-            return Outcome(_error_kind(status), status=status)
-        return unscored(guard, "not_observed", 500, "the model's forward pass was not seen for this request.")
-    if len(rows) > 1 and guard.config.rows_per_request == 1:
-        message = f"the forward pass made {len(rows)} rows for this request. Set rows_per_request to 'any'."
-        rows = [*rows, unscored(guard, "rows", 500, message)]
-    outcome = min(rows, key=lambda row: (_GRAVITY[row.kind], row.verdict.p_value if row.verdict else 1.0))
-    if status >= 400 and outcome.kind in ("clean", "bypassed"):
-        return Outcome(_error_kind(status), status=status)
-    return outcome
-
-
-def _error_kind(status: int) -> OutcomeKind:
-    return "rejected" if status < 500 else "failed"
-
-
 def _wrong_shape(guard: Guard, inputs: torch.Tensor) -> str:
     if guard.input_shape is None or inputs.shape[1:] == guard.input_shape:
         return ""
     return f"the model's input has shape {tuple(inputs.shape[1:])}, the guard was fitted on {guard.input_shape}."
-
-
-def _judged(verdict: Verdict, evidence: Evidence | None = None) -> Outcome:
-    return Outcome("poisoned" if verdict.is_poisoned else "clean", verdict, evidence=evidence)
 
 
 def _surely_finite(activations: Activations) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from guard.recording import logits_of, with_logits
+from guard.suspect.recording import logits_of, with_logits
 
 #: Two rows of the same input differ by no more than this times their largest value: copies are equal, and arithmetic
 #: on whole batches may round the last bit otherwise. A trigger of one pixel is thousands of times larger.

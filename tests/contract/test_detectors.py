@@ -1,4 +1,4 @@
-"""One list for every detector: what `guard/detectors/base.py` asks of it. A new one is picked up from DETECTORS."""
+"""What `guard/detection/detectors/base.py` asks of every detector. A new one is picked up from DETECTORS."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from guard import Activations
-from guard.detectors import DETECTORS, Detector
+from guard.detection.detectors import DETECTORS, Detector
 from guard.errors import DataError, NotFittedError
 from guard.types import FEATURES
 

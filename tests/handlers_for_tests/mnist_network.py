@@ -1,6 +1,6 @@
 """Model file for TorchServe: exactly one class, made without arguments."""
 
-from guard.attacks import MnistCnn
+from guard.lab.attacks import MnistCnn
 
 
 class Network(MnistCnn):

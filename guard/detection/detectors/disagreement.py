@@ -1,0 +1,120 @@
+"""Graded disagreement between the suspect model and a decision head trained on true labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from guard.detection.heads.decision_head import DecisionHead
+from guard.errors import DataError
+from guard.types import BACKUP, FEATURES, Activations, AnyArray, Float32Array, Float64Array, IntArray
+
+
+@dataclass
+class HeadDisagreement:
+    """How strongly a replacement head contradicts the suspect model's answer.
+
+    For the suspect's label s and the head's logits z the score is max over j != s of z_j, less z_s: the log-ratio of
+    the head's best other label to the suspect's. Above 0 the head would answer otherwise (the yes/no rule of the
+    Fusion paper, arXiv 2011.02526, eq. 12); below 0 it agrees, the more surely the lower.
+
+    Parameters
+    ----------
+    depth : str
+        Where the head reads: `"features"` or a depth's name.
+    feature_noise_std : float
+        See `DecisionHead.noise_std`.
+    seed : int
+        See `DecisionHead.seed`.
+    """
+
+    learns_from_poisoned: ClassVar[bool] = True
+
+    depth: str = FEATURES
+    feature_noise_std: float = 0.0
+    seed: int = 0
+    head_: DecisionHead = field(default_factory=DecisionHead, init=False, repr=False)
+
+    def fit(self, activations: Activations, labels: IntArray) -> Self:
+        """Train the head on activations and true labels, shape (n,)."""
+        self.head_ = DecisionHead(noise_std=self.feature_noise_std, seed=self.seed).fit(
+            activations.at(self.depth), labels, activations.logits.shape[1]
+        )
+        return self
+
+    def score(self, activations: Activations) -> Float64Array:
+        """Return the log-ratio per row, shape (n,), float64; higher = more suspicious.
+
+        Raises
+        ------
+        NotFittedError
+            If `fit` has not been called.
+        DataError
+            If the number of features or of classes differs from `fit`.
+        """
+        head_logits = self.logits(activations)
+        if head_logits.shape != activations.logits.shape:
+            raise DataError(
+                f"logits have {activations.logits.shape[1]} columns, fit saw {head_logits.shape[1]}."
+                " Is it the same suspect model?"
+            )
+        return disagreement(head_logits, activations.predicted_labels)
+
+    def logits(self, activations: Activations) -> Float32Array:
+        """Return the head's own logits, shape (n, n_classes)."""
+        return self.head_.logits(activations.at(self.depth))
+
+    def state(self) -> dict[str, AnyArray]:
+        """Return the head's layers."""
+        return self.head_.state()
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, AnyArray], **settings: Any) -> Self:
+        """Return a fitted detector from what `state` returned."""
+        detector = cls(**settings)
+        detector.head_ = DecisionHead.from_state(state)
+        return detector
+
+
+@dataclass
+class BackupDisagreement:
+    """How strongly a backup, a network beside the suspect model, contradicts the suspect's answer.
+
+    The same log-ratio as `HeadDisagreement`, of logits that the activations already hold under `BACKUP`: those of
+    clean reference inputs from backups that had not learned from them. So there is nothing left to fit. Costs one pass
+    of the backup for every input.
+    """
+
+    learns_from_poisoned: ClassVar[bool] = False
+
+    def fit(self, activations: Activations, labels: IntArray) -> Self:
+        """Learn nothing; refuse activations without the backup's logits (DataError)."""
+        activations.at(BACKUP)
+        return self
+
+    def score(self, activations: Activations) -> Float64Array:
+        """Return the log-ratio per row, shape (n,), float64; higher = more suspicious, infinite if not finite."""
+        scores = disagreement(activations.at(BACKUP), activations.predicted_labels)
+        return np.where(np.isfinite(scores), scores, np.inf)
+
+    def state(self) -> dict[str, AnyArray]:
+        """Return nothing: the backup itself is kept beside the detectors."""
+        return {}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, AnyArray], **settings: Any) -> Self:
+        """Return the detector."""
+        return cls(**settings)
+
+
+def disagreement(head_logits: Float32Array, suspect_labels: IntArray) -> Float64Array:
+    """Return max over j != s of z_j, less z_s, per row: shape (n,), float64; above 0 = the head answers otherwise."""
+    rows = np.arange(len(head_logits))
+    others = head_logits.astype(np.float64)
+    own = others[rows, suspect_labels]
+    others[rows, suspect_labels] = -np.inf
+    best: Float64Array = others.max(axis=1) - own
+    return best

@@ -1,0 +1,318 @@
+"""What a guard is made of, and how it is stored: everything that fitting made, as one bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from guard.arrays import require
+from guard.backups.backup import Backup
+from guard.config import PLACES, GuardConfig
+from guard.detection.cross_fitting import EarlyFit, LabelledCounts
+from guard.detection.ensemble import Ensemble
+from guard.detection.fusion import Fusion, new_fusion
+from guard.detection.soundness import (
+    Calibration,
+    check_backup,
+    check_calibration,
+    check_stored,
+    reproduction,
+    sample_of,
+    share_right,
+)
+from guard.errors import BundleError, ConfigError, DataError, NotFittedError
+from guard.storage.bundle import read_bundle, write_bundle
+from guard.suspect.model import SuspectModel
+from guard.suspect.split_points import SplitPoints
+from guard.types import BACKUP, FEATURES, Activations, AnyArray, Float64Array, IntArray
+
+logger = logging.getLogger(__name__)
+
+#: Array that holds what the clean reference scored when the bundle was written, see `reproduction`.
+KEPT = "reproduction"
+
+
+class FittedGuard:
+    """The parts of a fitted guard; `Guard` says what is done with them.
+
+    Attributes
+    ----------
+    config : GuardConfig
+        Settings that it was fitted with.
+    suspect : SuspectModel or None
+        The guarded model; None if it was fitted on activations alone.
+    input_shape : tuple of int or None
+        Shape of one image, as in `fit`.
+    class_names : tuple of str or None
+    preprocessing : str or None
+        What made the images of `fit` out of files, in words, where that was not this package; kept in the bundle.
+    reference, reference_labels : Activations, ndarray of shape (n,)
+        The clean data it was fitted on.
+    noisy_reference : Activations or None
+        Of the same inputs with noise added, if the detectors learned from such copies.
+    retrained_with : LabelledCounts or None
+        How many labelled inputs it learned from; None if it was never retrained.
+    backup : Backup or None
+        Whose label `relabel` answers with, and a reviewer sees; None: the replacement head's.
+    recovery : mapping of str to float
+        Share of planted triggers that each candidate gave their true label, by name; empty if nothing was measured.
+    relabels : bool
+        False if the second opinion did not reach the floor: `relabel` then only flags.
+    early : tuple of EarlyFit
+        Verdicts that look at the first depths only, the shallowest first; see `at_depth`.
+    depth : str
+        Where this guard stops looking; empty for one that looks at everything.
+    realised_false_positive_rate : float
+        Share of clean images flagged at the rate of `fit`, on folds that neither detectors nor calibration had seen.
+    digest : str or None
+        Digest of the bundle that it was saved to or loaded from.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: GuardConfig,
+        ensemble: Ensemble,
+        fusion: Fusion,
+        clean_scores: Float64Array,
+        reference: Activations,
+        reference_labels: IntArray,
+        realised_false_positive_rate: float,
+        class_names: tuple[str, ...] | None = None,
+        noisy_reference: Activations | None = None,
+        early: tuple[EarlyFit, ...] = (),
+    ) -> None:
+        self.config = config
+        self.ensemble = ensemble
+        self.fusion = fusion
+        self.reference = reference
+        self.reference_labels = reference_labels
+        self.realised_false_positive_rate = realised_false_positive_rate
+        self.class_names = class_names
+        self.noisy_reference = noisy_reference
+        self.early = early
+        self.depth = ""
+        self.retrained_with: LabelledCounts | None = None
+        self.suspect: SuspectModel | None = None
+        self.input_shape: tuple[int, ...] | None = None
+        self.preprocessing: str | None = None
+        self.backup: Backup | None = None
+        self.recovery: dict[str, float] = {}
+        self.relabels = True
+        self.digest: str | None = None
+        self._clean_scores = clean_scores  # combined, out of fold, ascending
+        self._whole = ensemble  # with the replacement head, whatever depth this guard looks at
+        self._of_suspect: tuple[str | None, SplitPoints | None] = (None, None)  # what a bundle said, without its model
+
+    @property
+    def least_p_value(self) -> float:
+        """1 / (n + 1) for n clean scores: the p-value of an input that is more suspicious than every one of them."""
+        return 1.0 / (len(self._clean_scores) + 1)
+
+    def take_over(self, other: FittedGuard) -> None:
+        """Take from another guard of the same model what fitting does not make: the model itself, its backup, ..."""
+        self.suspect, self._of_suspect = other.suspect, other._of_suspect
+        self.input_shape, self.preprocessing = other.input_shape, other.preprocessing
+        self.backup, self.recovery, self.relabels = other.backup, dict(other.recovery), other.relabels
+
+    def _about_suspect(self) -> tuple[str | None, SplitPoints | None]:
+        """Return digest and split points of the model; without it, what its bundle said, so that nothing is lost."""
+        return (self.suspect.digest, self.suspect.split_points) if self.suspect is not None else self._of_suspect
+
+    def _calibration(self) -> Calibration:
+        return Calibration(self.ensemble, self.fusion, self._clean_scores)
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write the guard as a bundle below `directory` and return its folder, named by its digest.
+
+        Raises
+        ------
+        BundleError
+            If the folder cannot be written.
+        DataError
+            If it stops at a depth: save the guard that it came from.
+        """
+        if self.depth:
+            raise DataError(f"this guard stops at depth {self.depth!r}. Save the one that it came from.")
+        weights_digest, points = self._about_suspect()
+        document = {
+            "settings": self.config.portable(),
+            "class_names": self.class_names,
+            "input_shape": self.input_shape,
+            "preprocessing": self.preprocessing,
+            "n_classes": self.reference.logits.shape[1],
+            "weights_digest": weights_digest,
+            "split_points": dataclasses.asdict(points) if points is not None else None,
+            "depths": list(self.reference.depths),
+            "detectors": self.ensemble.describe(),
+            "clean_images": len(self.reference_labels),
+            "reference_accuracy": share_right(self.reference, self.reference_labels),
+            "realised_false_positive_rate": self.realised_false_positive_rate,
+            "backup": self.backup.description if self.backup is not None else None,
+            "recovery": self.recovery,
+            "relabels": self.relabels,
+            "early": [
+                {"depth": one.depth, "realised_false_positive_rate": one.realised_false_positive_rate}
+                for one in self.early
+            ],
+            "retrained_with": self.retrained_with._asdict() if self.retrained_with is not None else None,
+        }
+        sample = sample_of(self.reference)
+        arrays: dict[str, AnyArray] = {
+            "clean_scores": self._clean_scores,
+            "labels": self.reference_labels,
+            KEPT: reproduction(self._calibration(), sample),
+        }
+        for prefix, part in (
+            ("reference", dict(self.reference.items())),
+            ("noisy_reference", dict(self.noisy_reference.items()) if self.noisy_reference is not None else {}),
+            ("detector", self.ensemble.arrays()),
+            ("fusion", self.fusion.arrays()),
+            ("backup", self.backup.arrays() if self.backup is not None else {}),
+        ):
+            arrays |= {f"{prefix}.{name}": array for name, array in part.items()}
+        for place, one in enumerate(self.early):
+            again = reproduction(Calibration(one.ensemble, one.fusion, one.clean_scores), sample)
+            own = {"clean_scores": one.clean_scores, KEPT: again, **one.fusion.arrays()}
+            arrays |= {f"early.{place}.{name}": array for name, array in own.items()}
+        path = write_bundle(directory, document, arrays)
+        self.digest = path.name
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], suspect: SuspectModel | None = None) -> Self:
+        """Read a bundle that `save` wrote.
+
+        Parameters
+        ----------
+        path : path-like
+            Folder of the bundle.
+        suspect : SuspectModel, optional
+            The model that it was fitted for; without one only `inspect_activations` works.
+
+        Raises
+        ------
+        BundleError
+            If the bundle is missing, damaged, of a newer schema, or was fitted for other weights; or if its arrays
+            break their rules, or its calibration does not come out when the clean reference is scored again.
+        """
+        stored = read_bundle(path)
+        check_stored(stored)
+        document = stored.document
+        try:
+            if suspect is not None:
+                _match(suspect, document, stored.digest)
+            depths = document["depths"]
+            noisy = _below(stored.arrays, "noisy_reference.")
+            config, places = GuardConfig.from_portable(document["settings"])
+            if places:
+                logger.warning(
+                    "bundle %s holds %s, which may tell a password to whoever reads it; it is not used. "
+                    "Write it without: guard bundle clean %s",
+                    stored.digest[:12],
+                    ", ".join(places),
+                    stored.digest[:12],
+                )
+            guard = cls(
+                config=config,
+                ensemble=Ensemble.restore(document["detectors"], _below(stored.arrays, "detector.")),
+                fusion=new_fusion(config.mode).restore(_below(stored.arrays, "fusion.")),
+                clean_scores=stored.arrays["clean_scores"],
+                reference=_activations(_below(stored.arrays, "reference."), depths),
+                noisy_reference=_activations(noisy, depths) if noisy else None,
+                reference_labels=stored.arrays["labels"],
+                realised_false_positive_rate=document["realised_false_positive_rate"],
+                class_names=tuple(document["class_names"]) if document["class_names"] else None,
+            )
+            guard.early = _early_fits(guard, document.get("early", []), _below(stored.arrays, "early."))
+            guard.input_shape = tuple(document["input_shape"]) if document["input_shape"] else None
+            guard.preprocessing = document["preprocessing"]
+            guard.recovery = dict(document.get("recovery") or {})
+            guard.relabels = document.get("relabels", True)
+            points = document["split_points"]
+            guard._of_suspect = (document["weights_digest"], _split_points(points) if points is not None else None)
+            about = document.get("backup")
+            if about is not None:
+                module = suspect.module if suspect is not None else None
+                weights = _below(stored.arrays, "backup.")
+                check_backup(weights)
+                guard.backup = Backup.restore(about, weights, module)
+            retrained_with = document.get("retrained_with")
+            guard.retrained_with = LabelledCounts(**retrained_with) if retrained_with is not None else None
+            guard._check_calibration(stored.arrays)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"bundle {stored.digest[:12]} lacks {error}. Fit again with this version.") from error
+        except (ValueError, IndexError, OverflowError, NotFittedError) as error:  # DataError is one, too
+            reason = " ".join(str(error).split())[:300]
+            raise BundleError(f"bundle {stored.digest[:12]} is not sound: {reason} Fit again.") from error
+        except ConfigError as error:
+            raise BundleError(f"bundle {stored.digest[:12]} was fitted with other settings: {error}") from error
+        guard.suspect = suspect
+        guard.digest = stored.digest
+        return guard
+
+    def _check_calibration(self, arrays: Mapping[str, AnyArray]) -> None:
+        sample = sample_of(self.reference)
+        check_calibration("the guard", self._calibration(), sample, arrays.get(KEPT))
+        for place, one in enumerate(self.early):
+            early = Calibration(one.ensemble, one.fusion, one.clean_scores)
+            require({"clean_scores": one.clean_scores}, "clean_scores", (len(self._clean_scores),))
+            check_calibration(f"the verdict at {one.depth}", early, sample, arrays.get(f"early.{place}.{KEPT}"))
+
+
+def without_places(path: Path) -> Path:
+    """Write a bundle of an older version again, beside it, without what may hold a password; return the new folder.
+
+    Raises
+    ------
+    BundleError
+        If it is damaged, or cannot be written.
+    """
+    stored = read_bundle(path)
+    settings = {name: value for name, value in stored.document["settings"].items() if name not in PLACES}
+    return write_bundle(path.parent, {**stored.document, "settings": settings}, stored.arrays)
+
+
+def _match(suspect: SuspectModel, document: Mapping[str, Any], digest: str) -> None:
+    """See to it that a bundle belongs to this model, and split the model where the bundle was fitted."""
+    weights = document["weights_digest"]
+    if weights is not None and weights != suspect.digest:
+        raise BundleError(
+            f"bundle {digest[:12]} was fitted for weights {weights[:12]}, the suspect model has {suspect.digest[:12]}. "
+            "Fit again for these weights."
+        )
+    points = document["split_points"]
+    if points is not None:
+        suspect.use_split_points(_split_points(points))
+
+
+def _split_points(points: Mapping[str, Any]) -> SplitPoints:
+    return SplitPoints(points["split"], tuple(points["depths"]))
+
+
+def _early_fits(
+    guard: FittedGuard, about: Sequence[Mapping[str, Any]], arrays: Mapping[str, AnyArray]
+) -> tuple[EarlyFit, ...]:
+    layers = [depth for depth in guard.reference.depths if depth != BACKUP]
+    if [one["depth"] for one in about] != layers[: len(about)]:
+        raise DataError(f"early verdicts must look at {layers}, in this order.")
+    fits = []
+    for place, one in enumerate(about):
+        own = _below(arrays, f"{place}.")
+        fusion = new_fusion(guard.config.mode).restore(own)
+        ensemble = guard.ensemble.up_to(layers[: place + 1])
+        rate = one["realised_false_positive_rate"]
+        fits.append(EarlyFit(one["depth"], ensemble, fusion, own["clean_scores"], rate))
+    return tuple(fits)
+
+
+def _activations(arrays: Mapping[str, AnyArray], depths: Sequence[str]) -> Activations:
+    return Activations(arrays["logits"], arrays[FEATURES], {name: arrays[name] for name in depths})
+
+
+def _below(arrays: Mapping[str, AnyArray], prefix: str) -> dict[str, AnyArray]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

@@ -1,0 +1,344 @@
+"""The guard itself: fit on clean images, inspect new ones. The waist of the package."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from guard.config import PLACES, SERVING_SETTINGS, GuardConfig
+from guard.detection.cross_fitting import Progress, cross_fit
+from guard.detection.fitted import FittedGuard
+from guard.errors import ConfigError, DataError
+from guard.statistics.calibration import check_rate, conformal_p_values
+from guard.suspect.model import SuspectModel
+from guard.types import (
+    BACKUP,
+    Action,
+    Activations,
+    Float32Array,
+    IntArray,
+    Scores,
+    Verdict,
+)
+
+_CLEAN = "no more suspicious than clean images"
+#: Of shape (n, channels, height, width), float32.
+Images = Float32Array | torch.Tensor
+
+
+class Guard(FittedGuard):
+    """Says of every input of a suspect model whether it is poisoned.
+
+    Made by `fit`, `fit_activations` or `load`, not by its constructor. Its attributes are those of `FittedGuard`.
+    """
+
+    @classmethod
+    def fit(
+        cls,
+        suspect: SuspectModel,
+        clean_images: Float32Array,
+        clean_labels: IntArray,
+        config: GuardConfig | None = None,
+        *,
+        class_names: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Fit a guard on clean images; poisoned ones are neither needed nor wanted.
+
+        Parameters
+        ----------
+        suspect : SuspectModel
+            The network to guard.
+        clean_images : ndarray of shape (n, channels, height, width), float32
+            What the network takes, after the user's own preprocessing; finite.
+        clean_labels : ndarray of shape (n,), int
+            True labels, 0-based.
+        config : GuardConfig, optional
+            Settings; defaults if left out.
+        class_names : sequence of str, optional
+            For people only; kept in the bundle.
+        progress : callable, optional
+            Called with a line of text and the share done.
+
+        Raises
+        ------
+        DataError
+            If images or labels break a rule, or are too few for the requested rate.
+        SuspectModelError
+            If the network cannot be split.
+        """
+        config = config or GuardConfig()
+        images = np.asarray(clean_images)
+        check_rate(config.false_positive_rate, len(images))
+        if progress is not None:
+            progress("running the suspect model on the clean images", 0.0)
+        activations = suspect.activations(images)
+        noisy = None
+        if config.image_noise_std > 0:
+            noise = np.random.default_rng(config.seed).normal(0, config.image_noise_std, images.shape)
+            noisy = suspect.activations((images + noise).astype(np.float32))
+        guard = cls.fit_activations(
+            activations, clean_labels, config, noisy=noisy, class_names=class_names, progress=progress
+        )
+        guard.suspect = suspect
+        guard.input_shape = tuple(images.shape[1:])
+        return guard
+
+    @classmethod
+    def fit_activations(
+        cls,
+        activations: Activations,
+        labels: IntArray,
+        config: GuardConfig | None = None,
+        *,
+        noisy: Activations | None = None,
+        class_names: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Fit a guard on clean activations, for a model that is no PyTorch module.
+
+        Parameters
+        ----------
+        activations : Activations
+            Of clean inputs.
+        labels : ndarray of shape (n,), int
+            True labels in [0, n_classes).
+        noisy : Activations, optional
+            Of the same inputs with noise added; detectors learn from them too, calibration does not.
+
+        Raises
+        ------
+        DataError
+            If a value is not finite, shapes do not agree, or the images are too few for the requested rate.
+        """
+        config = config or GuardConfig()
+        labels = _checked_labels(activations, labels)
+        n_classes = activations.logits.shape[1]
+        check_rate(config.false_positive_rate, len(labels))
+        if len(labels) < 2 * config.folds:
+            raise DataError(f"folds={config.folds} needs at least {2 * config.folds} clean images, got {len(labels)}.")
+        if config.anytime and config.mode == "paper":
+            raise ConfigError("anytime goes with mode 'calibrated': the published rule knows one depth. Leave it out.")
+        if noisy is not None and len(noisy) != len(labels):
+            raise DataError(f"noisy activations must have {len(labels)} rows, one per image, got {len(noisy)}.")
+        if class_names is not None and len(class_names) != n_classes:
+            raise DataError(f"the suspect model has {n_classes} classes, got {len(class_names)} class names.")
+
+        fitted = cross_fit(config, activations, labels, noisy=noisy, progress=progress)
+        return cls(
+            config=config,
+            ensemble=fitted.ensemble,
+            fusion=fitted.fusion,
+            clean_scores=fitted.clean_scores,
+            reference=activations,
+            reference_labels=labels,
+            realised_false_positive_rate=fitted.realised_false_positive_rate,
+            class_names=tuple(class_names) if class_names is not None else None,
+            noisy_reference=noisy,
+            early=fitted.early,
+        )
+
+    def inspect(self, images: Float32Array) -> list[Verdict]:
+        """Return one verdict per image, in order.
+
+        Parameters
+        ----------
+        images : ndarray of shape (n, channels, height, width), float32
+            What the suspect model takes.
+
+        Raises
+        ------
+        DataError
+            If images break a rule, or cannot be scored; never answered as clean.
+        """
+        if self.suspect is None:
+            raise DataError("this guard has no suspect model: call inspect_activations(), or load it with a suspect.")
+        images = np.asarray(images)
+        if self.input_shape is not None and images.shape[1:] != self.input_shape:
+            wanted = ", ".join(str(size) for size in self.input_shape)
+            raise DataError(f"images must have shape (n, {wanted}) as in fit, got {images.shape}.")
+        if len(images) == 0:
+            return []
+        activations = _scorable(self.suspect.activations(images))
+        return self.decide(self.complete(activations, images), images)
+
+    def inspect_activations(self, activations: Activations) -> list[Verdict]:
+        """Return one verdict per row of activations, in order.
+
+        Raises
+        ------
+        DataError
+            If a value is not finite or a width differs from `fit`, or a backup is needed, which looks at images.
+        """
+        return self.decide(_scorable(activations))
+
+    def decide(
+        self, activations: Activations, images: Images | None = None, *, ask_backup: bool = False
+    ) -> list[Verdict]:
+        """Return one verdict per row; the caller answers for finite values, as `inspect_activations` does.
+
+        Parameters
+        ----------
+        activations : Activations of n rows
+            From `complete`, where a backup is one of the detectors.
+        images : ndarray or Tensor of shape (n, channels, height, width), float32, optional
+            The same inputs, for the backup. It runs once, on the flagged rows alone, and only if somebody asks.
+        ask_backup : bool
+            Ask for a second opinion under every action, not under `relabel` only.
+        """
+        labels = activations.predicted_labels
+        scores = self.scores(activations)
+        action, opinions = self.action, {}
+        if action == "relabel" or ask_backup:
+            opinions = self._opinions(activations, images, np.flatnonzero(scores.is_poisoned))
+        rows = zip(
+            labels.tolist(),
+            scores.is_poisoned.tolist(),
+            scores.p_values.tolist(),
+            scores.combined.tolist(),
+            scores.raw.tolist(),
+            strict=True,
+        )
+        verdicts = []
+        for row, (label, is_poisoned, p_value, combined, raw) in enumerate(rows):
+            opinion = opinions.get(row)
+            on_this = action if is_poisoned else "observe"
+            if on_this == "relabel" and opinion is None:
+                on_this = "flag"
+            verdicts.append(
+                Verdict(
+                    label,
+                    int(opinion.argmax()) if on_this == "relabel" and opinion is not None else label,
+                    is_poisoned,
+                    p_value,
+                    combined,
+                    on_this,
+                    dict(zip(self.ensemble.names, raw, strict=True)),
+                    self._reason(scores, row) if is_poisoned else _CLEAN,
+                    opinion,
+                    self.depth,
+                )
+            )
+        return verdicts
+
+    @property
+    def action(self) -> Action:
+        """What is done with a flagged input: as the settings have it, but `flag` where no opinion is fit to relabel."""
+        return "flag" if self.config.action == "relabel" and not self.relabels else self.config.action
+
+    def second_opinion(self, activations: Activations, images: Images | None, rows: IntArray) -> Float32Array:
+        """Return the logits of the backup for some rows, shape (len(rows), n_classes); without one, of the head.
+
+        Raises
+        ------
+        DataError
+            If there is a backup and no images.
+        """
+        if self.backup is None:
+            return self._whole.replacement_logits(activations[rows])
+        if BACKUP in activations.depths:
+            return activations.at(BACKUP)[rows]
+        if images is None:
+            raise DataError("this guard's backup looks at images: call inspect(images), or give decide() the images.")
+        return self.backup.logits(images[rows])
+
+    def complete(self, activations: Activations, images: Images) -> Activations:
+        """Return activations with the backup's logits where the backup is one of the detectors; else as they are."""
+        if self.backup is None or "backup" not in self.ensemble.names or BACKUP in activations.depths:
+            return activations
+        logits = self.backup.logits(images)
+        return Activations(activations.logits, activations.features, {**activations.depths, BACKUP: logits})
+
+    def _opinions(self, activations: Activations, images: Images | None, rows: IntArray) -> dict[int, Float32Array]:
+        """Return the second opinion on some rows by their number, without those that are not finite."""
+        if len(rows) == 0:
+            return {}
+        logits = self.second_opinion(activations, images, rows)
+        return {row: own for row, own in zip(rows.tolist(), logits, strict=True) if np.isfinite(own).all()}
+
+    def scores(self, activations: Activations) -> Scores:
+        """Return all scores of a batch as arrays; one row per input."""
+        raw = self.ensemble.score(activations)
+        surprise = self.fusion.surprise(raw)
+        combined = self.fusion.combine(surprise)
+        p_values = conformal_p_values(combined, self._clean_scores)
+        is_poisoned = self.fusion.decide(combined, p_values, self.config.false_positive_rate)
+        return Scores(raw, surprise, combined, p_values, is_poisoned)
+
+    def with_config(self, **changes: Any) -> Guard:
+        """Return the same fitted guard under other serving settings (rate, action, ...); nothing is fitted again.
+
+        Raises
+        ------
+        ConfigError, DataError
+            If a setting breaks its rule or is fixed by fitting, or the clean images are too few for the rate.
+        """
+        if places := sorted(changes.keys() & PLACES):
+            raise ConfigError(f"{places[0]} is no setting of a guard: it says where things are. Give it to the server.")
+        fixed = sorted((changes.keys() & GuardConfig.model_fields.keys()) - SERVING_SETTINGS)
+        if fixed:
+            raise ConfigError(f"{fixed[0]} is fixed when a guard is fitted. Fit again to change it.")
+        other = copy.copy(self)
+        other.config = self.config.replace(**changes)
+        check_rate(other.config.false_positive_rate, len(self._clean_scores))
+        if (other.config.max_guard_ms or other.config.deadline_header) and not self.early:
+            raise ConfigError(
+                "max_guard_ms and deadline_header need verdicts at several depths. Fit again with anytime = true, on a "
+                "network with earlier depths."
+            )
+        if other.config.min_depth is not None:
+            other.at_depth(other.config.min_depth)
+        return other
+
+    def at_depth(self, depth: str) -> Guard:
+        """Return the guard that looks no deeper than this, for a verdict in less time at the same false-positive rate.
+
+        It decides like any other, and cannot be saved.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such early verdict.
+        """
+        for early in self.early:
+            if early.depth == depth:
+                other = copy.copy(self)
+                other.depth, other.ensemble, other.fusion = depth, early.ensemble, early.fusion
+                other._clean_scores = early.clean_scores
+                other.realised_false_positive_rate = early.realised_false_positive_rate
+                return other
+        known = ", ".join(early.depth for early in self.early) or "none"
+        raise ConfigError(f"there is no verdict at depth {depth!r}: known are {known}. Fit with anytime = true.")
+
+    def _reason(self, scores: Scores, row: int) -> str:
+        top = int(scores.surprise[row].argmax())
+        return (
+            f"as suspicious as {100 * scores.p_values[row]:.2g} % of clean images; "
+            f"strongest sign: {self.ensemble.names[top]} = {scores.raw[row, top]:.3g}"
+        )
+
+
+def _scorable(activations: Activations) -> Activations:
+    finite = activations.finite_rows()
+    if not finite.all():
+        raise DataError(f"activations of input {int(np.argmin(finite))} are not finite; it cannot be scored.")
+    return activations
+
+
+def _checked_labels(activations: Activations, labels: IntArray) -> IntArray:
+    labels = np.asarray(labels)
+    if labels.shape != (len(activations),):
+        raise DataError(f"labels must have shape ({len(activations)},), one per image, got {labels.shape}.")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"labels must be integers, got {labels.dtype}.")
+    n_classes = activations.logits.shape[1]
+    if len(labels) and (labels.min() < 0 or labels.max() >= n_classes):
+        raise DataError(f"labels must be in [0, {n_classes}), got {labels.min()} to {labels.max()}.")
+    finite = activations.finite_rows()
+    if not finite.all():
+        raise DataError(f"activations of clean image {int(np.argmin(finite))} are not finite. Is the model damaged?")
+    return labels.astype(np.int64)

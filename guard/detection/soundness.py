@@ -1,0 +1,240 @@
+"""Whether a bundle says what a fitted guard can say: its arrays keep their rules, and its calibration comes out again.
+
+A digest proves that nothing was changed since it was made, not that what was sealed makes sense. A guard whose clean
+scores are NaN or 1e30 would call everything clean; so what is loaded is checked, and scored once more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from guard.arrays import require
+from guard.detection.ensemble import Ensemble
+from guard.detection.fusion import CalibratedFusion, Fusion
+from guard.errors import BundleError, DataError
+from guard.statistics.calibration import SurpriseMap, conformal_p_values
+from guard.storage.bundle import StoredBundle
+from guard.types import FEATURES, Activations, AnyArray, Float64Array, IntArray
+
+#: Rows of the clean reference that are scored again, evenly spread.
+_ROWS = 256
+#: Two machines round differently: so far apart may the scores of a row be, and so many rows may be farther.
+_RELATIVE, _ABSOLUTE, _STRAY_ROWS = 2e-3, 2e-3, 0.02
+#: In `calibrated` mode each detector's surprise at clean inputs spreads like an exponential variable of mean 1, for any
+#: network, and the combined score is their root mean square: its median is 0.7 (all alike) to 1.4 (independent).
+_MEDIAN_SCORE = (0.2, 3.0)
+#: Detectors have seen the reference, and find it a little less suspicious than calibration does: seen were median
+#: p-values of 0.39 to 0.77, and 0.9 with 40 images and less.
+_LEAST_MEDIAN_P, _GREATEST_MEDIAN_P, _ENOUGH = 0.05, 0.97, 100
+_LARGEST_COUNT = 2**31
+#: So far beyond the clean images, in units of their spread, must an input be flagged at a rate of half a percent.
+_FAR, _FAR_P = 100.0, 0.005
+
+
+class Calibration(NamedTuple):
+    """What turns activations into p-values, for the whole guard or for an early verdict."""
+
+    ensemble: Ensemble
+    fusion: Fusion
+    clean_scores: Float64Array
+
+
+def sample_of(reference: Activations) -> Activations:
+    """Return the rows of a clean reference that are scored again."""
+    n = len(reference)
+    return reference[np.unique(np.linspace(0, n - 1, min(n, _ROWS)).astype(np.int64))]
+
+
+def reproduction(calibration: Calibration, sample: Activations) -> Float64Array:
+    """Return combined scores and p-values of the sample, shape (2, m): kept in a bundle, to be compared when loaded."""
+    ensemble, fusion, clean_scores = calibration
+    combined = fusion.combine(fusion.surprise(ensemble.score(sample)))
+    return np.stack([combined, conformal_p_values(combined, clean_scores)])
+
+
+def check_stored(stored: StoredBundle) -> None:
+    """Check the document, the clean reference and its scores against each other; nothing is built from them.
+
+    Raises
+    ------
+    BundleError
+        If something is missing, or breaks its rule.
+    """
+    try:
+        _check_document(stored.document)
+        _check_reference(stored.document, stored.arrays)
+    except (DataError, KeyError, TypeError, AttributeError, ValueError) as error:
+        missing = f"it lacks {error}." if isinstance(error, KeyError) else str(error)
+        raise BundleError(
+            f"bundle {stored.digest[:12]} is not sound: {missing} Fit again with this version."
+        ) from error
+
+
+def check_calibration(name: str, calibration: Calibration, sample: Activations, kept: AnyArray | None) -> None:
+    """Score clean inputs again and see whether the calibration comes out.
+
+    Parameters
+    ----------
+    name : str
+        Of the verdict, for the error.
+    calibration : Calibration
+    sample : Activations
+        From `sample_of`.
+    kept : ndarray or None
+        What `reproduction` said when the bundle was written; None for one of an older version.
+
+    Raises
+    ------
+    DataError
+        If it does not.
+    """
+    ensemble, fusion, clean_scores = calibration
+    require({"clean_scores": clean_scores}, "clean_scores", (None,), ascending=True)
+    if isinstance(fusion, CalibratedFusion):
+        _check_map(fusion.surprise_map_, ensemble, clean_scores)
+    with np.errstate(all="ignore"):  # what overflows is refused below
+        raw = ensemble.score(sample)
+        combined = fusion.combine(fusion.surprise(raw))
+    if np.isnan(raw).any() or not np.isfinite(combined).all():
+        raise DataError(f"{name}: its detectors give its own clean images scores that are not finite.")
+    if isinstance(fusion, CalibratedFusion) and fusion.surprise_map_ is not None:
+        knots = fusion.surprise_map_.knots
+        stuck = (raw == raw[:1]).all(axis=0) & (knots[:, -1] > knots[:, 0]) & (len(raw) > 1)
+        if stuck.any():
+            raise DataError(f"{name}: detector {ensemble.names[int(stuck.argmax())]} gives every input the same score.")
+        if len(clean_scores) >= _ENOUGH:  # the tail of fewer may be anywhere
+            _check_tail(name, fusion, raw, clean_scores)
+    _check_p_values(name, conformal_p_values(combined, clean_scores), len(clean_scores))
+    if kept is None:
+        return
+    before, p_before = require({"kept": kept}, "kept", (2, len(sample)))
+    far = np.abs(combined - before) > _ABSOLUTE + _RELATIVE * np.abs(before)
+    if far.mean() > _STRAY_ROWS:
+        raise DataError(f"{name}: {int(far.sum())} of {len(far)} clean images get other scores than in fit.")
+    if not np.allclose(conformal_p_values(before, clean_scores), p_before, rtol=0, atol=1e-9):
+        raise DataError(f"{name}: its clean scores give other p-values than in fit.")
+
+
+def check_backup(arrays: Mapping[str, AnyArray]) -> None:
+    """Refuse weights and buffers of a backup that are not finite, with DataError."""
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise DataError(f"array {name} of the backup must be finite.")
+        if name.endswith("running_var") and array.size and array.min() < 0:
+            raise DataError(f"array {name} of the backup must be >= 0, got {array.min()}.")
+
+
+def share_right(reference: Activations, labels: IntArray) -> float:
+    """Return the share of clean images that the suspect model gets right."""
+    return float((reference.predicted_labels == labels).mean())
+
+
+def _check_map(surprise_map: SurpriseMap | None, ensemble: Ensemble, clean_scores: Float64Array) -> None:
+    n_detectors = 0 if surprise_map is None else len(surprise_map.knots)
+    if n_detectors != len(ensemble.names):
+        raise DataError(f"there are {len(ensemble.names)} detectors, and {n_detectors} are calibrated.")
+    low, high = _MEDIAN_SCORE
+    if not low <= (median := float(np.median(clean_scores))) <= high:
+        raise DataError(f"the median of clean_scores must be in [{low:g}, {high:g}], got {median:.3g}.")
+
+
+def _check_tail(name: str, fusion: CalibratedFusion, raw: Float64Array, clean_scores: Float64Array) -> None:
+    """Refuse a calibration whose middle is right, and beyond whose tail nothing can be.
+
+    At most k of n clean images surprise any of d detectors by more than log(d * n / k), and none is combined to more;
+    twice that is allowed, as the tail is an estimate.
+    """
+    assert fusion.surprise_map_ is not None
+    knots, n = fusion.surprise_map_.knots, len(clean_scores)
+    most = 1.0 + 2.0 * np.log(len(knots) * n / np.arange(n, 0, -1))
+    if (clean_scores > most).any():
+        row = int((clean_scores > most).argmax())
+        raise DataError(
+            f"{name}: {n - row} of {n} clean_scores are {clean_scores[row]:.3g} or more, and so many cannot be above "
+            f"{most[row]:.3g}: too little would be flagged."
+        )
+    spread = np.maximum(knots[:, -1] - knots[:, 0], raw.max(axis=0) - raw.min(axis=0))
+    with np.errstate(all="ignore"):
+        far = fusion.combine(fusion.surprise((knots[:, -1] + _FAR * spread)[np.newaxis]))
+    if (p_value := float(conformal_p_values(far, clean_scores)[0])) > max(_FAR_P, 1.0 / (n + 1)):
+        raise DataError(
+            f"{name}: an input far beyond all clean images has a p-value of {p_value:.3g}: too little would be flagged."
+        )
+
+
+def _check_p_values(name: str, p_values: Float64Array, n_clean: int) -> None:
+    median = float(np.median(p_values))
+    if median < _LEAST_MEDIAN_P:
+        raise DataError(
+            f"{name}: the median p-value of its own clean images is {median:.3g}, below {_LEAST_MEDIAN_P:g}."
+        )
+    if n_clean >= _ENOUGH and median > _GREATEST_MEDIAN_P:
+        raise DataError(
+            f"{name}: the median p-value of its own clean images is {median:.3g}, above {_GREATEST_MEDIAN_P:g}: "
+            "nothing would be flagged."
+        )
+
+
+def _check_document(document: Mapping[str, Any]) -> None:
+    n_classes = _count(document["n_classes"], "n_classes", least=1)
+    _count(document["clean_images"], "clean_images", least=1)
+    names = document["class_names"]
+    if names is not None and not (_are(names, str) and len(names) in (0, n_classes)):
+        raise DataError(f"class_names must be {n_classes} texts, or none.")
+    if (shape := document["input_shape"]) is not None:
+        for size in shape:
+            _count(size, "input_shape", least=1)
+    depths = document["depths"]
+    if not _are(depths, str) or len(set(depths)) < len(depths):
+        raise DataError("depths must be names, each once.")
+    _rate(document["realised_false_positive_rate"], "realised_false_positive_rate")
+    for name, share in (document.get("recovery") or {}).items():
+        _rate(share, f"recovery of {name}")
+    for early in document.get("early", []):
+        _rate(early["realised_false_positive_rate"], "realised_false_positive_rate")
+    if document.get("split_points") is not None and document.get("weights_digest") is None:
+        raise DataError("split_points name layers of a network, and weights_digest does not say which.")
+
+
+def _check_reference(document: Mapping[str, Any], arrays: Mapping[str, AnyArray]) -> None:
+    n, n_classes = document["clean_images"], document["n_classes"]
+    labels = require(arrays, "labels", (n,), kind="i", low=0, high=n_classes - 1)
+    calibrated = len(require(arrays, "clean_scores", (None,), ascending=True))
+    # A round of retraining holds out up to half of each class, and keeps it in the reference for the next one.
+    least = n - sum(math.ceil(size / 2) for size in np.bincount(labels).tolist())
+    if not max(1, least) <= calibrated <= n:
+        raise DataError(f"array clean_scores must have {max(1, least)} to {n} rows, got {calibrated}.")
+    layers = (FEATURES, *document["depths"])
+    require(arrays, "reference.logits", (n, n_classes))
+    widths = {"logits": n_classes} | {one: require(arrays, f"reference.{one}", (n, None)).shape[1] for one in layers}
+    for layer in widths:
+        if n > 1 and (arrays[f"reference.{layer}"] == arrays[f"reference.{layer}"][:1]).all():
+            raise DataError(f"array reference.{layer} must tell one clean image from another: all rows are the same.")
+    if any(name.startswith("noisy_reference.") for name in arrays):
+        for layer, width in widths.items():
+            require(arrays, f"noisy_reference.{layer}", (n, width))
+    right = document.get("reference_accuracy")
+    if right is not None:
+        found = float((arrays["reference.logits"].argmax(axis=1) == labels).mean())
+        if abs(_rate(right, "reference_accuracy") - found) > 1e-9:
+            raise DataError(f"the model gets {found:.4f} of the clean images right, and got {right:.4f} in fit.")
+
+
+def _count(value: Any, name: str, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _LARGEST_COUNT:
+        raise DataError(f"{name} must be a whole number >= {least}, got {str(value)[:40]}.")
+    return value
+
+
+def _rate(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and 0 <= value <= 1):
+        raise DataError(f"{name} must be in [0, 1], got {str(value)[:40]}.")
+    return float(value)
+
+
+def _are(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)

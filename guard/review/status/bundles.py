@@ -1,0 +1,150 @@
+"""The bundles as the status page lists them, and the way back to the one before."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from guard.errors import BundleError
+from guard.relabel.rounds import Round, Rounds
+from guard.storage.bundle import JOURNAL, BundleStore, read_bundle
+
+#: Bundles that are listed.
+SHOWN = 8
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ListedBundle:
+    """One line of the list.
+
+    Attributes
+    ----------
+    digest : str
+    made_at : datetime
+    is_active : bool
+    in_use : bool
+        True if a server says that it uses it.
+    parent : str
+        Digest of the bundle that it was retrained from; "" for a guard that was fitted.
+    round : int or None
+        The retraining that made it.
+    outcome : str
+        What came of that retraining.
+    rate, realised : float
+        False-positive rate that was asked for, and the one measured on clean images.
+    """
+
+    digest: str
+    made_at: datetime
+    is_active: bool
+    in_use: bool
+    parent: str
+    round: int | None
+    outcome: str
+    rate: float | None
+    realised: float | None
+
+
+class BundleList:
+    """The bundles of a folder with where they come from; each is read and verified once.
+
+    Parameters
+    ----------
+    store : BundleStore or None
+        None: no folder was named.
+    rounds : Rounds
+    """
+
+    def __init__(self, store: BundleStore | None, rounds: Rounds) -> None:
+        self.store = store
+        self._rounds = rounds
+        self._documents: dict[str, dict[str, Any]] = {}
+        self._lock = threading.Lock()
+
+    def newest(self, in_use: tuple[str, ...] = ()) -> list[ListedBundle]:
+        """Return the active bundle and the newest others; damaged ones are left out."""
+        if self.store is None:
+            return []
+        active = self.store.known_active()
+        made_by = {entry.candidate_digest: entry for entry in reversed(self._rounds.all()) if entry.candidate_digest}
+        folders = sorted(map(self.store.folder_of, self.store.digests()), key=_made_at, reverse=True)
+        folders.sort(key=lambda folder: folder.name != active)
+        listed = []
+        for folder in folders[:SHOWN]:
+            document = self._document(folder)
+            if document is not None:
+                listed.append(_listed(folder, document, active, in_use, made_by.get(folder.name)))
+        return listed
+
+    def expected_rate(self) -> float | None:
+        """Return the share of clean inputs that the active bundle flags, as measured; None if nobody knows."""
+        digest = self.store.known_active() if self.store is not None else None
+        document = self._document(self.store.folder_of(digest)) if self.store is not None and digest else None
+        return None if document is None else document.get("realised_false_positive_rate")
+
+    def way_back(self) -> str | None:
+        """Return the digest that a roll-back goes to; None if there is none."""
+        return self.store.previous_digest() if self.store is not None else None
+
+    def roll_back(self, active: str, target: str, who: str) -> None:
+        """Make the bundle before the active one active again.
+
+        Parameters
+        ----------
+        active, target : str
+            What the person who asks was shown.
+        who : str
+
+        Raises
+        ------
+        BundleError
+            If a retraining is just switching, something else is active or would become so by now, or the target is
+            damaged; nothing was changed.
+        """
+        if self.store is None:
+            raise BundleError("the page knows no folder of bundles. Start it with --bundles.")
+        with self._lock:
+            if (self.store.root / JOURNAL).exists():
+                raise BundleError("a retraining is just switching the bundle. Look again in a moment.")
+            if (self.store.active_digest(), self.store.previous_digest()) != (active, target):
+                raise BundleError("the active bundle has changed meanwhile, and nothing was rolled back. Look again.")
+            self.store.roll_back()
+        _log.warning("%s rolled the bundle back from %s to %s", who, active[:12], target[:12])
+
+    def _document(self, folder: Path) -> dict[str, Any] | None:
+        with self._lock:
+            if folder.name not in self._documents:
+                try:
+                    self._documents[folder.name] = read_bundle(folder).document
+                except BundleError:
+                    return None
+            return self._documents[folder.name]
+
+
+def _listed(
+    folder: Path, document: dict[str, Any], active: str | None, in_use: tuple[str, ...], made_by: Round | None
+) -> ListedBundle:
+    return ListedBundle(
+        folder.name,
+        datetime.fromtimestamp(_made_at(folder), UTC),
+        folder.name == active,
+        folder.name in in_use,
+        (document.get("lineage") or {}).get("retrained_from", ""),
+        made_by.id if made_by is not None else None,
+        made_by.outcome or "" if made_by is not None else "",
+        document["settings"].get("false_positive_rate"),
+        document.get("realised_false_positive_rate"),
+    )
+
+
+def _made_at(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -1,0 +1,120 @@
+"""What became of an input: the outcome that every input gets, and how several rows make one of a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from guard.detection.pipeline import Guard
+from guard.serving.evidence import Evidence
+from guard.types import Verdict
+
+OutcomeKind = Literal["clean", "poisoned", "bypassed", "rejected", "failed"]
+#: Which row speaks for a request that made several. Errors come first: their answers show nothing of the model's.
+_GRAVITY = {"failed": 0, "rejected": 1, "poisoned": 2, "bypassed": 3, "clean": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one input: every input gets exactly one.
+
+    Attributes
+    ----------
+    kind : {"clean", "poisoned", "bypassed", "rejected", "failed"}
+        `rejected`: the input's own fault; `failed`: ours, or the model's.
+    verdict : Verdict or None
+        For `clean` and `poisoned`.
+    status : int
+        HTTP status that the sender should see.
+    reason : str
+        One word of `telemetry.UNSCORED_REASONS` where there is no verdict, else "".
+    message : str
+        One line for the sender where there is no verdict, else "".
+    evidence : Evidence or None
+        For `poisoned`, where flagged inputs are queued for review.
+    decided_ns : (int, int) or None
+        When the decision began and ended, in nanoseconds since 1970; only where decisions are traced.
+    """
+
+    kind: OutcomeKind
+    verdict: Verdict | None = None
+    status: int = 200
+    reason: str = ""
+    message: str = ""
+    evidence: Evidence | None = None
+    decided_ns: tuple[int, int] | None = None
+
+
+@dataclass(slots=True)
+class Record:
+    """What the guard saw while a server ran the model.
+
+    Attributes
+    ----------
+    rows : list of Outcome
+        One per row of the forward passes, in order.
+    forward_passes : int
+        Those that were judged.
+    model_ran : bool
+        Whether the model began to work on an input of the right shape.
+    guard_seconds : float
+        What the guard itself took.
+    allowed_ms : float or None
+        Milliseconds that a verdict on one batch may take; None = any.
+    """
+
+    rows: list[Outcome] = field(default_factory=list)
+    forward_passes: int = 0
+    model_ran: bool = False
+    guard_seconds: float = 0.0
+    allowed_ms: float | None = None
+
+    @property
+    def passes(self) -> int:
+        """Always 0, for adapters in older archives: they took one pass with as many rows as requests for a row each.
+
+        That it need not be. Without a single pass they answer a batch one request after the other.
+        """
+        return 0
+
+
+def judged(verdict: Verdict, evidence: Evidence | None = None) -> Outcome:
+    """Return the outcome of an input that was scored."""
+    return Outcome("poisoned" if verdict.is_poisoned else "clean", verdict, evidence=evidence)
+
+
+def unscored(guard: Guard, reason: str, status: int, message: str) -> Outcome:
+    """Return the outcome of an input that cannot be scored, as the guard's `failure_mode` has it."""
+    if guard.config.failure_mode == "open":
+        return Outcome("bypassed", reason=reason, message=message)
+    return Outcome(_error_kind(status), status=status, reason=reason, message=message)
+
+
+def merge(guard: Guard, rows: list[Outcome], status: int = 200) -> Outcome:
+    """Return the outcome of one request from all its rows; poisoned if any row is.
+
+    Parameters
+    ----------
+    guard : Guard
+        The one that judged the rows.
+    rows : list of Outcome
+        Of every forward pass that the request made.
+    status : int
+        What the user's own handler says. Where it answers an error, the request is `rejected` or `failed` in its own
+        words, whatever it let the model see; only `poisoned` is told all the same.
+    """
+    if not rows:
+        if status >= 400:
+            return Outcome(_error_kind(status), status=status)
+        return unscored(guard, "not_observed", 500, "the model's forward pass was not seen for this request.")
+    if len(rows) > 1 and guard.config.rows_per_request == 1:
+        message = f"the forward pass made {len(rows)} rows for this request. Set rows_per_request to 'any'."
+        rows = [*rows, unscored(guard, "rows", 500, message)]
+    outcome = min(rows, key=lambda row: (_GRAVITY[row.kind], row.verdict.p_value if row.verdict else 1.0))
+    if status >= 400 and outcome.kind in ("clean", "bypassed"):
+        return Outcome(_error_kind(status), status=status)
+    return outcome
+
+
+def _error_kind(status: int) -> OutcomeKind:
+    return "rejected" if status < 500 else "failed"

@@ -1,0 +1,329 @@
+"""The suspect model: loaded without running anything of its file, and watched while it answers.
+
+This is the one place that runs the suspect model. One forward pass yields `Activations`: the logits, the features at
+the split layer, and pooled features at earlier depths.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from guard.errors import DataError, SuspectModelError
+from guard.suspect.recording import OnForward, Turn, record
+from guard.suspect.split_points import OUTPUT_SUFFIX, SplitPoints, find_split_points, model_input, module_named
+from guard.suspect.weights import load_state_dict, weights_digest
+from guard.types import Activations, Float32Array
+
+
+class SuspectModel:
+    """An image classifier that nobody vouches for, ready to be asked for its activations.
+
+    Parameters
+    ----------
+    module : Module
+        Takes float32 images (n, channels, height, width) and returns logits (n, n_classes): as a tensor, as the first
+        of a tuple or list, or under `logits`. It is put into eval mode.
+    split : str, optional
+        Name of a module whose input is the features, or `"name:output"`; found by itself if None.
+    depths : sequence of str, optional
+        Names of modules whose outputs are the earlier depths; found by themselves if None.
+    device : str or torch.device, optional
+        Where to move the module; None leaves it where it is.
+
+    Attributes
+    ----------
+    module : Module
+        The module itself.
+
+    Raises
+    ------
+    SuspectModelError
+        If the module is compiled, scripted or replicated, so that its layers cannot be watched.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        split: str | None = None,
+        depths: Sequence[str] | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        _check_watchable(module)
+        self.module = (module if device is None else module.to(device)).eval()
+        self._points: SplitPoints | None = None
+        self._layers: list[nn.Module] = []  # the split's and the depths' modules, in the order of the points
+        self._split = split
+        self._depths = None if depths is None else tuple(depths)
+        self._digest: str | None = None
+        self._lock = threading.RLock()
+        self._turn = Turn()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        architecture: str,
+        *,
+        split: str | None = None,
+        depths: Sequence[str] | None = None,
+        device: str | torch.device | None = None,
+    ) -> SuspectModel:
+        """Build the architecture from the user's code and fill in the weights of an untrusted file.
+
+        Parameters
+        ----------
+        path : str or Path
+            safetensors, or a state dict saved by `torch.save`. Nothing of the file is executed.
+        architecture : str
+            `"package.module:factory"`; `factory()` returns the module without weights.
+        split, depths, device
+            As for the class.
+
+        Returns
+        -------
+        suspect : SuspectModel
+
+        Raises
+        ------
+        UnsafeWeightsError
+            If loading the file could run code.
+        SuspectModelError
+            If the architecture cannot be built, or the weights do not fit it.
+        """
+        state = load_state_dict(path)
+        module = build_architecture(architecture)
+        _check_watchable(module)
+        _check_fit(module, state, f"weights file {path} does not fit {architecture}")
+        module.load_state_dict(state)
+        return cls(module, split=split, depths=depths, device=device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is; the CPU for one without parameters."""
+        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+    @property
+    def split_points(self) -> SplitPoints | None:
+        """The layers in use; None before `locate`, `use_split_points` or the first `activations`."""
+        return self._points
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights, 64 hexadecimal digits; computed once."""
+        if self._digest is None:
+            self._digest = weights_digest(self.module)
+        return self._digest
+
+    def locate(self, images: Tensor | Float32Array) -> SplitPoints:
+        """Find the split points from example images, keep to them, and return them.
+
+        Parameters
+        ----------
+        images : ndarray or Tensor of shape (n, channels, height, width), float32
+            At least one image; only the first two are used.
+
+        Raises
+        ------
+        DataError
+            If they are no such images.
+        SuspectModelError
+            If a layer that was named does not exist or does not fit, or no split is found.
+        """
+        _check_images(images[:2])
+        with self._lock, self._turn.taken_by(self):
+            points = find_split_points(self.module, images, self._split, self._depths)
+        self.use_split_points(points)
+        return points
+
+    def use_split_points(self, points: SplitPoints) -> None:
+        """Use split points that were found earlier, as a bundle stores them.
+
+        Raises
+        ------
+        SuspectModelError
+            If the module has no layer of such a name.
+        """
+        names = (points.split.removesuffix(OUTPUT_SUFFIX), *points.depths)
+        self._layers = [module_named(self.module, name) for name in names]
+        self._points = points
+
+    def activations(
+        self,
+        images: Tensor | Float32Array,
+        batch_size: int = 256,
+        progress: Callable[[int], None] | None = None,
+    ) -> Activations:
+        """Run the suspect model once over the images and return what it left behind.
+
+        The split points are located on the first call. Calls from several threads wait for each other; a `watch` that
+        is open at the same time does not see these forward passes.
+
+        Parameters
+        ----------
+        images : ndarray or Tensor of shape (n, channels, height, width), float32, finite
+            What the model takes, after the user's own preprocessing; n >= 1. They are not changed.
+        batch_size : int, default=256
+            Images per forward pass.
+        progress : callable, optional
+            Called after every batch with the number of images done so far.
+
+        Returns
+        -------
+        activations : Activations
+            One row per image, in order, float32, sharing no memory with the model.
+
+        Raises
+        ------
+        DataError
+            If the images break the rules above; names the first bad shape, dtype or index.
+        SuspectModelError
+            If the model returns no logits of shape (n, n_classes), or a layer did not run.
+        """
+        _check_images(images)
+        if batch_size < 1:
+            raise DataError(f"batch_size must be at least 1, got {batch_size}.")
+        parts: list[Activations] = []
+        with self._lock:
+            if self._points is None:
+                self.locate(images)
+            recording = record(
+                self.module, self._layers, self._located(), lambda got, _: parts.append(got), self._turn, owner=self
+            )
+            with self._turn.taken_by(self), recording, torch.no_grad():
+                self.module.eval()
+                for start in range(0, len(images), batch_size):
+                    batch = images[start : start + batch_size]
+                    self.module(model_input(self.module, batch))
+                    if len(parts[-1]) != len(batch):
+                        raise SuspectModelError(
+                            f"the suspect model must return one row of logits per image, got {len(parts[-1])} rows "
+                            f"for {len(batch)} images."
+                        )
+                    if progress is not None:
+                        progress(start + len(batch))
+        return Activations.concatenate(parts)
+
+    @contextmanager
+    def watch(self, on_forward: OnForward) -> Iterator[None]:
+        """While open, hand the activations of every forward pass of the module to a callback.
+
+        For serving: the module is called by somebody else, from any thread. Gradients and mode are the caller's
+        business. The watch may stay open for the life of a server.
+
+        Parameters
+        ----------
+        on_forward : callable (activations, inputs) -> Tensor or None
+            Called at the end of every forward pass, in its thread, with float32 activations that share no memory with
+            the model, and the module's first argument as the module left it. A tensor that it returns replaces the
+            logits in the module's output. An exception that it raises leaves the forward pass. Forward passes that it
+            makes itself are not watched.
+
+        Raises
+        ------
+        SuspectModelError
+            If no split points are set; in a forward pass, if there are no logits or a layer did not run.
+        """
+        with record(self.module, self._layers, self._located(), on_forward, self._turn):
+            yield
+
+    def _located(self) -> SplitPoints:
+        if self._points is None:
+            raise SuspectModelError("no split points are set. Call locate(images) or use_split_points(points) first.")
+        return self._points
+
+
+def build_architecture(architecture: str) -> nn.Module:
+    """Call the user's factory, named `"package.module:factory"`, and return its module.
+
+    Raises
+    ------
+    SuspectModelError
+        If the name is malformed, cannot be imported, fails, or returns no module.
+    """
+    module_name, _, factory_name = architecture.partition(":")
+    if not module_name or not factory_name:
+        raise SuspectModelError(f'architecture must be "package.module:factory", got {architecture!r}.')
+    try:
+        factory = importlib.import_module(module_name)
+        for part in factory_name.split("."):
+            factory = getattr(factory, part)
+    except AttributeError:
+        raise SuspectModelError(
+            f"architecture {architecture!r}: module {module_name!r} has no {factory_name!r}. Check the name."
+        ) from None
+    except Exception as error:  # importing runs the user's code
+        raise SuspectModelError(
+            f"architecture {architecture!r} cannot be imported: {type(error).__name__}: {error}. "
+            "Is its folder on PYTHONPATH?"
+        ) from error
+    try:
+        module = factory()  # type: ignore[operator]
+    except Exception as error:
+        raise SuspectModelError(
+            f"architecture {architecture!r} must be callable without arguments, but it failed with "
+            f"{type(error).__name__}: {error}. Name a function that fills them in."
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise SuspectModelError(
+            f"architecture {architecture!r} must return a torch.nn.Module, got {type(module).__name__}."
+        )
+    return module
+
+
+def _check_watchable(module: nn.Module) -> None:
+    if not isinstance(module, nn.Module):
+        raise SuspectModelError(f"the suspect model must be a torch.nn.Module, got {type(module).__name__}.")
+    for inner in module.modules():
+        if isinstance(inner, torch.jit.ScriptModule):
+            what, instead = "a TorchScript module", "Build the architecture in Python and load its state dict."
+        elif "_orig_mod" in inner._modules or inner._compiled_call_impl is not None:
+            what, instead = "compiled by torch.compile", "Give the module as it was before torch.compile."
+        elif isinstance(inner, nn.DataParallel):
+            what, instead = "wrapped in DataParallel", "Give its .module."
+        else:
+            continue
+        raise SuspectModelError(f"the suspect model is {what}, and hooks on its layers do not work there. {instead}")
+
+
+def _check_fit(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    expected = module.state_dict()
+    # BatchNorm fills in its own counter, which old state dicts lack.
+    missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in state if name not in expected]
+    shapes = [
+        f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
+        for name, tensor in state.items()
+        if name in expected and tensor.shape != getattr(expected[name], "shape", tensor.shape)
+    ]
+    faults = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
+    lines = [
+        f"{len(names)} {fault} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for fault, names in faults
+        if names
+    ]
+    if lines:
+        raise SuspectModelError(f"{what}: {'; '.join(lines)}. Is it the same architecture and number of classes?")
+
+
+def _check_images(images: Tensor | Float32Array) -> None:
+    if not isinstance(images, np.ndarray | Tensor):
+        raise DataError(f"images must be an ndarray or a Tensor, got {type(images).__name__}.")
+    if images.ndim != 4 or len(images) == 0:
+        raise DataError(f"images must have shape (n, channels, height, width), n >= 1, got {tuple(images.shape)}.")
+    if images.dtype not in (np.dtype(np.float32), torch.float32):
+        raise DataError(f"images must be float32, got {images.dtype}. Apply the model's own preprocessing first.")
+    for start in range(0, len(images), 256):  # in pieces, to need little memory
+        chunk = images[start : start + 256]
+        finite = torch.isfinite(chunk) if isinstance(chunk, Tensor) else torch.from_numpy(np.isfinite(chunk))
+        if not finite.all():
+            bad = start + int((~finite.flatten(1).all(1)).nonzero()[0])
+            raise DataError(f"images must be finite: image {bad} holds NaN or infinity. Check its preprocessing.")

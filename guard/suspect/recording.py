@@ -1,0 +1,159 @@
+"""Hooks that turn every forward pass of a module into one call with its activations; the serving hot path."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from guard.errors import SuspectModelError
+from guard.suspect.split_points import OUTPUT_SUFFIX, SplitPoints, first_tensor, pool_features
+from guard.types import Activations
+
+#: Takes the activations and the module's first argument; a tensor that it returns replaces the logits.
+OnForward = Callable[[Activations, Any], Tensor | None]
+
+
+class Turn(threading.local):
+    """Whose hooks act on the forward passes of this thread; None: those of every recording without an owner."""
+
+    owner: object = None
+
+    @contextmanager
+    def taken_by(self, owner: object) -> Iterator[None]:
+        """Let only this owner's hooks act on this thread meanwhile."""
+        before, self.owner = self.owner, owner
+        try:
+            yield
+        finally:
+            self.owner = before
+
+
+class _Slots(threading.local):
+    taken: list[Tensor | None] | None = None  # what this thread's forward pass has left behind so far
+
+
+@contextmanager
+def record(
+    root: nn.Module,
+    layers: Sequence[nn.Module],
+    points: SplitPoints,
+    on_forward: OnForward,
+    turn: Turn,
+    owner: object = None,
+) -> Iterator[None]:
+    """Keep hooks registered that end every forward pass of `root` in one call of `on_forward`.
+
+    Parameters
+    ----------
+    root : Module
+        The suspect model.
+    layers : sequence of Module
+        The split's module and those of the depths, in the order of the points.
+    points : SplitPoints
+        Their names, and whether the split is an input or an output.
+    on_forward : callable
+        Called in the thread of the forward pass; forward passes that it makes itself are not recorded.
+    turn : Turn
+        Shared by all recordings of this module.
+    owner : object, optional
+        Record only while it is this owner's turn.
+    """
+    slots = _Slots()
+
+    def begin(_root: nn.Module, _args: Any) -> None:
+        slots.taken = [None] * len(layers) if turn.owner is owner else None
+
+    def taker(index: int) -> Callable[..., None]:
+        def take(_module: nn.Module, args: Any, *output: Any) -> None:  # as a pre-hook there is no output
+            taken = slots.taken
+            if taken is not None:
+                tensor = first_tensor(output[0] if output else args)
+                taken[index] = None if tensor is None else _copy_features(tensor.detach(), whole=index == 0)
+
+        return take
+
+    def finish(_root: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        taken, slots.taken = slots.taken, None
+        if taken is None:
+            return None
+        activations = _activations(points, logits_of(output), taken)
+        turn.owner, before = slots, turn.owner  # nobody's turn
+        try:
+            answer = on_forward(activations, args[0] if args else next(iter(kwargs.values()), None))
+        finally:
+            turn.owner = before
+        return None if answer is None else with_logits(output, answer)
+
+    handles = []
+    try:
+        handles.append(root.register_forward_pre_hook(begin))
+        for index, layer in enumerate(layers):
+            at_output = index > 0 or points.split.endswith(OUTPUT_SUFFIX)
+            register = layer.register_forward_hook if at_output else layer.register_forward_pre_hook
+            handles.append(register(taker(index)))
+        handles.append(root.register_forward_hook(finish, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _copy_features(tensor: Tensor, whole: bool) -> Tensor:
+    """Return pooled features that nothing the model does later can change; 2-D ones of the split are kept whole."""
+    pooled = tensor.float() if whole and tensor.ndim == 2 else pool_features(tensor)
+    return pooled.clone() if pooled.data_ptr() == tensor.data_ptr() else pooled
+
+
+def _activations(points: SplitPoints, logits: Tensor, taken: Sequence[Tensor | None]) -> Activations:
+    tensors = [_copy_features(logits.detach(), whole=True)]
+    for name, tensor in zip((points.split, *points.depths), taken, strict=True):
+        if tensor is None:
+            raise SuspectModelError(f"layer {name!r} gave no tensor in this forward pass. Locate the split again.")
+        tensors.append(tensor)
+    if logits.is_cpu:
+        arrays = [tensor.numpy() for tensor in tensors]
+    else:  # one transfer for all
+        joined = torch.cat([tensor.to(logits.device) for tensor in tensors], 1).cpu()
+        arrays = [part.contiguous().numpy() for part in torch.split(joined, [tensor.shape[1] for tensor in tensors], 1)]
+    return Activations(arrays[0], arrays[1], dict(zip(points.depths, arrays[2:], strict=True)))
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits, (n, n_classes), of what a classifier returned: a tensor, a container's first, or `logits`.
+
+    Raises
+    ------
+    SuspectModelError
+        If there are none of that shape.
+    """
+    found = getattr(output, "logits", None)
+    if found is None:
+        found = output.get("logits") if isinstance(output, Mapping) else first_tensor(output)
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
+        raise SuspectModelError(
+            f"the suspect model must return logits of shape (n, n_classes), got {got}. Wrap it in a module that does."
+        )
+    return found
+
+
+def with_logits(output: Any, logits: Tensor) -> Any:
+    """Return the output with other logits, in the same container."""
+    if isinstance(output, Tensor):
+        return logits
+    if hasattr(output, "_replace"):  # a named tuple
+        return output._replace(**{"logits" if hasattr(output, "logits") else output._fields[0]: logits})
+    if isinstance(output, tuple | list):
+        return type(output)([logits, *output[1:]])
+    changed = copy.copy(output)
+    if isinstance(changed, Mapping):
+        changed["logits"] = logits  # type: ignore[index]
+    else:
+        changed.logits = logits
+    return changed

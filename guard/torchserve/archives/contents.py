@@ -1,0 +1,114 @@
+"""What a guarded archive carries for its guard: its handler, its bundle, its settings; no place, no secret."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from guard.config import PLACES, SERVING_SETTINGS, load_settings
+from guard.errors import ArchiveError, BundleError
+from guard.files import read_plain
+from guard.storage.bundle import BundleStore
+from guard.torchserve.archives.strict_zip import read_member
+
+logger = logging.getLogger(__name__)
+
+ABOUT, SETTINGS = "guard_archive.json", "guard.toml"
+#: Folder of an archive with bodies of requests.
+EXAMPLES = "guard_examples"
+_MOST_BYTES = 2**20
+
+
+def write_guard_files(
+    handler: str,
+    bundle: Path,
+    bundles: Path | None,
+    settings: Mapping[str, Any],
+    example: Path | None,
+    examples: Sequence[Path],
+    scratch: Path,
+) -> list[Path]:
+    """Return what the guard adds to an archive beside its adapter; parameters as for `make_guarded_archive`.
+
+    Of the settings only those of `ServingSettings` go in. Where a queue was named, the archive says that it wants one
+    (`review = true`), and not where it is: the server's environment does (`GUARD_QUEUE_URL`).
+    """
+    bodies = [*([example] if example is not None else []), *examples]
+    names = [f"{EXAMPLES}/{number}{body.suffix}" for number, body in enumerate(bodies)]
+    about = {
+        "handler": handler,
+        "bundles": str(bundles.absolute()) if bundles is not None else None,
+        "embedded": bundle.name,
+        "example": names[0] if example is not None else None,
+        "examples": names,
+    }
+    (scratch / ABOUT).write_text(json.dumps(about, indent=2))
+    chosen = {"review": True} if settings.get("queue_url") else {}
+    chosen |= {key: value for key, value in settings.items() if key in SERVING_SETTINGS}
+    (scratch / SETTINGS).write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in chosen.items()))
+    added = [scratch / ABOUT, scratch / SETTINGS, bundle]
+    for name, body in zip(names, bodies, strict=True):
+        (scratch / EXAMPLES).mkdir(exist_ok=True)
+        try:
+            shutil.copyfile(body, scratch / name)
+        except OSError as error:
+            raise ArchiveError(
+                f"the example {body} does not exist, or cannot be read ({error.strerror}). Name another."
+            ) from error
+    return [*added, scratch / EXAMPLES] if names else added
+
+
+def read_guard_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what an unpacked archive says of its guard, and its settings under those of the environment.
+
+    Raises
+    ------
+    ArchiveError
+        If one of its files cannot be read, or names a file outside of the archive.
+    ConfigError
+        If a setting is unknown, or breaks its rule.
+    """
+    try:
+        about = json.loads(read_plain(folder / ABOUT, _MOST_BYTES))
+        BundleStore(folder).folder_of(str(about["embedded"]))
+        first = [about["example"]] if about.get("example") else []  # all that an archive of version 0.1 may hold
+        about["examples"] = about.get("examples", first)
+        if not all(_lies_inside(name) for name in (*first, *about["examples"])):
+            raise ValueError("one of its examples lies outside of the archive")
+        text = read_plain(folder / SETTINGS, _MOST_BYTES).decode()
+        kept = PLACES & tomllib.loads(text).keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, BundleError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ArchiveError(f"the guard's files in the archive are damaged ({reason}). Make it again.") from error
+    if kept:
+        logger.warning(
+            "this archive holds %s, which may tell a password to whoever reads it: make it again, "
+            "and set GUARD_QUEUE_URL for the server instead.",
+            ", ".join(sorted(kept)),
+        )
+    return about, load_settings(folder / SETTINGS)
+
+
+def _lies_inside(name: object) -> bool:
+    return isinstance(name, str) and "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
+
+
+def followed_bundles(archive: Path) -> Path | None:
+    """Return the folder of bundles whose ACTIVE an archive's guard follows; None if it has no guard, or is pinned.
+
+    Raises
+    ------
+    ArchiveError
+        If the archive cannot be read.
+    """
+    try:
+        text = read_member(archive, ABOUT, _MOST_BYTES)
+        bundles = None if text is None else json.loads(text)["bundles"]
+        return None if bundles is None else Path(bundles)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArchiveError(f"{archive.name} cannot be read ({type(error).__name__}). Make it again.") from error

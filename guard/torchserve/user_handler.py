@@ -1,0 +1,343 @@
+"""The user's own TorchServe handler outside a server: its network, and the tensors that its `preprocess` makes."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import logging
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor, nn
+
+from guard.errors import ArchiveError, DataError, SuspectModelError
+from guard.resources import resource_path
+from guard.suspect.weights import check_weights_file
+from guard.torchserve.archives.archive import make_archive
+from guard.torchserve.row_fidelity import declares_one_row, why_one_by_one
+from guard.types import Float32Array
+
+_NAME = "offline"
+
+
+@dataclass(frozen=True, slots=True)
+class UserHandler:
+    """A handler that has been initialised.
+
+    Attributes
+    ----------
+    module : Module
+        The network that it serves.
+    model_inputs : callable (sequence of bytes) -> ndarray of shape (n, channels, height, width), float32
+        Feeds the bodies of n requests through `preprocess` as one batch. Raises DataError if that returns anything but
+        one finite row per request, and whatever `preprocess` raises. A body may also be what TorchServe makes of JSON
+        or text before a handler sees it.
+    rows_seen : callable (body) -> int
+        Answers one request with `handle`, and counts the rows of the forward passes that a hook sees meanwhile. Raises
+        DataError if it answers an error, and whatever `handle` raises.
+    why_one_by_one : callable (sequence of bytes, input shape) -> str
+        Tries whether it keeps the requests of a batch apart, with such bodies: "" if it does, else why not.
+    declares_one_row : bool
+        Whether its class declares that it does.
+    """
+
+    module: nn.Module
+    model_inputs: Callable[[Sequence[Any]], Float32Array]
+    rows_seen: Callable[[Any], int]
+    why_one_by_one: Callable[[Sequence[bytes], Sequence[int] | None], str]
+    declares_one_row: bool
+
+
+class Remedy(NamedTuple):
+    """What a person can do about a handler that cannot be imported, or does not initialise."""
+
+    imports: str
+    initialize: str
+
+
+#: For handlers that are named file by file.
+ADD_FILES = Remedy("Add what it needs with --extra-file.", "Does it need a --model-file or an --extra-file?")
+
+
+@contextmanager
+def open_user_handler(
+    handler: Path | str,
+    weights: Path,
+    *,
+    model_file: Path | None = None,
+    extra_files: Sequence[Path] = (),
+    model_attribute: str = "model",
+    gpu: int | None = None,
+) -> Iterator[UserHandler]:
+    """Unpack handler, weights and further files as TorchServe would, and run the handler's `initialize`.
+
+    Parameters
+    ----------
+    handler : Path or str
+        Python file with one handler class, or the name of one that TorchServe ships (`"image_classifier"`).
+    weights : Path
+        Looked into before the handler touches it: a file that could run code is refused.
+    model_file, extra_files
+        As for `make_archive`.
+    model_attribute : str
+        Attribute of the handler that holds the network.
+    gpu : int, optional
+        Number of the GPU that the handler is told to use; None means the CPU.
+
+    Raises
+    ------
+    UnsafeWeightsError
+        If loading the weights file could run code.
+    ArchiveError
+        If a file is missing, TorchServe is not installed, or the handler is not one class with `preprocess`.
+    SuspectModelError
+        If `initialize` fails, or leaves no network in that attribute.
+    """
+    check_weights_file(weights)
+    with tempfile.TemporaryDirectory(prefix="guard-handler-") as scratch:
+        folder = _unpacked(handler, weights, model_file, extra_files, Path(scratch).resolve())
+        name = Path(handler).name if isinstance(handler, Path) else handler
+        with open_unpacked_handler(folder, name, model_attribute=model_attribute, gpu=gpu) as user:
+            yield user
+
+
+@contextmanager
+def open_unpacked_handler(
+    folder: Path,
+    handler: str,
+    *,
+    model_attribute: str = "model",
+    gpu: int | None = None,
+    model_settings: Mapping[str, Any] | None = None,
+    remedy: Remedy = ADD_FILES,
+) -> Iterator[UserHandler]:
+    """Run the `initialize` of a handler in an unpacked archive, whose weights were looked into before.
+
+    Parameters
+    ----------
+    folder : Path
+        The unpacked archive, with its manifest.
+    handler : str
+        File name of the handler in that folder, or the name of one that TorchServe ships.
+    model_attribute, gpu
+        As for `open_user_handler`.
+    model_settings : mapping, optional
+        What the archive's YAML file says, as TorchServe hands it to the handler.
+    remedy : Remedy
+        What a person can do about a handler that does not start.
+
+    Raises
+    ------
+    ArchiveError, SuspectModelError
+        As `open_user_handler`.
+    """
+    hidden = _loaded_before(folder)
+    for key in hidden:
+        del sys.modules[key]
+    sys.path.insert(0, str(folder))
+    try:
+        inner, context = _initialised(handler, folder, gpu, dict(model_settings or {}), remedy)
+        module = getattr(inner, model_attribute, None)
+        if not isinstance(module, nn.Module):
+            raise SuspectModelError(
+                f"handler {handler}: its attribute {model_attribute!r} must be a torch.nn.Module, "
+                f"got {type(module).__name__}. Name the right one with the setting model_attribute."
+            )
+        yield UserHandler(
+            module,
+            lambda bodies: _model_inputs(inner, context, bodies),
+            lambda body: _rows_seen(inner, context, module, body),
+            lambda examples, shape: why_one_by_one(partial(asked_in_probe, inner, context), module, examples, shape),
+            declares_one_row(inner),
+        )
+    finally:
+        sys.path.remove(str(folder))
+        for key in [key for key, loaded in sys.modules.items() if _lies_in(loaded, folder)]:
+            del sys.modules[key]
+        sys.modules.update(hidden)
+
+
+def _unpacked(
+    handler: Path | str, weights: Path, model_file: Path | None, extra_files: Sequence[Path], scratch: Path
+) -> Path:
+    if isinstance(handler, Path):
+        handler_file = handler
+    else:  # one of TorchServe's own is not part of an archive; the manifest names it
+        handler_file = scratch / "shipped_handler.py"
+        handler_file.touch()
+    archive = make_archive(
+        _NAME,
+        model_store=scratch,
+        handler=handler_file,
+        weights=weights,
+        model_file=model_file,
+        extra_files=extra_files,
+    )
+    folder = scratch / "model"
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(folder)  # written by make_archive just now: plain names only
+    archive.unlink()
+    return folder
+
+
+def _initialised(
+    name: str, folder: Path, gpu: int | None, model_settings: dict[str, Any], remedy: Remedy
+) -> tuple[Any, Any]:
+    """Return an instance of the handler's class and the context that it was initialised with."""
+    logging.getLogger("ts").setLevel(logging.ERROR)  # it warns of every accelerator that is not installed
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # it leaves its own files open
+            from ts.context import Context
+            from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
+
+            metrics = MetricsCacheYamlImpl(config_file_path=str(resource_path("metrics.yaml")))
+            metrics.initialize_cache()
+    except ImportError as error:
+        raise ArchiveError("TorchServe is not installed. Install the torchserve package, version 0.12.") from error
+    importlib.invalidate_caches()
+    manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())
+    served = manifest["model"]["modelName"]
+    context = Context(
+        served, str(folder), manifest, 1, gpu, "0.12.0", metrics=metrics, model_yaml_config=model_settings
+    )
+    handler = handler_class(name, "preprocess", remedy.imports)
+    try:
+        inner = handler()
+        inner.initialize(context)
+    except Exception as error:
+        raise SuspectModelError(f"handler {name} failed in initialize: {_short(error)}. {remedy.initialize}") from error
+    return inner, context
+
+
+def handler_class(name: str, method: str, remedy: str = ADD_FILES.imports) -> type:
+    """Return the one class of a TorchServe handler, which must have a method; its module is imported.
+
+    Parameters
+    ----------
+    name : str
+        File name of a module on `sys.path` (`"my_handler.py"`), or the name of one that TorchServe ships.
+    method : str
+        What the class must be able to do.
+    remedy : str
+        What to do about one that cannot be imported.
+
+    Raises
+    ------
+    ArchiveError
+        If it cannot be imported, or is not exactly one class with that method.
+    """
+    from ts.utils.util import list_classes_from_module
+
+    try:
+        module = importlib.import_module(Path(name).stem if name.endswith(".py") else f"ts.torch_handler.{name}")
+        classes: list[type] = list_classes_from_module(module)
+    except Exception as error:  # importing runs the user's code
+        raise ArchiveError(f"handler {name} cannot be imported: {_short(error)}. {remedy}") from error
+    if len(classes) != 1 or not callable(getattr(classes[0], method, None)):
+        raise ArchiveError(
+            f"handler {name} must define exactly one class, with a {method} method; it defines {len(classes)}. "
+            "See TorchServe's custom handlers with a class."
+        )
+    return classes[0]
+
+
+def request_context(context: Any, ids: Sequence[str | None], headers: Sequence[dict[str, Any]]) -> Any:
+    """Return a copy of TorchServe's context for a batch of its own: no status and no header of an answer is set.
+
+    Parameters
+    ----------
+    context : ts.context.Context
+    ids, headers : sequence
+        One per request of the batch.
+    """
+    from ts.context import RequestProcessor
+
+    made = copy.copy(context)
+    made.request_ids, made.request_processor = dict(enumerate(ids)), [RequestProcessor(each) for each in headers]
+    return made
+
+
+def probe_context(context: Any, n_requests: int = 1) -> Any:
+    """Return a context for requests that no client sent, with the headers that TorchServe gives bytes of no type."""
+    kind = "application/octet-stream"
+    headers = [{"body": {"content-type": kind}, "content-type": kind} for _ in range(n_requests)]
+    return request_context(context, [f"probe-{index}" for index in range(n_requests)], headers)
+
+
+def asked_in_probe(handler: Any, context: Any, items: list[Any]) -> tuple[Any, Any]:
+    """Let a handler answer requests that no client sent; return what it did, and their context."""
+    made = probe_context(context, len(items))
+    return handler.handle(items, made), made
+
+
+def _requests(context: Any, bodies: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return the requests of one batch as TorchServe hands them over, and tell the context of them."""
+    from ts.context import RequestProcessor
+
+    context.request_ids = {index: str(index) for index in range(len(bodies))}
+    context.request_processor = [RequestProcessor({}) for _ in bodies]
+    context.metrics.request_ids = context.request_ids
+    return [{"body": bytearray(body) if isinstance(body, bytes) else body} for body in bodies]
+
+
+def _rows_seen(inner: Any, context: Any, module: nn.Module, body: Any) -> int:
+    rows: list[int] = []
+
+    def count(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        rows.append(len(output) if isinstance(output, Tensor) else 1)
+
+    hook = module.register_forward_hook(count)
+    try:
+        inner.handle(_requests(context, [body]), context)
+    finally:
+        hook.remove()
+    if (status := context.get_response_status(0)[0]) >= 400:
+        raise DataError(f"the handler answered the input with status {status}.")
+    return sum(rows)
+
+
+def _model_inputs(inner: Any, context: Any, bodies: Sequence[Any]) -> Float32Array:
+    requests = _requests(context, bodies)
+    inner.context = context  # as BaseHandler.handle sets it
+    result = inner.preprocess(requests)
+    for index in range(len(bodies)):
+        if (status := context.get_response_status(index)[0]) >= 400:
+            raise DataError(f"the handler refused the input with status {status}.")
+    if not isinstance(result, Tensor) or str(result.dtype) != "torch.float32" or result.ndim != 4:
+        got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+        raise DataError(
+            "the handler's preprocess must return one float32 tensor of shape (n, channels, height, width) "
+            f"to be used here, got {got}. Use --architecture and --preprocess instead."
+        )
+    if len(result) != len(bodies):
+        raise DataError(
+            f"the handler's preprocess must return one row per request here, got {len(result)} for {len(bodies)}. "
+            "Use --architecture and --preprocess instead."
+        )
+    return np.ascontiguousarray(result.detach().cpu().numpy())
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).rstrip('.')}"
+
+
+def _loaded_before(folder: Path) -> dict[str, Any]:
+    """Return the loaded modules of the same names as those in a folder, as another archive's handler may have them."""
+    own = {file.stem for file in folder.glob("*.py")} | {file.parent.name for file in folder.glob("*/__init__.py")}
+    return {key: loaded for key, loaded in sys.modules.items() if key.partition(".")[0] in own}
+
+
+def _lies_in(module: Any, folder: Path) -> bool:
+    file = getattr(module, "__file__", None)
+    return isinstance(file, str) and Path(file).is_relative_to(folder)
