@@ -60,7 +60,7 @@ WARM_UP_SECONDS = 18.0
 LIMIT = 0.01
 #: What the former rule did, as lines at the end of an adapter.
 FORMER = """
-from guard.serving.batches import Batches
+from guard.torchserve.batches import Batches
 
 Batches._sharing = lambda self, data, guard: list(range(len(data)))
 Batches.drawn = lambda self, n_requests: None

@@ -279,7 +279,7 @@ def test_decision_is_a_span_in_the_callers_trace(books: Kept, spans: Any, flagge
     assert (span.start_time, span.end_time) == (1_000, 3_000)
     assert dict(span.attributes) == {
         "guard.model": "m",
-        "guard.storage.bundle": books.guard.digest,
+        "guard.bundle": books.guard.digest,
         "guard.verdict": "poisoned",
         "guard.action": "flag",
         "guard.p_value": flagged[0].p_value,

@@ -142,7 +142,7 @@ def test_write_bundle_many_writers_at_once_agree_on_one_folder(tmp_path):
 _WRITE_AND_HANG = """
 import os, sys, time
 import numpy as np
-from guard.bundle import write_bundle
+from guard.storage.bundle import write_bundle
 fsync, calls = os.fsync, []
 def hang(handle):
     calls.append(handle)

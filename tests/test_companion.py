@@ -132,7 +132,7 @@ def test_companion_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     code = f"""
         import sys, time
         from pathlib import Path
-        from guard.serving.companion import Companion
+        from guard.processes.companion import Companion
         folder = Path({str(tmp_path)!r})
         one = Companion("x", [sys.executable, "-c", {SLEEPER!r}], folder=folder, log=folder / "log.txt")
         one.start()

@@ -37,7 +37,7 @@ class Frozen(datetime):
 
 @pytest.fixture(autouse=True)
 def _frozen(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("pages", "status", "words"):
+    for module in ("pages", "status.page", "wording"):
         monkeypatch.setattr(f"guard.review.{module}.datetime", Frozen)
 
 

@@ -456,8 +456,8 @@ import json, os, signal, sys
 from pathlib import Path
 import guard.retrainer.worker as worker
 import guard.retrainer.promotion as promotion
-from guard.bundle import BundleStore
-from guard.pipeline import Guard
+from guard.storage.bundle import BundleStore
+from guard.detection.pipeline import Guard
 from guard.relabel.queue import Queue
 from guard.relabel.rounds import Rounds
 from guard.retrainer.candidate import Pair

@@ -202,14 +202,14 @@ def test_a_file_that_changes_between_check_and_copy_is_refused(
     bundles: Path, live: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_snapshot(tmp_path / "copy", queue_url=live, bundles=bundles)
-    verify = guard.snapshot.verify_snapshot
+    verify = guard.storage.snapshot.verify_snapshot
 
     def then_change(folder: Path) -> object:
         about = verify(folder)
         (folder / "bundles" / "HISTORY").write_text("")
         return about
 
-    monkeypatch.setattr(guard.snapshot, "verify_snapshot", then_change)
+    monkeypatch.setattr(guard.storage.snapshot, "verify_snapshot", then_change)
     with pytest.raises(SnapshotError, match="was changed while it was restored"):
         restore_snapshot(tmp_path / "copy", queue_url=None, bundles=tmp_path / "b")
     assert not (tmp_path / "b").exists()

@@ -220,7 +220,7 @@ def test_stop_leaves_no_process_and_no_folder(store: Path) -> None:
     with instance:
         instance.wait_ready(120)
         folder, ports = instance.work_dir, instance.ports
-        processes = [p for p in psutil.Process().children(recursive=True) if p.pid != os.getpid()]
+        processes = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
         mine = [p for p in processes if str(folder) in " ".join(p.cmdline())]
         assert len(mine) == 3  # supervisor, Java, worker
     instance.stop()

@@ -35,7 +35,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import guard
-from guard.datasets import load_dataset
+from guard.data.datasets import load_dataset
 from guard.resources import checkout_root, resource_path
 
 installed = Path(sys.argv[1])
