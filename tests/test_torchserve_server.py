@@ -30,7 +30,7 @@ from guard.resources import resource_path
 from guard.torchserve.archives.archive import make_archive
 from guard.torchserve.client import Client, Reply, predict, run_load
 from guard.torchserve.server import TorchServeInstance
-from guard.torchserve.server_log import failed_model, worker_exception
+from guard.torchserve.server_log import ServerLogs, failed_model, worker_exception
 
 QUEUE_URL = "postgresql+psycopg://guard:marker@127.0.0.1:9/queue"
 NETWORK = """
@@ -312,6 +312,45 @@ def test_worker_exception_takes_the_telling_one_and_joins_its_lines() -> None:
     )
     assert failed_model([warning]) == ("tiny", thread)
     assert failed_model([]) is None
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.4, 3.0])
+def test_reason_that_comes_after_the_word_that_the_worker_is_gone_is_found(tmp_path: Path, pause_s: float) -> None:
+    thread = "W-9000-tiny_1.0"
+    texts = [
+        "Backend worker process died.",
+        "Traceback (most recent call last):",
+        "KeyError: 'rows'",
+        "",
+        "During handling of the above exception, another exception occurred:",
+        "",
+        "Traceback (most recent call last):",
+        '  File "/x/handler.py", line 9, in initialize',
+        "guard.errors.ArchiveError: the forward pass made 5 rows for one request. Set rows_per_request.",
+    ]
+    logs = ServerLogs(tmp_path)
+    (tmp_path / "ts_log.log").write_text(
+        f"2026-01-01T00:00:00,000 [WARN ] {thread} o.B - Load model failed: tiny, error: x\n"
+    )
+
+    def copy_slowly() -> None:
+        with (tmp_path / "model_log.log").open("w") as file:
+            time.sleep(pause_s)
+            for place, text in enumerate(texts):
+                file.write(f"2026-01-01T00:00:00,000 [INFO ] {thread}-stdout - {text}\n")
+                file.flush()
+                time.sleep(0.6 if place in (2, 6) else 0.0)  # a busy machine, in the middle of a traceback
+
+    copier = threading.Thread(target=copy_slowly)
+    copier.start()
+    failed = failed_model(logs.lines("ts_log.log"))
+    assert failed == ("tiny", thread)
+    reason = logs.worker_exception(thread)
+    copier.join()
+    assert reason == (
+        "guard.errors.ArchiveError: the forward pass made 5 rows for one request. Set rows_per_request "
+        "(handler.py:9 in initialize)"
+    )
 
 
 # --- the client, against a server that misbehaves

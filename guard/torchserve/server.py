@@ -25,7 +25,7 @@ from guard.resources import resource_path
 from guard.torchserve.archives.archive import Archive, find_archives
 from guard.torchserve.client import NO_REPLY, Client
 from guard.torchserve.launch import format_properties, java_command, server_environment, server_settings
-from guard.torchserve.server_log import ServerLogs, failed_model, worker_exception
+from guard.torchserve.server_log import ServerLogs, failed_model
 
 #: After SIGTERM, before SIGKILL; TorchServe was seen to end within 2.5 s.
 GRACE_SECONDS = 10.0
@@ -393,9 +393,8 @@ class TorchServeInstance:
             warning = self._logs.last_warning()
             raise self._failure(f"TorchServe ended with status {status} while it started: {warning}.")
         if (failed := failed_model(self._logs.lines("ts_log.log"))) is not None:
-            time.sleep(0.3)  # let the rest of the traceback arrive in the log
             model, thread = failed
-            reason = worker_exception(self._logs.lines("model_log.log"), thread)
+            reason = self._logs.worker_exception(thread)
             reason = reason or "its worker process ended without a word, as when it is killed or memory runs out"
             raise self._failure(f"model {model!r} did not load: {reason}. Mend its handler or files, then start again.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,10 @@ _AFTERTHOUGHT = re.compile(r"RuntimeError: \d{3} - |ModuleNotFoundError: No modu
 _FRAME = re.compile(r'\s*File "(?:.*/)?([^"/]+)", line (\d+)(?:, in (\S+))?')
 
 _LOGS = ("console.log", "ts_log.log", "model_log.log")
+
+#: The server says that a worker is gone in one log, while another thread still copies the worker's last lines into
+#: another: a traceback is taken for whole when nothing has come for so long, and waited for at most so long.
+_QUIET_SECONDS, _LONGEST_SECONDS = 1.0, 10.0
 
 
 class ServerLogs:
@@ -47,6 +52,18 @@ class ServerLogs:
     def last_warning(self) -> str:
         """Return the last thing that the server itself complained of, in one line."""
         return last_warning(self.lines("ts_log.log"), self.lines("console.log"))
+
+    def worker_exception(self, thread: str) -> str:
+        """Return `worker_exception` of a worker that is gone, when its last lines are there; "" if it said nothing."""
+        began = changed = time.monotonic()
+        lines = self.lines("model_log.log")
+        while (now := time.monotonic()) - began < _LONGEST_SECONDS:
+            if now - changed >= _QUIET_SECONDS and (reason := worker_exception(lines, thread)):
+                return reason
+            time.sleep(0.05)
+            if (newer := self.lines("model_log.log")) != lines:
+                lines, changed = newer, time.monotonic()
+        return worker_exception(lines, thread)
 
 
 def failed_model(server_log: Sequence[str]) -> tuple[str, str] | None:
