@@ -32,7 +32,7 @@ import sqlalchemy as sa
 
 from guard.relabel.items import Answer, FlaggedInput
 from guard.relabel.queue import Queue
-from guard.relabel.settings import QueueSettings
+from guard.relabel.settings import QueueSettings, QueueWaits
 from guard.types import Activations
 
 #: Operation -> items in all, per backend and number of processes.
@@ -46,8 +46,8 @@ ITEMS = {
 }
 PROCESSES = (1, 4)
 #: Nothing is to fail because it waits; the waiting shows in the 99th percentile.
-SETTINGS = QueueSettings(enqueue_timeout_s=30, wait_s=60)
-FULL = QueueSettings(enqueue_timeout_s=30, wait_s=60, max_items=2000)
+WAITS = QueueWaits(enqueue_timeout_s=30, wait_s=60)
+SETTINGS, FULL = QueueSettings(), QueueSettings(max_items=2000)
 
 
 def make_inputs(n: int) -> list[FlaggedInput]:
@@ -83,7 +83,7 @@ def work(url: str, operation: str, n_items: int, name: str, start: Any, results:
     """Do one process's share, and send when it began and ended and how long every call took, in seconds."""
     kind, _, size = operation.rpartition("_")
     n = int(size)
-    with Queue.open(url, FULL if kind == "flood" else SETTINGS) as queue:
+    with Queue.open(url, FULL if kind == "flood" else SETTINGS, waits=WAITS) as queue:
         inputs = make_inputs(256)
 
         def enqueue(call: int) -> None:
@@ -107,7 +107,7 @@ def work(url: str, operation: str, n_items: int, name: str, start: Any, results:
 
 
 def measure(url: str, operation: str, processes: int) -> dict[str, Any]:
-    with Queue.open(url, SETTINGS) as queue:
+    with Queue.open(url, SETTINGS, waits=WAITS) as queue:
         stock = 0
         if operation.startswith("claim"):
             stock = ITEMS[operation] + 100 * processes

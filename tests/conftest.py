@@ -5,6 +5,7 @@ Nothing here is changed by a test: arrays are read-only, and a test that needs a
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from guard import Activations, Guard, GuardConfig, SuspectModel
 from guard.data.datasets import load_dataset, split_rows, to_tensor_images
 from guard.lab.attacks import DEMO_ATTACKS, AttackRecipe, MnistCnn, Poisoned, poisoned_test_set, train_badnet
 from guard.relabel.queue import Queue
-from guard.relabel.settings import QueueSettings
+from guard.relabel.settings import TIMEOUT_VARIABLE
 from guard.types import Float32Array, IntArray
 
 #: Rows of the shipped MNIST images: to train the network, to fit the guard, to test.
@@ -99,10 +100,7 @@ def triggered_activations(fitted_guard: Guard, suspect: SuspectModel, triggered:
 @pytest.fixture(scope="session", autouse=True)
 def patience() -> None:
     """Let queues wait as long as a busy test machine needs; a server's quarter of a second is a test's own choice."""
-    defaults = QueueSettings.__init__.__kwdefaults__
-    assert defaults is not None
-    assert defaults["enqueue_timeout_s"] == 0.25
-    defaults["enqueue_timeout_s"] = 20.0
+    os.environ[TIMEOUT_VARIABLE] = "20"
 
 
 @pytest.fixture(scope="session")

@@ -155,4 +155,6 @@ def empty_postgresql_queue(url: str) -> None:
         for table in metadata.tables:
             if table != "ledger":
                 connection.execute(f"DELETE FROM {table}")
-        connection.execute("UPDATE ledger SET last_item_id = 0, held_items = 0, held_bytes = 0, key_check = NULL")
+        connection.execute(
+            "UPDATE ledger SET last_item_id = 0, held_items = 0, held_bytes = 0, key_check = NULL, settings = NULL"
+        )

@@ -16,7 +16,7 @@ from queue_helpers import flagged
 
 from guard.errors import QueueUnavailable
 from guard.relabel.queue import Queue
-from guard.relabel.settings import QueueSettings
+from guard.relabel.settings import QueueSettings, QueueWaits
 
 PROCESSES = 4
 
@@ -78,8 +78,7 @@ def kill(url: str, folder: str, kills: int) -> dict[str, object]:
     What was acknowledged is appended to a file, after the queue said so.
     """
     inputs = [flagged(number, received_at=datetime.now(UTC)) for number in range(8)]
-    settings = QueueSettings(lease_s=1.0, wait_s=20, enqueue_timeout_s=20)
-    queue = Queue.open(url, settings)
+    queue = Queue.open(url, QueueSettings(lease_s=1.0), waits=QueueWaits(wait_s=20, enqueue_timeout_s=20))
     for item_id in queue.enqueue(inputs).ids[:1]:  # every statement once: children inherit what was compiled
         queue.claim_items("first", [item_id])
         queue.claim("first", 1)

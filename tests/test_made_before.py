@@ -22,6 +22,7 @@ from guard.data.datasets import to_tensor_images
 from guard.relabel.items import State
 from guard.relabel.queue import Queue
 from guard.relabel.reviewers import Reviewers
+from guard.relabel.settings import QueueSettings
 from guard.types import Float32Array
 
 MADE_BEFORE = Path(__file__).parent / "made_before"
@@ -87,7 +88,9 @@ def test_queue_made_before_is_migrated_and_goes_on(tmp_path):
         assert Reviewers(queue).names() == ["ada", "bob"]
         assert queue.verify_decisions().problems == ()
         assert queue.counts().by_state[State.DECIDED] == 1
+        assert queue.settings == QueueSettings()
         item = queue.claim("ada", 1)[0]
         assert item.input.inputs.shape == (1, 4, 4)
+        assert item.input.false_positive_rate is None  # that version did not say: the bundle's counts
         queue.decide("ada", item.id, is_poisoned=True, true_label=5)
         assert queue.verify_decisions().rows == 3

@@ -6,11 +6,12 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from datetime import datetime, timedelta, timezone
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 from queue_helpers import N_CLASSES, START, Clock, flagged
 
 from guard import Activations
@@ -27,7 +28,7 @@ from guard.errors import (
 )
 from guard.relabel.items import Answer, QueueItem, State
 from guard.relabel.queue import Queue
-from guard.relabel.settings import QueueSettings
+from guard.relabel.settings import QueueSettings, QueueWaits
 
 OpenQueue = Callable[..., Queue]
 
@@ -43,7 +44,7 @@ def open_queue(queue_url: str, clock: Clock) -> Iterator[OpenQueue]:
     opened: list[Queue] = []
 
     def open_it(**settings: float) -> Queue:
-        opened.append(Queue.open(queue_url, QueueSettings(**{"enqueue_timeout_s": 20, **settings}), clock=clock))
+        opened.append(Queue.open(queue_url, QueueSettings(**settings) if settings else None, clock=clock))
         return opened[-1]
 
     yield open_it
@@ -148,6 +149,44 @@ def test_settings_out_of_range_are_refused(name, value):
         QueueSettings(**{name: value})
 
 
+def test_settings_belong_to_the_queue_and_a_change_counts_at_once_for_every_process(open_queue, queue_url):
+    first, second = open_queue(), open_queue()
+    assert first.settings == second.settings == QueueSettings()
+    assert second.change_settings(quorum=2, max_items=3, max_held=None) == QueueSettings(quorum=2, max_items=3)
+    assert first.settings == open_queue().settings == QueueSettings(quorum=2, max_items=3)
+    assert first.enqueue([flagged(number) for number in range(4)]).dropped == 1
+    [item] = first.claim("ana")
+    first.decide("ana", item.id, is_poisoned=True, true_label=5)
+    assert first.get(item.id).state is State.PENDING  # the quorum is two
+    second.change_settings(max_body_bytes=9, lease_s=1)
+    with pytest.raises(BodyTooLarge, match=r"^max_body_bytes is 9, got .* guard review settings --max-body-bytes"):
+        first.enqueue([flagged(9, body=b"x" * 10)])
+    with pytest.raises(ConfigError, match=r"^the queue has no setting 'quorums': it has max_items, "):
+        first.change_settings(quorums=3)
+    with pytest.raises(ConfigError, match=r"^quorum must be above 0 and finite, got 0\.$"):
+        first.change_settings(quorum=0)
+    first.change_settings(**asdict(QueueSettings()))
+    assert second.settings == QueueSettings()
+
+
+def test_settings_that_somebody_broke_are_told_and_can_be_set_anew(queue):
+    with queue.database.writing() as connection:
+        connection.execute(sa.text("UPDATE ledger SET settings = '[1]'"))
+    with pytest.raises(ConfigError, match="guard review settings"):
+        queue.claim("ana")
+    assert queue.change_settings(quorum=2).quorum == 2
+    assert queue.claim("ana") == []
+
+
+def test_wait_of_a_server_comes_from_its_environment(monkeypatch):
+    assert QueueWaits.from_environment().enqueue_timeout_s == 20.0  # conftest's
+    monkeypatch.delenv("GUARD_QUEUE_TIMEOUT_S")
+    assert QueueWaits.from_environment() == QueueWaits(enqueue_timeout_s=0.25, wait_s=10.0)
+    monkeypatch.setenv("GUARD_QUEUE_TIMEOUT_S", "soon")
+    with pytest.raises(ConfigError, match=r"^GUARD_QUEUE_TIMEOUT_S must be seconds above 0, got 'soon'\.$"):
+        QueueWaits.from_environment()
+
+
 # --- claims ---
 
 
@@ -242,7 +281,7 @@ def test_reviewer_holds_no_more_than_the_limit_in_all_ways(open_queue, clock):
 
 
 def test_claims_at_once_never_hold_more_than_the_limit(open_queue):
-    queue = open_queue(max_held=10, wait_s=60)
+    queue = open_queue(max_held=10)
     queue.enqueue([flagged(number % 9) for number in range(60)])
     start = threading.Barrier(4)
 

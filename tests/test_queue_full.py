@@ -15,7 +15,7 @@ from guard.relabel.items import FlaggedInput, State
 from guard.relabel.queue import Queue
 from guard.relabel.reservoir import Body, Reservoir, Share, Waiting
 from guard.relabel.schema import items
-from guard.relabel.settings import QueueSettings
+from guard.relabel.settings import QueueSettings, QueueWaits
 
 A, B = ("digits", 1), ("digits", 2)
 
@@ -148,7 +148,7 @@ def test_reservoir_sample_is_uniform_over_a_long_flood():
 
 @pytest.fixture
 def small(queue_url: str) -> Iterator[Queue]:
-    with Queue.open(queue_url, QueueSettings(max_items=10, enqueue_timeout_s=20)) as queue:
+    with Queue.open(queue_url, QueueSettings(max_items=10), waits=QueueWaits(enqueue_timeout_s=20)) as queue:
         yield queue
 
 
@@ -208,7 +208,7 @@ def test_flood_in_one_group_leaves_room_for_another(small):
 
 
 def test_full_of_bytes_keeps_below_the_bound(queue_url):
-    with Queue.open(queue_url, QueueSettings(max_bytes=20_000, enqueue_timeout_s=20)) as queue:
+    with Queue.open(queue_url, QueueSettings(max_bytes=20_000), waits=QueueWaits(enqueue_timeout_s=20)) as queue:
         rng = np.random.default_rng(0)
         for _ in range(10):
             queue.enqueue([flagged(0, body=rng.bytes(int(rng.integers(100, 4000)))) for _ in range(10)])
@@ -220,7 +220,7 @@ def test_full_of_bytes_keeps_below_the_bound(queue_url):
 def test_flood_of_large_bodies_pushes_no_item_out_and_keeps_no_body(queue_url):
     """The attack: large requests under one label, by which all other labels lost their items."""
     tensors = queue_bytes_of(flagged(0, body=b""))
-    with Queue.open(queue_url, QueueSettings(max_bytes=125 * tensors, enqueue_timeout_s=20)) as queue:
+    with Queue.open(queue_url, QueueSettings(max_bytes=125 * tensors), waits=QueueWaits(enqueue_timeout_s=20)) as queue:
         real = [flagged(number, body=bytes(tensors // 10), suspect_label=number % 10) for number in range(100)]
         ids = queue.enqueue(real).ids
         for number in range(0, 50, 5):
@@ -246,7 +246,7 @@ def queue_bytes_of(one: FlaggedInput) -> int:
 
 def test_large_bodies_that_came_first_go_before_any_item(queue_url):
     tensors = queue_bytes_of(flagged(0, body=b""))
-    with Queue.open(queue_url, QueueSettings(max_bytes=100 * tensors, enqueue_timeout_s=20)) as queue:
+    with Queue.open(queue_url, QueueSettings(max_bytes=100 * tensors), waits=QueueWaits(enqueue_timeout_s=20)) as queue:
         large = queue.enqueue([flagged(number, body=bytes(4 * tensors), suspect_label=7) for number in range(20)]).ids
         small = queue.enqueue([flagged(number, suspect_label=number % 5) for number in range(50)]).ids
         assert None not in small
@@ -275,7 +275,7 @@ def test_room_that_became_free_is_used_again(small):
 
 def test_capacity_that_was_lowered_still_lets_new_inputs_replace_old_ones(small, queue_url):
     first = small.enqueue([flagged(number) for number in range(10)]).ids
-    with Queue.open(queue_url, QueueSettings(max_items=4, enqueue_timeout_s=20)) as smaller:
+    with Queue.open(queue_url, QueueSettings(max_items=4), waits=QueueWaits(enqueue_timeout_s=20)) as smaller:
         kept = [smaller.enqueue([flagged(number)]).ids[0] for number in range(60)]
         assert smaller.counts().held_items == 10
         assert any(kept)

@@ -26,9 +26,9 @@ from guard.relabel.items import Answer, State
 from guard.relabel.migrating import migrate, revision_of
 from guard.relabel.queue import Queue
 from guard.relabel.schema import REVISION, metadata
-from guard.relabel.settings import QueueSettings
+from guard.relabel.settings import QueueWaits
 
-HURRIED = QueueSettings(wait_s=0.2, enqueue_timeout_s=0.1)
+HURRIED = QueueWaits(wait_s=0.2, enqueue_timeout_s=0.1)
 #: Seconds that a hurried call may take on a busy machine; without its limit it would wait for ever.
 SOON = 10.0
 
@@ -48,7 +48,7 @@ def queue(queue_url: str) -> Iterator[Queue]:
 @pytest.fixture
 def hurried(queue_url: str, queue: Queue) -> Iterator[Queue]:
     """The same queue, for a caller that hardly waits: what fails here because the machine is busy, fails by chance."""
-    with Queue.open(queue_url, HURRIED) as hurried:
+    with Queue.open(queue_url, waits=HURRIED) as hurried:
         yield hurried
 
 
@@ -164,7 +164,7 @@ def own_server() -> Iterator[PostgresServer]:
 
 def test_postgresql_gone_for_a_while_loses_nothing_and_is_used_again(own_server):
     url = own_server.create_database()
-    with Queue.open(url) as queue, Queue.open(url, HURRIED) as hurried:
+    with Queue.open(url) as queue, Queue.open(url, waits=HURRIED) as hurried:
         ids = queue.enqueue([flagged(number) for number in range(5)]).ids
         queue.claim_items("ana", ids[:2])
         decision = queue.decide("ana", ids[0], is_poisoned=True, true_label=5)
@@ -189,7 +189,7 @@ def test_postgresql_gone_for_a_while_loses_nothing_and_is_used_again(own_server)
 
 def test_postgresql_that_hangs_is_unavailable_in_time(own_server):
     url = own_server.create_database()
-    with Queue.open(url) as queue, Queue.open(url, HURRIED) as hurried:
+    with Queue.open(url) as queue, Queue.open(url, waits=HURRIED) as hurried:
         queue.enqueue([flagged(0)])
         own_server.freeze()
         try:

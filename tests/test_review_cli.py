@@ -104,6 +104,29 @@ def test_address_for_the_status_page_that_is_none_is_one_line(database, capsys, 
     assert f"{option} must be an http or https address, got 'localhost'" in " ".join(capsys.readouterr().err.split())
 
 
+def test_settings_of_the_queue_are_shown_and_changed_and_an_import_keeps_to_them(
+    database, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    command = ["review", "--queue", database, "settings"]
+    assert run([*command, "--quorum", "2", "--lease-minutes", "5", "--max-items", "5000"]) == 0
+    assert run(command) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines.count(["quorum", "2", "1"]) == lines.count(["max_items", "5,000", "100,000"]) == 2
+    assert lines.count(["lease_s", "300.0", "600.0"]) == lines.count(["max_held", "100"]) == 2
+    assert run([*command, "--quorum", "0"]) == 2
+    assert "quorum must be above 0 and finite, got 0." in capsys.readouterr().err
+    with Queue.open(queue_url(database)) as queue:
+        (item_id,) = queue.enqueue([picture(1)]).ids
+        Reviewers(queue).add("ada")
+        Reviewers(queue).add("bob")
+    Path("answers.csv").write_text(f"item,verdict,true_label\n{item_id},poisoned,3\n")
+    for name, state in (("ada", State.PENDING), ("bob", State.DECIDED)):
+        assert run(["review", "--queue", database, "import", "answers.csv", "--reviewer", name]) == 0
+        with Queue.open(queue_url(database)) as queue:
+            assert queue.get(item_id).state is state
+
+
 def test_port_in_use_is_a_clear_error():
     with listening_socket("127.0.0.1", 0) as taken:
         taken.listen()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from review_helpers import workspace_of
 from serving_helpers import Worker, Workshop, png
 
 from guard import Guard
@@ -281,12 +282,30 @@ def test_queue_that_cannot_be_opened_at_first_is_opened_later(
         time.sleep(0.05)
 
 
+def test_detectors_fire_on_the_page_as_in_the_log_at_the_rate_that_is_served(
+    serve: Serve, url: str, flagged: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    worker = serve(false_positive_rate=0.2)
+    bundle = worker.handler._runtime.current
+    assert bundle.config.false_positive_rate == 0.2
+    capfd.readouterr()
+    worker.ask(*(png(image) for image in flagged[:8]))
+    logged = [json.loads(line) for line in capfd.readouterr().err.splitlines() if '"request"' in line]
+    assert len(logged) == len(flagged)
+    with Queue.open(url) as queue:
+        workspace = workspace_of(queue)
+        for line in logged:
+            [item] = workspace.queue.claim("ada", 1, order="age")
+            shown = workspace.view(item).signs
+            assert sum(is_fired for sign in shown for _, _, is_fired in sign.places) == len(line["detectors"]) > 0
+
+
 def test_body_that_is_too_large_for_the_queue_is_left_out(
     serve: Serve, url: str, flagged: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = serve()
-    queue = worker.handler._runtime.review_queue._queue
-    queue.settings = type(queue.settings)(max_body_bytes=10)
+    with Queue.open(url) as queue:
+        queue.change_settings(max_body_bytes=10)  # a server that runs keeps to it
     (answer,) = worker.ask(png(flagged[0]))
     (item,) = queued(url)
     assert answer.headers["Guard-Review"] == "queued"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from guard.cli.options import Architecture, Bundles, Device, MetricsPort, QueueUrl
-from guard.cli.output import print_warning, progress_bar, say, tell, write
+from guard.cli.output import plain_table, print_table, print_warning, progress_bar, say, tell, write
 from guard.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
     from guard.review.workspace import Workspace
 
 Name = Annotated[str, typer.Argument(help="Name of the reviewer.")]
+Quorum = Annotated[int | None, typer.Option(help="Reviewers who must agree before 'poisoned' counts.")]
+LeaseMinutes = Annotated[float | None, typer.Option(help="How long an item belongs to who looks at it.")]
+MaxHeld = Annotated[int | None, typer.Option(help="Items that one reviewer holds at once at most.")]
+RetentionDays = Annotated[
+    float | None, typer.Option(help="Days after which images are removed, unless answered and not yet learned from.")
+]
 
 review_app = typer.Typer(
     invoke_without_command=True,
@@ -42,12 +49,10 @@ def review(
     device: Device = "cpu",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 = any free one.")] = 8090,
-    quorum: Annotated[int, typer.Option(help="Reviewers who must agree before 'poisoned' counts.")] = 1,
-    lease_minutes: Annotated[float, typer.Option(help="How long an item belongs to who looks at it.")] = 10.0,
-    max_held: Annotated[int, typer.Option(help="Items that one reviewer holds at once at most.")] = 100,
-    retention_days: Annotated[
-        float, typer.Option(help="Days after which images are removed, unless answered and not yet learned from.")
-    ] = 30.0,
+    quorum: Quorum = None,
+    lease_minutes: LeaseMinutes = None,
+    max_held: MaxHeld = None,
+    retention_days: RetentionDays = None,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(metavar="<str>", help="Name that browsers may ask for, besides the loopback's; may be repeated."),
@@ -71,7 +76,6 @@ def review(
     from guard.observing.collectors import QueueCollector
     from guard.observing.exporting import exporting
     from guard.relabel.queue import Queue
-    from guard.relabel.settings import QueueSettings
     from guard.review.server import LOOPBACK_ADDRESSES, serve_until_stopped
     from guard.review.workspace import ReviewSettings
 
@@ -82,10 +86,11 @@ def review(
         print_warning(f"--host {host} without --certificate: tokens cross the network in clear. Put https before it.")
     if host not in (*LOOPBACK_ADDRESSES, "0.0.0.0", "::"):
         names = (*names, host)
-    settings = QueueSettings(
-        quorum=quorum, lease_s=60 * lease_minutes, max_held=max_held, retention_days=retention_days
-    )
-    with Queue.open(_named(queue), settings) as opened:
+    changes = _changes(quorum=quorum, lease_minutes=lease_minutes, max_held=max_held, retention_days=retention_days)
+    with Queue.open(_named(queue)) as opened:
+        if changes:
+            opened.change_settings(**changes)
+            tell(f"{', '.join(changes)}: set for the whole queue, see guard review settings")
         workspace = open_workspace(
             opened,
             bundles,
@@ -104,6 +109,38 @@ def review(
                 say(f"metrics on {beside.enter_context(exporting(metrics_port, QueueCollector(opened)))}")
             serve_until_stopped(workspace, host, port, **pem, on_ready=_say_ready)
     say("stopped")
+
+
+@review_app.command()
+def settings(
+    context: typer.Context,
+    quorum: Quorum = None,
+    max_items: Annotated[int | None, typer.Option(help="Items whose images are kept at most.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Bytes of their bodies and tensors at most.")] = None,
+    max_body_bytes: Annotated[int | None, typer.Option(help="Bytes of one request's body at most.")] = None,
+    max_held: MaxHeld = None,
+    lease_minutes: LeaseMinutes = None,
+    retention_days: RetentionDays = None,
+    queue: QueueUrl = None,
+) -> None:
+    """Show the settings of the queue, or change them: for servers, page, imports and retrainer, while they run."""
+    from guard.relabel.settings import QueueSettings
+
+    changes = _changes(
+        quorum=quorum,
+        max_items=max_items,
+        max_bytes=max_bytes,
+        max_body_bytes=max_body_bytes,
+        max_held=max_held,
+        lease_minutes=lease_minutes,
+        retention_days=retention_days,
+    )
+    with _open(context, queue) as opened:
+        now, usual = asdict(opened.change_settings(**changes) if changes else opened.settings), asdict(QueueSettings())
+    table = plain_table("setting", "value", "usually")
+    for name, value in now.items():
+        table.add_row(name, f"{value:,}", "" if value == usual[name] else f"{usual[name]:,}")
+    print_table(table)
 
 
 @review_app.command("add-user")
@@ -195,7 +232,6 @@ def import_file(
     file: Annotated[Path, typer.Argument(help="Label Studio JSON, or CSV with item, verdict and true_label.")],
     reviewer: Annotated[str, typer.Option(help="In whose name the answers are saved.")],
     bundles: Bundles = Path("bundles"),
-    quorum: Annotated[int, typer.Option(help="As the page's.")] = 1,
     queue: QueueUrl = None,
 ) -> None:
     """Save the answers of a file: all of them, or none and say why."""
@@ -206,7 +242,7 @@ def import_file(
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read as UTF-8 text: {error}.") from error
-    with _open(context, queue, quorum=quorum) as opened:
+    with _open(context, queue) as opened:
         if reviewer not in Reviewers(opened).names():
             raise DataError(f"there is no reviewer {reviewer!r}. Add one with `guard review add-user`.")
         done = import_text(open_workspace(opened, bundles), reviewer, text)
@@ -272,11 +308,16 @@ def _say_ready(url: str) -> None:
     sys.stdout.flush()
 
 
-def _open(context: typer.Context, queue: str | None, *, quorum: int = 1) -> Queue:
-    from guard.relabel.queue import Queue
-    from guard.relabel.settings import QueueSettings
+def _changes(*, lease_minutes: float | None = None, **given: float | None) -> dict[str, float]:
+    """Return the settings of the queue that were given, by their names."""
+    given["lease_s"] = None if lease_minutes is None else 60 * lease_minutes
+    return {name: value for name, value in given.items() if value is not None}
 
-    return Queue.open(_named(queue or context.obj), QueueSettings(quorum=quorum))
+
+def _open(context: typer.Context, queue: str | None) -> Queue:
+    from guard.relabel.queue import Queue
+
+    return Queue.open(_named(queue or context.obj))
 
 
 def _named(queue: str | None) -> str:

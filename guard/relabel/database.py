@@ -142,7 +142,9 @@ def translated(error: Exception) -> QueueError:
     if isinstance(error, exc.TimeoutError) or "is locked" in text or sqlstate in ("55P03", "57014", "40P01"):
         return QueueUnavailable(f"the queue is locked by others for too long ({text}). Try again.")
     if "is full" in text or sqlstate.startswith("53"):
-        return QueueUnavailable(f"the queue cannot grow ({text}). Make room on its disk, or lower its max_bytes.")
+        return QueueUnavailable(
+            f"the queue cannot grow ({text}). Make room on its disk, or lower max_bytes with guard review settings."
+        )
     if isinstance(cause, sqlite3.OperationalError) or isinstance(error, exc.OperationalError):
         return QueueUnavailable(f"the queue's database cannot be used ({text}). Is it there, and may it be written?")
     if getattr(error, "connection_invalidated", False) or isinstance(error, exc.InterfaceError):

@@ -11,7 +11,7 @@ from sqlalchemy.engine import Connection
 
 from guard.errors import BodyTooLarge
 from guard.relabel import statements
-from guard.relabel.items import Enqueued, FlaggedInput, State
+from guard.relabel.items import Enqueued, State
 from guard.relabel.reservoir import Body, GroupKey, Reservoir, Share, Waiting
 from guard.relabel.rows import Rows
 from guard.relabel.settings import QueueSettings
@@ -22,15 +22,13 @@ _LOOK_AT = 2
 _SHARES_AGE_S = 1.0
 
 
-def check_bodies(inputs: Sequence[FlaggedInput], settings: QueueSettings) -> None:
+def _check_bodies(sizes: Sequence[int], largest: int) -> None:
     """Raise `BodyTooLarge` if a body is larger than the settings allow; nothing of the batch is stored then."""
-    largest = settings.max_body_bytes
-    positions = tuple(place for place, one in enumerate(inputs) if len(one.body) > largest)
+    positions = tuple(place for place, size in enumerate(sizes) if size > largest)
     if positions:
-        size = len(inputs[positions[0]].body)
         raise BodyTooLarge(
-            f"max_body_bytes is {largest}, got a body of {size} bytes (input {positions[0]} of {len(inputs)}). "
-            "Raise the setting, or leave the input out.",
+            f"max_body_bytes is {largest}, got a body of {sizes[positions[0]]} bytes (input {positions[0]} of "
+            f"{len(sizes)}). Raise it with guard review settings --max-body-bytes, or leave the input out.",
             positions,
         )
 
@@ -38,20 +36,34 @@ def check_bodies(inputs: Sequence[FlaggedInput], settings: QueueSettings) -> Non
 class Admission:
     """Writes batches of new items; remembers for a moment what every group holds."""
 
-    def __init__(self, settings: QueueSettings) -> None:
-        self._settings = settings
+    def __init__(self) -> None:
         self._shares: dict[GroupKey, Share] = {}
         self._shares_at = float("-inf")
 
-    def admit(self, connection: Connection, batch: Sequence[Rows]) -> Enqueued:
-        """Store what there is room for, and count what is dropped, in the caller's transaction."""
+    def admit(self, connection: Connection, batch: Sequence[Rows], body_sizes: Sequence[int]) -> Enqueued:
+        """Store what there is room for, and count what is dropped, in the caller's transaction.
+
+        Parameters
+        ----------
+        connection : Connection
+        batch : sequence of Rows
+        body_sizes : sequence of int
+            Bytes of each body as it came.
+
+        Raises
+        ------
+        BodyTooLarge
+            If one is above `max_body_bytes`.
+        """
         if not batch:
             return Enqueued((), 0)
-        last_id, held_items, held_bytes = connection.execute(statements.LEDGER).one()
+        last_id, held_items, held_bytes, text = connection.execute(statements.LEDGER).one()
+        settings = QueueSettings.from_json(text)
+        _check_bodies(body_sizes, settings.max_body_bytes)
         stored = _Stored(connection, max(16, _LOOK_AT * len(batch)))
         reservoir = Reservoir(
-            max(0, self._settings.max_items - held_items),  # below 0 after a setting was lowered: then none is added
-            max(0, self._settings.max_bytes - held_bytes),
+            max(0, settings.max_items - held_items),  # below 0 after a setting was lowered: then none is added
+            max(0, settings.max_bytes - held_bytes),
             stored.lowest,
             stored.largest,
             lambda: self._known_shares(connection),

@@ -50,7 +50,7 @@ def insert_gold(
     connection: Connection, rows: Rows, is_poisoned: bool, true_label: int | None, copy_of: int | None
 ) -> int:
     """Store an item whose answer is known, and return its number; there is always room for it."""
-    last_id, _, _ = connection.execute(statements.LEDGER).one()
+    last_id = connection.execute(statements.LEDGER).one().last_item_id
     insert_rows(connection, {last_id + 1: rows})
     values: dict[str, Any] = {
         "item_id": last_id + 1,

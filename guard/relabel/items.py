@@ -70,6 +70,8 @@ class FlaggedInput:
     activations: Activations
     #: Aware, UTC.
     received_at: datetime
+    #: At which the server flagged it; None: of an earlier version, which did not say.
+    false_positive_rate: float | None = None
 
     def __post_init__(self) -> None:
         if self.received_at.utcoffset() != timedelta(0):
@@ -88,7 +90,8 @@ class FlaggedInput:
             if not 0 <= label < self.n_classes:
                 raise DataError(f"{name} must be in [0, {self.n_classes}), got {label}.")
             object.__setattr__(self, name, operator.index(label))  # a database driver does not know NumPy's integers
-        numbers = {"combined": self.combined, "p_value": self.p_value, "backup_confidence": self.backup_confidence}
+        names = ("combined", "p_value", "backup_confidence", "false_positive_rate")
+        numbers = {name: getattr(self, name) for name in names}
         for name, number in numbers.items():
             if number is not None:
                 if not np.isfinite(number):

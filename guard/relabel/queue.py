@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from guard.errors import QueueKeyError
+from guard.errors import ConfigError, QueueKeyError
 from guard.relabel import chain, claiming, reading, statements, sweeping
 from guard.relabel.call_thread import CallThread
 from guard.relabel.chain import Audit
@@ -18,7 +19,7 @@ from guard.relabel.claiming import Claiming
 from guard.relabel.database import Database
 from guard.relabel.deciding import Deciding
 from guard.relabel.encryption import KEY_VARIABLE, Cipher
-from guard.relabel.enqueueing import Admission, check_bodies
+from guard.relabel.enqueueing import Admission
 from guard.relabel.gold import Eyes, disguised, insert_gold, note_learned
 from guard.relabel.items import (
     Answer,
@@ -35,7 +36,7 @@ from guard.relabel.items import (
 from guard.relabel.migrating import migrate
 from guard.relabel.rows import Codec
 from guard.relabel.schema import ledger
-from guard.relabel.settings import QueueSettings
+from guard.relabel.settings import QueueSettings, QueueWaits
 from guard.relabel.statements import Order
 from guard.types import Float32Array, IntArray
 
@@ -57,19 +58,24 @@ class Queue:
     """
 
     def __init__(
-        self, database: Database, settings: QueueSettings, cipher: Cipher | None, clock: Callable[[], datetime]
+        self, database: Database, waits: QueueWaits, cipher: Cipher | None, clock: Callable[[], datetime]
     ) -> None:
         self.database = database
-        self.settings = settings
+        self.waits = waits
         self.clock = clock
         self._codec = Codec(cipher)
-        self._admission = Admission(settings)
+        self._admission = Admission()
         self._call_thread = CallThread()
         self._random = random.SystemRandom()
 
     @classmethod
     def open(
-        cls, url: str, settings: QueueSettings | None = None, *, clock: Callable[[], datetime] = _utc_now
+        cls,
+        url: str,
+        settings: QueueSettings | None = None,
+        *,
+        waits: QueueWaits | None = None,
+        clock: Callable[[], datetime] = _utc_now,
     ) -> Queue:
         """Open a queue, and build or migrate its tables.
 
@@ -78,6 +84,9 @@ class Queue:
         url : str
             `sqlite:///path` or `postgresql://user@host/name`.
         settings : QueueSettings, optional
+            From now on those of the queue, for every process; left out, they stay as they are.
+        waits : QueueWaits, optional
+            How long this process waits; default is what the environment says.
         clock : callable
             -> the time now, aware UTC; for tests.
 
@@ -92,16 +101,19 @@ class Queue:
         QueueUnavailable
             If the database cannot be reached or written.
         """
-        settings = settings or QueueSettings()
+        waits = waits or QueueWaits.from_environment()
         cipher = Cipher.from_environment()
-        database = Database(url, settings.wait_s)
+        database = Database(url, waits.wait_s)
         try:
             migrate(database)
             _check_key(database, cipher)
+            queue = cls(database, waits, cipher, clock)
+            if settings is not None:
+                queue.change_settings(**asdict(settings))
         except BaseException:
             database.close()
             raise
-        return cls(database, settings, cipher, clock)
+        return queue
 
     def close(self) -> None:
         """Close all connections."""
@@ -115,6 +127,41 @@ class Queue:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def settings(self) -> QueueSettings:
+        """The settings of the queue as they are now; another process may change them.
+
+        Raises
+        ------
+        ConfigError
+            If what the database holds are none.
+        """
+        with self.database.reading() as connection:
+            return reading.read_settings(connection)
+
+    def change_settings(self, **changes: float | None) -> QueueSettings:
+        """Change settings of the queue for every process, from its next step on; return all of them.
+
+        Parameters
+        ----------
+        **changes
+            Fields of `QueueSettings`; those that are None stay as they are.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such setting, or a value breaks its rule.
+        """
+        with self.database.writing(durable=True) as connection:
+            connection.execute(statements.LEDGER)  # of two changes at once, the second sees the first
+            try:
+                settings = reading.read_settings(connection)
+            except ConfigError:  # whatever was written there by hand
+                settings = QueueSettings()
+            settings = settings.changed(**changes)
+            connection.execute(statements.CHANGE_SETTINGS, {"changed": settings.to_json()})
+        return settings
 
     # --- the server ---
 
@@ -133,13 +180,13 @@ class Queue:
         QueueUnavailable
             If the queue cannot be written within `enqueue_timeout_s`.
         """
-        check_bodies(inputs, self.settings)
-        batch = [self._codec.encode(one, self._random.random()) for one in inputs]
-        timeout_s = self.settings.enqueue_timeout_s
+        batch = [self._codec.encode(flagged, self._random.random()) for flagged in inputs]
+        body_sizes = [len(flagged.body) for flagged in inputs]
+        timeout_s = self.waits.enqueue_timeout_s
 
         def store(wait_s: float) -> Enqueued:
             with self.database.writing(wait_s=wait_s) as connection:
-                return self._admission.admit(connection, batch)
+                return self._admission.admit(connection, batch, body_sizes)
 
         if self.database.is_sqlite:
             return store(timeout_s)
@@ -184,8 +231,8 @@ class Queue:
 
     def renew(self, reviewer: str, ids: Sequence[int]) -> list[int]:
         """Start the leases of these items anew; return those that were still the reviewer's."""
-        until = self._lease_end()
         with self.database.writing(passing=True) as connection:
+            until = self.clock() + timedelta(seconds=reading.read_settings(connection).lease_s)
             return claiming.renew(connection, reviewer, ids, self.clock(), until)
 
     def release(self, reviewer: str, ids: Sequence[int]) -> list[int]:
@@ -227,7 +274,7 @@ class Queue:
             If a true label is none of the model's classes.
         """
         with self.database.writing(durable=True) as connection:
-            deciding = Deciding(connection, reviewer, self.settings, self.clock(), also_free=also_free)
+            deciding = self._deciding(connection, reviewer, also_free=also_free)
             return [
                 decision
                 for start in range(0, len(answers), _ANSWERS_AT_ONCE)
@@ -251,7 +298,7 @@ class Queue:
             If there is no such decision.
         """
         with self.database.writing(durable=True) as connection:
-            deciding = Deciding(connection, reviewer, self.settings, self.clock())
+            deciding = self._deciding(connection, reviewer)
             return deciding.supersede(decision_id, is_poisoned, true_label, note)
 
     def withdraw(self, reviewer: str, decision_id: int) -> None:
@@ -267,7 +314,7 @@ class Queue:
             If there is no such decision, or it is another reviewer's.
         """
         with self.database.writing(durable=True) as connection:
-            Deciding(connection, reviewer, self.settings, self.clock()).withdraw(decision_id)
+            self._deciding(connection, reviewer).withdraw(decision_id)
 
     # --- housekeeping ---
 
@@ -411,14 +458,14 @@ class Queue:
         with self.database.reading() as connection:
             return reading.read_gold_results(connection, reviewer)
 
-    def _lease_end(self) -> datetime:
-        return self.clock() + timedelta(seconds=self.settings.lease_s)
-
     def _eyes(self, connection: Connection, reviewer: str) -> Eyes:
-        return Eyes(connection, reviewer, self.settings.quorum)
+        return Eyes(connection, reviewer, reading.read_settings(connection).quorum)
 
     def _claiming(self, connection: Connection, reviewer: str) -> Claiming:
-        return Claiming(connection, reviewer, self.settings, self.clock())
+        return Claiming(connection, reviewer, reading.read_settings(connection), self.clock())
+
+    def _deciding(self, connection: Connection, reviewer: str, *, also_free: bool = False) -> Deciding:
+        return Deciding(connection, reviewer, reading.read_settings(connection), self.clock(), also_free=also_free)
 
     def _read(self, ids: Sequence[int]) -> list[QueueItem]:
         if not ids:

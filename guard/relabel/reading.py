@@ -16,6 +16,7 @@ from guard.relabel.deciding import gone
 from guard.relabel.items import Counts, Decision, GoldResult, Group, QueueItem, State
 from guard.relabel.rows import Codec, decision_of
 from guard.relabel.schema import decisions, items
+from guard.relabel.settings import QueueSettings
 from guard.types import Float32Array, IntArray
 
 #: Items that are read by one statement; SQLite bounds how many numbers one may name.
@@ -89,6 +90,11 @@ def list_decisions(connection: Connection, *, after_id: int, reviewer: str | Non
     if reviewer is not None:
         statement = statement.where(decisions.c.reviewer == reviewer)
     return [decision_of(row) for row in connection.execute(statement).mappings()]
+
+
+def read_settings(connection: Connection) -> QueueSettings:
+    """Return the settings of the queue."""
+    return QueueSettings.from_json(connection.execute(statements.SETTINGS).scalar())
 
 
 def read_counts(connection: Connection) -> Counts:

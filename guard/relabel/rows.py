@@ -26,6 +26,7 @@ _SAME = (
     "backup_confidence",
     "combined",
     "p_value",
+    "false_positive_rate",
     "reason",
     "content_type",
 )

@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 #: The newest migration; a test holds it to `migrations/versions`.
-REVISION = "0002"
+REVISION = "0003"
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -39,7 +39,7 @@ metadata = sa.MetaData(
     }
 )
 
-#: One row: the last item's number, what is held, and the sealed constant that proves the encryption key.
+#: One row: the last item's number, what is held, the sealed constant that proves the encryption key, and settings.
 ledger = sa.Table(
     "ledger",
     metadata,
@@ -48,6 +48,8 @@ ledger = sa.Table(
     sa.Column("held_items", sa.BigInteger, nullable=False),
     sa.Column("held_bytes", sa.BigInteger, nullable=False),
     sa.Column("key_check", sa.LargeBinary),
+    #: JSON of the settings that are not as usual; NULL = all are.
+    sa.Column("settings", sa.Text),
 )
 
 #: One row per flagged input. Bodies and tensors are in `blobs`, so that a claim touches little.
@@ -86,6 +88,8 @@ items = sa.Table(
     sa.Column("content_type", sa.Text, nullable=False),
     #: Bytes of `size` that the item can do without: its body, where that is larger than its tensors; else 0.
     sa.Column("spare_bytes", sa.BigInteger, nullable=False, server_default="0"),
+    #: At which it was flagged; NULL for an item of an earlier version.
+    sa.Column("false_positive_rate", sa.Float(53)),
 )
 
 

@@ -1,16 +1,22 @@
-"""Settings of the queue: how much it holds, how long, and how long anybody waits for it."""
+"""Settings of the queue, the same for every process that opens it; and how long one process waits for it."""
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass, fields
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Self
 
 from guard.errors import ConfigError
+
+#: Seconds that a server waits for the queue at most, where its environment says so.
+TIMEOUT_VARIABLE = "GUARD_QUEUE_TIMEOUT_S"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueSettings:
-    """Settings of one queue; a setting must be a finite number above 0.
+    """How much a queue holds, how long, and when an answer counts. They are kept in the queue's own database.
 
     Raises
     ------
@@ -22,6 +28,8 @@ class QueueSettings:
     max_items: int = 100_000
     #: Bytes of bodies and tensors at most.
     max_bytes: int = 4 * 2**30
+    #: Bytes of one request's body at most.
+    max_body_bytes: int = 16 * 2**20
     #: Days after which the images of an item are removed, unless it is decided and not yet trained.
     retention_days: float = 30.0
     #: Seconds for which a claimed item belongs to its reviewer.
@@ -30,18 +38,84 @@ class QueueSettings:
     max_held: int = 100
     #: Reviewers who must say "poisoned", with the same true label, before an item counts as decided.
     quorum: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self, whole=("max_items", "max_bytes", "max_body_bytes", "max_held", "quorum"))
+
+    def changed(self, **changes: Any) -> Self:
+        """Return the same with other values; those that are None stay.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such setting, or a value breaks its rule.
+        """
+        known = [field.name for field in fields(self)]
+        if unknown := sorted(changes.keys() - set(known)):
+            raise ConfigError(f"the queue has no setting {unknown[0]!r}: it has {', '.join(known)}.")
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+    def to_json(self) -> str:
+        """Return what is not as usual, for the database."""
+        usual = asdict(QueueSettings())
+        return json.dumps({name: value for name, value in asdict(self).items() if value != usual[name]}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str | None) -> Self:
+        """Return the settings that `to_json` wrote; the usual ones of None.
+
+        Raises
+        ------
+        ConfigError
+            If it is something else.
+        """
+        try:
+            return cls(**json.loads(text or "{}"))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ConfigError(
+                f"the queue's settings cannot be read: {error}. Set them anew with guard review settings."
+            ) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueWaits:
+    """How long this process waits for the queue's database.
+
+    Raises
+    ------
+    ConfigError
+        If a value breaks its rule; the text names key, rule and value.
+    """
+
     #: Seconds that a server waits for the queue at most.
     enqueue_timeout_s: float = 0.25
     #: Seconds that everybody else waits for the queue at most.
     wait_s: float = 10.0
-    #: Bytes of one request's body at most.
-    max_body_bytes: int = 16 * 2**20
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self)):
-            value = getattr(self, name)
-            is_whole = name in ("max_items", "max_bytes", "quorum", "max_held", "max_body_bytes")
-            if isinstance(value, bool) or not isinstance(value, int if is_whole else (int, float)):
-                raise ConfigError(f"{name} must be {'a whole number' if is_whole else 'a number'}, got {value!r}.")
-            if not math.isfinite(value) or value <= 0:
-                raise ConfigError(f"{name} must be above 0 and finite, got {value!r}.")
+        _check(self, whole=())
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Return the usual ones, but for what `GUARD_QUEUE_TIMEOUT_S` says.
+
+        Raises
+        ------
+        ConfigError
+            If it is no number above 0.
+        """
+        text = os.environ.get(TIMEOUT_VARIABLE)
+        if not text:
+            return cls()
+        try:
+            return cls(enqueue_timeout_s=float(text))
+        except ValueError as error:
+            raise ConfigError(f"{TIMEOUT_VARIABLE} must be seconds above 0, got {text!r}.") from error
+
+
+def _check(settings: QueueSettings | QueueWaits, whole: tuple[str, ...]) -> None:
+    for name, value in asdict(settings).items():
+        if isinstance(value, bool) or not isinstance(value, int if name in whole else (int, float)):
+            raise ConfigError(f"{name} must be {'a whole number' if name in whole else 'a number'}, got {value!r}.")
+        if not math.isfinite(value) or value <= 0:
+            raise ConfigError(f"{name} must be above 0 and finite, got {value!r}.")

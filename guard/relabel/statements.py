@@ -29,13 +29,16 @@ _IS_ORDINARY = items.c.ticket < 1.0
 # --- enqueueing ---
 
 #: What is held. In PostgreSQL it is also the lock behind which enqueues queue up.
-LEDGER = sa.select(ledger.c.last_item_id, ledger.c.held_items, ledger.c.held_bytes).with_for_update()
+LEDGER = sa.select(ledger.c.last_item_id, ledger.c.held_items, ledger.c.held_bytes, ledger.c.settings).with_for_update()
 #: Note what came and went.
 UPDATE_LEDGER = sa.update(ledger).values(
     last_item_id=ledger.c.last_item_id + sa.bindparam("new_ids"),
     held_items=ledger.c.held_items + sa.bindparam("more_items"),
     held_bytes=ledger.c.held_bytes + sa.bindparam("more_bytes"),
 )
+#: The settings of the queue, and a change of them.
+SETTINGS = sa.select(ledger.c.settings)
+CHANGE_SETTINGS = sa.update(ledger).values(settings=sa.bindparam("changed"))
 INSERT_ITEM = sa.insert(items)
 INSERT_BLOBS = sa.insert(blobs)
 INSERT_GOLD = sa.insert(gold)

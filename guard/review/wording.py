@@ -72,7 +72,8 @@ def signs(flagged: FlaggedInput, label_name: str, mode: str | None, rate: float 
     mode : str or None
         Of the bundle. In `paper` mode a detector fires above its own threshold; else surprise is -log of a p-value.
     rate : float or None
-        Requested false-positive rate of the bundle; None: the usual one. A detector counts as fired by `fusion.fired`.
+        At which the server flagged it; None: the usual one. A detector counts as fired by `fusion.fired`, as in the
+        server's metrics.
     """
     by_kind: dict[str, list[tuple[str, float]]] = {}
     for name, surprise in flagged.surprise.items():

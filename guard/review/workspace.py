@@ -268,7 +268,7 @@ class Workspace:
                 flagged,
                 names[flagged.suspect_label],
                 known.mode if known else None,
-                known.false_positive_rate if known else None,
+                flagged.false_positive_rate or (known.false_positive_rate if known else None),
             ),
             wording.suspect_confidence(flagged),
             neighbours,

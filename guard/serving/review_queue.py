@@ -111,8 +111,8 @@ class ReviewQueue:
                 self._queue.close()
                 self._queue = None
 
-    def send(self, flagged: Sequence[Flagged], bundle_digest: str) -> list[Receipt]:
-        """Put the flagged requests of one batch into the queue; return one receipt per request."""
+    def send(self, flagged: Sequence[Flagged], bundle_digest: str, false_positive_rate: float) -> list[Receipt]:
+        """Put the requests of one batch that a bundle flagged at a rate into the queue; return one receipt each."""
         queue = self._queue
         if queue is None or time.monotonic() < self._pause_until:
             return ["unavailable"] * len(flagged)
@@ -120,7 +120,7 @@ class ReviewQueue:
         inputs: dict[int, FlaggedInput] = {}
         for place, one in enumerate(flagged):
             try:
-                inputs[place] = self._input(one, bundle_digest, received_at)
+                inputs[place] = self._input(one, bundle_digest, false_positive_rate, received_at)
             except DataError as error:  # one that no queue takes costs its neighbours nothing
                 logger.error("a flagged input cannot be queued: %s", error)
         receipts: list[Receipt] = ["unavailable"] * len(flagged)
@@ -143,7 +143,9 @@ class ReviewQueue:
                 inputs[position] = replace(inputs[position], body=b"", content_type="")
             return queue.enqueue(inputs).ids
 
-    def _input(self, one: Flagged, bundle_digest: str, received_at: datetime) -> FlaggedInput:
+    def _input(
+        self, one: Flagged, bundle_digest: str, false_positive_rate: float, received_at: datetime
+    ) -> FlaggedInput:
         from guard.relabel.items import FlaggedInput
 
         verdict, evidence = one.verdict, one.evidence
@@ -158,6 +160,7 @@ class ReviewQueue:
             surprise=evidence.surprise,
             combined=verdict.score,
             p_value=verdict.p_value,
+            false_positive_rate=false_positive_rate,
             reason=verdict.reason,
             content_type=one.content_type,
             body=one.body,

@@ -212,7 +212,7 @@ class GuardRuntime:
         """Queue the flagged requests of one batch for review; count and return one receipt each."""
         if not flagged or self.review_queue is None:
             return []
-        receipts = self.review_queue.send(flagged, str(guard.digest))
+        receipts = self.review_queue.send(flagged, str(guard.digest), guard.config.false_positive_rate)
         self.books.sent_to_review(receipts)
         return receipts
 
