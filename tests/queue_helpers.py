@@ -19,7 +19,8 @@ import psutil
 import psycopg
 
 from guard import Activations
-from guard.relabel.items import FlaggedInput
+from guard.relabel.items import FlaggedInput, QueueItem, State
+from guard.relabel.queue import Queue
 from guard.relabel.schema import metadata
 
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -146,6 +147,12 @@ class PostgresServer:
         )
         if done.returncode:
             raise RuntimeError(f"{program} failed: {done.stderr}")
+
+
+def settled_items(queue: Queue, model: str, *, untrained_only: bool = False) -> list[QueueItem]:
+    """Return the items of a model whose answer counts, as the retrainer reads them."""
+    ids = [entry.id for entry in queue.settled(model) if not untrained_only or entry.state is State.DECIDED]
+    return [item for part in queue.portions(ids, size=2) for item in part]
 
 
 def empty_postgresql_queue(url: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from queue_helpers import START, Clock, flagged
+from queue_helpers import START, Clock, flagged, settled_items
 from review_helpers import client_of, log_in, picture, workspace_of
 from starlette.testclient import TestClient
 
@@ -134,7 +134,7 @@ class World:
         self.look()
         self.ask(self.program, "POST", f"/api/v1/items/{HERE}/skip")
         self.ask(self.page, "POST", "/logout")
-        self.queue.mark_trained([item.id for item in self.queue.decided("digits")], "c" * 64)
+        self.queue.mark_trained([item.id for item in settled_items(self.queue, "digits")], "c" * 64)
         self.page = log_in(self.workspace, "bob", token=self.program.headers["Authorization"].split()[1])
         self.look()
         self.ask(self.program, "GET", "/api/v1/items/next?n=20")

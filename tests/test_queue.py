@@ -12,7 +12,7 @@ from datetime import datetime, timedelta, timezone
 import numpy as np
 import pytest
 import sqlalchemy as sa
-from queue_helpers import N_CLASSES, START, Clock, flagged
+from queue_helpers import N_CLASSES, START, Clock, flagged, settled_items
 
 from guard import Activations
 from guard.errors import (
@@ -452,7 +452,7 @@ def test_quorum_of_two_needs_two_reviewers_with_one_label(open_queue):
     assert queue.get(item_id).state is State.PENDING
     decision = decide(queue, item_id, "cleo", label=5)
     assert queue.get(item_id).decision == decision
-    assert ids_of(queue.decided("digits")) == [item_id]
+    assert ids_of(settled_items(queue, "digits")) == [item_id]
 
 
 def test_quorum_false_alarm_needs_one_unless_somebody_said_poisoned(open_queue):
@@ -499,11 +499,11 @@ def test_decided_lists_items_for_training_until_they_are_trained_with(queue):
     a, b, other = queue.enqueue([flagged(0), flagged(1), flagged(2, model="signs")]).ids
     for item_id in (a, b, other):
         decide(queue, item_id)
-    assert ids_of(queue.decided("digits")) == [a, b]
+    assert ids_of(settled_items(queue, "digits")) == [a, b]
     queue.mark_trained([a], "c" * 64)
     assert queue.get(a).state is State.TRAINED
-    assert ids_of(queue.decided("digits")) == [a, b]
-    assert ids_of(queue.decided("digits", untrained_only=True)) == [b]
+    assert ids_of(settled_items(queue, "digits")) == [a, b]
+    assert ids_of(settled_items(queue, "digits", untrained_only=True)) == [b]
 
 
 def test_mark_trained_leaves_an_answer_that_changed_meanwhile(queue):
@@ -511,7 +511,7 @@ def test_mark_trained_leaves_an_answer_that_changed_meanwhile(queue):
     learned = [decide(queue, same).id, decide(queue, changed).id]
     queue.supersede("ana", learned[1], is_poisoned=False, true_label=3)
     queue.mark_trained([same, changed], "c" * 64, decision_ids=learned)
-    assert ids_of(queue.decided("digits", untrained_only=True)) == [changed]
+    assert ids_of(settled_items(queue, "digits", untrained_only=True)) == [changed]
 
 
 # --- sweeping ---
@@ -628,7 +628,7 @@ def test_gold_item_is_asked_once_of_everybody_and_never_trained_with(queue, cloc
     assert [queue.gold_results(name).asked for name in ("ana", "ben", "cleo", "dan")] == [1, 1, 1, 0]
     queue.supersede("cleo", decision.id, is_poisoned=True, true_label=5)
     assert queue.gold_results("cleo").right == 1
-    assert queue.decided("digits") == []
+    assert settled_items(queue, "digits") == []
     clock.advance(days=29)
     queue.sweep()
     assert ids_of(queue.claim("dan")) == [gold]

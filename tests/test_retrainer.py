@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
+from queue_helpers import settled_items
 from retrainer_helpers import fit_guard, flagged_input, save_as_of_a_network, world
 
 from guard import Activations, Guard
@@ -118,7 +120,7 @@ def place(tmp_path, fitted) -> Iterator[Place]:
 def pair(reviewed, fitted) -> Pair:
     """A guard and a good candidate, for tests that are about what is done with one."""
     with Queue.open(f"sqlite:///{reviewed / 'queue.db'}") as queue:
-        items = queue.decided(MODEL)
+        items = settled_items(queue, MODEL)
         decisions = queue.decisions(limit=10_000)
     return fit_candidate(fitted, gather(fitted, items, decisions, RetrainerSettings()))
 
@@ -139,6 +141,19 @@ def rates(guard: Guard, seed: int = 900) -> tuple[float, float]:
 # --- a round ---
 
 
+def test_look_at_a_queue_where_nothing_is_due_reads_no_image_and_no_tensor(place, monkeypatch):
+    place.review()
+    retrainer = Retrainer(
+        place.queue, place.root / "bundles", MODEL, RetrainerSettings(enough_decisions=10_000, every_hours=0)
+    )
+    statements: list[str] = []
+    sa.event.listen(place.queue.database.engine, "before_cursor_execute", lambda *event: statements.append(event[2]))
+    with retrainer:
+        assert retrainer.step() is None
+    assert 3 < len(statements) < 12
+    assert not [text for text in statements if "blobs" in text or "scores" in text]
+
+
 def test_round_promotes_a_better_guard_and_marks_what_it_learned_from(place):
     place.review()
     finished = place.step()
@@ -155,7 +170,7 @@ def test_round_promotes_a_better_guard_and_marks_what_it_learned_from(place):
     assert (last.outcome, last.candidate_digest, last.n_decisions) == (
         "promoted",
         finished.candidate,
-        len(place.queue.decided(MODEL)),
+        len(settled_items(place.queue, MODEL)),
     )
     assert any(line.startswith("poisoned inputs whose true label the guard finds: ") for line in last.report["changes"])
     assert finished.line == f"round 1: promoted {finished.candidate[:12]}"
@@ -316,7 +331,7 @@ def test_a_hostile_reviewer_does_not_get_a_worse_guard_promoted_where_no_cap_hol
 
 def test_reviewers_who_contradict_each_other_stop_the_round(place, quick):
     place.review()
-    items = place.queue.decided(MODEL)
+    items = settled_items(place.queue, MODEL)
     for item in items[-30:]:  # false alarms: what is poisoned is enough to learn from
         place.queue.supersede("mallory", item.decision.id, is_poisoned=not item.decision.is_poisoned, true_label=0)
     finished = place.step()

@@ -450,6 +450,15 @@ def test_answers_are_paged(queue):
     assert len(workspace.log.newest("ada", 1000)) == 60
 
 
+def test_model_that_came_after_many_items_of_others_is_known_and_can_be_retrained(queue):
+    queue.enqueue([picture(number, model="first") for number in range(25)])
+    queue.enqueue([picture(99, model="newer")])
+    workspace = workspace_of(queue)
+    assert workspace.models() == ["first", "newer"]
+    workspace.ask_for_retraining("newer", "ada")
+    assert workspace.rounds.take_request("newer") == "ada"
+
+
 def test_quorum_of_two_needs_a_second_reviewer(queue, tmp_path):
     queue.enqueue([picture()])
     with Queue.open(f"sqlite:///{tmp_path / 'queue.db'}", QueueSettings(quorum=2)) as opened:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -102,6 +103,17 @@ class FlaggedInput:
     def n_classes(self) -> int:
         """Number of classes that the suspect model knows; a true label is below it."""
         return int(self.activations.logits.shape[1])
+
+
+class Settled(NamedTuple):
+    """An item whose answer counts, by its numbers alone."""
+
+    id: int
+    #: Decided or trained.
+    state: State
+    decision_id: int
+    #: Of the bundle that flagged it.
+    bundle_digest: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

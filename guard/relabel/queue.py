@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -30,6 +31,7 @@ from guard.relabel.items import (
     GoldResult,
     Group,
     QueueItem,
+    Settled,
     State,
     Swept,
 )
@@ -376,11 +378,35 @@ class Queue:
 
     # --- retraining ---
 
-    def decided(self, model: str, *, untrained_only: bool = False) -> list[QueueItem]:
-        """Return all items of a model whose answer counts; gold items are left out."""
+    def settled(self, model: str) -> list[Settled]:
+        """Return the numbers of all items of a model whose answer counts; gold items are left out."""
         with self.database.reading() as connection:
-            ids = reading.list_decided(connection, model, untrained_only)
-            return reading.read_items(connection, self._codec, ids)
+            return reading.list_settled(connection, model)
+
+    def count_settled(self, model: str, *, since: datetime | None = None) -> int:
+        """Count the items of a model whose answer counts, or those of them whose answer came after a time."""
+        values: dict[str, Any] = {"model": model} | ({} if since is None else {"since": since})
+        statement = statements.COUNT_SETTLED if since is None else statements.COUNT_SETTLED_SINCE
+        with self.database.reading() as connection:
+            return int(connection.execute(statement, values).scalar_one())
+
+    def count_pending(self, model: str, *, after_id: int = 0) -> int:
+        """Count the pending items of a model with a number above one."""
+        with self.database.reading() as connection:
+            values = {"model": model, "after_id": after_id}
+            return int(connection.execute(statements.COUNT_PENDING_AFTER, values).scalar_one())
+
+    def newest_pending(self, model: str) -> int:
+        """Return the highest number of a pending item of a model, 0 if there is none."""
+        with self.database.reading() as connection:
+            return int(connection.execute(statements.NEWEST_PENDING, {"model": model}).scalar_one())
+
+    def portions(self, ids: Sequence[int], *, size: int = _AT_ONCE) -> Iterator[list[QueueItem]]:
+        """Yield the named items in parts, without the bodies of their requests; those without images are left out."""
+        for start in range(0, len(ids), size):
+            with self.database.reading() as connection:
+                part = reading.read_items(connection, self._codec, ids[start : start + size], with_bodies=False)
+            yield part
 
     def mark_trained(
         self, ids: Sequence[int], bundle_digest: str, *, decision_ids: Sequence[int] | None = None

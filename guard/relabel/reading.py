@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection
 from guard.errors import ItemGone
 from guard.relabel import statements
 from guard.relabel.deciding import gone
-from guard.relabel.items import Counts, Decision, GoldResult, Group, QueueItem, State
+from guard.relabel.items import Counts, Decision, GoldResult, Group, QueueItem, Settled, State
 from guard.relabel.rows import Codec, decision_of
 from guard.relabel.schema import decisions, items
 from guard.relabel.settings import QueueSettings
@@ -25,12 +25,15 @@ _AT_ONCE = 500
 _SAMPLES = 12
 
 
-def read_items(connection: Connection, codec: Codec, ids: Sequence[int]) -> list[QueueItem]:
+def read_items(
+    connection: Connection, codec: Codec, ids: Sequence[int], *, with_bodies: bool = True
+) -> list[QueueItem]:
     """Return the named items in that order; those without images are left out."""
     found: dict[int, QueueItem] = {}
+    statement = statements.ITEMS_BY_ID if with_bodies else statements.ITEMS_WITHOUT_BODY_BY_ID
     for start in range(0, len(ids), _AT_ONCE):
         some = list(ids[start : start + _AT_ONCE])
-        rows = connection.execute(statements.ITEMS_BY_ID, {"ids": some}).mappings().all()
+        rows = connection.execute(statement, {"ids": some}).mappings().all()
         counting = [row["decision_id"] for row in rows if row["decision_id"] is not None]
         answers = read_answers(connection, counting)
         found |= {row["id"]: codec.decode(row, answers.get(row["decision_id"])) for row in rows}
@@ -74,14 +77,10 @@ def list_items(
     return list(connection.execute(statement).scalars())
 
 
-def list_decided(connection: Connection, model: str, untrained_only: bool) -> list[int]:
-    """Return numbers of items whose answer counts, ascending."""
-    ids: list[int] = []
-    for state in (State.DECIDED,) if untrained_only else (State.DECIDED, State.TRAINED):
-        ids += connection.execute(
-            sa.select(items.c.id).where(statements.is_in(state), items.c.model == model)
-        ).scalars()
-    return sorted(ids)
+def list_settled(connection: Connection, model: str) -> list[Settled]:
+    """Return the items whose answer counts, by number."""
+    rows = connection.execute(statements.SETTLED, {"model": model}).all()
+    return [Settled(row.id, State(row.state), row.decision_id, row.bundle_digest) for row in rows]
 
 
 def list_decisions(connection: Connection, *, after_id: int, reviewer: str | None, limit: int) -> list[Decision]:

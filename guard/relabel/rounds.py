@@ -92,6 +92,17 @@ class Rounds:
             rows = connection.execute(statement).mappings().all()
         return [Round(**{**row, "report": json.loads(row["report"] or "{}")}) for row in rows]
 
+    def models(self) -> list[str]:
+        """Return the names of the models that were retrained, sorted."""
+        with self._database.reading() as connection:
+            return sorted(connection.execute(sa.select(rounds.c.model).distinct()).scalars())
+
+    def unfinished(self, model: str) -> list[int]:
+        """Return the numbers of the retrainings of a model that have no outcome, ascending."""
+        statement = sa.select(rounds.c.id).where(rounds.c.model == model, rounds.c.outcome.is_(None))
+        with self._database.reading() as connection:
+            return sorted(connection.execute(statement).scalars())
+
     def request(self, model: str, reviewer: str) -> None:
         """Ask for a retraining now; asking twice is asking once."""
         values = {"model": model, "reviewer": reviewer, "requested_at": self._clock()}

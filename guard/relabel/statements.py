@@ -310,6 +310,35 @@ WHOLE_ITEMS = sa.select(
     blobs.c.inputs,
     blobs.c.activations,
 ).join_from(items, blobs, blobs.c.item_id == items.c.id)
+#: The same without the bodies of requests, which may be large.
+_ITEMS_WITHOUT_BODY = sa.select(
+    items,
+    blobs.c.sealed,
+    sa.literal(b"", sa.LargeBinary).label("body"),
+    blobs.c.inputs,
+    blobs.c.activations,
+).join_from(items, blobs, blobs.c.item_id == items.c.id)
+ITEMS_WITHOUT_BODY_BY_ID = _ITEMS_WITHOUT_BODY.where(items.c.id.in_(sa.bindparam("ids", expanding=True)))
+_IS_SETTLED = sa.and_(sa.or_(is_in(State.DECIDED), is_in(State.TRAINED)), items.c.model == sa.bindparam("model"))
+#: Items of a model whose answer counts, without anything large.
+SETTLED = (
+    sa.select(items.c.id, items.c.state, items.c.decision_id, items.c.bundle_digest)
+    .where(_IS_SETTLED)
+    .order_by(items.c.id)
+)
+#: How many there are, and how many of them were answered after a time.
+COUNT_SETTLED = sa.select(sa.func.count()).select_from(items).where(_IS_SETTLED)
+COUNT_SETTLED_SINCE = (
+    sa.select(sa.func.count())
+    .join_from(items, decisions, decisions.c.id == items.c.decision_id)
+    .where(_IS_SETTLED, decisions.c.decided_at > sa.bindparam("since"))
+)
+#: Pending items of a model above a number.
+_PENDING_OF = (_IS_PENDING, items.c.model == sa.bindparam("model"))
+COUNT_PENDING_AFTER = (
+    sa.select(sa.func.count()).select_from(items).where(*_PENDING_OF, items.c.id > sa.bindparam("after_id"))
+)
+NEWEST_PENDING = sa.select(sa.func.coalesce(sa.func.max(items.c.id), 0)).where(*_PENDING_OF)
 ITEMS_BY_ID = WHOLE_ITEMS.where(items.c.id.in_(sa.bindparam("ids", expanding=True)))
 #: Every state's size.
 COUNT_BY_STATE = sa.union_all(

@@ -121,7 +121,7 @@ class Material:
 
 def gather(
     guard: Guard,
-    items: Sequence[QueueItem],
+    items: Iterable[QueueItem],
     decisions: Iterable[Decision],
     settings: RetrainerSettings,
     *,
@@ -140,8 +140,8 @@ def gather(
     ----------
     guard : Guard
         The active one; only its reference is read.
-    items : sequence of QueueItem
-        All decided items of the model, those of earlier rounds included.
+    items : iterable of QueueItem
+        All decided items of the model, those of earlier rounds included. Gone through once; their images are not kept.
     decisions : iterable of Decision
         All decisions about them, withdrawn and superseded ones too.
     settings : RetrainerSettings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import logging
 import shutil
 import threading
@@ -16,7 +17,7 @@ from typing import IO, Any, Self
 from guard.detection.pipeline import Guard
 from guard.errors import BundleError, GuardError, RetrainingError
 from guard.files import open_private
-from guard.relabel.items import Decision, QueueItem, State
+from guard.relabel.items import Decision, Settled, State
 from guard.relabel.queue import Queue
 from guard.relabel.reviewers import Reviewers
 from guard.relabel.rounds import Round, RoundOutcome, Rounds
@@ -121,16 +122,14 @@ class Retrainer:
         self.promoter.recover()
         for folder in self.store.root.glob(".candidate-*"):
             shutil.rmtree(folder, ignore_errors=True)
-        for one in self.rounds.all(model=self.model):
-            if one.outcome is None:
-                reason = "the retrainer stopped in the middle of this round; the active bundle was not changed."
-                self.rounds.finish(one.id, "failed", {"reasons": [reason]}, None)
+        for round_id in self.rounds.unfinished(self.model):
+            reason = "the retrainer stopped in the middle of this round; the active bundle was not changed."
+            self.rounds.finish(round_id, "failed", {"reasons": [reason]}, None)
 
     def _why_now(self, last: Round | None) -> str:
         """Return why a round is due, in words; empty if none is. Takes the request of the button, if there is one."""
         settings = self.settings
-        items = self.queue.decided(self.model)
-        new = sum(last is None or one.decision.decided_at > last.began_at for one in items if one.decision is not None)
+        new = self.queue.count_settled(self.model, since=None if last is None else last.began_at)
         reviewer = self.rounds.take_request(self.model)
         if reviewer:
             return f"asked for by {reviewer}"
@@ -138,7 +137,7 @@ class Retrainer:
             return f"{new} new decisions"
         if settings.demarcation == "purified" and settings.enough_flagged and self._flagged_since(last):
             return f"{settings.enough_flagged} further flagged inputs"
-        if not new or not settings.every_hours or len(items) < settings.min_decisions:
+        if not new or not settings.every_hours or self.queue.count_settled(self.model) < settings.min_decisions:
             return ""
         if last is None or self.queue.clock() - last.began_at >= timedelta(hours=settings.every_hours):
             return f"{new} new decisions, and {settings.every_hours:g} hours since the last round"
@@ -147,18 +146,18 @@ class Retrainer:
     def _flagged_since(self, last: Round | None) -> bool:
         """Return whether enough inputs were flagged since the last round began that nobody has decided."""
         seen = last.report.get("newest_item", 0) if last is not None else 0
-        wanted = self.settings.enough_flagged
-        return len(self.queue.items(state=State.PENDING, model=self.model, after_id=seen, limit=wanted)) >= wanted
+        return self.queue.count_pending(self.model, after_id=seen) >= self.settings.enough_flagged
 
     # -- one round ----------------------------------------------------------------------------------------------
 
     def _round(self, why: str) -> Finished:
-        items = self.queue.decided(self.model)
-        round_id = self.rounds.begin(self.model, len(items))
-        report: dict[str, Any] = {"why": why, "model": self.model, "newest_item": self._newest_item(items)}
+        settled = self.queue.settled(self.model)
+        round_id = self.rounds.begin(self.model, len(settled))
+        newest = max([self.queue.newest_pending(self.model), *(item.id for item in settled)])
+        report: dict[str, Any] = {"why": why, "model": self.model, "newest_item": newest}
         started = time.monotonic()
         try:
-            outcome = self._try(items, report)
+            outcome = self._try(settled, report)
         except Exception as error:
             return self._failed(round_id, report, error)
         report["seconds"] = round(time.monotonic() - started, 2)
@@ -168,17 +167,17 @@ class Retrainer:
         self.rounds.finish(round_id, outcome, report, digest)
         return Finished(round_id, outcome, report, digest)
 
-    def _try(self, items: Sequence[QueueItem], report: dict[str, Any]) -> RoundOutcome:
+    def _try(self, settled: Sequence[Settled], report: dict[str, Any]) -> RoundOutcome:
         """Make a candidate and judge it; return the outcome that this calls for, and fill the report."""
         active, settings = self.store.active_path(), self.settings
         guard = Guard.load(active)
         report["parent"] = active.name
-        material = doubt_poisoned(guard, self._gather(guard, active, items), settings)
+        material = doubt_poisoned(guard, self._gather(guard, active, settled), settings)
         report |= about_material(material)
         undecided = self.queue.items(state=State.PENDING, model=self.model, limit=_UNDECIDED)
         anomalies = choose_anomalies(guard, material, undecided, settings)
         report["anomalies"] = len(anomalies)
-        refusal = _too_little(material, items, len(anomalies), settings)
+        refusal = _too_little(material, len(settled), len(anomalies), settings)
         if refusal:
             report["reasons"] = [refusal]
             return "refused"
@@ -187,15 +186,15 @@ class Retrainer:
             material,
             anomalies=anomalies,
             never_saw_hold_out=Lineage.read(active).holdout_share == settings.holdout_share,
-            trained_ids={item.id for item in items if item.state is State.TRAINED},
+            trained_ids={item.id for item in settled if item.state is State.TRAINED},
         )
         pair, material = check_false_alarms(guard, pair, material, undecided, settings, anomalies=anomalies)
         report |= about_material(material)
-        refusal = _too_little(material, items, len(anomalies), settings)
+        refusal = _too_little(material, len(settled), len(anomalies), settings)
         if refusal:
             report["reasons"] = [refusal]
             return "refused"
-        decided = {item.id: item.decision.id for item in items if item.decision is not None}
+        decided = {item.id: item.decision_id for item in settled}
         learned = {item_id: decided[item_id] for item_id in material.training_ids}
         lineage = Lineage(active.name, settings.holdout_share, material.held_out.item_ids, learned)
         report["candidate"] = write_candidate(pair.candidate, active, lineage)
@@ -208,17 +207,17 @@ class Retrainer:
             return "canary"
         return "promoted"
 
-    def _gather(self, guard: Guard, active: Path, items: Sequence[QueueItem]) -> Material:
-        ids = {item.id for item in items}
+    def _gather(self, guard: Guard, active: Path, settled: Sequence[Settled]) -> Material:
+        ids = {item.id for item in settled}
         decisions = [one for one in self._all_decisions() if one.item_id in ids]
         return gather(
             guard,
-            items,
+            itertools.chain.from_iterable(self.queue.portions(sorted(ids))),
             decisions,
             self.settings,
             gold={name: self.queue.gold_results(name) for name in {one.reviewer for one in decisions}},
             locked=self._locked(),
-            same_network=same_network(self.store, active, {item.input.bundle_digest for item in items}),
+            same_network=same_network(self.store, active, {item.bundle_digest for item in settled}),
             needed=reviewers_needed(
                 {*Reviewers(self.queue).names(), *(one.reviewer for one in decisions)}, self.settings
             ),
@@ -279,10 +278,6 @@ class Retrainer:
 
     # -- reading the queue --------------------------------------------------------------------------------------
 
-    def _newest_item(self, decided: Sequence[QueueItem]) -> int:
-        pending, _ = self.queue.pending_features(self.model, 1)
-        return max([0, *map(int, pending), *(item.id for item in decided)])
-
     def _all_decisions(self) -> list[Decision]:
         found: list[Decision] = []
         while page := self.queue.decisions(after_id=found[-1].id if found else 0, limit=_PAGE):
@@ -290,11 +285,11 @@ class Retrainer:
         return found
 
 
-def _too_little(material: Material, items: Sequence[QueueItem], n_anomalies: int, settings: RetrainerSettings) -> str:
+def _too_little(material: Material, n_decided: int, n_anomalies: int, settings: RetrainerSettings) -> str:
     if n_anomalies > len(material.poisoned):  # purified ones need nobody
         return ""
-    if len(items) < settings.min_decisions:
-        return f"{len(items)} inputs are decided, min_decisions asks for {settings.min_decisions}."
+    if n_decided < settings.min_decisions:
+        return f"{n_decided} inputs are decided, min_decisions asks for {settings.min_decisions}."
     if not len(material.training) and not n_anomalies:
         why = ", ".join(f"{count} {reason}" for reason, count in material.left_out.items())
         return f"nothing is left to learn from{f': {why}' if why else ''}."

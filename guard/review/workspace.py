@@ -288,8 +288,7 @@ class Workspace:
 
     def models(self) -> list[str]:
         """Return the names of the models that have items in the queue or rounds of retraining, sorted."""
-        seen = {item.input.model for state in State for item in self.queue.items(state=state, limit=20)}
-        return sorted(seen | {entry.model for entry in self.rounds.all(limit=100)})
+        return sorted({*self.activity.models(), *self.rounds.models()})
 
     def item(self, item_id: int) -> QueueItem:
         """Return an item with all that is known, for the page itself; ItemGone if there is none."""
