@@ -126,7 +126,7 @@ class Scores:
     is_poisoned: BoolArray
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """What the guard says of one input.
 
@@ -146,6 +146,8 @@ class Verdict:
         What is done with a flagged input; `"observe"` for one that is not flagged.
     detector_scores : mapping of str to float
         Raw score of every detector, higher = more suspicious.
+    surprise : mapping of str to float
+        How unusual each detector's score is, see `Scores`; empty for an input that is not flagged.
     reason : str
         One line for a person.
     second_opinion : ndarray of shape (n_classes,), float32, or None
@@ -163,5 +165,6 @@ class Verdict:
     action: Action
     detector_scores: Mapping[str, float]
     reason: str
+    surprise: Mapping[str, float] = field(default_factory=dict)
     second_opinion: Float32Array | None = field(default=None, compare=False, repr=False)
     depth: str = ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import io
 import json
@@ -10,7 +9,7 @@ import os
 import sys
 import warnings
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -152,8 +151,8 @@ class Workshop:
     def __init__(self, guard: Guard, module: torch.nn.Module, folder: Path) -> None:
         self.folder = folder
         self.module = module
-        self.guard = copy.copy(guard)  # saving gives it a digest
-        self.bundle = self.guard.save(folder / "embedded")
+        self.bundle = guard.save(folder / "embedded")
+        self.guard = replace(guard, digest=self.bundle.name)
         self.workers: list[Worker] = []
 
     def guarded(self, handler: str = "image", *, name: str | None = None, start: bool = True, **options: Any) -> Any:

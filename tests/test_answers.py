@@ -17,11 +17,32 @@ from guard.types import Action, Verdict
 
 FULL = GuardConfig(verdict_detail="full")
 IN_BODY = GuardConfig(verdict_detail="full", verdict_in_body=True)
-CLEAN = Verdict(3, 3, False, 0.512345678, 1.5, "observe", {"lof": 1.0}, "no more suspicious than clean images")
+CLEAN = Verdict(
+    label=3,
+    final_label=3,
+    is_poisoned=False,
+    p_value=0.512345678,
+    score=1.5,
+    action="observe",
+    detector_scores={"lof": 1.0},
+    reason="no more suspicious than clean images",
+)
 
 
 def flagged(action: Action) -> Outcome:
-    return Outcome("poisoned", Verdict(7, 7, True, 0.000999, 9.0, action, {"lof": 9.0}, "as suspicious as 0.1 %"))
+    return Outcome(
+        "poisoned",
+        Verdict(
+            label=7,
+            final_label=7,
+            is_poisoned=True,
+            p_value=0.000999,
+            score=9.0,
+            action=action,
+            detector_scores={"lof": 9.0},
+            reason="as suspicious as 0.1 %",
+        ),
+    )
 
 
 @pytest.mark.parametrize("body", [{"label": 7}, b"\x00\xff", "text", None, [1, 2]])
@@ -111,7 +132,18 @@ def test_make_answer_leaves_the_users_own_refusal_alone() -> None:
 
 def flagged_as(p_value: float, depth: str, action: Action = "flag") -> Outcome:
     return Outcome(
-        "poisoned", Verdict(7, 7, True, p_value, 9 / p_value, action, {"lof": 9.0}, f"as {p_value}", depth=depth)
+        "poisoned",
+        Verdict(
+            label=7,
+            final_label=7,
+            is_poisoned=True,
+            p_value=p_value,
+            score=9 / p_value,
+            action=action,
+            detector_scores={"lof": 9.0},
+            reason=f"as {p_value}",
+            depth=depth,
+        ),
     )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -122,7 +122,7 @@ def test_early_verdict_looks_at_the_first_depths_only_and_says_so(anytime, clean
     early = anytime.at_depth(first)
     assert set(early.ensemble.names) == {f"lof:{first}", f"disagreement:{first}", "anytime"}
     assert f"lof:{second}" in anytime.at_depth(second).ensemble.names
-    blind = copy.copy(clean_activations[:20])
+    blind = clean_activations[:20]
     hidden = {name: array if name == first else array * np.nan for name, array in blind.depths.items()}
     blind = type(blind)(blind.logits, blind.features * np.nan, hidden)
     verdicts = early.decide(blind)
@@ -141,7 +141,7 @@ def test_early_verdict_relabels_with_the_same_second_opinion(anytime, triggered_
 
 
 def test_early_verdicts_live_in_the_bundle(anytime, suspect, clean_activations, tmp_path):
-    folder = copy.copy(anytime).save(tmp_path)
+    folder = anytime.save(tmp_path)
     again = Guard.load(folder, SuspectModel(suspect.module))
     for one in anytime.early:
         assert again.at_depth(one.depth).decide(clean_activations[:30]) == anytime.at_depth(one.depth).decide(
@@ -232,7 +232,7 @@ def test_guard_measured_during_a_flood_looks_deep_again_after_it(anytime):
 
 
 def test_pace_measures_every_depth_and_keeps_no_guard_alive(anytime):
-    clock, guard = SlowClock(), copy.copy(anytime)
+    clock, guard = SlowClock(), replace(anytime)
     budget = TimeBudget(guard, clock=clock)
     assert clock.now == pytest.approx(0.001 * 2 * 5 * 2 * (len(anytime.early) + 1))
     assert budget.deepest_within(1.5, guard, 1)[0] is guard

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -66,8 +65,7 @@ class Kept:
 
 @pytest.fixture
 def books(fitted_guard: Guard) -> Kept:
-    guard, keeping, stream = copy.copy(fitted_guard), Bookkeeping("m"), io.StringIO()
-    guard.digest = "d" * 64
+    guard, keeping, stream = replace(fitted_guard, digest="d" * 64), Bookkeeping("m"), io.StringIO()
     keeping.log = EventLog("m", stream)
     keeping.open(guard, ["0" * 64])
     return Kept(guard, keeping, stream)
@@ -79,7 +77,19 @@ def flagged(fitted_guard: Guard, triggered: Poisoned) -> list[Verdict]:
 
 
 def clean(p_value: float) -> Outcome:
-    return Outcome("clean", Verdict(3, 3, False, p_value, 0.1, "observe", {}, ""))
+    return Outcome(
+        "clean",
+        Verdict(
+            label=3,
+            final_label=3,
+            is_poisoned=False,
+            p_value=p_value,
+            score=0.1,
+            action="observe",
+            detector_scores={},
+            reason="",
+        ),
+    )
 
 
 def test_every_series_that_may_come_is_known_at_zero(books: Kept) -> None:

@@ -288,7 +288,7 @@ def test_heads_that_both_modes_share_are_trained_once_and_the_guards_are_the_sam
         assert ours.config == theirs.config
         for name, array in theirs.ensemble.arrays().items():
             np.testing.assert_array_equal(ours.ensemble.arrays()[name], array)
-        np.testing.assert_array_equal(ours._clean_scores, theirs._clean_scores)
+        np.testing.assert_array_equal(ours.clean_scores, theirs.clean_scores)
 
 
 def test_calibrated_rate_is_never_below_what_the_images_can_show(

@@ -38,17 +38,15 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 def backed(fitted_guard, clean_split):
     """The session's guard, relabelling by a defective network."""
     guard = fitted_guard.with_config(action="relabel")
-    guard.backup = Backup.train("defective", guard.suspect.module, *clean_split.validation, settings=QUICK["defective"])
-    guard.recovery = {HEAD: 0.5, "defective": 0.9}
-    return guard
+    backup = Backup.train("defective", guard.suspect.module, *clean_split.validation, settings=QUICK["defective"])
+    return dataclasses.replace(guard, backup=backup, recovery={HEAD: 0.5, "defective": 0.9})
 
 
 @pytest.fixture(scope="module")
 def twinned(backed, clean_split):
     """The same with a twin of the suspect model."""
-    guard = copy.copy(backed)
-    guard.backup = Backup.train("rtll", guard.suspect.module, *clean_split.validation, settings=QUICK["rtll"])
-    return guard
+    backup = Backup.train("rtll", backed.suspect.module, *clean_split.validation, settings=QUICK["rtll"])
+    return dataclasses.replace(backed, backup=backup)
 
 
 @pytest.fixture
@@ -73,7 +71,7 @@ def serve(badnet, tmp_path):
 
     def start(guard, *, module=None, **settings):
         module = copy.deepcopy(badnet) if module is None else module
-        folder = copy.copy(guard).save(tmp_path)
+        folder = guard.save(tmp_path)
         BundleStore(tmp_path).activate(folder.name)
         runtimes.append(GuardRuntime(module, settings, bundles=tmp_path, embedded=None, model_name="m"))
         return module, runtimes[-1]
@@ -205,8 +203,8 @@ def test_backup_that_gives_no_number_flags_and_names_no_label(backed, triggered,
 
 
 def test_backup_of_no_numbers_in_a_bundle_is_refused(backed, tmp_path):
-    damaged = copy.copy(backed)
-    damaged.backup = dataclasses.replace(backed.backup, network=copy.deepcopy(backed.backup.network))
+    backup = dataclasses.replace(backed.backup, network=copy.deepcopy(backed.backup.network))
+    damaged = dataclasses.replace(backed, backup=backup)
     with torch.no_grad():
         damaged.backup.network.fc.bias[0] = float("nan")
     with pytest.raises(BundleError, match=r"array fc\.bias of the backup must be finite"):
@@ -214,8 +212,7 @@ def test_backup_of_no_numbers_in_a_bundle_is_refused(backed, tmp_path):
 
 
 def test_no_second_opinion_good_enough_means_flag_only(backed, triggered, passes, serve):
-    shy = copy.copy(backed)
-    shy.relabels = False
+    shy = dataclasses.replace(backed, relabels=False)
     seen = passes(shy)
     verdicts = shy.inspect(triggered.images[:20])
     assert seen == []
@@ -237,11 +234,11 @@ def test_activations_alone_cannot_be_relabelled_by_a_backup(backed, triggered_ac
 
 @pytest.mark.parametrize("which", ["backed", "twinned"])
 def test_backup_lives_in_the_bundle_and_nothing_is_lost_without_the_model(which, request, triggered, badnet, tmp_path):
-    guard = copy.copy(request.getfixturevalue(which))
+    guard = request.getfixturevalue(which)
     folder = guard.save(tmp_path)
     bare = Guard.load(folder)
     assert bare.save(tmp_path / "again").name == folder.name
-    assert copy.copy(bare).with_config(action="relabel").save(tmp_path / "again").name == folder.name
+    assert bare.with_config(action="relabel").save(tmp_path / "again").name == folder.name
     again = Guard.load(tmp_path / "again" / folder.name, SuspectModel(copy.deepcopy(badnet)))
     assert again.recovery == guard.recovery
     images = triggered.images[:20]
@@ -250,7 +247,7 @@ def test_backup_lives_in_the_bundle_and_nothing_is_lost_without_the_model(which,
 
 
 def test_twin_without_its_model_says_what_to_do(twinned, triggered, tmp_path):
-    bare = Guard.load(copy.copy(twinned).save(tmp_path))
+    bare = Guard.load(twinned.save(tmp_path))
     with pytest.raises(BundleError, match="load the bundle with a suspect model"):
         bare.backup.logits(triggered.images[:1])
 
@@ -260,7 +257,7 @@ def test_hot_swap_changes_the_backup_between_two_batches(backed, twinned, trigge
     images = triggered.images[:10]
     first, rows = forward(module, runtime, images)
     flagged = [row for row, outcome in enumerate(rows) if outcome.kind == "poisoned"]
-    BundleStore(tmp_path).activate(copy.copy(twinned).save(tmp_path).name)
+    BundleStore(tmp_path).activate(twinned.save(tmp_path).name)
     runtime.refresh()  # while the old guard's hooks are on the network, of which the twin is a copy
     second, _ = forward(module, runtime, images)
     np.testing.assert_allclose(first[flagged], backed.backup.logits(images)[flagged], rtol=1e-4, atol=1e-4)
@@ -281,7 +278,7 @@ def test_damaged_or_unknown_backup_is_refused(twinned, badnet):
 
 @needs_cuda
 def test_backup_follows_the_model_to_the_gpu(backed, triggered, badnet, tmp_path):
-    folder = copy.copy(backed).save(tmp_path)
+    folder = backed.save(tmp_path)
     on_gpu = Guard.load(folder, SuspectModel(copy.deepcopy(badnet), device="cuda"))
     images = triggered.images[:20]
     np.testing.assert_allclose(on_gpu.backup.logits(images), backed.backup.logits(images), rtol=1e-3, atol=1e-3)
@@ -327,8 +324,7 @@ def test_backup_as_a_detector_keeps_the_rate_and_costs_a_pass_for_every_input(
     assert 0.03 <= detecting.realised_false_positive_rate <= 0.07
     cost = detecting.backup.description["cost"]
     assert cost["multiply_adds"] == cost["suspect_multiply_adds"] > 1e5  # a twin
-    guard = detecting.with_config(action="relabel")
-    guard.relabels = True
+    guard = dataclasses.replace(detecting.with_config(action="relabel"), relabels=True)
     seen = passes(guard)
     verdicts = guard.inspect(clean_split.test.images)
     assert sum(seen) == 1000
@@ -347,7 +343,7 @@ def test_detecting_backup_is_kept_by_serving_and_retraining(detecting, triggered
     _, rows = forward(module, runtime, triggered.images[:20])
     evidence = [outcome.evidence for outcome in rows if outcome.evidence is not None]
     assert len(evidence) > 15
-    assert "backup" in evidence[0].surprise
+    assert all("backup" in outcome.verdict.surprise for outcome in rows if outcome.evidence is not None)
     kept = type(evidence[0].activations).concatenate([one.activations for one in evidence])
     labelled = Labelled(kept, triggered.true_labels[: len(kept)], np.ones(len(kept), dtype=bool))
     other = retrain(detecting.with_config(false_positive_rate=0.1), labelled)
@@ -374,12 +370,10 @@ def test_with_backup_refuses_what_cannot_be_measured(fitted_guard, clean_split):
     images, labels = clean_split.validation
     with pytest.raises(DataError, match="fitted on 1000 images, got 10"):
         with_backup(fitted_guard, images[:10], labels[:10], BackupRequest())
-    bare = copy.copy(fitted_guard)
-    bare.suspect = None
+    bare = dataclasses.replace(fitted_guard, suspect=None)
     with pytest.raises(DataError, match="no suspect model"):
         with_backup(bare, images, labels, BackupRequest())
-    paper = copy.copy(fitted_guard)
-    paper.config = GuardConfig(mode="paper")
+    paper = dataclasses.replace(fitted_guard, config=GuardConfig(mode="paper"))
     with pytest.raises(ConfigError, match="cannot detect in paper mode"):
         with_backup(paper, images, labels, BackupRequest(detects=True))
     never = PlantingSettings(epochs=1, learning_rates=(1e-9,))

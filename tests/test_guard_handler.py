@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import copy
 import io
 import json
 import logging
@@ -650,7 +649,7 @@ def test_start_refuses_a_handler_file_with_two_classes(
 def test_bundle_that_changes_during_a_batch_waits_for_the_next_one(
     workshop: Workshop, clean_split: Any, suspect: Any, bodies: list[bytes], tmp_path: Path
 ) -> None:
-    other = copy.copy(second_guard(suspect, clean_split))
+    other = second_guard(suspect, clean_split)
     bundles = tmp_path / "bundles"
     store = BundleStore(bundles)
     first, second = workshop.guard.save(bundles), other.save(bundles)

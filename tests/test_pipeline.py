@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def few_activations(suspect, fitted_guard, few):
 
 @pytest.fixture(scope="module")
 def bundle(fitted_guard, tmp_path_factory):
-    return copy.copy(fitted_guard).save(tmp_path_factory.mktemp("bundles"))
+    return fitted_guard.save(tmp_path_factory.mktemp("bundles"))
 
 
 # --- what it is for ---
@@ -137,6 +138,27 @@ def test_verdict_reason_names_the_share_of_clean_images_and_the_strongest_sign(t
     assert value == f"{verdict.detector_scores[name]:.3g}"
     assert "\n" not in verdict.reason
     assert {one.reason for one in clean_verdicts if not one.is_poisoned} == {"no more suspicious than clean images"}
+
+
+def test_verdict_carries_the_surprise_of_a_flagged_input_and_none_of_a_clean_one(
+    fitted_guard, clean_activations, triggered_activations
+):
+    both = Activations.concatenate([clean_activations[:50], triggered_activations[:50]])
+    scores = fitted_guard.scores(both)
+    assert 0 < scores.is_poisoned.sum() < 100
+    for verdict, surprise in zip(fitted_guard.inspect_activations(both), scores.surprise, strict=True):
+        names = fitted_guard.ensemble.names if verdict.is_poisoned else ()
+        assert verdict.surprise == dict(zip(names, surprise.tolist(), strict=False))
+
+
+def test_guard_cannot_be_changed_and_a_variant_leaves_it_as_it_was(fitted_guard):
+    for name in ("config", "backup", "suspect", "digest", "anything"):
+        with pytest.raises(FrozenInstanceError):
+            setattr(fitted_guard, name, None)
+    variant = replace(fitted_guard, class_names=("a",) * 10)
+    assert fitted_guard.class_names != variant.class_names
+    assert variant != fitted_guard  # each is itself, whatever it holds
+    assert variant.ensemble is fitted_guard.ensemble
 
 
 def test_verdict_p_value_is_the_rank_among_the_clean_scores_in_the_bundle(bundle, clean_verdicts):

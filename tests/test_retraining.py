@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -243,8 +244,7 @@ def test_retrain_keeps_settings_suspect_and_what_the_guard_says_of_itself(guard,
 def test_retrain_keeps_class_names_and_preprocessing(few, traffic):
     names = [f"digit {digit}" for digit in range(10)]
     old = Guard.fit_activations(*few, GuardConfig(false_positive_rate=0.05, folds=2, mode="paper"), class_names=names)
-    old.preprocessing = "their own handler"
-    again = retrain(old, traffic[:5])
+    again = retrain(replace(old, preprocessing="their own handler"), traffic[:5])
     assert (again.class_names, again.preprocessing) == (tuple(names), "their own handler")
 
 
@@ -259,11 +259,12 @@ def test_retrain_reports_progress(paper_guard, traffic):
 
 
 def test_retrained_guard_can_be_saved_loaded_and_used(retrained, suspect, clean_split, triggered, tmp_path):
-    loaded = Guard.load(retrained.save(tmp_path), suspect)
+    path = retrained.save(tmp_path)
+    loaded = Guard.load(path, suspect)
     images = np.concatenate([clean_split.test.images[:50], triggered.images[:50]])
     assert loaded.inspect(images) == retrained.inspect(images)
     assert loaded.retrained_with == retrained.retrained_with
-    assert loaded.save(tmp_path).name == retrained.digest
+    assert loaded.save(tmp_path).name == path.name
 
 
 def test_bundle_document_says_with_how_many_inputs_it_was_retrained(paper_guard, traffic, tmp_path):

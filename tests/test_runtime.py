@@ -31,8 +31,8 @@ Make = Callable[..., GuardRuntime]
 def bundles(fitted_guard: Guard, suspect: SuspectModel, clean_split: Any, tmp_path_factory: Any) -> Path:
     """A folder with two bundles, the session's guard active."""
     folder: Path = tmp_path_factory.mktemp("bundles")
-    path = copy.copy(fitted_guard).save(folder)
-    copy.copy(second_guard(suspect, clean_split)).save(folder)
+    path = fitted_guard.save(folder)
+    second_guard(suspect, clean_split).save(folder)
     BundleStore(folder).activate(path.name)
     return folder
 
@@ -220,7 +220,16 @@ def test_judge_never_raises_and_never_says_clean_when_the_guard_breaks(
 
 
 def verdict(p_value: float, is_poisoned: bool) -> Verdict:
-    return Verdict(1, 1, is_poisoned, p_value, 0.0, "flag", {}, "")
+    return Verdict(
+        label=1,
+        final_label=1,
+        is_poisoned=is_poisoned,
+        p_value=p_value,
+        score=0.0,
+        action="flag",
+        detector_scores={},
+        reason="",
+    )
 
 
 CLEAN, CLEANER = Outcome("clean", verdict(0.3, False)), Outcome("clean", verdict(0.9, False))

@@ -7,6 +7,7 @@ import signal
 import stat
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,12 +162,10 @@ def test_settings_show_no_password_where_they_are_printed_or_refused() -> None:
 
 
 def test_saved_guard_holds_no_place(fitted_guard: Guard, tmp_path: Path) -> None:
-    guard = fitted_guard.with_config()
-    guard.config = guard.config.replace(queue_url=URL, data_dir=Path(MARKER))
+    guard = replace(fitted_guard, config=fitted_guard.config.replace(queue_url=URL, data_dir=Path(MARKER)))
     digest = guard.save(tmp_path).name
     assert files_with(MARKER, tmp_path) == []
-    guard.config = guard.config.replace(queue_url=None, data_dir=None)
-    assert guard.save(tmp_path).name == digest  # where the queue is has no part in a bundle's name
+    assert fitted_guard.save(tmp_path).name == digest  # where the queue is has no part in a bundle's name
 
 
 def test_bundle_of_an_older_version_loads_without_its_url_and_can_be_cleaned(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import itertools
 import json
@@ -13,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +73,8 @@ def site(
 ) -> Iterator[Site]:
     shop = Workshop(fitted_guard, badnet, tmp_path_factory.mktemp("store"))
     folder = tmp_path_factory.mktemp("bundles")
-    second = copy.copy(second_guard(suspect, clean_split))
-    second.save(folder)
+    second = second_guard(suspect, clean_split)
+    second = replace(second, digest=second.save(folder).name)
     shop.guard.save(folder)
     store = BundleStore(folder)
     store.activate(str(shop.guard.digest))

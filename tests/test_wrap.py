@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import copy
 import json
 import re
 import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,7 @@ def quick_fit(fitted_guard: Guard, monkeypatch: pytest.MonkeyPatch) -> list[tupl
 
     def fit(suspect: Any, images: Any, labels: Any, config: Any, **more: Any) -> Guard:
         asked.append((images, labels, more["class_names"]))
-        guard = copy.copy(fitted_guard)
-        guard.class_names = more["class_names"] and tuple(more["class_names"])
-        return guard
+        return replace(fitted_guard, class_names=more["class_names"] and tuple(more["class_names"]))
 
     monkeypatch.setattr("guard.detection.pipeline.Guard.fit", fit)
     monkeypatch.setattr("guard.cli.wrap._share_right", lambda guard, labels: 1.0)

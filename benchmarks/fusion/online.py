@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +117,8 @@ class _Served:
             extra_files=[folder / "tensor_handler.json"],
         )
         for mode, guard in _by_mode(guards):
-            guard.suspect, guard.input_shape = subject.suspect, shape
             bundles = folder / f"bundles-{mode}"
-            bundle = guard.save(bundles)
+            bundle = replace(guard, suspect=subject.suspect, input_shape=shape).save(bundles)
             store = self._stores[mode] = BundleStore(bundles)
             store.activate(bundle.name)
             # The paper learns from everything that was relabelled, and its rule has the rate that it happens to have.

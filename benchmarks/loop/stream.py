@@ -130,13 +130,13 @@ def send(sender: ReviewQueue, guard: Guard, part: Part, number: int, flagged: Bo
     """Queue what was flagged, as a server does; the request id says which input it was."""
     rows = np.flatnonzero(flagged)
     verdicts = guard.inspect_activations(part.activations[rows])
-    evidence = collect_evidence(guard, part.activations[rows], torch.from_numpy(part.images[rows]), verdicts)
+    evidence = collect_evidence(part.activations[rows], torch.from_numpy(part.images[rows]), verdicts)
     requests = [
         Flagged(f"{number}:{row}", verdict, seen, b"", "")
         for row, verdict, seen in zip(rows, verdicts, evidence, strict=True)
         if seen is not None
     ]
-    receipts = sender.send(requests, str(guard.digest))
+    receipts = sender.send(requests, str(guard.digest), guard.config.false_positive_rate)
     if set(receipts) - {"queued"}:
         raise RuntimeError(f"not everything was queued: {sorted(set(receipts))}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -112,7 +113,7 @@ def fit(
         inputs = read_all(found, convert, report)
         try_once(suspect, inputs)
         guard = Guard.fit(suspect, inputs, found.labels, config, class_names=found.class_names, progress=report)
-        guard.preprocessing = f"handler {handler}" if handler is not None else preprocess
+        guard = replace(guard, preprocessing=f"handler {handler}" if handler is not None else preprocess)
         if backup != _NO_BACKUP:
             pixels, prepare = read_pixels(
                 images, find_images(images, class_names=class_list(class_names)), convert, handler, report

@@ -113,7 +113,7 @@ def wrap(
             guard, accuracy = _fitted(suspect, user, found, config, report)
             examples = _examples(found)
             batches = told_batches(user, examples, guard.input_shape, config)
-        guard.preprocessing = f"handler {opened.handler}"
+        guard = replace(guard, preprocessing=f"handler {opened.handler}")
         follows = bundles if not dry_run else None
         bundle = guard.save(follows or Path(scratch) / "bundles")
         written = Path(scratch) / "dry-run.mar" if dry_run else target

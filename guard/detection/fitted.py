@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,24 +37,43 @@ logger = logging.getLogger(__name__)
 KEPT = "reproduction"
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
 class FittedGuard:
-    """The parts of a fitted guard; `Guard` says what is done with them.
+    """The parts of a fitted guard; `Guard` says what is done with them. Nothing about one ever changes.
 
     Attributes
     ----------
     config : GuardConfig
         Settings that it was fitted with.
-    suspect : SuspectModel or None
-        The guarded model; None if it was fitted on activations alone.
-    input_shape : tuple of int or None
-        Shape of one image, as in `fit`.
-    class_names : tuple of str or None
-    preprocessing : str or None
-        What made the images of `fit` out of files, in words, where that was not this package; kept in the bundle.
+    ensemble : Ensemble
+        Its detectors.
+    fusion : Fusion
+        Makes one score of theirs.
+    clean_scores : ndarray of shape (n,), float64, ascending
+        Combined scores of the clean images, out of fold.
     reference, reference_labels : Activations, ndarray of shape (n,)
         The clean data it was fitted on.
+    realised_false_positive_rate : float
+        Share of clean images flagged at the rate of `fit`, on folds that neither detectors nor calibration had seen.
+    class_names : tuple of str or None
     noisy_reference : Activations or None
         Of the same inputs with noise added, if the detectors learned from such copies.
+    early : tuple of EarlyFit
+        Verdicts that look at the first depths only, the shallowest first; see `at_depth`.
+    depth : str
+        Where this guard stops looking; empty for one that looks at everything.
+    whole : Ensemble or None
+        The detectors of the guard that one with a `depth` came from.
+    suspect : SuspectModel or None
+        The guarded model; None if it was fitted on activations alone.
+    weights_digest : str or None
+        Of the guarded model, as its bundle has it, where the model itself is not at hand.
+    split_points : SplitPoints or None
+        The same.
+    input_shape : tuple of int or None
+        Shape of one image, as in `fit`.
+    preprocessing : str or None
+        What made the images of `fit` out of files, in words, where that was not this package; kept in the bundle.
     retrained_with : LabelledCounts or None
         How many labelled inputs it learned from; None if it was never retrained.
     backup : Backup or None
@@ -62,69 +82,40 @@ class FittedGuard:
         Share of planted triggers that each candidate gave their true label, by name; empty if nothing was measured.
     relabels : bool
         False if the second opinion did not reach the floor: `relabel` then only flags.
-    early : tuple of EarlyFit
-        Verdicts that look at the first depths only, the shallowest first; see `at_depth`.
-    depth : str
-        Where this guard stops looking; empty for one that looks at everything.
-    realised_false_positive_rate : float
-        Share of clean images flagged at the rate of `fit`, on folds that neither detectors nor calibration had seen.
     digest : str or None
-        Digest of the bundle that it was saved to or loaded from.
+        Digest of the bundle that it was loaded from.
     """
 
-    def __init__(
-        self,
-        *,
-        config: GuardConfig,
-        ensemble: Ensemble,
-        fusion: Fusion,
-        clean_scores: Float64Array,
-        reference: Activations,
-        reference_labels: IntArray,
-        realised_false_positive_rate: float,
-        class_names: tuple[str, ...] | None = None,
-        noisy_reference: Activations | None = None,
-        early: tuple[EarlyFit, ...] = (),
-    ) -> None:
-        self.config = config
-        self.ensemble = ensemble
-        self.fusion = fusion
-        self.reference = reference
-        self.reference_labels = reference_labels
-        self.realised_false_positive_rate = realised_false_positive_rate
-        self.class_names = class_names
-        self.noisy_reference = noisy_reference
-        self.early = early
-        self.depth = ""
-        self.retrained_with: LabelledCounts | None = None
-        self.suspect: SuspectModel | None = None
-        self.input_shape: tuple[int, ...] | None = None
-        self.preprocessing: str | None = None
-        self.backup: Backup | None = None
-        self.recovery: dict[str, float] = {}
-        self.relabels = True
-        self.digest: str | None = None
-        self._clean_scores = clean_scores  # combined, out of fold, ascending
-        self._whole = ensemble  # with the replacement head, whatever depth this guard looks at
-        self._of_suspect: tuple[str | None, SplitPoints | None] = (None, None)  # what a bundle said, without its model
+    config: GuardConfig
+    ensemble: Ensemble
+    fusion: Fusion
+    clean_scores: Float64Array
+    reference: Activations
+    reference_labels: IntArray
+    realised_false_positive_rate: float
+    class_names: tuple[str, ...] | None = None
+    noisy_reference: Activations | None = None
+    early: tuple[EarlyFit, ...] = ()
+    depth: str = ""
+    whole: Ensemble | None = None
+    suspect: SuspectModel | None = None
+    weights_digest: str | None = None
+    split_points: SplitPoints | None = None
+    input_shape: tuple[int, ...] | None = None
+    preprocessing: str | None = None
+    retrained_with: LabelledCounts | None = None
+    backup: Backup | None = None
+    recovery: Mapping[str, float] = field(default_factory=dict)
+    relabels: bool = True
+    digest: str | None = None
 
     @property
     def least_p_value(self) -> float:
         """1 / (n + 1) for n clean scores: the p-value of an input that is more suspicious than every one of them."""
-        return 1.0 / (len(self._clean_scores) + 1)
-
-    def take_over(self, other: FittedGuard) -> None:
-        """Take from another guard of the same model what fitting does not make: the model itself, its backup, ..."""
-        self.suspect, self._of_suspect = other.suspect, other._of_suspect
-        self.input_shape, self.preprocessing = other.input_shape, other.preprocessing
-        self.backup, self.recovery, self.relabels = other.backup, dict(other.recovery), other.relabels
-
-    def _about_suspect(self) -> tuple[str | None, SplitPoints | None]:
-        """Return digest and split points of the model; without it, what its bundle said, so that nothing is lost."""
-        return (self.suspect.digest, self.suspect.split_points) if self.suspect is not None else self._of_suspect
+        return 1.0 / (len(self.clean_scores) + 1)
 
     def _calibration(self) -> Calibration:
-        return Calibration(self.ensemble, self.fusion, self._clean_scores)
+        return Calibration(self.ensemble, self.fusion, self.clean_scores)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write the guard as a bundle below `directory` and return its folder, named by its digest.
@@ -138,7 +129,9 @@ class FittedGuard:
         """
         if self.depth:
             raise DataError(f"this guard stops at depth {self.depth!r}. Save the one that it came from.")
-        weights_digest, points = self._about_suspect()
+        suspect = self.suspect
+        weights_digest = self.weights_digest if suspect is None else suspect.digest
+        points = self.split_points if suspect is None else suspect.split_points
         document = {
             "settings": self.config.portable(),
             "class_names": self.class_names,
@@ -153,7 +146,7 @@ class FittedGuard:
             "reference_accuracy": share_right(self.reference, self.reference_labels),
             "realised_false_positive_rate": self.realised_false_positive_rate,
             "backup": self.backup.description if self.backup is not None else None,
-            "recovery": self.recovery,
+            "recovery": dict(self.recovery),
             "relabels": self.relabels,
             "early": [
                 {"depth": one.depth, "realised_false_positive_rate": one.realised_false_positive_rate}
@@ -163,7 +156,7 @@ class FittedGuard:
         }
         sample = sample_of(self.reference)
         arrays: dict[str, AnyArray] = {
-            "clean_scores": self._clean_scores,
+            "clean_scores": self.clean_scores,
             "labels": self.reference_labels,
             KEPT: reproduction(self._calibration(), sample),
         }
@@ -179,9 +172,7 @@ class FittedGuard:
             again = reproduction(Calibration(one.ensemble, one.fusion, one.clean_scores), sample)
             own = {"clean_scores": one.clean_scores, KEPT: again, **one.fusion.arrays()}
             arrays |= {f"early.{place}.{name}": array for name, array in own.items()}
-        path = write_bundle(directory, document, arrays)
-        self.digest = path.name
-        return path
+        return write_bundle(directory, document, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], suspect: SuspectModel | None = None) -> Self:
@@ -217,32 +208,33 @@ class FittedGuard:
                     ", ".join(places),
                     stored.digest[:12],
                 )
+            ensemble = Ensemble.restore(document["detectors"], _below(stored.arrays, "detector."))
+            points, about, weights = document["split_points"], document.get("backup"), _below(stored.arrays, "backup.")
+            check_backup(weights)
+            retrained_with = document.get("retrained_with")
+            layers = [depth for depth in depths if depth != BACKUP]
             guard = cls(
                 config=config,
-                ensemble=Ensemble.restore(document["detectors"], _below(stored.arrays, "detector.")),
+                ensemble=ensemble,
                 fusion=new_fusion(config.mode).restore(_below(stored.arrays, "fusion.")),
                 clean_scores=stored.arrays["clean_scores"],
                 reference=_activations(_below(stored.arrays, "reference."), depths),
-                noisy_reference=_activations(noisy, depths) if noisy else None,
                 reference_labels=stored.arrays["labels"],
                 realised_false_positive_rate=document["realised_false_positive_rate"],
                 class_names=tuple(document["class_names"]) if document["class_names"] else None,
+                noisy_reference=_activations(noisy, depths) if noisy else None,
+                early=_early_fits(ensemble, config, layers, document.get("early", []), _below(stored.arrays, "early.")),
+                suspect=suspect,
+                weights_digest=document["weights_digest"],
+                split_points=_split_points(points) if points is not None else None,
+                input_shape=tuple(document["input_shape"]) if document["input_shape"] else None,
+                preprocessing=document["preprocessing"],
+                retrained_with=LabelledCounts(**retrained_with) if retrained_with is not None else None,
+                backup=Backup.restore(about, weights, suspect.module if suspect else None) if about else None,
+                recovery=document.get("recovery") or {},
+                relabels=document.get("relabels", True),
+                digest=stored.digest,
             )
-            guard.early = _early_fits(guard, document.get("early", []), _below(stored.arrays, "early."))
-            guard.input_shape = tuple(document["input_shape"]) if document["input_shape"] else None
-            guard.preprocessing = document["preprocessing"]
-            guard.recovery = dict(document.get("recovery") or {})
-            guard.relabels = document.get("relabels", True)
-            points = document["split_points"]
-            guard._of_suspect = (document["weights_digest"], _split_points(points) if points is not None else None)
-            about = document.get("backup")
-            if about is not None:
-                module = suspect.module if suspect is not None else None
-                weights = _below(stored.arrays, "backup.")
-                check_backup(weights)
-                guard.backup = Backup.restore(about, weights, module)
-            retrained_with = document.get("retrained_with")
-            guard.retrained_with = LabelledCounts(**retrained_with) if retrained_with is not None else None
             guard._check_calibration(stored.arrays)
         except (KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"bundle {stored.digest[:12]} lacks {error}. Fit again with this version.") from error
@@ -251,8 +243,6 @@ class FittedGuard:
             raise BundleError(f"bundle {stored.digest[:12]} is not sound: {reason} Fit again.") from error
         except ConfigError as error:
             raise BundleError(f"bundle {stored.digest[:12]} was fitted with other settings: {error}") from error
-        guard.suspect = suspect
-        guard.digest = stored.digest
         return guard
 
     def _check_calibration(self, arrays: Mapping[str, AnyArray]) -> None:
@@ -260,7 +250,7 @@ class FittedGuard:
         check_calibration("the guard", self._calibration(), sample, arrays.get(KEPT))
         for place, one in enumerate(self.early):
             early = Calibration(one.ensemble, one.fusion, one.clean_scores)
-            require({"clean_scores": one.clean_scores}, "clean_scores", (len(self._clean_scores),))
+            require({"clean_scores": one.clean_scores}, "clean_scores", (len(self.clean_scores),))
             check_calibration(f"the verdict at {one.depth}", early, sample, arrays.get(f"early.{place}.{KEPT}"))
 
 
@@ -295,18 +285,21 @@ def _split_points(points: Mapping[str, Any]) -> SplitPoints:
 
 
 def _early_fits(
-    guard: FittedGuard, about: Sequence[Mapping[str, Any]], arrays: Mapping[str, AnyArray]
+    ensemble: Ensemble,
+    config: GuardConfig,
+    layers: Sequence[str],
+    about: Sequence[Mapping[str, Any]],
+    arrays: Mapping[str, AnyArray],
 ) -> tuple[EarlyFit, ...]:
-    layers = [depth for depth in guard.reference.depths if depth != BACKUP]
-    if [one["depth"] for one in about] != layers[: len(about)]:
+    if [entry["depth"] for entry in about] != layers[: len(about)]:
         raise DataError(f"early verdicts must look at {layers}, in this order.")
     fits = []
-    for place, one in enumerate(about):
-        own = _below(arrays, f"{place}.")
-        fusion = new_fusion(guard.config.mode).restore(own)
-        ensemble = guard.ensemble.up_to(layers[: place + 1])
-        rate = one["realised_false_positive_rate"]
-        fits.append(EarlyFit(one["depth"], ensemble, fusion, own["clean_scores"], rate))
+    for place, entry in enumerate(about):
+        parts = _below(arrays, f"{place}.")
+        fusion = new_fusion(config.mode).restore(parts)
+        rate = entry["realised_false_positive_rate"]
+        shallow = ensemble.up_to(layers[: place + 1])
+        fits.append(EarlyFit(entry["depth"], shallow, fusion, parts["clean_scores"], rate))
     return tuple(fits)
 
 

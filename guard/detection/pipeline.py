@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -30,10 +30,12 @@ _CLEAN = "no more suspicious than clean images"
 Images = Float32Array | torch.Tensor
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Guard(FittedGuard):
     """Says of every input of a suspect model whether it is poisoned.
 
-    Made by `fit`, `fit_activations` or `load`, not by its constructor. Its attributes are those of `FittedGuard`.
+    Made by `fit`, `fit_activations` or `load`; `dataclasses.replace` makes a variant. Its attributes are those of
+    `FittedGuard`.
     """
 
     @classmethod
@@ -84,9 +86,7 @@ class Guard(FittedGuard):
         guard = cls.fit_activations(
             activations, clean_labels, config, noisy=noisy, class_names=class_names, progress=progress
         )
-        guard.suspect = suspect
-        guard.input_shape = tuple(images.shape[1:])
-        return guard
+        return replace(guard, suspect=suspect, input_shape=tuple(images.shape[1:]))
 
     @classmethod
     def fit_activations(
@@ -195,6 +195,7 @@ class Guard(FittedGuard):
         action, opinions = self.action, {}
         if action == "relabel" or ask_backup:
             opinions = self._opinions(activations, images, np.flatnonzero(scores.is_poisoned))
+        names = self.ensemble.names
         rows = zip(
             labels.tolist(),
             scores.is_poisoned.tolist(),
@@ -211,16 +212,17 @@ class Guard(FittedGuard):
                 on_this = "flag"
             verdicts.append(
                 Verdict(
-                    label,
-                    int(opinion.argmax()) if on_this == "relabel" and opinion is not None else label,
-                    is_poisoned,
-                    p_value,
-                    combined,
-                    on_this,
-                    dict(zip(self.ensemble.names, raw, strict=True)),
-                    self._reason(scores, row) if is_poisoned else _CLEAN,
-                    opinion,
-                    self.depth,
+                    label=label,
+                    final_label=int(opinion.argmax()) if on_this == "relabel" and opinion is not None else label,
+                    is_poisoned=is_poisoned,
+                    p_value=p_value,
+                    score=combined,
+                    action=on_this,
+                    detector_scores=dict(zip(names, raw, strict=True)),
+                    surprise=dict(zip(names, scores.surprise[row].tolist(), strict=True)) if is_poisoned else {},
+                    reason=self._reason(scores, row) if is_poisoned else _CLEAN,
+                    second_opinion=opinion,
+                    depth=self.depth,
                 )
             )
         return verdicts
@@ -239,7 +241,7 @@ class Guard(FittedGuard):
             If there is a backup and no images.
         """
         if self.backup is None:
-            return self._whole.replacement_logits(activations[rows])
+            return (self.whole or self.ensemble).replacement_logits(activations[rows])
         if BACKUP in activations.depths:
             return activations.at(BACKUP)[rows]
         if images is None:
@@ -265,7 +267,7 @@ class Guard(FittedGuard):
         raw = self.ensemble.score(activations)
         surprise = self.fusion.surprise(raw)
         combined = self.fusion.combine(surprise)
-        p_values = conformal_p_values(combined, self._clean_scores)
+        p_values = conformal_p_values(combined, self.clean_scores)
         is_poisoned = self.fusion.decide(combined, p_values, self.config.false_positive_rate)
         return Scores(raw, surprise, combined, p_values, is_poisoned)
 
@@ -282,9 +284,8 @@ class Guard(FittedGuard):
         fixed = sorted((changes.keys() & GuardConfig.model_fields.keys()) - SERVING_SETTINGS)
         if fixed:
             raise ConfigError(f"{fixed[0]} is fixed when a guard is fitted. Fit again to change it.")
-        other = copy.copy(self)
-        other.config = self.config.replace(**changes)
-        check_rate(other.config.false_positive_rate, len(self._clean_scores))
+        other = replace(self, config=self.config.replace(**changes))
+        check_rate(other.config.false_positive_rate, len(self.clean_scores))
         if (other.config.max_guard_ms or other.config.deadline_header) and not self.early:
             raise ConfigError(
                 "max_guard_ms and deadline_header need verdicts at several depths. Fit again with anytime = true, on a "
@@ -306,11 +307,15 @@ class Guard(FittedGuard):
         """
         for early in self.early:
             if early.depth == depth:
-                other = copy.copy(self)
-                other.depth, other.ensemble, other.fusion = depth, early.ensemble, early.fusion
-                other._clean_scores = early.clean_scores
-                other.realised_false_positive_rate = early.realised_false_positive_rate
-                return other
+                return replace(
+                    self,
+                    depth=depth,
+                    whole=self.whole or self.ensemble,
+                    ensemble=early.ensemble,
+                    fusion=early.fusion,
+                    clean_scores=early.clean_scores,
+                    realised_false_positive_rate=early.realised_false_positive_rate,
+                )
         known = ", ".join(early.depth for early in self.early) or "none"
         raise ConfigError(f"there is no verdict at depth {depth!r}: known are {known}. Fit with anytime = true.")
 

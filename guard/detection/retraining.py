@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from guard.detection.cross_fitting import Labelled, LabelledCounts, Progress, cross_fit
@@ -80,21 +82,19 @@ def retrain(
         anomalies=anomalies,
         progress=progress,
     )
-    retrained = Guard(
-        config=guard.config,
+    return replace(
+        guard,
         ensemble=fitted.ensemble,
         fusion=fitted.fusion,
         clean_scores=fitted.clean_scores,
         reference=_copied(guard.reference),
         reference_labels=guard.reference_labels.copy(),
-        realised_false_positive_rate=fitted.realised_false_positive_rate,
-        class_names=guard.class_names,
         noisy_reference=_copied(guard.noisy_reference) if guard.noisy_reference is not None else None,
+        realised_false_positive_rate=fitted.realised_false_positive_rate,
         early=fitted.early,
+        retrained_with=labelled.counts,
+        digest=None,
     )
-    retrained.take_over(guard)
-    retrained.retrained_with = labelled.counts
-    return retrained
 
 
 def _check_fits(guard: Guard, activations: Activations) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -203,15 +203,19 @@ def stacked(guard: Guard, items: Sequence[QueueItem]) -> Activations:
 
 
 def _taught(guard: Guard, base: Guard, training: Labelled, anomalies: Activations | None) -> Guard:
-    taught = retrain(base, training, anomalies=anomalies)
-    taught.reference, taught.reference_labels = guard.reference, guard.reference_labels  # for the rounds to come
-    taught.noisy_reference = guard.noisy_reference
-    return taught
+    return replace(  # with the whole reference, for the rounds to come
+        retrain(base, training, anomalies=anomalies),
+        reference=guard.reference,
+        reference_labels=guard.reference_labels,
+        noisy_reference=guard.noisy_reference,
+    )
 
 
 def _without_rows(guard: Guard, held: BoolArray) -> Guard:
-    base = copy.copy(guard)
-    base.reference, base.reference_labels = guard.reference[~held], guard.reference_labels[~held]
-    if guard.noisy_reference is not None:
-        base.noisy_reference = guard.noisy_reference[~held]
-    return base
+    noisy = guard.noisy_reference
+    return replace(
+        guard,
+        reference=guard.reference[~held],
+        reference_labels=guard.reference_labels[~held],
+        noisy_reference=noisy[~held] if noisy is not None else None,
+    )

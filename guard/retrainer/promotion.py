@@ -100,7 +100,6 @@ def write_candidate(candidate: Guard, parent: Path, lineage: Lineage) -> str:
         stored = read_bundle(candidate.save(folder))
     known = {name: document[name] for name in _FROM_PARENT}
     path = write_bundle(parent.parent, {**stored.document, **known, "lineage": asdict(lineage)}, stored.arrays)
-    candidate.digest = path.name
     return path.name
 
 

@@ -203,10 +203,8 @@ class Bookkeeping:
 
     @staticmethod
     def _fired(guard: Guard, verdict: Verdict) -> list[str]:
-        raw = np.array([list(verdict.detector_scores.values())])
-        judge = guard.at_depth(verdict.depth) if verdict.depth else guard
-        beyond = fired(judge.fusion.surprise(raw)[0], guard.config.mode, guard.config.false_positive_rate)
-        return [name for name, is_beyond in zip(verdict.detector_scores, beyond.tolist(), strict=True) if is_beyond]
+        beyond = fired(np.array([*verdict.surprise.values()]), guard.config.mode, guard.config.false_positive_rate)
+        return [name for name, is_beyond in zip(verdict.surprise, beyond.tolist(), strict=True) if is_beyond]
 
 
 def low_p_value(guard: Guard) -> float:

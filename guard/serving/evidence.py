@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from guard.detection.pipeline import Guard
 from guard.types import Activations, Float32Array, Verdict
 
 
@@ -22,8 +21,6 @@ class Evidence:
         One row.
     inputs : ndarray of shape (channels, height, width), float32
         What the network saw.
-    surprise : dict of str to float
-        Per detector, how unusual its score is; higher = more suspicious.
     backup_label : int or None
         Second opinion of the guard's backup, or of its replacement head if it has none; None if it is not finite.
     backup_confidence : float or None
@@ -32,20 +29,17 @@ class Evidence:
 
     activations: Activations
     inputs: Float32Array
-    surprise: dict[str, float]
     backup_label: int | None
     backup_confidence: float | None
 
 
 def collect_evidence(
-    guard: Guard, activations: Activations, inputs: torch.Tensor, verdicts: Sequence[Verdict]
+    activations: Activations, inputs: torch.Tensor, verdicts: Sequence[Verdict]
 ) -> list[Evidence | None]:
     """Return the evidence of every poisoned row; None for the others, which cost nothing.
 
     Parameters
     ----------
-    guard : Guard
-        The one that gave the verdicts, asked for the backup's opinion too.
     activations : Activations of n rows
     inputs : Tensor of shape (n, channels, height, width)
     verdicts : sequence of n Verdict
@@ -56,17 +50,9 @@ def collect_evidence(
         return evidence
     flagged = activations[np.array(rows)]
     images = inputs[rows].detach().to("cpu", torch.float32).numpy()
-    raw = np.array([list(verdicts[row].detector_scores.values()) for row in rows])
-    surprise = guard.fusion.surprise(raw)
     for index, row in enumerate(rows):
         label, confidence = _surest(verdicts[row].second_opinion)
-        evidence[row] = Evidence(
-            flagged[index : index + 1],
-            images[index],
-            dict(zip(guard.ensemble.names, surprise[index].tolist(), strict=True)),
-            label,
-            confidence,
-        )
+        evidence[row] = Evidence(flagged[index : index + 1], images[index], label, confidence)
     return evidence
 
 

@@ -157,7 +157,7 @@ class ReviewQueue:
             backup_label=evidence.backup_label,
             backup_confidence=evidence.backup_confidence,
             raw=verdict.detector_scores,
-            surprise=evidence.surprise,
+            surprise=verdict.surprise,
             combined=verdict.score,
             p_value=verdict.p_value,
             false_positive_rate=false_positive_rate,

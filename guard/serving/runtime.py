@@ -221,7 +221,7 @@ class GuardRuntime:
         verdicts = guard.decide(activations, inputs, ask_backup=self.review_queue is not None)
         if self.review_queue is None:
             return [judged(verdict) for verdict in verdicts]
-        evidence = collect_evidence(guard, activations, inputs, verdicts)
+        evidence = collect_evidence(activations, inputs, verdicts)
         return [judged(*pair) for pair in zip(verdicts, evidence, strict=True)]
 
     def _judge_finite_rows(self, guard: Guard, activations: Activations, inputs: torch.Tensor) -> list[Outcome]:

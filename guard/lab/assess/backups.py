@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -117,9 +116,8 @@ def with_backup(
     bench = _Bench(guard, guard.suspect, pixels, labels, in_batches(preprocess), request, progress or _silent)
     recovery = bench.recovery()
     best = max(recovery, key=recovery.__getitem__) if request.kind == AUTO else request.kind
-    changed = copy.copy(guard)
-    changed.recovery, changed.relabels, changed.digest = recovery, recovery[best] >= request.floor, None
-    changed.backup = None if best == HEAD else bench.make(best, guard.suspect, np.arange(len(labels)))
+    backup = None if best == HEAD else bench.make(best, guard.suspect, np.arange(len(labels)))
+    changed = replace(guard, recovery=recovery, relabels=recovery[best] >= request.floor, backup=backup, digest=None)
     return bench.as_detector(changed, best) if request.detects and best != HEAD else changed
 
 
@@ -216,8 +214,8 @@ class _Bench:
         again = Guard.fit_activations(
             clean, self.labels, guard.config, class_names=guard.class_names, progress=self.progress
         )
-        again.take_over(guard)
-        return again
+        fitted = ("ensemble", "fusion", "clean_scores", "reference", "realised_false_positive_rate", "early")
+        return replace(guard, **{name: getattr(again, name) for name in fitted})
 
 
 def _silent(_text: str, _share: float) -> None:
