@@ -10,7 +10,8 @@ import pytest
 from retrainer_helpers import fit_guard, world
 
 from guard import Activations, Guard, GuardConfig
-from guard.detection.detectors import DETECTORS, Demarcation
+from guard.detection.detectors.base import NO_LABEL
+from guard.detection.detectors.demarcation import Demarcation
 from guard.detection.ensemble import Ensemble
 from guard.detection.retraining import Labelled, retrain
 from guard.errors import DataError, NotFittedError
@@ -36,6 +37,11 @@ def retrained(guard, anomalies):
     return retrain(guard, nothing, anomalies=anomalies)
 
 
+def fitted(line, clean, anomalies):
+    labels = np.r_[np.zeros(len(clean), dtype=int), np.full(len(anomalies), NO_LABEL)]
+    return line.fit(Activations.concatenate([clean, anomalies]), labels)
+
+
 def plane(n, shift, seed):
     features = np.random.default_rng(seed).normal(0, 1, (n, 3)).astype(np.float32)
     features[:, 0] += shift
@@ -43,7 +49,7 @@ def plane(n, shift, seed):
 
 
 def test_demarcation_points_from_clean_to_anomalies_and_is_zero_in_the_middle():
-    line = Demarcation().fit(plane(400, 0, 0), plane(40, 6, 1))
+    line = fitted(Demarcation(), plane(400, 0, 0), plane(40, 6, 1))
     assert line.weights_[0] > 2 * np.abs(line.weights_[1:]).max()
     middle = Activations(np.zeros((1, 2), dtype=np.float32), np.array([[3, 0, 0]], dtype=np.float32))
     assert abs(line.score(middle)[0]) < 0.5
@@ -52,7 +58,7 @@ def test_demarcation_points_from_clean_to_anomalies_and_is_zero_in_the_middle():
 
 
 def test_demarcation_roundtrip_scores_equal(anomalies):
-    line = Demarcation(depth="early", softness=0.1).fit(world(100, 0)[0], anomalies)
+    line = fitted(Demarcation(depth="early", softness=0.1), world(100, 0)[0], anomalies)
     again = Demarcation.from_state(line.state(), depth="early", softness=0.1)
     np.testing.assert_array_equal(line.score(anomalies), again.score(anomalies))
 
@@ -60,20 +66,19 @@ def test_demarcation_roundtrip_scores_equal(anomalies):
 def test_demarcation_bad_input_is_refused(anomalies):
     clean = world(20, 0)[0]
     with pytest.raises(DataError, match=r"^a line needs inputs on both sides, got 20 clean, 0 anomalies\.$"):
-        Demarcation().fit(clean, anomalies[:0])
+        fitted(Demarcation(), clean, anomalies[:0])
     with pytest.raises(NotFittedError, match=r"^Demarcation is not fitted\."):
         Demarcation().score(clean)
     damaged = dataclasses.replace(clean, features=np.full_like(clean.features, np.nan))
     with pytest.raises(DataError, match=r"^features must be finite"):
-        Demarcation().fit(clean, damaged)
+        fitted(Demarcation(), clean, damaged)
     with pytest.raises(DataError, match=r"^features have 11 columns, fit saw 12\."):
-        Demarcation().fit(clean, anomalies).score(dataclasses.replace(clean, features=clean.features[:, 1:]))
+        fitted(Demarcation(), clean, anomalies).score(dataclasses.replace(clean, features=clean.features[:, 1:]))
 
 
 def test_a_guard_without_anomalies_has_no_demarcation(guard):
-    assert "demarcation" not in DETECTORS
     assert not any(name.startswith("demarcation") for name in guard.ensemble.names)
-    assert Ensemble.for_mode(GuardConfig(mode="paper"), (), demarcation=True).names == (
+    assert Ensemble.for_mode(GuardConfig(mode="paper"), (), with_anomalies=True).names == (
         "lof:norms",
         "disagreement:features",
     )

@@ -20,8 +20,8 @@ from guard.backups.backup_training import FitSettings
 from guard.backups.defective import DefectiveSettings
 from guard.backups.last_layer import LastLayerSettings
 from guard.cli import run
-from guard.detection.cross_fitting import Labelled
 from guard.detection.retraining import retrain
+from guard.detection.training_set import Labelled
 from guard.errors import BundleError, ConfigError, DataError
 from guard.lab.assess.backups import HEAD, BackupRequest, with_backup
 from guard.lab.assess.planting import PlantingSettings

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from guard import Activations, Guard, GuardConfig
+from guard.detection.detectors.base import WHAT_IS_CLEAN, WHAT_IS_WHAT, Source
 from guard.detection.ensemble import Ensemble, Member
 from guard.detection.retraining import Labelled, retrain
 from guard.errors import BundleError, DataError
@@ -192,17 +193,16 @@ def test_retrain_limits_poisoned_inputs_of_one_label_to_the_commonest_class(pape
 
 def test_ensemble_fit_gives_every_detector_its_rows(few):
     class Recorder:
-        def __init__(self, learns_from_poisoned):
-            self.learns_from_poisoned = learns_from_poisoned
+        def __init__(self, learns_from):
+            self.learns_from = learns_from
 
         def fit(self, activations, labels):
             self.seen = (len(activations), labels.tolist())
 
     activations, labels = few[0][:6], np.arange(6)
-    for_novelty = np.array([True, False, True, False, True, True])
-    for_heads = np.array([True, True, True, True, False, True])
-    novelty, head = Recorder(False), Recorder(True)
-    Ensemble([Member("a", "a", novelty), Member("b", "b", head)]).fit(activations, labels, for_heads, for_novelty)
+    sources = np.array([Source.CLEAN, Source.POISONED, Source.CLEAN, Source.POISONED, Source.FALSE_ALARM, Source.CLEAN])
+    novelty, head = Recorder(WHAT_IS_CLEAN), Recorder(WHAT_IS_WHAT)
+    Ensemble([Member("a", "a", novelty), Member("b", "b", head)]).fit(activations, labels, sources)
     assert novelty.seen == (4, [0, 2, 4, 5])
     assert head.seen == (5, [0, 1, 2, 3, 5])
 

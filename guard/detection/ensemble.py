@@ -10,20 +10,22 @@ from typing import Any, Self
 import numpy as np
 
 from guard.config import GuardConfig
-from guard.detection.detectors import DETECTORS, KINDS, AnytimeDisagreement, BackupDisagreement, Demarcation, Detector
+from guard.detection.detectors import DETECTORS, Detector
+from guard.detection.detectors.anytime import AnytimeDisagreement
+from guard.detection.detectors.base import Joins, Source
 from guard.detection.detectors.disagreement import HeadDisagreement
 from guard.detection.detectors.lof import PerClassLof
 from guard.errors import BundleError, DataError
-from guard.types import BACKUP, FEATURES, Activations, AnyArray, BoolArray, Float32Array, Float64Array, IntArray
+from guard.types import BACKUP, FEATURES, Activations, AnyArray, Float32Array, Float64Array, IntArray
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One detector, with the name under which its scores are reported and its kind in `KINDS`."""
+    """One detector, with the name under which its scores are reported and its kind in `DETECTORS`."""
 
     name: str
     kind: str
-    detector: Detector | Demarcation
+    detector: Detector
 
 
 class Ensemble:
@@ -34,14 +36,12 @@ class Ensemble:
         self.names = tuple(member.name for member in self.members)
 
     @classmethod
-    def for_mode(cls, config: GuardConfig, depths: Sequence[str], *, demarcation: bool = False) -> Self:
+    def for_mode(cls, config: GuardConfig, depths: Sequence[str], *, with_anomalies: bool = False) -> Self:
         """Make the unfitted detectors of a mode.
 
-        In `calibrated` mode every registered detector joins; one with a `depth` setting joins once per depth. A setting
-        that a detector shares by name with `GuardConfig` takes its value from there. With `demarcation` one more looks
-        for the anomalies that `fit` is given, and where the depths hold a backup's logits, one compares these with the
-        suspect's answer. If the settings ask for it, heads at all depths that were trained together join. `paper` mode
-        has no place for any of these.
+        In `calibrated` mode every registered detector joins that has a reason to, see `Detector.joins`. A setting that
+        a detector shares by name with `GuardConfig` takes its value from there. `paper` mode has two detectors and no
+        place for others.
         """
         if config.mode == "paper":
             novelty = PerClassLof(
@@ -52,59 +52,45 @@ class Ensemble:
             )
             head = HeadDisagreement(feature_noise_std=config.feature_noise_std, seed=config.seed)
             return cls([Member("lof:norms", "lof", novelty), Member(f"disagreement:{FEATURES}", "disagreement", head)])
+        layers = [depth for depth in depths if depth != BACKUP]
+        places: dict[Joins, list[dict[str, Any]]] = {
+            "once": [{}],
+            "once_per_depth": [{"depth": depth} for depth in (FEATURES, *layers)],
+            "with_backup": [{}] if BACKUP in depths else [],
+            "with_anomalies": [{}] if with_anomalies else [],
+            "with_early_verdicts": [{"depths": (*layers, FEATURES)}] if config.anytime else [],
+        }
         members = []
         for kind, detector_class in DETECTORS.items():
-            names = _setting_names(detector_class)
-            settings = {name: getattr(config, name) for name in names if name in GuardConfig.model_fields}
-            layers = [depth for depth in depths if depth != BACKUP]
-            for depth in (FEATURES, *layers) if "depth" in names else ("",):
-                chosen = {**settings, "depth": depth} if depth else settings
-                members.append(Member(f"{kind}:{depth}" if depth else kind, kind, detector_class(**chosen)))
-        if demarcation:
-            members.append(Member(f"demarcation:{FEATURES}", "demarcation", Demarcation()))
-        if config.anytime:
-            reads = (*(depth for depth in depths if depth != BACKUP), FEATURES)
-            members.append(Member("anytime", "anytime", AnytimeDisagreement(reads, config.seed)))
-        if BACKUP in depths:
-            members.append(Member("backup", "backup", BackupDisagreement()))
+            shared = [name for name in _setting_names(detector_class) if name in GuardConfig.model_fields]
+            settings = {name: getattr(config, name) for name in shared}
+            for place in places[detector_class.joins]:
+                detector = detector_class(**settings, **place)
+                depth = getattr(detector, "depth", "")
+                members.append(Member(f"{kind}:{depth}" if depth else kind, kind, detector))
         return cls(members)
 
-    def fit(
-        self,
-        activations: Activations,
-        labels: IntArray,
-        for_heads: BoolArray | None = None,
-        for_novelty: BoolArray | None = None,
-        anomalies: Activations | None = None,
-    ) -> Self:
-        """Fit every detector on what it may see.
+    def fit(self, activations: Activations, labels: IntArray, sources: IntArray | None = None) -> Self:
+        """Fit every detector on what it learns from.
 
         Parameters
         ----------
         activations : Activations of n inputs
         labels : ndarray of shape (n,), int
-            True labels.
-        for_heads, for_novelty : ndarray of shape (n,), bool, optional
-            Rows for detectors that learn from poisoned inputs, and rows for the others; None = all.
-        anomalies : Activations, optional
-            Inputs without a true label that a demarcation tells from the rows that all others learn from; needed if
-            there is one.
+            True labels; `NO_LABEL` for an anomaly.
+        sources : ndarray of shape (n,), int, optional
+            A `Source` each; None = all are clean.
 
         Raises
         ------
         DataError
             If there is a demarcation and no anomaly.
         """
-        everything = np.ones(len(labels), dtype=bool)
-        heads = everything if for_heads is None else for_heads
-        novelty = everything if for_novelty is None else for_novelty
+        if sources is None:
+            sources = np.full(len(labels), Source.CLEAN)
         for member in self.members:
-            detector = member.detector
-            if isinstance(detector, Demarcation):
-                detector.fit(activations[heads & novelty], anomalies if anomalies is not None else activations[:0])
-            else:
-                rows = heads if detector.learns_from_poisoned else novelty
-                detector.fit(activations[rows], labels[rows])
+            rows = np.isin(sources, [*member.detector.learns_from])
+            member.detector.fit(activations[rows], labels[rows])
         return self
 
     def up_to(self, depths: Sequence[str]) -> Self:
@@ -114,7 +100,7 @@ class Ensemble:
             detector = member.detector
             if isinstance(detector, AnytimeDisagreement):
                 members.append(Member(member.name, member.kind, detector.up_to(len(depths))))
-            elif getattr(detector, "depth", FEATURES) in depths and not isinstance(detector, BackupDisagreement):
+            elif detector.joins == "once_per_depth" and getattr(detector, "depth", FEATURES) in depths:
                 members.append(member)
         return type(self)(members)
 
@@ -157,15 +143,17 @@ class Ensemble:
         members = []
         for index, entry in enumerate(description):
             kind = entry["kind"]
-            if kind not in KINDS:
-                raise BundleError(f"unknown detector {kind!r}: known are {sorted(KINDS)}. Upgrade backdoor-guard.")
+            if kind not in DETECTORS:
+                raise BundleError(f"unknown detector {kind!r}: known are {sorted(DETECTORS)}. Upgrade backdoor-guard.")
             prefix = f"{index}."
             state = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-            members.append(Member(entry["name"], kind, KINDS[kind].from_state(state, **_untupled(entry["settings"]))))
+            members.append(
+                Member(entry["name"], kind, DETECTORS[kind].from_state(state, **_untupled(entry["settings"])))
+            )
         return cls(members)
 
 
-def _setting_names(detector_class: type[Detector] | type[Demarcation]) -> list[str]:
+def _setting_names(detector_class: type[Detector]) -> list[str]:
     return [field.name for field in dataclasses.fields(detector_class) if field.init]  # type: ignore[arg-type]
 
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 from guard.arrays import require
 from guard.backups.backup import Backup
 from guard.config import PLACES, GuardConfig
-from guard.detection.cross_fitting import EarlyFit, LabelledCounts
+from guard.detection.cross_fitting import EarlyFit
 from guard.detection.ensemble import Ensemble
 from guard.detection.fusion import Fusion, new_fusion
 from guard.detection.soundness import (
@@ -25,6 +25,7 @@ from guard.detection.soundness import (
     sample_of,
     share_right,
 )
+from guard.detection.training_set import LabelledCounts
 from guard.errors import BundleError, ConfigError, DataError, NotFittedError
 from guard.storage.bundle import read_bundle, write_bundle
 from guard.suspect.model import SuspectModel

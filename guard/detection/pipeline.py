@@ -12,6 +12,7 @@ import torch
 from guard.config import PLACES, SERVING_SETTINGS, GuardConfig
 from guard.detection.cross_fitting import Progress, cross_fit
 from guard.detection.fitted import FittedGuard
+from guard.detection.training_set import TrainingSet
 from guard.errors import ConfigError, DataError
 from guard.statistics.calibration import check_rate, conformal_p_values
 from guard.suspect.model import SuspectModel
@@ -116,26 +117,24 @@ class Guard(FittedGuard):
             If a value is not finite, shapes do not agree, or the images are too few for the requested rate.
         """
         config = config or GuardConfig()
-        labels = _checked_labels(activations, labels)
-        n_classes = activations.logits.shape[1]
-        check_rate(config.false_positive_rate, len(labels))
-        if len(labels) < 2 * config.folds:
-            raise DataError(f"folds={config.folds} needs at least {2 * config.folds} clean images, got {len(labels)}.")
+        training = TrainingSet(activations, labels, noisy=noisy)
+        n, n_classes = activations.logits.shape
+        check_rate(config.false_positive_rate, n)
+        if n < 2 * config.folds:
+            raise DataError(f"folds={config.folds} needs at least {2 * config.folds} clean images, got {n}.")
         if config.anytime and config.mode == "paper":
             raise ConfigError("anytime goes with mode 'calibrated': the published rule knows one depth. Leave it out.")
-        if noisy is not None and len(noisy) != len(labels):
-            raise DataError(f"noisy activations must have {len(labels)} rows, one per image, got {len(noisy)}.")
         if class_names is not None and len(class_names) != n_classes:
             raise DataError(f"the suspect model has {n_classes} classes, got {len(class_names)} class names.")
 
-        fitted = cross_fit(config, activations, labels, noisy=noisy, progress=progress)
+        fitted = cross_fit(config, training, progress=progress)
         return cls(
             config=config,
             ensemble=fitted.ensemble,
             fusion=fitted.fusion,
             clean_scores=fitted.clean_scores,
             reference=activations,
-            reference_labels=labels,
+            reference_labels=training.labels,
             realised_false_positive_rate=fitted.realised_false_positive_rate,
             class_names=tuple(class_names) if class_names is not None else None,
             noisy_reference=noisy,
@@ -332,18 +331,3 @@ def _scorable(activations: Activations) -> Activations:
     if not finite.all():
         raise DataError(f"activations of input {int(np.argmin(finite))} are not finite; it cannot be scored.")
     return activations
-
-
-def _checked_labels(activations: Activations, labels: IntArray) -> IntArray:
-    labels = np.asarray(labels)
-    if labels.shape != (len(activations),):
-        raise DataError(f"labels must have shape ({len(activations)},), one per image, got {labels.shape}.")
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"labels must be integers, got {labels.dtype}.")
-    n_classes = activations.logits.shape[1]
-    if len(labels) and (labels.min() < 0 or labels.max() >= n_classes):
-        raise DataError(f"labels must be in [0, {n_classes}), got {labels.min()} to {labels.max()}.")
-    finite = activations.finite_rows()
-    if not finite.all():
-        raise DataError(f"activations of clean image {int(np.argmin(finite))} are not finite. Is the model damaged?")
-    return labels.astype(np.int64)

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from guard.detection.cross_fitting import Labelled, LabelledCounts, Progress, cross_fit
+from guard.detection.cross_fitting import Progress, cross_fit
 from guard.detection.pipeline import Guard
+from guard.detection.training_set import Labelled, LabelledCounts, TrainingSet
 from guard.errors import DataError
 from guard.types import Activations, IntArray
 
@@ -21,7 +22,7 @@ def retrain(
 
     Decision heads learn the true labels of the clean reference and of poisoned inputs whose true label is not what the
     network answers. Novelty detectors learn from the clean reference and the false alarms, never from poisoned inputs.
-    See `Detector.learns_from_poisoned`. No head learns from a false alarm: one triggered input with the attacker's
+    See `Detector.learns_from`. No head learns from a false alarm: one triggered input with the attacker's
     label, called clean, would teach it the trigger (docs/retraining.md has the figures).
 
     Calibration, and with it the false-positive rate, rests on the clean reference alone, scored out of fold as in
@@ -73,15 +74,8 @@ def retrain(
     if anomalies is not None:
         _check_fits(guard, anomalies)
     labelled = _limited(labelled, guard.reference_labels, guard.config.seed)
-    fitted = cross_fit(
-        guard.config,
-        guard.reference,
-        guard.reference_labels,
-        noisy=guard.noisy_reference,
-        labelled=labelled,
-        anomalies=anomalies,
-        progress=progress,
-    )
+    training = TrainingSet(guard.reference, guard.reference_labels, guard.noisy_reference, labelled, anomalies)
+    fitted = cross_fit(guard.config, training, progress=progress)
     return replace(
         guard,
         ensemble=fitted.ensemble,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from guard.detection.detectors import Demarcation
+from guard.detection.detectors.base import NO_LABEL
+from guard.detection.detectors.demarcation import Demarcation
 from guard.detection.pipeline import Guard
 from guard.types import Activations, BoolArray
 
@@ -38,7 +39,8 @@ def recognise(guard: Guard, anomalies: Activations) -> BoolArray:
     found = np.zeros(len(anomalies), dtype=bool)
     fold = np.arange(len(anomalies)) % _FOLDS
     for number in range(_FOLDS) if len(anomalies) >= _FOLDS else ():
-        own = fold == number
-        line = Demarcation().fit(guard.reference[::2], anomalies[~own])
-        found[own] = line.score(anomalies[own]) > np.quantile(line.score(guard.reference[1::2]), _BEYOND)
+        tested, clean = fold == number, guard.reference[::2]
+        labels = np.concatenate([guard.reference_labels[::2], np.full(int((~tested).sum()), NO_LABEL)])
+        line = Demarcation().fit(Activations.concatenate([clean, anomalies[~tested]]), labels)
+        found[tested] = line.score(anomalies[tested]) > np.quantile(line.score(guard.reference[1::2]), _BEYOND)
     return found

@@ -6,19 +6,13 @@ from guard.detection.detectors.demarcation import Demarcation
 from guard.detection.detectors.disagreement import BackupDisagreement, HeadDisagreement
 from guard.detection.detectors.lof import PerClassLof
 
-#: Name in bundles and reports -> class. All of them join the `calibrated` mode.
+#: Name in bundles and reports -> class. Each says itself when it is part of a guard; in this order.
 DETECTORS: dict[str, type[Detector]] = {
     "lof": PerClassLof,
     "disagreement": HeadDisagreement,
-}
-
-#: Everything that a bundle may hold. Demarcation joins only where there are anomalies to learn from: never in `fit`.
-#: A backup joins only where the activations hold its logits, and heads at several depths only if settings ask for them.
-KINDS: dict[str, type[Detector] | type[Demarcation]] = {
-    **DETECTORS,
     "demarcation": Demarcation,
-    "backup": BackupDisagreement,
     "anytime": AnytimeDisagreement,
+    "backup": BackupDisagreement,
 }
 
-__all__ = ["DETECTORS", "KINDS", "AnytimeDisagreement", "BackupDisagreement", "Demarcation", "Detector"]
+__all__ = ["DETECTORS", "Detector"]

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-from guard.detection.detectors.disagreement import disagreement
+from guard.detection.detectors.base import WHAT_IS_WHAT, Joins, Source
+from guard.detection.detectors.disagreement import disagreement_with
 from guard.detection.heads.anytime import AnytimeHeads
 from guard.types import FEATURES, Activations, AnyArray, Float64Array, IntArray
 
@@ -26,7 +27,8 @@ class AnytimeDisagreement:
         Of the heads' training.
     """
 
-    learns_from_poisoned: ClassVar[bool] = True
+    joins: ClassVar[Joins] = "with_early_verdicts"
+    learns_from: ClassVar[frozenset[Source]] = WHAT_IS_WHAT
 
     depths: tuple[str, ...] = (FEATURES,)
     seed: int = 0
@@ -49,7 +51,7 @@ class AnytimeDisagreement:
             If the number of features differs from `fit`.
         """
         logits = self.heads_.logits([activations.at(depth) for depth in self.depths])
-        return disagreement(logits, activations.predicted_labels)
+        return disagreement_with(logits, activations)
 
     def up_to(self, n_depths: int) -> Self:
         """Return the same detector, asked for the first depths only; shares the heads."""

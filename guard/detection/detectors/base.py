@@ -3,9 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from enum import IntEnum
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 from guard.types import Activations, AnyArray, Float64Array, IntArray
+
+#: When a detector is part of a guard in `calibrated` mode: always, once for everything or once per depth; or only
+#: where the activations hold a backup's logits, where there are anomalies of the traffic to learn from, or where the
+#: settings ask for verdicts at several depths.
+Joins = Literal["once", "once_per_depth", "with_backup", "with_anomalies", "with_early_verdicts"]
+#: Label of an anomaly of the traffic: nobody has said what it shows.
+NO_LABEL = -1
+
+
+class Source(IntEnum):
+    """Where an input that detectors may learn from is from."""
+
+    #: The user's clean images, and noisy copies of them.
+    CLEAN = 0
+    #: A person called it poisoned, and named another class than the network's answer.
+    POISONED = 1
+    #: The guard flagged it, and a person called it clean.
+    FALSE_ALARM = 2
+    #: Of the traffic, poisoned or thought to be; its label is `NO_LABEL`.
+    ANOMALY = 3
+
+
+#: For detectors that learn what clean inputs look like, and would take a trigger for a normal sight.
+WHAT_IS_CLEAN = frozenset({Source.CLEAN, Source.FALSE_ALARM})
+#: For detectors that learn which features belong to which label.
+WHAT_IS_WHAT = frozenset({Source.CLEAN, Source.POISONED})
 
 
 @runtime_checkable
@@ -17,13 +44,14 @@ class Detector(Protocol):
 
     Attributes
     ----------
-    learns_from_poisoned : bool
-        Whether `fit` is also given poisoned inputs that a person has labelled, with their true labels. True for one
-        that learns which features belong to which label; False for one that learns what clean inputs look like, and
-        would take the trigger for a normal sight.
+    joins : Joins
+        When it is part of a guard. One that joins once per depth has a setting `depth`.
+    learns_from : frozenset of Source
+        Which inputs `fit` is given: `WHAT_IS_CLEAN`, `WHAT_IS_WHAT`, or a choice of its own.
     """
 
-    learns_from_poisoned: ClassVar[bool]
+    joins: ClassVar[Joins]
+    learns_from: ClassVar[frozenset[Source]]
 
     def fit(self, activations: Activations, labels: IntArray) -> Self:
         """Learn from activations and their true labels, shape (n,); return self."""

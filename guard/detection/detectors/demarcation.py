@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from guard.arrays import require
+from guard.detection.detectors.base import NO_LABEL, Joins, Source
 from guard.errors import DataError, NotFittedError
-from guard.types import FEATURES, Activations, AnyArray, Float64Array
+from guard.types import FEATURES, Activations, AnyArray, Float64Array, IntArray
 
 _MAX_ITER = 20_000
 
@@ -39,29 +40,34 @@ class Demarcation:
        IEEE Access 10. Only its abstract was at hand: the kernel and the anomaly detector are choices of ours.
     """
 
+    joins: ClassVar[Joins] = "with_anomalies"
+    learns_from: ClassVar[frozenset[Source]] = frozenset({Source.CLEAN, Source.ANOMALY})
+
     depth: str = FEATURES
     softness: float = 0.5
 
-    def fit(self, clean: Activations, anomalies: Activations) -> Self:
-        """Learn from clean inputs and from anomalies of the traffic.
+    def fit(self, activations: Activations, labels: IntArray) -> Self:
+        """Learn from clean inputs and from anomalies of the traffic, whose label is `NO_LABEL`; shape (n,).
 
         Raises
         ------
         DataError
-            If one of the two is empty, or a value is not finite.
+            If there is none of one of the two, or a value is not finite.
         """
         from sklearn.svm import LinearSVC  # here, because scoring does without: a server loads less
 
-        if not len(clean) or not len(anomalies):
-            raise DataError(f"a line needs inputs on both sides, got {len(clean)} clean, {len(anomalies)} anomalies.")
-        features = np.concatenate([clean.at(self.depth), anomalies.at(self.depth)]).astype(np.float64)
+        is_anomaly = np.asarray(labels) == NO_LABEL
+        n_anomalies = int(is_anomaly.sum())
+        if n_anomalies in (0, len(is_anomaly)):
+            n_clean = len(is_anomaly) - n_anomalies
+            raise DataError(f"a line needs inputs on both sides, got {n_clean} clean, {n_anomalies} anomalies.")
+        features = activations.at(self.depth).astype(np.float64)
         if not np.isfinite(features).all():
             raise DataError(f"{self.depth} must be finite: a NaN or an infinity was found.")
-        mean, spread = features[: len(clean)].mean(axis=0), features[: len(clean)].std(axis=0)
+        mean, spread = features[~is_anomaly].mean(axis=0), features[~is_anomaly].std(axis=0)
         # A feature that is constant on clean inputs may be the trigger's own: it keeps its unit, the mean spread.
         usual = float(spread.mean()) or 1.0
         scale = np.maximum(spread, 0.1 * usual)
-        is_anomaly = np.arange(len(features)) >= len(clean)
         cost = self.softness / features.shape[1]
         machine = LinearSVC(C=cost, class_weight="balanced", dual="auto", max_iter=_MAX_ITER, random_state=0)
         machine.fit((features - mean) / scale, is_anomaly)
@@ -80,7 +86,7 @@ class Demarcation:
             If the number of columns differs from `fit`.
         """
         if not hasattr(self, "weights_"):
-            raise NotFittedError("Demarcation is not fitted. Call fit(clean, anomalies) first.")
+            raise NotFittedError("Demarcation is not fitted. Call fit(activations, labels) first.")
         features = activations.at(self.depth)
         if features.shape[1] != len(self.weights_):
             raise DataError(

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from guard.detection.detectors.base import WHAT_IS_CLEAN, WHAT_IS_WHAT, Joins, Source
 from guard.detection.heads.decision_head import DecisionHead
 from guard.errors import DataError
 from guard.types import BACKUP, FEATURES, Activations, AnyArray, Float32Array, Float64Array, IntArray
@@ -31,7 +32,8 @@ class HeadDisagreement:
         See `DecisionHead.seed`.
     """
 
-    learns_from_poisoned: ClassVar[bool] = True
+    joins: ClassVar[Joins] = "once_per_depth"
+    learns_from: ClassVar[frozenset[Source]] = WHAT_IS_WHAT
 
     depth: str = FEATURES
     feature_noise_std: float = 0.0
@@ -55,13 +57,7 @@ class HeadDisagreement:
         DataError
             If the number of features or of classes differs from `fit`.
         """
-        head_logits = self.logits(activations)
-        if head_logits.shape != activations.logits.shape:
-            raise DataError(
-                f"logits have {activations.logits.shape[1]} columns, fit saw {head_logits.shape[1]}."
-                " Is it the same suspect model?"
-            )
-        return disagreement(head_logits, activations.predicted_labels)
+        return disagreement_with(self.logits(activations), activations)
 
     def logits(self, activations: Activations) -> Float32Array:
         """Return the head's own logits, shape (n, n_classes)."""
@@ -88,7 +84,8 @@ class BackupDisagreement:
     of the backup for every input.
     """
 
-    learns_from_poisoned: ClassVar[bool] = False
+    joins: ClassVar[Joins] = "with_backup"
+    learns_from: ClassVar[frozenset[Source]] = WHAT_IS_CLEAN
 
     def fit(self, activations: Activations, labels: IntArray) -> Self:
         """Learn nothing; refuse activations without the backup's logits (DataError)."""
@@ -97,7 +94,7 @@ class BackupDisagreement:
 
     def score(self, activations: Activations) -> Float64Array:
         """Return the log-ratio per row, shape (n,), float64; higher = more suspicious, infinite if not finite."""
-        scores = disagreement(activations.at(BACKUP), activations.predicted_labels)
+        scores = disagreement_with(activations.at(BACKUP), activations)
         return np.where(np.isfinite(scores), scores, np.inf)
 
     def state(self) -> dict[str, AnyArray]:
@@ -110,11 +107,27 @@ class BackupDisagreement:
         return cls(**settings)
 
 
+def disagreement_with(head_logits: Float32Array, activations: Activations) -> Float64Array:
+    """Return `disagreement` of a head with the suspect model, shape (n,), float64.
+
+    Raises
+    ------
+    DataError
+        If they know different numbers of classes.
+    """
+    if head_logits.shape != activations.logits.shape:
+        raise DataError(
+            f"logits have {activations.logits.shape[1]} columns, fit saw {head_logits.shape[1]}."
+            " Is it the same suspect model?"
+        )
+    return disagreement(head_logits, activations.predicted_labels)
+
+
 def disagreement(head_logits: Float32Array, suspect_labels: IntArray) -> Float64Array:
     """Return max over j != s of z_j, less z_s, per row: shape (n,), float64; above 0 = the head answers otherwise."""
     rows = np.arange(len(head_logits))
     others = head_logits.astype(np.float64)
-    own = others[rows, suspect_labels]
+    of_suspect = others[rows, suspect_labels]
     others[rows, suspect_labels] = -np.inf
-    best: Float64Array = others.max(axis=1) - own
+    best: Float64Array = others.max(axis=1) - of_suspect
     return best

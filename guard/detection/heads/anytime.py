@@ -174,7 +174,10 @@ class AnytimeHeads:
         state: Float32Array | None = None
         for place, (one, head) in enumerate(zip(features, self.heads_, strict=False)):
             if one.shape[1] != len(head["inputs"]):
-                raise DataError(f"depth {place} has {one.shape[1]} columns, fit saw {len(head['inputs'])}.")
+                raise DataError(
+                    f"features at depth {place} have {one.shape[1]} columns, fit saw {len(head['inputs'])}."
+                    " Is the split layer the same?"
+                )
             fresh: Float32Array = one.astype(np.float32, copy=False).dot(head["inputs"])
             fresh += head["bias"]
             if state is not None:
