@@ -93,7 +93,7 @@ def test_heads_refuse_other_widths_and_being_asked_before_fit(features):
     heads = AnytimeHeads(width=8, epochs=1).fit(inputs[:1], labels, 3)
     with pytest.raises(DataError, match="there are 1 heads"):
         heads.logits(inputs)
-    with pytest.raises(DataError, match="has 2 columns, fit saw 6"):
+    with pytest.raises(DataError, match="have 2 columns, fit saw 6"):
         heads.logits([inputs[0][:, :2]])
 
 
