@@ -130,10 +130,10 @@ class Shop:
 
 
 class _NoRequests:
-    def get_request_id(self, idx: int) -> str:
+    def request_id(self, index: int) -> str:
         return "picture"
 
-    def get_all_request_header(self, idx: int) -> dict[str, str]:
+    def headers(self, index: int) -> dict[str, str]:
         return {}
 
 

@@ -59,6 +59,8 @@ class _Moved(MetaPathFinder, Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = import_module(_MOVED[spec.name])
+        if spec.name == "guard.pipeline":
+            import_module("guard.torchserve.older_adapters")
         spec.loader_state = module.__spec__
         return module
 

@@ -19,12 +19,13 @@ from ts.torch_handler.request_envelope.base import BaseEnvelope
 
 from guard.detection.pipeline import Guard
 from guard.errors import ArchiveError
-from guard.serving.answers import make_answer, set_answer
+from guard.serving.answers import make_response
 from guard.serving.outcomes import Outcome
 from guard.serving.review_queue import Receipt, flagged_request
 from guard.serving.runtime import GuardRuntime
 from guard.suspect.weights import check_weights_file
 from guard.telemetry import prometheus_names
+from guard.torchserve.answers import Requests, set_answer
 from guard.torchserve.archives.contents import read_guard_files
 from guard.torchserve.batches import SWITCHES, Batches, is_empty
 from guard.torchserve.envelopes import handle_each
@@ -73,8 +74,9 @@ class GuardHandler:
                 for name in [name for name in headers if name.lower() in SWITCHES]:
                     del headers[name]
         answered = self._batches.answer(data, context, guard)
+        requests = Requests(context)
         flagged = {
-            index: flagged_request(context, index, outcome, data[index])
+            index: flagged_request(requests, index, outcome, data[index])
             for index, (_, outcome) in enumerate(answered)
             if outcome is not None and outcome.evidence is not None
         }
@@ -85,11 +87,11 @@ class GuardHandler:
         self, context: Context, index: int, guard: Guard, body: Any, outcome: Outcome | None, receipt: Receipt | None
     ) -> Any:
         """Set status and headers of one answer, count it, and return its body."""
-        answer = make_answer(outcome, body, str(guard.digest), guard.config, receipt)
-        set_answer(context, index, answer)
+        answer = set_answer(context, index, make_response(outcome, body, str(guard.digest), guard.config, receipt))
         if outcome is not None:
-            self._runtime.books.request(outcome, context.get_response_status(index)[0], guard, context, index)
-        return answer.body
+            status = context.get_response_status(index)[0]
+            self._runtime.bookkeeping.request(outcome, status, guard, Requests(context), index)
+        return answer
 
 
 def _flush_forever(runtime: GuardRuntime, cache: Any) -> None:

@@ -70,7 +70,9 @@ def shown_item(html: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def small_bundle(folder: Path, class_names: list[str] | None, features: np.ndarray, labels: np.ndarray) -> str:
+def small_bundle(
+    folder: Path, class_names: list[str] | None, features: np.ndarray, labels: np.ndarray, **more: Any
+) -> str:
     """Write a bundle without detectors, sound as far as the page looks, and return its digest."""
     n_classes = len(class_names) if class_names else int(labels.max()) + 1
     document = {
@@ -88,7 +90,7 @@ def small_bundle(folder: Path, class_names: list[str] | None, features: np.ndarr
         "labels": labels.astype(np.int64),
         "clean_scores": np.linspace(0.1, 1.0, len(labels)),
     }
-    return write_bundle(folder, document, arrays).name
+    return write_bundle(folder, document | more, arrays).name
 
 
 __all__ = ["N_CLASSES", "URL", "client_of", "csrf_of", "log_in", "picture", "png_of", "shown_item", "workspace_of"]

@@ -11,8 +11,9 @@ from PIL import Image
 
 from guard import GuardConfig
 from guard.errors import ArchiveError, InputRejectedError, SuspectModelError
-from guard.serving.answers import Response, excuse, make_answer, set_answer
+from guard.serving.answers import Response, make_response
 from guard.serving.outcomes import Outcome
+from guard.torchserve.answers import error_body, excuse, set_answer
 from guard.types import Action, Verdict
 
 FULL = GuardConfig(verdict_detail="full")
@@ -47,10 +48,10 @@ def flagged(action: Action) -> Outcome:
 
 @pytest.mark.parametrize("body", [{"label": 7}, b"\x00\xff", "text", None, [1, 2]])
 @pytest.mark.parametrize("action", ["observe", "flag", "relabel"])
-def test_make_answer_passes_the_very_body_and_tells_the_verdict_in_headers(body: Any, action: Action) -> None:
-    answer = make_answer(flagged(action), body, "abc", FULL)
+def test_make_response_passes_the_very_body_and_tells_the_verdict_in_headers(body: Any, action: Action) -> None:
+    answer = make_response(flagged(action), body, "abc", FULL)
     assert answer.body is body
-    assert (answer.status, answer.is_error) == (200, False)
+    assert (answer.status, answer.error) == (200, None)
     assert answer.headers == {
         "Guard-Verdict": "poisoned",
         "Guard-P-Value": "0.000999",
@@ -59,15 +60,15 @@ def test_make_answer_passes_the_very_body_and_tells_the_verdict_in_headers(body:
     }
 
 
-def test_make_answer_clean_has_no_action_and_six_digits() -> None:
-    headers = make_answer(Outcome("clean", CLEAN), "body", "abc", FULL).headers
+def test_make_response_clean_has_no_action_and_six_digits() -> None:
+    headers = make_response(Outcome("clean", CLEAN), "body", "abc", FULL).headers
     assert (headers["Guard-Action"], headers["Guard-P-Value"]) == ("none", "0.512346")
 
 
-def test_make_answer_block_is_a_422_with_the_reason() -> None:
-    answer = make_answer(flagged("block"), {"label": 7}, "abc", IN_BODY)
-    assert (answer.status, answer.is_error) == (422, True)
-    assert answer.body == {
+def test_make_response_block_is_a_422_with_the_reason() -> None:
+    answer = make_response(flagged("block"), {"label": 7}, "abc", IN_BODY)
+    assert (answer.status, answer.body) == (422, None)
+    assert error_body(422, **answer.error) == {  # type: ignore[arg-type]
         "code": 422,
         "type": "InputBlocked",
         "message": "the input was judged poisoned and blocked: as suspicious as 0.1 %.",
@@ -91,8 +92,8 @@ def test_make_answer_block_is_a_422_with_the_reason() -> None:
         ("[" * 100_000, "[" * 100_000),
     ],
 )
-def test_make_answer_verdict_in_body_changes_json_alone(body: Any, changed: Any) -> None:
-    got = make_answer(Outcome("clean", CLEAN), body, "abc", IN_BODY).body
+def test_make_response_verdict_in_body_changes_json_alone(body: Any, changed: Any) -> None:
+    got = make_response(Outcome("clean", CLEAN), body, "abc", IN_BODY).body
     told = {"verdict": "clean", "p_value": 0.512345678, "action": "none", "bundle": "abc"}
     assert type(got) is type(body) or not isinstance(body, str | bytes)
     if got != body and isinstance(got, str | bytes):
@@ -102,29 +103,29 @@ def test_make_answer_verdict_in_body_changes_json_alone(body: Any, changed: Any)
     assert got == changed
 
 
-def test_make_answer_bypassed_is_marked_and_has_no_p_value() -> None:
+def test_make_response_bypassed_is_marked_and_has_no_p_value() -> None:
     outcome = Outcome("bypassed", reason="shape", message="another shape")
-    assert make_answer(outcome, "body", "abc", FULL).headers == {
+    assert make_response(outcome, "body", "abc", FULL).headers == {
         "Guard-Verdict": "bypassed",
         "Guard-Action": "none",
         "Guard-Bundle": "abc",
     }
-    told = make_answer(outcome, {}, "abc", IN_BODY).body["guard"]
+    told = make_response(outcome, {}, "abc", IN_BODY).body["guard"]
     assert told == {"verdict": "bypassed", "p_value": None, "action": "none", "bundle": "abc"}
 
 
 @pytest.mark.parametrize(
     ("kind", "status", "name"), [("rejected", 422, "InputRejected"), ("failed", 500, "GuardFailed")]
 )
-def test_make_answer_without_a_verdict_never_shows_the_models_body(kind: Any, status: int, name: str) -> None:
-    answer = make_answer(Outcome(kind, status=status, message="why"), {"label": 7}, "abc", IN_BODY)
-    assert answer.body == {"code": status, "type": name, "message": "why"}
-    assert (answer.status, answer.headers, answer.is_error) == (status, {}, True)
+def test_make_response_without_a_verdict_never_shows_the_models_body(kind: Any, status: int, name: str) -> None:
+    answer = make_response(Outcome(kind, status=status, message="why"), {"label": 7}, "abc", IN_BODY)
+    assert answer == Response(status, None, {}, {"type": name, "message": "why"})
+    assert set_answer(Said(), 0, answer) == {"code": status, "type": name, "message": "why"}
 
 
-def test_make_answer_leaves_the_users_own_refusal_alone() -> None:
-    answer = make_answer(Outcome("rejected", status=415), {"sorry": 1}, "abc", IN_BODY)
-    assert (answer.status, answer.body, answer.headers, answer.is_error) == (415, {"sorry": 1}, {}, False)
+def test_make_response_leaves_the_users_own_refusal_alone() -> None:
+    answer = make_response(Outcome("rejected", status=415), {"sorry": 1}, "abc", IN_BODY)
+    assert answer == Response(415, {"sorry": 1}, {}, None)
 
 
 # --- what the sender may know
@@ -152,10 +153,10 @@ def flagged_as(p_value: float, depth: str, action: Action = "flag") -> Outcome:
 def test_flag_alone_makes_the_answers_to_two_flagged_inputs_the_same(action: Action, in_body: bool) -> None:
     config = GuardConfig(verdict_in_body=in_body)
     assert config.verdict_detail == "flag"
-    one = make_answer(flagged_as(0.001, "", action), {"label": 7}, "abc", config, "queued")
+    one = make_response(flagged_as(0.001, "", action), {"label": 7}, "abc", config, "queued")
     for other in (flagged_as(0.009, "", action), flagged_as(0.001, "relu1", action)):
         for receipt in ("queued", "dropped", "unavailable", None):
-            assert make_answer(other, {"label": 7}, "abc", config, receipt) == one  # type: ignore[arg-type]
+            assert make_response(other, {"label": 7}, "abc", config, receipt) == one  # type: ignore[arg-type]
     assert one.headers == {"Guard-Verdict": "poisoned", "Guard-Action": action, "Guard-Bundle": "abc"}
     text = json.dumps(one.body)
     assert "0.001" not in text
@@ -165,13 +166,13 @@ def test_flag_alone_makes_the_answers_to_two_flagged_inputs_the_same(action: Act
 def test_flag_alone_makes_the_answers_to_two_clean_inputs_the_same() -> None:
     config = GuardConfig(verdict_in_body=True)
     nearly = dataclasses.replace(CLEAN, p_value=0.0101, depth="relu1")
-    answers = [make_answer(Outcome("clean", one), {"label": 3}, "abc", config) for one in (CLEAN, nearly)]
+    answers = [make_response(Outcome("clean", one), {"label": 3}, "abc", config) for one in (CLEAN, nearly)]
     assert answers[0] == answers[1]
     assert answers[0].body["guard"] == {"verdict": "clean", "action": "none", "bundle": "abc"}
 
 
 def test_full_tells_depth_and_receipt() -> None:
-    headers = make_answer(flagged_as(0.001, "relu1"), None, "abc", FULL, "dropped").headers
+    headers = make_response(flagged_as(0.001, "relu1"), None, "abc", FULL, "dropped").headers
     assert (headers["Guard-Depth"], headers["Guard-Review"]) == ("relu1", "dropped")
 
 
@@ -191,7 +192,7 @@ class Said:
 
 def test_set_answer_takes_away_what_others_said_in_the_guards_name() -> None:
     said = Said(guard_verdict="clean", GUARD_P_VALUE="1", Guard_Anything="x", X_Label="7", Guardian="kept")
-    set_answer(said, 0, make_answer(flagged_as(0.001, ""), {"label": 7}, "abc", GuardConfig()))
+    set_answer(said, 0, make_response(flagged_as(0.001, ""), {"label": 7}, "abc", GuardConfig()))
     assert said.headers.pop("X-Label") == "7"
     assert said.headers.pop("Guardian") == "kept"
     assert said.headers == {"Guard-Verdict": "poisoned", "Guard-Action": "flag", "Guard-Bundle": "abc"}
@@ -201,14 +202,15 @@ def test_set_answer_takes_away_what_others_said_in_the_guards_name() -> None:
 @pytest.mark.parametrize("outcome", [None, Outcome("rejected", status=415)])
 def test_set_answer_without_a_verdict_leaves_no_verdict_of_the_handlers_own(outcome: Outcome | None) -> None:
     said = Said(guard_verdict="clean", X_Own="1")
-    answer = make_answer(outcome, "body", "abc", GuardConfig(verdict_in_body=True))
-    set_answer(said, 0, answer)
-    assert (said.headers, answer.body) == ({"X-Own": "1"}, "body")
+    answer = make_response(outcome, "body", "abc", GuardConfig(verdict_in_body=True))
+    assert set_answer(said, 0, answer) == "body"
+    assert said.headers == {"X-Own": "1"}
 
 
 def test_set_answer_of_an_error_sets_the_status_and_leaves_nothing_of_the_handlers() -> None:
     said = Said(X_Label="7", content_type="image/png")
-    set_answer(said, 0, Response(422, {}, {"Guard-Verdict": "poisoned"}, is_error=True))
+    response = Response(422, None, {"Guard-Verdict": "poisoned"}, {"type": "InputBlocked", "message": "no."})
+    assert set_answer(said, 0, response) == {"code": 422, "type": "InputBlocked", "message": "no."}
     assert (said.status, said.headers) == (422, {"content-type": "application/json", "Guard-Verdict": "poisoned"})
 
 

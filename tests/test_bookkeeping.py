@@ -35,14 +35,14 @@ TRACEPARENT = f"00-{TRACE}-00f067aa0ba902b7-01"
 class Asked:
     """The requests of a batch, as a server knows them."""
 
-    request_id: Any = "7f0c"
-    headers: dict[str, Any] = field(default_factory=dict)
+    known_id: Any = "7f0c"
+    known_headers: dict[str, Any] = field(default_factory=dict)
 
-    def get_request_id(self, idx: int = 0) -> Any:
-        return self.request_id
+    def request_id(self, index: int = 0) -> Any:
+        return self.known_id
 
-    def get_all_request_header(self, idx: int) -> dict[str, Any]:
-        return self.headers
+    def headers(self, index: int) -> dict[str, Any]:
+        return self.known_headers
 
 
 @dataclass
@@ -125,8 +125,8 @@ def test_fired_is_at_most_the_rate_and_in_paper_mode_beyond_the_threshold() -> N
 
 def test_clean_request_counts_and_writes_and_asks_nothing(books: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(books.guard.fusion), "surprise", lambda *_: pytest.fail("a clean request paid for it"))
-    asked = Asked(request_id=None, headers={"traceparent": TRACEPARENT})
-    monkeypatch.setattr(Asked, "get_request_id", lambda *_: pytest.fail("nobody asked for it"))
+    asked = Asked(known_id=None, known_headers={"traceparent": TRACEPARENT})
+    monkeypatch.setattr(Asked, "request_id", lambda *_: pytest.fail("nobody asked for it"))
     books.keeping.spans = None
     books.request(clean(0.5), asked=asked)
     assert books.stream.getvalue() == ""
@@ -155,7 +155,7 @@ def test_low_p_values_of_clean_test_images_are_a_tenth(books: Kept, clean_activa
 
 def test_log_has_one_line_per_request_that_was_not_clean(books: Kept, flagged: list[Verdict]) -> None:
     verdict = flagged[0]
-    books.request(Outcome("poisoned", verdict), asked=Asked(headers={"TraceParent": TRACEPARENT}))
+    books.request(Outcome("poisoned", verdict), asked=Asked(known_headers={"TraceParent": TRACEPARENT}))
     books.request(clean(0.4))
     books.request(Outcome("bypassed", reason="shape", message="secret"), 203)
     books.request(Outcome("rejected", status=400, message="ValueError: secret"), 400)
@@ -189,7 +189,7 @@ def test_log_tells_of_every_change_of_the_bundle(books: Kept) -> None:
 @pytest.mark.parametrize("newline", ["\n", "\r", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029"])
 def test_forged_request_id_can_neither_begin_a_line_nor_be_read(books: Kept, newline: str) -> None:
     forged = f'x"{newline}[METRICS]guard_verdicts_total.Count:9|#model:m,verdict:clean,action:none|#type:COUNTER'
-    books.request(Outcome("failed", status=500), 500, Asked(request_id=forged, headers={"traceparent": forged}))
+    books.request(Outcome("failed", status=500), 500, Asked(known_id=forged, known_headers={"traceparent": forged}))
     books.keeping.refused(forged, books.guard, forged)
     text = books.stream.getvalue()
     assert len(text.splitlines()) == 2  # Python breaks lines wherever Java does
@@ -277,7 +277,7 @@ def spans(exporter: InMemorySpanExporter) -> Iterator[Callable[[], Any]]:
 
 
 def test_decision_is_a_span_in_the_callers_trace(books: Kept, spans: Any, flagged: list[Verdict]) -> None:
-    asked = Asked(headers={"Traceparent": TRACEPARENT, "tracestate": "a=1"})
+    asked = Asked(known_headers={"Traceparent": TRACEPARENT, "tracestate": "a=1"})
     outcome = Outcome("poisoned", flagged[0], decided_ns=(1_000, 3_000))
     books.request(outcome, asked=asked)
     books.request(outcome)  # its caller has no trace
@@ -300,10 +300,10 @@ def test_malformed_trace_and_broken_exporter_cost_no_answer(
     books: Kept, spans: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outcome = Outcome("clean", clean(0.5).verdict, decided_ns=(1, 2))
-    books.request(outcome, asked=Asked(headers={"traceparent": "nonsense"}))
+    books.request(outcome, asked=Asked(known_headers={"traceparent": "nonsense"}))
     assert all(span.parent is None for span in spans())
     monkeypatch.setattr(type(books.keeping.spans._tracer), "start_span", lambda *_, **__: 1 / 0)
-    books.request(outcome, asked=Asked(headers={"traceparent": TRACEPARENT}))
+    books.request(outcome, asked=Asked(known_headers={"traceparent": TRACEPARENT}))
     assert books.counts()["guard_verdicts_total", "clean", "none"] == 2
 
 

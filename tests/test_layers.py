@@ -121,6 +121,14 @@ def test_torchserve_is_imported_by_one_module_and_only_when_called():
     assert done.stdout.strip() == "False"
 
 
+def test_serving_knows_no_server_by_name_or_by_its_words():
+    words = re.compile(
+        r"torchserve|\bts\.|get_request_id|get_all_request_header|(get|set)_response_|\bcontext\.\w+\(", re.I
+    )
+    for file in sorted((PACKAGE / "serving").glob("*.py")):
+        assert not words.search(file.read_text()), file
+
+
 def test_servers_and_screens_are_imported_by_the_edge_only():
     for file in sources():
         names = {name.split(".")[0] for name in imported_modules(file)}

@@ -163,8 +163,9 @@ def test_settings_belong_to_the_queue_and_a_change_counts_at_once_for_every_proc
         first.enqueue([flagged(9, body=b"x" * 10)])
     with pytest.raises(ConfigError, match=r"^the queue has no setting 'quorums': it has max_items, "):
         first.change_settings(quorums=3)
-    with pytest.raises(ConfigError, match=r"^quorum must be above 0 and finite, got 0\.$"):
-        first.change_settings(quorum=0)
+    for name, value in (("quorum", 0), ("retention_days", 1e300), ("lease_s", 1e12), ("max_held", 2**70)):
+        with pytest.raises(ConfigError, match=rf"^{name} must be "):
+            first.change_settings(**{name: value})
     first.change_settings(**asdict(QueueSettings()))
     assert second.settings == QueueSettings()
 

@@ -121,6 +121,9 @@ def test_settings_of_the_queue_are_shown_and_changed_and_an_import_keeps_to_them
         Reviewers(queue).add("ada")
         Reviewers(queue).add("bob")
     Path("answers.csv").write_text(f"item,verdict,true_label\n{item_id},poisoned,3\n")
+    command = ["review", "--queue", database, "import", "answers.csv", "--reviewer", "ada"]
+    assert run([*command, "--quorum", "1"]) == 2  # as before this was a setting of the queue
+    assert "the queue's quorum is 2, got --quorum 1." in " ".join(capsys.readouterr().err.split())
     for name, state in (("ada", State.PENDING), ("bob", State.DECIDED)):
         assert run(["review", "--queue", database, "import", "answers.csv", "--reviewer", name]) == 0
         with Queue.open(queue_url(database)) as queue:

@@ -91,15 +91,15 @@ def test_body_that_cannot_be_written_anew_costs_no_answer(kind: str):
     circle.append(circle)
     body = {"deep": deep, "in itself": circle, "keys": {("a",): 1}, "half a character": "\ud800"}[kind]
 
-    class Context:
-        def get_all_request_header(self, index: int) -> dict[str, str]:
+    class Requests:
+        def headers(self, index: int) -> dict[str, str]:
             return {}
 
-        def get_request_id(self, index: int) -> str:
+        def request_id(self, index: int) -> str:
             return "id"
 
     outcome = SimpleNamespace(verdict=object(), evidence=object())
-    kept = review_queue.flagged_request(Context(), 0, outcome, {"body": body})
+    kept = review_queue.flagged_request(Requests(), 0, outcome, {"body": body})
     begins = {"deep": b"[[[[", "in itself": b'"[[', "keys": b'"{(', "half a character": b"\xed\xa0\x80"}
     assert kept.body.startswith(begins[kind])
     while deep:  # taken apart here, as a chain of that length is not to be freed at once

@@ -13,25 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from metrics_helpers import Counters
-from review_helpers import client_of, log_in, picture, workspace_of
+from review_helpers import client_of, log_in, picture, small_bundle, workspace_of
 
 from guard.relabel.queue import Queue
 from guard.review.headers import CONTENT_SECURITY_POLICY
 from guard.review.known_bundles import KnownBundles
 from guard.review.status.sampler import Sampler
 from guard.review.workspace import Workspace
-from guard.storage.bundle import JOURNAL, BundleStore, write_bundle
+from guard.storage.bundle import JOURNAL, BundleStore, read_bundle, write_bundle
 
 
 def bundle(folder: Path, rate: float, parent: str = "") -> str:
-    document = {
-        "class_names": None,
-        "settings": {"mode": "calibrated", "false_positive_rate": 0.01},
-        "realised_false_positive_rate": rate,
-        "lineage": {"retrained_from": parent},
-    }
-    arrays = {"reference.features": np.zeros((2, 6), dtype=np.float32), "labels": np.arange(2)}
-    return write_bundle(folder, document, arrays).name
+    more = {"realised_false_positive_rate": rate, "lineage": {"retrained_from": parent}}
+    return small_bundle(folder, None, np.eye(2, 6), np.arange(2), **more)
 
 
 @pytest.fixture
@@ -173,6 +167,18 @@ def test_roll_back_asks_first_and_goes_to_the_bundle_before(workspace, digests, 
     assert again.status_code == 400
     assert "nothing was rolled back" in again.text
     assert store.active_digest() == first
+
+
+def test_roll_back_to_a_bundle_that_says_nothing_sound_changes_nothing(workspace, digests, tmp_path):
+    store = BundleStore(tmp_path / "bundles")
+    stored = read_bundle(store.folder_of(digests[0]))
+    absurd = write_bundle(store.root, stored.document, stored.arrays | {"labels": np.array([0, 7])}).name
+    (store.root / "HISTORY").write_text(f"{absurd}\n{digests[1]}\n")
+    client = log_in(workspace, "ada", "admin")
+    done = client.post("/status/rollback", data={"active": digests[1], "target": absurd})
+    assert done.status_code == 400
+    assert "is not sound" in done.text
+    assert store.active_digest() == digests[1]
 
 
 def test_roll_back_is_refused_to_reviewers_forgers_and_while_a_promotion_runs(workspace, digests, tmp_path):

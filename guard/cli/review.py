@@ -232,6 +232,7 @@ def import_file(
     file: Annotated[Path, typer.Argument(help="Label Studio JSON, or CSV with item, verdict and true_label.")],
     reviewer: Annotated[str, typer.Option(help="In whose name the answers are saved.")],
     bundles: Bundles = Path("bundles"),
+    quorum: Annotated[int | None, typer.Option(hidden=True)] = None,
     queue: QueueUrl = None,
 ) -> None:
     """Save the answers of a file: all of them, or none and say why."""
@@ -243,6 +244,8 @@ def import_file(
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read as UTF-8 text: {error}.") from error
     with _open(context, queue) as opened:
+        if quorum not in (None, known := opened.settings.quorum):
+            raise ConfigError(f"the queue's quorum is {known}, got --quorum {quorum}. Set it: guard review settings.")
         if reviewer not in Reviewers(opened).names():
             raise DataError(f"there is no reviewer {reviewer!r}. Add one with `guard review add-user`.")
         done = import_text(open_workspace(opened, bundles), reviewer, text)

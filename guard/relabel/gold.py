@@ -24,15 +24,15 @@ _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def disguised(connection: Connection, original: FlaggedInput, now: datetime) -> FlaggedInput:
-    """Return a flagged input as if it had come just now: with another request id, the time, and the newest bundle.
+    """Return a flagged input as if it had come just now: with other request id and time, newest bundle and rate.
 
     The bundle stays where the newest one has other detectors: its scores would not fit.
     """
     newest = connection.execute(statements.NEWEST_OF_MODEL, {"model": original.model}).mappings().one_or_none()
-    digest = original.bundle_digest
+    served = {}
     if newest is not None and detectors_of(newest) == (set(original.raw), set(original.surprise)):
-        digest = newest["bundle_digest"]
-    return replace(original, request_id=other_request_id(original.request_id), bundle_digest=digest, received_at=now)
+        served = {name: newest[name] for name in ("bundle_digest", "false_positive_rate")}
+    return replace(original, request_id=other_request_id(original.request_id), received_at=now, **served)
 
 
 def other_request_id(text: str) -> str:

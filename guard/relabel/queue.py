@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any
@@ -86,7 +85,7 @@ class Queue:
         url : str
             `sqlite:///path` or `postgresql://user@host/name`.
         settings : QueueSettings, optional
-            From now on those of the queue, for every process; left out, they stay as they are.
+            Those that are not as usual are set, for every process; all others stay as they are.
         waits : QueueWaits, optional
             How long this process waits; default is what the environment says.
         clock : callable
@@ -111,7 +110,7 @@ class Queue:
             _check_key(database, cipher)
             queue = cls(database, waits, cipher, clock)
             if settings is not None:
-                queue.change_settings(**asdict(settings))
+                queue.change_settings(**settings.unusual)
         except BaseException:
             database.close()
             raise

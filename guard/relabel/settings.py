@@ -10,6 +10,8 @@ from typing import Any, Self
 
 from guard.errors import ConfigError
 
+#: What no clock and no database column goes beyond.
+_MOST = {"retention_days": 36_500, "lease_s": 36_500 * 86_400}
 #: Seconds that a server waits for the queue at most, where its environment says so.
 TIMEOUT_VARIABLE = "GUARD_QUEUE_TIMEOUT_S"
 
@@ -55,10 +57,15 @@ class QueueSettings:
             raise ConfigError(f"the queue has no setting {unknown[0]!r}: it has {', '.join(known)}.")
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
+    @property
+    def unusual(self) -> dict[str, Any]:
+        """What is not as usual, by name."""
+        usual = asdict(QueueSettings())
+        return {name: value for name, value in asdict(self).items() if value != usual[name]}
+
     def to_json(self) -> str:
         """Return what is not as usual, for the database."""
-        usual = asdict(QueueSettings())
-        return json.dumps({name: value for name, value in asdict(self).items() if value != usual[name]}, sort_keys=True)
+        return json.dumps(self.unusual, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str | None) -> Self:
@@ -119,3 +126,5 @@ def _check(settings: QueueSettings | QueueWaits, whole: tuple[str, ...]) -> None
             raise ConfigError(f"{name} must be {'a whole number' if name in whole else 'a number'}, got {value!r}.")
         if not math.isfinite(value) or value <= 0:
             raise ConfigError(f"{name} must be above 0 and finite, got {value!r}.")
+        if value > _MOST.get(name, 2**62):
+            raise ConfigError(f"{name} must be <= {_MOST.get(name, 2**62):,}, got {value!r}.")

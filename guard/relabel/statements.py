@@ -373,7 +373,7 @@ GOLD_ANSWERS = (
 
 #: The newest ordinary item of a model.
 NEWEST_OF_MODEL = (
-    sa.select(items.c.bundle_digest, items.c.scores)
+    sa.select(items.c.bundle_digest, items.c.false_positive_rate, items.c.scores)
     .where(items.c.model == sa.bindparam("model"), _IS_ORDINARY)
     .order_by(items.c.id.desc())
     .limit(1)

@@ -3,48 +3,43 @@
 from __future__ import annotations
 
 import json
-import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-from PIL import Image
+from typing import Any
 
 from guard.config import GuardConfig
-from guard.errors import GuardError, InputRejectedError
 from guard.serving.outcomes import Outcome
 from guard.serving.review_queue import Receipt
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """Status, extra headers and body of one answer; `is_error` says that the guard wrote the body itself, as JSON."""
+    """What one request is answered with.
+
+    Attributes
+    ----------
+    status : int
+        HTTP status.
+    body : object
+        The handler's own, perhaps with the verdict in it; None where `error` takes its place.
+    headers : dict of str to str
+        The guard's own.
+    error : mapping or None
+        What the guard says in place of a body, with `type` and `message`; a server gives it the form of its errors.
+    """
 
     status: int
     body: Any
     headers: dict[str, str] = field(default_factory=dict)
-    is_error: bool = False
+    error: Mapping[str, Any] | None = None
 
 
-class Responses(Protocol):
-    """What a server lets be said of the requests of one batch."""
-
-    def get_response_headers(self, idx: int) -> dict[str, str]:
-        """Return the headers of an answer so far, to be changed."""
-
-    def set_response_status(self, code: int, phrase: str, idx: int) -> None:
-        """Set the status of an answer."""
-
-
-def make_answer(
+def make_response(
     outcome: Outcome | None,
     body: Any,
     digest: str,
-    config: GuardConfig | None = None,
+    config: GuardConfig,
     receipt: Receipt | None = None,
-    *,
-    verdict_in_body: bool = False,
 ) -> Response:
     """Combine what the model's own handler answered with what the guard says, as far as its sender may know.
 
@@ -63,12 +58,9 @@ def make_answer(
         that is no JSON is left alone.
     receipt : str, optional
         What became of a flagged input in the queue of the reviewers; None = it was not sent there.
-    verdict_in_body : bool
-        For adapters in older archives, which name this setting alone; counts where there is no `config`.
     """
     if outcome is None:
         return Response(200, body)
-    config = config or GuardConfig(verdict_in_body=verdict_in_body)
     verdict, is_full = outcome.verdict, config.verdict_detail == "full"
     if verdict is None:
         if outcome.kind == "bypassed":
@@ -79,7 +71,7 @@ def make_answer(
         if not outcome.message:  # the user's handler refused it, in its own words
             return Response(outcome.status, body)
         kind = "InputRejected" if outcome.kind == "rejected" else "GuardFailed"
-        return Response(outcome.status, error_body(outcome.status, kind, outcome.message), is_error=True)
+        return Response(outcome.status, None, error={"type": kind, "message": outcome.message})
     action = verdict.action if verdict.is_poisoned else "none"
     headers = {"Guard-Verdict": outcome.kind, "Guard-Action": action, "Guard-Bundle": digest}
     more: dict[str, Any] = {}
@@ -91,53 +83,10 @@ def make_answer(
         more, because = {"p_value": verdict.p_value}, f": {verdict.reason}"
     if action == "block":
         message = f"the input was judged poisoned and blocked{because}."
-        return Response(422, error_body(422, "InputBlocked", message, **more), headers, is_error=True)
+        return Response(422, None, headers, {"type": "InputBlocked", "message": message, **more})
     if config.verdict_in_body:
         body = _with_verdict(body, {"verdict": outcome.kind, "action": action, "bundle": digest, **more})
     return Response(200, body, headers)
-
-
-def set_answer(responses: Responses, index: int, answer: Response) -> None:
-    """Set status and headers of one answer.
-
-    Headers in the guard's name are the guard's alone: what the user's handler set under them goes. Where the guard
-    wrote the body, all of the handler's headers go, as they may tell what the body must not.
-    """
-    headers = responses.get_response_headers(index)
-    for name in [name for name in headers if answer.is_error or name.lower().startswith("guard-")]:
-        del headers[name]
-    if answer.is_error:
-        responses.set_response_status(answer.status, "", index)
-        headers["content-type"] = "application/json"
-    headers |= answer.headers
-
-
-def excuse(error: Exception, model_ran: bool) -> Outcome:
-    """Return the outcome of a request whose handler raised: its own fault until the model runs, the model's after.
-
-    An exception may bring a status of its own as `error_code`, as TorchServe's PredictionException does.
-    """
-    logger.warning("one request failed: %s", type(error).__name__)  # its text may quote the request: not for logs
-    text = str(error)[:300]
-    code = getattr(error, "error_code", None)
-    if isinstance(error, InputRejectedError):
-        return Outcome("rejected", status=error.status, message=text)
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return Outcome("rejected", status=413, message=f"the image is too large: {text}")
-    if isinstance(code, int) and 400 <= code < 600:
-        return Outcome("rejected" if code < 500 else "failed", status=code, message=text or "the handler refused it.")
-    if isinstance(error, MemoryError):
-        return Outcome("failed", status=507, message="out of memory.")
-    if isinstance(error, GuardError):
-        return Outcome("failed", status=500, message=text)
-    if model_ran:
-        return Outcome("failed", status=500, message=f"the model failed on this input: {type(error).__name__}.")
-    return Outcome("rejected", status=400, message=f"the input was refused: {type(error).__name__}: {text}")
-
-
-def error_body(status: int, kind: str, message: str, **more: Any) -> dict[str, Any]:
-    """Return the JSON body of an error, in the form that TorchServe's own errors have."""
-    return {"code": status, "type": kind, "message": message, **more}
 
 
 def _with_verdict(body: Any, told: dict[str, Any]) -> Any:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from guard.detection.fusion import fired
 from guard.detection.pipeline import Guard
 from guard.serving.event_log import EventLog, loggable_id
-from guard.serving.outcomes import Outcome
+from guard.serving.outcomes import Outcome, Requests
 from guard.serving.review_queue import Receipt
 from guard.serving.tracing import decision_spans, trace_id
 from guard.telemetry import OUTCOMES, SHED_REASONS, UNSCORED_REASONS, MetricBuffer, label_value
@@ -22,16 +22,6 @@ _SHED: dict[Receipt, str] = {"dropped": "full", "unavailable": "unavailable"}
 WITHDRAWN = "a check while serving found a request's row or answer at another's place"
 #: Answers that a server gives sooner or later; a series that is first seen at 1 has not increased for Prometheus.
 _KNOWN_CODES = ("200", "400", "422", "500")
-
-
-class Requests(Protocol):
-    """What a server knows of the requests of one batch."""
-
-    def get_request_id(self, idx: int) -> Any:
-        """Return the id that the caller gave a request, or the server."""
-
-    def get_all_request_header(self, idx: int) -> Mapping[str, Any]:
-        """Return the headers of a request."""
 
 
 class Bookkeeping:
@@ -131,7 +121,7 @@ class Bookkeeping:
             metrics.observe("guard_p_value", model, value=verdict.p_value)
         if self.spans is not None and outcome.decided_ns is not None:
             self.spans.add(
-                requests.get_all_request_header(index),
+                requests.headers(index),
                 outcome.decided_ns,
                 model=model,
                 bundle=guard.digest,
@@ -149,14 +139,14 @@ class Bookkeeping:
         if kind == "bypassed":
             metrics.count("guard_bypassed_total", model, outcome.reason)
         told: dict[str, Any] = {
-            "request_id": loggable_id(requests.get_request_id(index)),
+            "request_id": loggable_id(requests.request_id(index)),
             "bundle": guard.digest,
             "verdict": kind,
             "action": action,
             "status": status,
             "reason": outcome.reason,
             "detectors": detectors,
-            "trace_id": trace_id(requests.get_all_request_header(index)),
+            "trace_id": trace_id(requests.headers(index)),
         }
         if verdict is not None:
             told |= {"label": verdict.label, "p_value": verdict.p_value}

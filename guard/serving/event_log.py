@@ -17,7 +17,7 @@ _PLAIN_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 class EventLog:
     """Writes to the worker's standard error, where the server picks it up.
 
-    TorchServe reads both of a worker's streams for lines that begin with `[METRICS]`. A line of this log begins with
+    A server may read both of a worker's streams for lines that begin with `[METRICS]`. A line of this log begins with
     `{"log": "guard"`, and is one line whatever it is told: JSON in ASCII has no line breaks of any kind. What a
     client sent is never told; its request id only if it is made of harmless characters, else the id's digest.
 

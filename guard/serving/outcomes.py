@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from guard.detection.pipeline import Guard
 from guard.serving.evidence import Evidence
@@ -69,14 +70,6 @@ class Record:
     guard_seconds: float = 0.0
     allowed_ms: float | None = None
 
-    @property
-    def passes(self) -> int:
-        """Always 0, for adapters in older archives: they took one pass with as many rows as requests for a row each.
-
-        That it need not be. Without a single pass they answer a batch one request after the other.
-        """
-        return 0
-
 
 def judged(verdict: Verdict, evidence: Evidence | None = None) -> Outcome:
     """Return the outcome of an input that was scored."""
@@ -118,3 +111,13 @@ def merge(guard: Guard, rows: list[Outcome], status: int = 200) -> Outcome:
 
 def _error_kind(status: int) -> OutcomeKind:
     return "rejected" if status < 500 else "failed"
+
+
+class Requests(Protocol):
+    """What a server knows of the requests of one batch."""
+
+    def request_id(self, index: int) -> Any:
+        """Return the id that the caller gave a request, or the server."""
+
+    def headers(self, index: int) -> Mapping[str, Any]:
+        """Return the headers of a request."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from guard.errors import BodyTooLarge, DataError, GuardError
 from guard.relabel.request_body import pack_body
 from guard.serving.evidence import Evidence
-from guard.serving.outcomes import Outcome
+from guard.serving.outcomes import Outcome, Requests
 from guard.types import Verdict
 
 if TYPE_CHECKING:
@@ -52,31 +52,31 @@ class Flagged:
     content_type: str
 
 
-def flagged_request(context: Any, index: int, outcome: Outcome, item: Any) -> Flagged:
+def flagged_request(requests: Requests, index: int, outcome: Outcome, item: Any) -> Flagged:
     """Return one flagged request as it goes to the queue.
 
     Parameters
     ----------
-    context : ts.context.Context
-        TorchServe's, of the batch.
+    requests : Requests
+        Of the batch.
     index : int
         Of the request in its batch.
     outcome : Outcome
         With verdict and evidence.
     item : object
         What the server handed to the handler: a mapping of fields, or a body by itself. All fields are kept, see
-        `guard.relabel.request_body`. TorchServe has parsed JSON bodies; those are written anew.
+        `guard.relabel.request_body`. A body that the server has parsed is written anew.
     """
     assert outcome.verdict is not None
     assert outcome.evidence is not None  # only flagged requests have both
-    headers = context.get_all_request_header(index)
+    headers = requests.headers(index)
     content_type = next((str(value) for name, value in headers.items() if name.lower() == "content-type"), "")
     try:
         body, content_type = pack_body(item, content_type)
     except Exception as error:  # whatever a client, or an envelope, made of it: the network's own input is enough
         logger.error("the body of a flagged request could not be kept: %s", type(error).__name__)
         body, content_type = b"", ""
-    request_id = str(context.get_request_id(index))
+    request_id = str(requests.request_id(index))
     return Flagged(_storable(request_id), outcome.verdict, outcome.evidence, body, _storable(content_type))
 
 

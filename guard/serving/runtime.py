@@ -23,7 +23,6 @@ from guard.errors import BundleError, GuardError, InputRejectedError, SuspectMod
 from guard.serving.bookkeeping import Bookkeeping
 from guard.serving.evidence import collect_evidence
 from guard.serving.outcomes import Outcome, Record, judged, unscored
-from guard.serving.outcomes import merge as merge  # older archives hold an adapter that looks for it here
 from guard.serving.review_queue import Flagged, Receipt, ReviewQueue
 from guard.serving.time_budget import TimeBudget, allowed_milliseconds
 from guard.storage.bundle import BundleStore
@@ -97,11 +96,11 @@ class GuardRuntime:
         self._record: Record | None = None
         self.model_name = model_name
         self.review_queue = _review_queue(settings, model_name)
-        self.books = Bookkeeping(model_name)
-        self.metrics = self.books.metrics
+        self.bookkeeping = Bookkeeping(model_name)
+        self.metrics = self.bookkeeping.metrics
         self._time_budgets: WeakKeyDictionary[Guard, TimeBudget] = WeakKeyDictionary()
         self.current = self._first()
-        self.books.open(self.current, self._earlier_bundles())
+        self.bookkeeping.open(self.current, self._earlier_bundles())
         threading.Thread(target=self._follow, name="guard-bundles", daemon=True).start()
 
     def close(self) -> None:
@@ -168,7 +167,7 @@ class GuardRuntime:
             started, began_ns = time.perf_counter(), time.time_ns()
             inputs = inputs if kept is None else kept
             outcomes = self._judge_in_time(guard, activations, inputs, record.allowed_ms)
-            if self.books.spans is not None:
+            if self.bookkeeping.spans is not None:
                 decided_ns = (began_ns, time.time_ns())
                 outcomes = [replace(outcome, decided_ns=decided_ns) for outcome in outcomes]
             record.forward_passes += 1
@@ -188,7 +187,7 @@ class GuardRuntime:
             return self.judge(guard, activations, inputs)
         budget, started = self._time_budgets[guard], time.perf_counter()
         chosen, is_late = budget.deepest_within(allowed_ms, guard, len(activations))
-        self.books.looked(chosen.depth, len(activations), is_late=is_late)
+        self.bookkeeping.looked(chosen.depth, len(activations), is_late=is_late)
         outcomes = self.judge(chosen, activations, inputs)
         if all(outcome.kind == "clean" for outcome in outcomes):
             budget.took(chosen, len(outcomes), time.perf_counter() - started)
@@ -213,7 +212,7 @@ class GuardRuntime:
         if not flagged or self.review_queue is None:
             return []
         receipts = self.review_queue.send(flagged, str(guard.digest), guard.config.false_positive_rate)
-        self.books.sent_to_review(receipts)
+        self.bookkeeping.sent_to_review(receipts)
         return receipts
 
     def _judge_rows(self, guard: Guard, activations: Activations, inputs: torch.Tensor) -> list[Outcome]:
@@ -318,7 +317,7 @@ class GuardRuntime:
             self._refuse(*attempt, error)
             return
         old, self.current, self._refused = self.current, guard, ("", -1)
-        self.books.swapped(old, guard)
+        self.bookkeeping.swapped(old, guard)
 
     def _refuse(self, digest: str, changed_ns: int, error: Exception) -> None:
         """Keep the bundle in use, and say so once per refused state of the folder."""
@@ -326,7 +325,7 @@ class GuardRuntime:
             return
         self._refused = (digest, changed_ns)
         text = str(error) if isinstance(error, GuardError) else type(error).__name__
-        self.books.refused(digest, self.current, text)
+        self.bookkeeping.refused(digest, self.current, text)
 
     def _earlier_bundles(self) -> list[str]:
         """Return the bundles that a worker before this one may have served; the server still shows its last word."""

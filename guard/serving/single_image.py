@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 _MOST_PARTS = 4096  # chunks or segments; a body with more is answered by itself
-#: Where TorchServe puts a body without a name, and where its examples do.
+#: Names under which servers hand over a body without a name.
 _FIELDS = frozenset(("body", "data"))
 #: Chunks of a PNG with one picture. Those of an animation (acTL, fcTL, fdAT) and private ones are left out.
 _PNG_CHUNKS = frozenset(

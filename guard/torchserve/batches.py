@@ -11,12 +11,12 @@ from typing import Any
 
 from guard.detection.pipeline import Guard
 from guard.errors import ArchiveError, InputRejectedError, SuspectModelError
-from guard.serving.answers import excuse
 from guard.serving.bookkeeping import WITHDRAWN
 from guard.serving.outcomes import Outcome, Record, merge
 from guard.serving.runtime import GuardRuntime
 from guard.serving.single_image import holds_one_image
 from guard.serving.tap import Tap, is_same_row, tapped
+from guard.torchserve.answers import excuse
 from guard.torchserve.row_fidelity import answers_of, declares_one_row, is_same_answer, why_one_by_one
 from guard.torchserve.user_handler import asked_in_probe, request_context
 
@@ -69,7 +69,7 @@ class Batches:
         config, largest = self._runtime.current.config, int(context.system_properties.get("batch_size") or 1)
         if largest < 2 or config.rows_per_request == "any" or config.batching != "shown":
             why = self._why_not(self._runtime.current)
-            self._runtime.books.batching("batches of one" if largest < 2 else why)
+            self._runtime.bookkeeping.batching("batches of one" if largest < 2 else why)
             return
         if not self._is_declared:
             self._why_one_by_one = why_one_by_one(
@@ -80,7 +80,7 @@ class Batches:
                 largest,
             )
             self._answers_compare = not self._why_one_by_one
-        self._runtime.books.batching(self._why_one_by_one)
+        self._runtime.bookkeeping.batching(self._why_one_by_one)
 
     def answer(self, data: Sequence[Any], context: Any, guard: Guard) -> list[Answered]:
         """Return one answer per request, in order, all judged by the same guard; a bad one spoils only itself.
@@ -143,7 +143,7 @@ class Batches:
                 bodies = self._handler.handle([*map(copied, data)], context)
         except Exception:
             return None
-        self._runtime.books.stages(time.perf_counter() - started, record.guard_seconds)
+        self._runtime.bookkeeping.stages(time.perf_counter() - started, record.guard_seconds)
         if not isinstance(bodies, list) or len(bodies) != len(data):
             return None
         refused = any(context.get_response_status(index)[0] >= 400 for index in range(len(data)))
@@ -152,7 +152,7 @@ class Batches:
         if checked is not None and tap is not None:
             answers = answers_of(bodies, context, len(data)) or []
             holds = self._is_kept_apart(tap, checked, data[checked], answers[checked], part_of(context, [checked]))
-            self._runtime.books.batch_checked(holds)
+            self._runtime.bookkeeping.batch_checked(holds)
             if not holds:
                 self._is_withdrawn = True
                 return None  # its answers have not left yet
@@ -199,7 +199,7 @@ class Batches:
         status = context.get_response_status(0)[0]
         if asks and status < 400:
             return bodies[0], None
-        self._runtime.books.stages(time.perf_counter() - started, record.guard_seconds)
+        self._runtime.bookkeeping.stages(time.perf_counter() - started, record.guard_seconds)
         return bodies[0], merge(guard, record.rows, status)
 
 

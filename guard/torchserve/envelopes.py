@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from guard.serving.answers import error_body
+from guard.torchserve.answers import error_body
 from guard.torchserve.batches import Unreadable, part_of
 
 

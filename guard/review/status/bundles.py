@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from guard.detection.soundness import check_stored
 from guard.errors import BundleError
 from guard.relabel.rounds import Round, Rounds
 from guard.storage.bundle import JOURNAL, BundleStore, read_bundle
@@ -105,7 +106,7 @@ class BundleList:
         ------
         BundleError
             If a retraining is just switching, something else is active or would become so by now, or the target is
-            damaged; nothing was changed.
+            damaged or not sound; nothing was changed.
         """
         if self.store is None:
             raise BundleError("the page knows no folder of bundles. Start it with --bundles.")
@@ -114,6 +115,7 @@ class BundleList:
                 raise BundleError("a retraining is just switching the bundle. Look again in a moment.")
             if (self.store.active_digest(), self.store.previous_digest()) != (active, target):
                 raise BundleError("the active bundle has changed meanwhile, and nothing was rolled back. Look again.")
+            check_stored(read_bundle(self.store.folder_of(target)))
             self.store.roll_back()
         _log.warning("%s rolled the bundle back from %s to %s", who, active[:12], target[:12])
 
