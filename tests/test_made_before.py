@@ -82,6 +82,23 @@ def test_archive_made_before_still_serves_with_its_old_adapter(tmp_path, images,
     assert [answer.body["label"] for answer in together] == [row[0] for row in expected]
 
 
+def test_archive_made_before_sends_what_it_flags_to_todays_queue(tmp_path, images, expected, monkeypatch):
+    url = f"sqlite:///{tmp_path / 'queue.db'}"
+    monkeypatch.setenv("GUARD_QUEUE_URL", url)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        worker = Worker(MADE_BEFORE / "digits.mar", tmp_path / "worker")
+    try:
+        answers = worker.ask(*[png(image) for image in judged(images)[:40]])
+    finally:
+        worker.close()
+    flagged = [answer for answer in answers if answer.headers["Guard-Verdict"] == "poisoned"]
+    with Queue.open(url) as queue:
+        items = queue.items()
+    assert 0 < len(items) == len(flagged) == sum(bool(row[1]) for row in expected)
+    assert all(item.input.surprise and item.input.false_positive_rate for item in items)
+
+
 def test_queue_made_before_is_migrated_and_goes_on(tmp_path):
     shutil.copy(MADE_BEFORE / "queue.db", tmp_path / "queue.db")
     with Queue.open(f"sqlite:///{tmp_path / 'queue.db'}") as queue:

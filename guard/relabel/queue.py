@@ -447,13 +447,11 @@ class Queue:
         with self.database.reading() as connection:
             return reading.read_groups(connection, seen_by)
 
-    def pending_features(self, model: str, limit: int) -> tuple[IntArray, Float32Array]:
-        """Return numbers (n,) and features (n, d) of up to `limit` pending items of a model, newest first."""
-        ids, _, _, features = self.pending_rows(model, limit)
-        return ids, features
-
     def pending_rows(self, model: str, limit: int) -> tuple[IntArray, IntArray, IntArray, Float32Array]:
-        """Return numbers, suspect labels, groups (0 = none), all (n,), and features (n, d); as `pending_features`."""
+        """Return numbers, suspect labels, groups (0 = none), all (n,), and features (n, d).
+
+        Of up to `limit` pending items of a model, newest first.
+        """
         with self.database.reading() as connection:
             return reading.read_pending_features(connection, self._codec, model, limit)
 

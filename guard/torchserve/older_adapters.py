@@ -55,12 +55,14 @@ def _without_code(error: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flagged_request(context: Any, index: int, outcome: Any, item: Any) -> Any:
-    return _new_flagged_request(in_torchserve.Requests(context), index, outcome, item)
+    requests = context if isinstance(context, in_torchserve.Requests) else in_torchserve.Requests(context)
+    return _new_flagged_request(requests, index, outcome, item)
 
 
 _new_flagged_request = review_queue.flagged_request
 _OLD: dict[Any, dict[str, Any]] = {
     answers: {"make_answer": _make_answer, "set_answer": _set_answer, "excuse": in_torchserve.excuse},
+    review_queue: {"flagged_request": _flagged_request},
     runtime: {"merge": outcomes.merge},
     runtime.GuardRuntime: {"books": property(lambda self: _Bookkeeping(self.bookkeeping))},
     # They took one pass with as many rows as requests for a row each, which it need not be. Without a single pass they
