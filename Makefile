@@ -7,12 +7,12 @@ export OMP_NUM_THREADS ?= 1
 # Test files that run at the same time; JOBS=0 runs all in one process.
 JOBS ?= 2
 
-.PHONY: setup demo test lint types bench bench-badnets bench-fusion bench-loop rehearsal clean help
+.PHONY: setup demo test test-quick lint types bench bench-badnets bench-fusion bench-loop rehearsal clean help
 
 help:
 	@echo "make demo   set up, backdoor a network on real images, guard it, serve it, print the verdicts"
-	@echo "make test   set up and run all tests"
-	@echo "make rehearsal   start everything, attack it, let alerts go off and clear, compare the books (needs prometheus)"
+	@echo "make test   set up and run all tests; make test-quick leaves out what starts servers or trains"
+	@echo "make rehearsal   start everything, attack it, let alerts go off and clear, compare the counts (needs prometheus)"
 	@echo "make lint | types | bench | clean"
 
 setup: $(VENV)/.ready
@@ -29,6 +29,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+# No server, no browser, no database server; under 90 seconds on two quiet cores.
+test-quick: setup
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

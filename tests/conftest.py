@@ -97,6 +97,68 @@ def triggered_activations(fitted_guard: Guard, suspect: SuspectModel, triggered:
     return suspect.activations(triggered.images)
 
 
+#: Test files that start servers or browsers, train networks, or take more than five seconds for another reason.
+_SLOW_FILES = frozenset(
+    [
+        "test_acceptance",
+        "test_anytime",
+        "test_assess",
+        "test_badnets_benchmark",
+        "test_batches",
+        "test_calibration",
+        "test_cli",
+        "test_companion",
+        "test_defective",
+        "test_demo",
+        "test_deploy",
+        "test_fusion_tables",
+        "test_gold",
+        "test_guard_backup",
+        "test_guard_handler",
+        "test_guarded_archive",
+        "test_lying_reviewers",
+        "test_networks",
+        "test_observe",
+        "test_pipeline",
+        "test_purify",
+        "test_purify_cli",
+        "test_queue_processes",
+        "test_queue_trouble",
+        "test_readme",
+        "test_retrainer",
+        "test_retraining",
+        "test_review_browser",
+        "test_review_cli",
+        "test_review_hostile",
+        "test_review_page",
+        "test_review_queue",
+        "test_runtime",
+        "test_secrets",
+        "test_serve_together",
+        "test_serving_torchserve",
+        "test_snapshot",
+        "test_soundness",
+        "test_status_browser",
+        "test_torchserve_server",
+        "test_training",
+        "test_wheel",
+        "test_wrap",
+        "test_wrap_hostile",
+        "test_zoo",
+    ]
+)
+#: Fixtures behind which a database server or a browser starts.
+_SLOW_FIXTURES = frozenset(("postgresql_server", "postgresql_url", "browser"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make test-quick` leaves out."""
+    for item in items:
+        starts = _SLOW_FIXTURES & set(getattr(item, "fixturenames", ())) or "postgresql" in item.name
+        if starts or item.path.stem in _SLOW_FILES:
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def patience() -> None:
     """Let queues wait as long as a busy test machine needs; a server's quarter of a second is a test's own choice."""

@@ -39,7 +39,7 @@ def first_schema(url: str) -> None:
 
 def _insert(connection: sa.Connection, number: int, one: Any, ticket: float) -> None:
     rows = Codec(None).encode(one, ticket)
-    old = {name: value for name, value in rows.item.items() if name != "spare_bytes"}
+    old = {name: value for name, value in rows.item.items() if name not in ("spare_bytes", "false_positive_rate")}
     table = sa.table(items.name, *(sa.column(column.name, column.type) for column in items.columns))
     connection.execute(sa.insert(table).values(id=number, **old))
     connection.execute(sa.insert(blobs).values(item_id=number, **rows.blobs))
