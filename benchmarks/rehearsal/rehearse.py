@@ -61,7 +61,7 @@ PHASES = (
 #: Clean traffic goes on until every alert has cleared, in parts of this length, so often at most.
 TAIL, MOST_TAILS = Phase("until all is clear", 10), 14
 #: Which phase is to set off which alert. Not rehearsed: GuardQueueAge (an item must wait for four hours),
-#: GuardDepthFloor (the guard here has no early verdicts) and GuardBatchMismatch (the handler here keeps requests apart).
+#: GuardDepthFloor (the guard here has no early verdicts), GuardBatchMismatch (the handler here keeps requests apart).
 CAUSES = {
     "GuardFlagRateJump": "attack",
     "GuardBypass": "bypass",

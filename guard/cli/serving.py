@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import signal
 import sys
 import threading
@@ -30,6 +29,7 @@ from guard.errors import ConfigError, GuardError, ServerError
 if TYPE_CHECKING:
     from guard.config import GuardConfig
     from guard.torchserve.archives.guarded import ServedModel
+    from guard.torchserve.server import TorchServeInstance
 
 
 def archive(
@@ -207,13 +207,9 @@ def serve(
     With --queue, flagged inputs go to a queue; review page and retrainer run beside the server, are started again if
     they die, and stop with it. `guard observe` watches them all, with the file of targets that is named.
     """
-    from guard.observing.targets import Target, write_targets
-    from guard.processes.companion import Companion
-    from guard.processes.ports import LOOPBACK, free_port, is_reachable
     from guard.relabel.address import queue_url
-    from guard.torchserve.archives.contents import followed_bundles
-    from guard.torchserve.client import curl_line
     from guard.torchserve.server import TorchServeInstance
+    from guard.torchserve.stack import Beside, ServingStack
 
     named = dict(_name_and_file(text) for text in models or ())
     url = queue_url(queue) if queue else None
@@ -221,7 +217,7 @@ def serve(
         raise ConfigError("--review and --retrain need a queue. Name one with --queue.")
     if not any(model_store.glob("*.mar")):
         raise ServerError(f"there is no archive in {model_store}. Make one with `guard archive`.")
-    instance = TorchServeInstance(
+    server = TorchServeInstance(
         model_store,
         named or "all",
         work_dir=work_dir,
@@ -234,8 +230,37 @@ def serve(
         token_authorization=token,
         environment={"GUARD_QUEUE_URL": url} if url else {},
     )
-    stopped = threading.Event()
+    beside = Beside(
+        queue_url=url,
+        review_port=review_port if review else None,
+        retrains=retrain,
+        exports_metrics=companion_metrics,
+        first_metrics_port=port and port + 3,
+        review_options=review_option or (),
+        retrainer_options=retrain_option or (),
+    )
     is_ready = threading.Event()
+    stopped = _stop_on_signal(is_ready)
+    with ServingStack(server, beside, tell) as stack:
+        with progress_bar("starting TorchServe", share_known=False):
+            seconds = server.wait_ready(ready_timeout)
+        is_ready.set()
+        say(f"ready after {seconds:.0f} s on {server.inference_url}; metrics on {server.metrics_url}")
+        _say_how_to_ask(server, token)
+        if review:
+            say(f"review page on http://127.0.0.1:{review_port}")
+        stack.start_companions()
+        say(f"to watch it: guard observe --targets {stack.targets}")
+        say("Ctrl-C stops it.")
+        sys.stdout.flush()
+        while not stopped.wait(0.5):
+            stack.keep_alive()
+    say("stopped")
+
+
+def _stop_on_signal(is_ready: threading.Event) -> threading.Event:
+    """Return what Ctrl-C and SIGTERM set; until the server is ready they end the command at once."""
+    stopped = threading.Event()
 
     def stop(number: int, _: FrameType | None) -> None:
         is_first = not stopped.is_set()
@@ -245,79 +270,23 @@ def serve(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    with instance:
-        with progress_bar("starting TorchServe", share_known=False):
-            seconds = instance.wait_ready(ready_timeout)
-        is_ready.set()
-        say(f"ready after {seconds:.0f} s on {instance.inference_url}; metrics on {instance.metrics_url}")
-        if is_reachable(LOOPBACK, instance.ports.grpc_inference):
-            print_warning(
-                "TorchServe's gRPC ports are open on loopback, and one call with the inference key ends a worker. "
-                f"Close {instance.ports.grpc_inference} and {instance.ports.grpc_management} in a firewall."
-            )
-        if token:
-            say(f"keys in {instance.work_dir / 'key_file.json'}")
-        for name in instance.models_served:
-            say(curl_line(instance.inference_url, name, instance.token()))
-        bundles = {name: followed_bundles(path) for name, path in instance.archives_served.items()}
-        followed = {name: folder for name, folder in bundles.items() if folder is not None}
-        commands = {}
-        watched = [Target("guard-server", f"{LOOPBACK}:{instance.ports.metrics}")]
-        taken = {*dataclasses.astuple(instance.ports), review_port}
+    return stopped
 
-        def metrics_option(job: str) -> list[str]:
-            """Give a companion a port that is its own for as long as the server runs, however often it is restarted."""
-            if not companion_metrics:
-                return []
-            taken.add(chosen := free_port(taken, port and port + 3))
-            watched.append(Target(job, f"{LOOPBACK}:{chosen}"))
-            return ["--metrics-port", str(chosen)]
 
-        if review:
-            folders = list(dict.fromkeys(map(str, followed.values())))
-            if len(folders) > 1:
-                tell(f"the review page knows the bundles in {folders[0]} only: other models' classes go by numbers")
-            known = ["--bundles", folders[0]] if folders else []
-            commands["review page"] = [
-                *("review", "--port", str(review_port), *known, "--metrics-url", instance.metrics_url),
-                *metrics_option("guard-review"),
-                *(review_option or ()),
-            ]
-            say(f"review page on http://127.0.0.1:{review_port}")
-        for name, folder in followed.items() if retrain else ():
-            commands[f"retrainer of {name}"] = [
-                *("retrainer", "--model", name, "--bundles", str(folder)),
-                *metrics_option("guard-retrainer"),
-                *(retrain_option or ()),
-            ]
-        logs = instance.work_dir / "logs"
-        companions = [
-            Companion(
-                name,
-                [sys.executable, "-m", "guard.cli", *command],
-                folder=Path.cwd(),
-                log=logs / f"{name.replace(' ', '_')}.log",
-                environment={"GUARD_QUEUE_URL": str(url)},  # not in the command line, which everybody can see
-            )
-            for name, command in commands.items()
-        ]
-        with contextlib.ExitStack() as running:
-            for companion in companions:
-                running.callback(companion.stop)
-                companion.start()
-            targets = instance.work_dir / "targets.json"
-            running.callback(targets.unlink, missing_ok=True)  # what was stopped on purpose is not down
-            write_targets(targets, watched)
-            say(f"to watch it: guard observe --targets {targets}")
-            say("Ctrl-C stops it.")
-            sys.stdout.flush()
-            while not stopped.wait(0.5):
-                if not instance.is_alive():
-                    raise ServerError("TorchServe has ended by itself. Start it with --work-dir, and look at its logs.")
-                for companion in companions:
-                    if happened := companion.keep_alive():
-                        tell(happened)
-    say("stopped")
+def _say_how_to_ask(server: TorchServeInstance, token: bool) -> None:
+    """Say where the keys are, and a command per model that asks for one prediction; warn of open gRPC ports."""
+    from guard.processes.ports import LOOPBACK, is_reachable
+    from guard.torchserve.client import curl_line
+
+    if is_reachable(LOOPBACK, server.ports.grpc_inference):
+        print_warning(
+            "TorchServe's gRPC ports are open on loopback, and one call with the inference key ends a worker. "
+            f"Close {server.ports.grpc_inference} and {server.ports.grpc_management} in a firewall."
+        )
+    if token:
+        say(f"keys in {server.work_dir / 'key_file.json'}")
+    for name in server.models_served:
+        say(curl_line(server.inference_url, name, server.token()))
 
 
 def _name_and_file(text: str) -> tuple[str, str]:
