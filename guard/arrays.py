@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from guard.errors import DataError
-from guard.types import AnyArray
+from guard.types import AnyArray, IntArray
 
 _KINDS = {"f": "floating-point numbers", "i": "integers"}
 
@@ -59,3 +59,9 @@ def require(
     if ascending and not (array[..., 1:] >= array[..., :-1]).all():
         raise DataError(f"array {name} must ascend along its last axis, and does not.")
     return array
+
+
+def check_range(labels: IntArray, n_classes: int, name: str = "labels") -> None:
+    """Refuse labels outside [0, n_classes), with DataError."""
+    if len(labels) and (labels.min() < 0 or labels.max() >= n_classes):
+        raise DataError(f"{name} must be in [0, {n_classes}), got {labels.min()} to {labels.max()}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from guard.errors import ConfigError
+from guard.errors import ConfigError, did_you_mean
 from guard.types import Action
 
 SETTINGS_FILE = "guard.toml"
@@ -159,9 +158,7 @@ def _one_line(error: ValidationError) -> str:
 
 
 def _unknown(key: str) -> str:
-    close = difflib.get_close_matches(key.lower(), GuardConfig.model_fields, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else f" Known are {', '.join(sorted(GuardConfig.model_fields))}."
-    return f"unknown setting {key!r}.{hint}"
+    return f"unknown setting {key!r}. {did_you_mean(key.lower(), sorted(GuardConfig.model_fields))}"
 
 
 def load_config(settings_file: Path | None = None, **flags: Any) -> GuardConfig:

@@ -1,5 +1,8 @@
 """Every error that this package raises on purpose: one base class, one line per kind."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class GuardError(Exception):
     """Base of all errors of this package; its text is one line: what is wrong, the rule, what to do."""
@@ -107,3 +110,10 @@ class InputRejectedError(GuardError):
     def __init__(self, message: str, status: int = 422) -> None:
         super().__init__(message)
         self.status = status
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the closest known name, or all of them, as the end of an error about an unknown one."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Known are {', '.join(known)}."

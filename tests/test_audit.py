@@ -120,7 +120,7 @@ def test_books_balance_across_a_restart(watched, queue, tmp_path):
     assert report.allowed == 0  # it was quiet at both ends
     assert set(report.differences["metrics - client log"].values()) == {0}
     lines = report.lines()
-    assert lines[-1] == "The books balance."
+    assert lines[-1] == "The counts agree."
     rows = [line.split() for line in lines]
     assert ["client", "log", "250", "240", "6", "0", "3", "1"] in rows
     assert ["metrics", "-", "client", "log", *"000000"] in rows
@@ -222,7 +222,7 @@ def test_metrics_that_do_not_add_up_are_found():
     with answering(lambda path: (200, counters.text())) as url:
         report = audit(datetime(2026, 3, 1, tzinfo=UTC), datetime(2026, 3, 2, tzinfo=UTC), metrics_urls=[url])
     assert report.problems == ["metrics: received is +1 off the sum of the verdicts"]
-    assert report.lines()[-1] == "The books do not balance."
+    assert report.lines()[-1] == "The counts do not agree."
     assert "there is one source only: its sums were checked, with nothing to compare them with" in report.notes
 
 
@@ -273,7 +273,7 @@ def test_command_says_by_its_status_whether_the_books_balance(watched, queue, tm
     window = ["audit", "--from", watched.at(60).isoformat(), "--to", watched.at(800).isoformat()]
     known = ["--client-log", str(log), "--prometheus", watched.url]
     assert run([*window, *known, "--queue", str(tmp_path / "queue.db")]) == 0
-    assert "The books balance." in capsys.readouterr().out
+    assert "The counts agree." in capsys.readouterr().out
     log.write_text(log.read_text().partition("\n")[2])
     assert run([*window, *known, "--json"]) == 1
     told = json.loads(capsys.readouterr().out)

@@ -4,7 +4,7 @@
 
 Starts what `guard serve --queue --review --retrain` and `guard observe` start, sends two minutes of requests, lets a
 simulated reviewer answer and ask for retraining, and watches the alerts go off and clear. The rules are the shipped
-ones with every time divided by 60, so that an hour's window slides by in a minute. Ends with the books of client,
+ones with every time divided by 60, so that an hour's window slides by in a minute. Ends with the counts of client,
 queue and Prometheus compared, and with nothing left running. Writes docs/pictures/rehearsal.png and
 benchmarks/results/rehearsal.csv (alert, cause, fired_after_s, cleared_after_s; empty = did not), and the table in
 docs/operations.md with `--runbook docs/operations.md`. About four minutes.
@@ -200,7 +200,7 @@ def run(folder: Path, image: Path, results: Path, runbook: Path | None) -> int:
         rows = delays(found, causes)
         empty = panels_without_data(prometheus, begin, end)
         with Queue.open(service.queue_url) as queue:
-            books = audit(
+            counted = audit(
                 datetime.fromtimestamp(begin, UTC),
                 datetime.fromtimestamp(end, UTC) + timedelta(seconds=1),
                 client_log=log,
@@ -213,7 +213,7 @@ def run(folder: Path, image: Path, results: Path, runbook: Path | None) -> int:
     write(rows, results)
     if runbook is not None:
         document(rows, runbook)
-    return report(rows, empty, books, still, time.perf_counter() - started)
+    return report(rows, empty, counted, still, time.perf_counter() - started)
 
 
 def wait_until_all_answer(prometheus: Prometheus) -> None:
@@ -261,7 +261,7 @@ def document(rows: Sequence[Delay], file: Path) -> None:
 
 
 def report(
-    rows: Sequence[Delay], empty: Sequence[str], books: AuditReport, still: Sequence[str], seconds: float
+    rows: Sequence[Delay], empty: Sequence[str], counted: AuditReport, still: Sequence[str], seconds: float
 ) -> int:
     """Print what happened; return 0 if everything went as it should."""
     say("")
@@ -274,21 +274,21 @@ def report(
         )
         say(f"{row.alert:26}{row.cause:20}{fired:>12}{cleared:>15}")
     say("")
-    say("\n".join(books.lines()))
+    say("\n".join(counted.lines()))
     say("")
     silent = [row.alert for row in rows if row.fired_after_s is None]
     problems = [
         *(f"{alert} never fired" for alert in silent),
         *(f"{alert} has not cleared" for alert in still),
         *(f"no data in panel {panel}" for panel in empty),
-        *([] if books.balances else ["the books do not balance"]),
+        *([] if counted.balances else ["the counts do not agree"]),
     ]
     for problem in problems:
         say(f"PROBLEM: {problem}")
     if problems:
         say(f"failed in {seconds:.0f} s")
     else:
-        say(f"passed in {seconds:.0f} s: every alert fired and cleared, every panel has data, the books balance")
+        say(f"passed in {seconds:.0f} s: every alert fired and cleared, every panel has data, the counts agree")
     return 1 if problems else 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from guard.backups.clean_set import CleanSet, check_images
 from guard.backups.defective import DefectiveSettings, make_defective, train_defective
 from guard.backups.network import backup_cnn
 from guard.backups.purified_twin import METHODS, purify
-from guard.errors import BundleError, ConfigError
+from guard.errors import BundleError, ConfigError, did_you_mean
 from guard.statistics.calibration import stratified_folds
 from guard.types import AnyArray, Float32Array, IntArray
 
@@ -198,9 +197,7 @@ def cross_fitted_logits(
 def check_kind(kind: str) -> None:
     """Refuse what is no kind of backup; ConfigError names the closest known one."""
     if kind not in BACKUP_KINDS:
-        close = difflib.get_close_matches(kind, BACKUP_KINDS, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else f"Known are {', '.join(BACKUP_KINDS)}."
-        raise ConfigError(f"there is no backup {kind!r}. {hint}")
+        raise ConfigError(f"there is no backup {kind!r}. {did_you_mean(kind, BACKUP_KINDS)}")
 
 
 def _cost(network: nn.Module, suspect: nn.Module, image: Float32Array) -> dict[str, int]:

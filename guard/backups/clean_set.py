@@ -7,6 +7,7 @@ from typing import Self
 
 import numpy as np
 
+from guard.arrays import check_range
 from guard.errors import DataError
 from guard.statistics.calibration import stratified_folds
 from guard.types import Float32Array, IntArray
@@ -49,8 +50,7 @@ class CleanSet:
             raise DataError(
                 f"labels must be integers of shape ({len(images)},), one per image, got {labels.dtype} {labels.shape}."
             )
-        if labels.min() < 0 or labels.max() >= n_classes:
-            raise DataError(f"labels must be in [0, {n_classes}), got {labels.min()} to {labels.max()}.")
+        check_range(labels, n_classes)
         if seed < 0:
             raise DataError(f"seed must be >= 0, got {seed}.")
         labels = labels.astype(np.int64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from guard.backups.clean_set import CleanSet, check_images
 from guard.backups.last_layer import LastLayerSettings, retrain_last_layer
 from guard.backups.pruning import FinePruningSettings, NormPruningSettings, prune_by_activation, prune_by_norm
 from guard.backups.purification import CurvePoint, Purification
-from guard.errors import ConfigError, DataError
+from guard.errors import ConfigError, DataError, did_you_mean
 from guard.suspect.weights import weights_digest
 from guard.types import Float32Array, IntArray
 
@@ -205,9 +204,7 @@ def purify(
 
 def _method(name: str) -> tuple[type[Any], Callable[..., Purification]]:
     if name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else f"Known are {', '.join(METHODS)}."
-        raise ConfigError(f"there is no method {name!r}. {hint}")
+        raise ConfigError(f"there is no method {name!r}. {did_you_mean(name, METHODS)}")
     return METHODS[name]
 
 

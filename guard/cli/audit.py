@@ -1,4 +1,4 @@
-"""The command that compares the books: `guard audit`."""
+"""The command that compares the counts: `guard audit`."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def audit(
 ) -> None:
     """Compare what clients, metrics and queue say of the same requests.
 
-    received = clean + poisoned + bypassed + rejected + failed, by source, and the differences. Status 0: the books
-    balance. 1: they do not. 2: they could not be compared.
+    received = clean + poisoned + bypassed + rejected + failed, by source, and the differences. Status 0: the counts
+    agree. 1: they do not. 2: they could not be compared.
     """
     from guard.observing.audit import audit as compare
     from guard.observing.client_log import read_time
@@ -50,17 +50,17 @@ def audit(
     try:
         window = read_time(start), read_time(end) if end else datetime.now(UTC)
         with ExitStack() as opened:
-            books = None
+            opened_queue = None
             if queue:
                 url = queue_url(queue)
                 file = Path(url.removeprefix("sqlite:///"))
                 if url.startswith("sqlite:///") and not file.is_file():  # opening it would make one
                     raise ConfigError(f"there is no queue {file}. Name the server's: --queue.")
-                books = opened.enter_context(Queue.open(url))
+                opened_queue = opened.enter_context(Queue.open(url))
             report = compare(
                 *window,
                 client_log=client_log,
-                queue=books,
+                queue=opened_queue,
                 metrics_urls=metrics_url or (),
                 prometheus=prometheus,
                 model=model,

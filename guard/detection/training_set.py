@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from guard.arrays import check_range
 from guard.detection.detectors.base import NO_LABEL, Source
 from guard.errors import DataError
 from guard.types import Activations, AnyArray, BoolArray, IntArray
@@ -187,6 +188,5 @@ def check_labels(labels: AnyArray, n: int, n_classes: int, name: str, each: str)
         raise DataError(f"{name} must have shape ({n},), one {each}, got {labels.shape}.")
     if not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"{name} must be integers, got {labels.dtype}.")
-    if len(labels) and (labels.min() < 0 or labels.max() >= n_classes):
-        raise DataError(f"{name} must be in [0, {n_classes}), got {labels.min()} to {labels.max()}.")
+    check_range(labels, n_classes, name)
     return labels.astype(np.int64)

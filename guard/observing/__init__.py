@@ -1,1 +1,1 @@
-"""What the guard does, watched from outside: its metrics read and kept, and its books compared."""
+"""What the guard does, watched from outside: its metrics read and kept, and its counts compared."""

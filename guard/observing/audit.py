@@ -1,4 +1,4 @@
-"""The books compared: what clients, metrics and queue say of the same requests, and where they differ."""
+"""Counts compared: what clients, metrics and queue say of the same requests, and where they differ."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class AuditReport:
     allowed : int
         A difference up to here says nothing: requests near an end of the window, unanswered ones, and `--slack`.
     problems : list of str
-        What does not balance, one line each.
+        What does not agree, one line each.
     notes : list of str
         What a reader must know, one line each.
     """
@@ -76,7 +76,7 @@ class AuditReport:
             right = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
             said.append(f"{name.ljust(widths[0])}  {right}".rstrip())
         said += ["", *(f"note: {note}" for note in self.notes), *(f"differs: {problem}" for problem in self.problems)]
-        return [*said, "The books balance." if self.balances else "The books do not balance."]
+        return [*said, "The counts agree." if self.balances else "The counts do not agree."]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report for programs."""
@@ -143,11 +143,11 @@ def audit(
         raise ConfigError("--metrics-url and --prometheus answer the same question. Give one of them.")
     if client_log is None and queue is None and not metrics_urls and prometheus is None:
         raise ConfigError("there is nothing to compare: give --client-log, --queue, --prometheus or --metrics-url.")
-    books: WindowCounts | None = None
+    counted: WindowCounts | None = None
     if prometheus is not None:
-        books = between(Prometheus(check_url(prometheus, "--prometheus")), start, end, model)
+        counted = between(Prometheus(check_url(prometheus, "--prometheus")), start, end, model)
     elif metrics_urls:
-        books = totals_since_start(metrics_urls, model)
+        counted = totals_since_start(metrics_urls, model)
     log = None if client_log is None else [one for one in read_client_log(client_log) if _is_of(one, model)]
     rows = None if queue is None else list(Activity(queue).arrivals(start - _AROUND, end + _AROUND, model))
     findings = _Findings()
@@ -155,22 +155,22 @@ def audit(
     allowed = slack
     if slack:
         findings.notes.append(f"{slack} requests may differ, as --slack says")
-    if books is not None:
-        allowed += _note_edges(findings, books, inside, start, end)
+    if counted is not None:
+        allowed += _note_edges(findings, counted, inside, start, end)
     if inside is not None:
-        _enter_client(findings, inside, books)
-    if books is not None:
-        findings.sources["metrics"] = {"received": books.requests.total(), **books.verdicts}
+        _enter_client(findings, inside, counted)
+    if counted is not None:
+        findings.sources["metrics"] = {"received": counted.requests.total(), **counted.verdicts}
     if rows is not None:
         findings.sources["queue"] = {"poisoned": len(_rows_inside(rows, log, inside, start, end))}
     _check_sums(findings, allowed)
-    if inside is not None and books is not None:
+    if inside is not None and counted is not None:
         unanswered = sum(one.kind == "unanswered" for one in inside)
         _compare(findings, "metrics", "client log", allowed, more_allowed=unanswered)
-    if books is not None:
-        _check_flagged(findings, books, allowed, has_queue=rows is not None)
+    if counted is not None:
+        _check_flagged(findings, counted, allowed, has_queue=rows is not None)
     if rows is not None and queue is not None and inside is not None and log is not None:
-        _match(findings, log, inside, rows, (start, end), _without_row(books, queue, model))
+        _match(findings, log, inside, rows, (start, end), _without_row(counted, queue, model))
     if len(findings.sources) == 1:
         findings.notes.append("there is one source only: its sums were checked, with nothing to compare them with")
     return AuditReport(
@@ -179,26 +179,26 @@ def audit(
 
 
 def _note_edges(
-    findings: _Findings, books: WindowCounts, inside: list[Noted] | None, start: datetime, end: datetime
+    findings: _Findings, counted: WindowCounts, inside: list[Noted] | None, start: datetime, end: datetime
 ) -> int:
     """Return how many requests lie so near an end of the window that the metrics may count them on its other side."""
-    edge = timedelta(seconds=books.edge_s)
+    edge = timedelta(seconds=counted.edge_s)
     noted = 0
     if inside is not None:
-        noted = sum((books.has_begin and one.time < start + edge) or one.time >= end - edge for one in inside)
-    near = max(books.near_ends, noted)
+        noted = sum((counted.has_begin and one.time < start + edge) or one.time >= end - edge for one in inside)
+    near = max(counted.near_ends, noted)
     if near:
         findings.notes.append(
-            f"{near} requests within {books.edge_s:.0f} s of an end of the window may be counted on either side of it"
+            f"{near} requests within {counted.edge_s:.0f} s of an end of the window may be counted on either side of it"
         )
-    findings.notes += books.notes
+    findings.notes += counted.notes
     findings.notes.append("a worker that is killed may lose up to a second of its counts: see --slack")
     return near
 
 
-def _enter_client(findings: _Findings, inside: list[Noted], books: WindowCounts | None) -> None:
+def _enter_client(findings: _Findings, inside: list[Noted], counted: WindowCounts | None) -> None:
     kinds = Counter(one.kind for one in inside)
-    outside = _not_of_the_guard(inside, books)
+    outside = _not_of_the_guard(inside, counted)
     for (kind, status), number in sorted(outside.items()):
         kinds[kind] -= number
         findings.notes.append(
@@ -216,16 +216,16 @@ def _enter_client(findings: _Findings, inside: list[Noted], books: WindowCounts 
     findings.sources["client log"] = {"received": len(inside) - left_out, **counts}
 
 
-def _not_of_the_guard(inside: list[Noted], books: WindowCounts | None) -> Counter[tuple[str, int]]:
+def _not_of_the_guard(inside: list[Noted], counted: WindowCounts | None) -> Counter[tuple[str, int]]:
     """Return answers that the server gave by itself (wrong key, too large, full, worker gone), by kind and status.
 
     They carry no verdict, and are more than the guard counted with that status.
     """
-    if books is None:
+    if counted is None:
         return Counter()
     answers = Counter(one.status for one in inside)
     bare = Counter((one.kind, one.status) for one in inside if not one.verdict and one.status >= 400)
-    excess = {key: min(number, answers[key[1]] - books.requests[str(key[1])]) for key, number in bare.items()}
+    excess = {key: min(number, answers[key[1]] - counted.requests[str(key[1])]) for key, number in bare.items()}
     return Counter({key: number for key, number in excess.items() if number > 0})
 
 
@@ -263,31 +263,31 @@ def _compare(findings: _Findings, one: str, other: str, allowed: int, *, more_al
             findings.problems.append(f"{column}: {one} {ours[column]:,}, {other} {theirs[column]:,}")
 
 
-def _check_flagged(findings: _Findings, books: WindowCounts, allowed: int, *, has_queue: bool) -> None:
+def _check_flagged(findings: _Findings, counted: WindowCounts, allowed: int, *, has_queue: bool) -> None:
     """Check that every flagged request was queued or counted as shed, and that the queue holds what was queued."""
-    shed = books.shed.total()
-    if books.queued or shed:
-        poisoned = books.verdicts["poisoned"]
-        off = poisoned - books.queued - shed
+    shed = counted.shed.total()
+    if counted.queued or shed:
+        poisoned = counted.verdicts["poisoned"]
+        off = poisoned - counted.queued - shed
         if abs(off) > allowed:
-            findings.problems.append(f"metrics: {poisoned:,} poisoned, but {books.queued:,} queued and {shed:,} shed")
+            findings.problems.append(f"metrics: {poisoned:,} poisoned, but {counted.queued:,} queued and {shed:,} shed")
         if shed:
-            reasons = ", ".join(f"{reason} {number:,}" for reason, number in sorted(books.shed.items()) if number)
+            reasons = ", ".join(f"{reason} {number:,}" for reason, number in sorted(counted.shed.items()) if number)
             findings.notes.append(f"{shed:,} flagged requests are not in the queue: {reasons}")
-    elif books.verdicts["poisoned"] and not has_queue:
+    elif counted.verdicts["poisoned"] and not has_queue:
         findings.notes.append("the server hands flagged requests to no queue")
     if has_queue:
-        difference = findings.sources["queue"]["poisoned"] - books.queued
+        difference = findings.sources["queue"]["poisoned"] - counted.queued
         findings.differences["queue - metrics' queued"] = {"poisoned": difference}
         # What timed out may have been stored all the same.
-        if not -allowed <= difference <= allowed + books.shed["unavailable"]:
+        if not -allowed <= difference <= allowed + counted.shed["unavailable"]:
             rows = findings.sources["queue"]["poisoned"]
-            findings.problems.append(f"poisoned: queue {rows:,} rows, metrics {books.queued:,} queued")
+            findings.problems.append(f"poisoned: queue {rows:,} rows, metrics {counted.queued:,} queued")
 
 
-def _without_row(books: WindowCounts | None, queue: Queue, model: str | None) -> int:
+def _without_row(counted: WindowCounts | None, queue: Queue, model: str | None) -> int:
     """Return how many flagged requests may rightly have no row in the queue."""
-    return books.shed.total() if books is not None else Activity(queue).turned_away(model)
+    return counted.shed.total() if counted is not None else Activity(queue).turned_away(model)
 
 
 def _match(

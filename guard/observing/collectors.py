@@ -1,4 +1,4 @@
-"""Metrics of the review page and of the retrainer, counted by the queue's database at every scrape: no second books."""
+"""Metrics of the review page and of the retrainer, counted by the queue's database at every scrape."""
 
 from __future__ import annotations
 

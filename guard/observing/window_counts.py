@@ -77,14 +77,14 @@ def totals_since_start(urls: Sequence[str], model: str | None) -> WindowCounts:
     ObservingError
         If one does not answer.
     """
-    books = WindowCounts(
+    counted = WindowCounts(
         has_begin=False, notes=["metrics addresses know totals since the server's start only, not the window"]
     )
     for url in urls:
         for series, value in read_endpoint(metrics_address(url)).items():
             if model is None or series.label("model") == label_value(model):
-                books.add(series, value)
-    return books
+                counted.add(series, value)
+    return counted
 
 
 def between(prometheus: Prometheus, start: datetime, end: datetime, model: str | None) -> WindowCounts:
@@ -98,7 +98,7 @@ def between(prometheus: Prometheus, start: datetime, end: datetime, model: str |
         If it does not answer, or has no such counter.
     """
     first, last = start.timestamp(), end.timestamp()
-    books, began_late, seen = WindowCounts(), 0, 0
+    counted, began_late, seen = WindowCounts(), 0, 0
     steps: list[float] = []
     kept: list[tuple[Series, list[tuple[float, float]]]] = []
     for metric in _METRICS:
@@ -106,7 +106,7 @@ def between(prometheus: Prometheus, start: datetime, end: datetime, model: str |
         for series, samples in found.items():
             named = Series(series.name or metric, series.labels)
             kept.append((named, samples))
-            books.add(named, increase(samples, first, last))
+            counted.add(named, increase(samples, first, last))
             inside = [time for time, _ in samples if first < time <= last]
             seen += bool(inside)
             began_late += bool(inside) and samples[0][0] > first and samples[0][1] > 0
@@ -116,21 +116,23 @@ def between(prometheus: Prometheus, start: datetime, end: datetime, model: str |
             f"{prometheus.url} has no counts of the guard in that window. Does it scrape the metrics address, "
             "and are the times right?"
         )
-    books.edge_s = (
+    counted.edge_s = (
         sorted(steps)[len(steps) // 2] if steps else _USUAL_STEP_S
     ) + FLUSH_S  # a scrape comes up to one interval after the flush
     for at in (first, last):
-        books.near_ends += sum(
-            round(increase(samples, at - books.edge_s, at + books.edge_s))
+        counted.near_ends += sum(
+            round(increase(samples, at - counted.edge_s, at + counted.edge_s))
             for series, samples in kept
             if series.name == "guard_requests_total"
         )
     if began_late:
-        books.notes.append(
+        counted.notes.append(
             f"{began_late} counters were not there yet when the window began: they count from 0, as of a server that "
             "started in it"
         )
     newest = max((samples[-1][0] for _, samples in kept if samples), default=first)
-    if newest < last - books.edge_s:
-        books.notes.append(f"the last scrape was at {datetime.fromtimestamp(newest, UTC):%H:%M:%S} UTC, before the end")
-    return books
+    if newest < last - counted.edge_s:
+        counted.notes.append(
+            f"the last scrape was at {datetime.fromtimestamp(newest, UTC):%H:%M:%S} UTC, before the end"
+        )
+    return counted

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from guard.errors import ConfigError
+from guard.errors import ConfigError, did_you_mean
 
 
 class RetrainerSettings(BaseModel):
@@ -122,7 +121,6 @@ def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(key.lower(), RetrainerSettings.model_fields, n=1)
-        known = f"Known are {', '.join(sorted(RetrainerSettings.model_fields))}."
-        return f"unknown retrainer setting {key!r}. " + (f"Did you mean {close[0]!r}?" if close else known)
+        hint = did_you_mean(key.lower(), sorted(RetrainerSettings.model_fields))
+        return f"unknown retrainer setting {key!r}. {hint}"
     return f"{key}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {first['input']!r}."

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 
-from guard.arrays import require
+from guard.arrays import check_range, require
 from guard.detection.detectors.base import WHAT_IS_CLEAN, Joins, Source
 from guard.detection.detectors.local_outlier_factor import DENSITY_FLOOR, ClassReferences, order_for_storage
 from guard.detection.detectors.norms import check_orders, norm_summary
@@ -260,6 +260,5 @@ def _checked_labels(labels: IntArray, n_rows: int, n_classes: int) -> IntArray:
     if labels.shape != (n_rows,) or labels.dtype.kind not in "iu":
         raise DataError(f"labels must be {n_rows} integers, got shape {labels.shape} of {labels.dtype}.")
     labels = labels.astype(np.int64)
-    if n_rows and not (labels.min() >= 0 and labels.max() < n_classes):
-        raise DataError(f"labels must be in [0, {n_classes}), got {labels.min()} to {labels.max()}.")
+    check_range(labels, n_classes)
     return labels

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from guard.arrays import require
+from guard.arrays import check_range, require
 from guard.detection.heads.decision_head import one_thread
 from guard.errors import DataError, NotFittedError
 from guard.types import AnyArray, Float32Array, FloatArray, IntArray
@@ -85,8 +85,7 @@ class AnytimeHeads:
             raise DataError(f"features {shapes} must be one or more (n, d) of the length of the labels, {len(labels)}.")
         if not all(np.isfinite(one).all() for one in features):
             raise DataError("features must be finite: a NaN or an infinity was found.")
-        if labels.min() < 0 or labels.max() >= n_classes:
-            raise DataError(f"labels must be in [0, {n_classes}), got {labels.min()} to {labels.max()}.")
+        check_range(labels, n_classes)
         means = [one.mean(axis=0, dtype=np.float64) for one in features]
         spreads = [one.std(axis=0, dtype=np.float64) for one in features]
         scales = [np.where(s > 1e-6 * max(float(s.max()), 1e-30), s, 1.0) for s in spreads]

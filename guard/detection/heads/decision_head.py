@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from guard.arrays import require
+from guard.arrays import check_range, require
 from guard.errors import DataError, NotFittedError
 from guard.types import AnyArray, Float32Array, FloatArray, IntArray
 
@@ -85,8 +85,7 @@ class DecisionHead:
             )
         if not np.isfinite(features).all():
             raise DataError("features must be finite: a NaN or an infinity was found.")
-        if labels.min() < 0 or labels.max() >= n_classes:
-            raise DataError(f"labels must be in [0, {n_classes}), got {labels.min()} to {labels.max()}.")
+        check_range(labels, n_classes)
         mean = features.mean(axis=0)
         spread = features.std(axis=0)
         scale = np.where(spread > 1e-6 * max(float(spread.max()), 1e-30), spread, 1.0).astype(np.float32)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from guard.arrays import check_range
 from guard.config import GuardConfig
 from guard.detection.cross_fitting import Progress
 from guard.detection.pipeline import Guard
@@ -163,8 +164,7 @@ class _Bench:
         inputs = prepare(pixels)
         activations = suspect.activations(inputs)
         n_classes = activations.logits.shape[1]
-        if labels.min() < 0 or labels.max() >= n_classes:
-            raise DataError(f"labels must be in [0, {n_classes}), got {labels.min()} to {labels.max()}.")
+        check_range(labels, n_classes)
         points = suspect.split_points
         assert points is not None  # the forward pass has located them
         answers = activations.predicted_labels

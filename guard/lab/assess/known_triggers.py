@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 
 import numpy as np
 
-from guard.errors import ConfigError, DataError
+from guard.errors import ConfigError, DataError, did_you_mean
 from guard.lab.attacks.attack import Attack
 from guard.lab.attacks.catalogue import make_attack
 from guard.lab.attacks.poisoning import Backdoor
@@ -57,9 +56,7 @@ def check_names(names: Sequence[str]) -> None:
         raise ConfigError(f"name at least one trigger. Known are {', '.join(KNOWN_ATTACKS)}.")
     for name in names:
         if name not in KNOWN_ATTACKS:
-            close = difflib.get_close_matches(name, KNOWN_ATTACKS, n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else f"Known are {', '.join(KNOWN_ATTACKS)}."
-            raise ConfigError(f"there is no trigger {name!r}. {hint}")
+            raise ConfigError(f"there is no trigger {name!r}. {did_you_mean(name, KNOWN_ATTACKS)}")
 
 
 def attack_to_plant(name: str, target_label: int, seed: int, n_classes: int, labels: IntArray, rate: float) -> Attack:

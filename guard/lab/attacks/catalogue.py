@@ -5,12 +5,11 @@ To add one, write a function of a target label and a seed, and give it a line in
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
 from torch import nn
 
-from guard.errors import DataError
+from guard.errors import DataError, did_you_mean
 from guard.lab.attacks.attack import Attack
 from guard.lab.attacks.perturbation import PgdPerturbation
 from guard.lab.attacks.poisoning import Backdoor, Cover
@@ -285,7 +284,5 @@ def make_attack(name: str, target_label: int, seed: int = 0) -> Attack:
         If there is no such attack.
     """
     if name not in ATTACKS:
-        close = difflib.get_close_matches(name, ATTACKS, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else f"Known are {', '.join(ATTACKS)}."
-        raise DataError(f"there is no attack {name!r}. {hint}")
+        raise DataError(f"there is no attack {name!r}. {did_you_mean(name, ATTACKS)}")
     return ATTACKS[name](target_label, seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from guard.errors import DataError
+from guard.errors import DataError, did_you_mean
 from guard.lab.attacks.triggers.registry import TRIGGERS
 from guard.types import Float32Array
 
@@ -33,9 +32,7 @@ class NamedTrigger:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or self.name not in TRIGGERS:
-            close = difflib.get_close_matches(str(self.name), TRIGGERS, n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else f"Known are {', '.join(TRIGGERS)}."
-            raise DataError(f"there is no trigger {self.name!r}. {hint}")
+            raise DataError(f"there is no trigger {self.name!r}. {did_you_mean(str(self.name), TRIGGERS)}")
         known = _defaults(self.name)
         for parameter in self.parameters:
             if parameter not in known:
