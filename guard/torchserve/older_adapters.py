@@ -55,7 +55,8 @@ def _without_code(error: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flagged_request(context: Any, index: int, outcome: Any, item: Any) -> Any:
-    requests = context if isinstance(context, in_torchserve.Requests) else in_torchserve.Requests(context)
+    is_new = callable(getattr(context, "request_id", None))  # where adapters of both kinds run in one process
+    requests = context if is_new else in_torchserve.Requests(context)
     return _new_flagged_request(requests, index, outcome, item)
 
 
