@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 
-from playwright.sync_api import Page
+from playwright.sync_api import Page, expect
 
 FLAGS = (
     "--no-sandbox",  # as root, in a container
@@ -35,6 +35,7 @@ def chromium() -> str | None:
 
 def log_in(page: Page, name: str, token: str) -> None:
     """Log in by keyboard alone: the first field has the focus."""
+    expect(page.locator('input[name="name"]')).to_be_focused()
     page.keyboard.type(name)
     page.keyboard.press("Tab")
     page.keyboard.type(token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,6 +84,14 @@ def painted(page: Page, chart: str, tone: str) -> int:
     )
 
 
+def wait_for_paint(page: Page, chart: str, tone: str) -> None:
+    """Wait until a chart is drawn: its page is there before its script has run."""
+    deadline = time.monotonic() + PATIENCE / 1000
+    while painted(page, chart, tone) <= 20:
+        assert time.monotonic() < deadline, chart
+        page.wait_for_timeout(50)
+
+
 def refresh(page: Page) -> None:
     """Ask for what has changed now, and not in five seconds."""
     with page.expect_response(re.compile("/status/now")):
@@ -99,7 +108,7 @@ def test_charts_are_drawn_and_follow_the_server(workspace, server, open_page):
         expect(answer).to_contain_text("All well: 0 of 3,540 requests flagged in the last hour, no bypass")
         lines = {"flagged": "poison", "requests": "accent", "verdicts": "text", "latency": "poison", "drift": "accent"}
         for chart, tone in {**lines, "queue": "poison"}.items():
-            assert painted(page, chart, tone) > 20, chart  # drift lies on the line of "as calibrated"
+            wait_for_paint(page, chart, tone)  # drift lies on the line of "as calibrated"
         expect(page).to_have_title(re.compile("^All well · Status"))
         # A table that is open stays open, with the same numbers as the chart: a dash where nobody looked.
         page.get_by_text(re.compile("^As a table: Requests")).press("Enter")
