@@ -38,7 +38,10 @@ def measure(name: str, settings: AnpSettings, n_test: int) -> Rows:
     test, truth = split.test.images[:n_test], split.test.labels[:n_test]
     sets = card.restore_attack().test_sets(test, truth)
     probes = probes_of(
-        test, truth, np.concatenate([one.images for one in sets]), np.concatenate([one.labels for one in sets])
+        test,
+        truth,
+        np.concatenate([test_set.images for test_set in sets]),
+        np.concatenate([test_set.labels for test_set in sets]),
     )
     with half_precision(card):
         done = purify(
@@ -78,8 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for epsilon in chosen.epsilons:
         for name in chosen.models:
             rows = read(file)
-            asked = (name, epsilon, chosen.iterations)
-            if any((row["model"], float(row["epsilon"]), int(row["iterations"])) == asked for row in rows):
+            requested = (name, epsilon, chosen.iterations)
+            if any((row["model"], float(row["epsilon"]), int(row["iterations"])) == requested for row in rows):
                 continue
             rows += measure(name, AnpSettings(epsilon=epsilon, iterations=chosen.iterations), chosen.test)
             rows.sort(key=lambda row: (row["model"], int(row["iterations"]), float(row["epsilon"]), float(row["at"])))

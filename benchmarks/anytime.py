@@ -65,7 +65,7 @@ def compare(name: str, n_images: int, n_test: int) -> list[dict[str, Any]]:
     suspect = SuspectModel(zoo.load(name), depths=BLOCKS)
     learn = suspect.activations(split.validation.images[:n_images])
     test = suspect.activations(split.test.images[:n_test])
-    inputs, unseen = ([one.at(block) for block in BLOCKS] for one in (learn, test))
+    inputs, unseen = ([entry.at(block) for block in BLOCKS] for entry in (learn, test))
     labels, truth = split.validation.labels[:n_images], split.test.labels[:n_test]
     rows = []
     for seed in SEEDS:
@@ -104,19 +104,19 @@ def measure_depths(name: str, n_images: int, n_test: int) -> list[dict[str, Any]
     (triggered,) = card.restore_attack().test_sets(test, truth)
     clean, poisoned = suspect.activations(test), suspect.activations(triggered.images)
     rows = []
-    for one in [*(guard.at_depth(early.depth) for early in guard.early), guard]:
+    for entry in [*(guard.at_depth(early.depth) for early in guard.early), guard]:
         times = []
         for row in range(200):
             first = clean[row : row + 1]
             started = time.perf_counter()
-            one.scores(first)
+            entry.scores(first)
             times.append(time.perf_counter() - started)
         rows.append(
             {
                 "model": name,
-                "depth": one.depth or "all",
-                "false_positive_rate": float(one.scores(clean).is_poisoned.mean()),
-                "true_positive_rate": float(one.scores(poisoned).is_poisoned.mean()),
+                "depth": entry.depth or "all",
+                "false_positive_rate": float(entry.scores(clean).is_poisoned.mean()),
+                "true_positive_rate": float(entry.scores(poisoned).is_poisoned.mean()),
                 "microseconds": 1e6 * statistics.median(times),
             }
         )
@@ -145,10 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write(chosen.output_dir / "anytime.csv", rows)
     for weighting in WEIGHTINGS:
         for part in PARTS:
-            own = [
+            selected = [
                 row["increase_percent"] for row in rows if (row["weights"], row["part_of_cost"]) == (weighting, part)
             ]
-            print(f"{weighting:9} {part:4} {np.mean(own):7.2f} %")
+            print(f"{weighting:9} {part:4} {np.mean(selected):7.2f} %")
     depths: list[dict[str, Any]] = []
     for name in GUARDED:
         depths += measure_depths(name, chosen.images, chosen.test)

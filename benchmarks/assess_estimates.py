@@ -92,8 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\nshare of triggered images caught at a requested rate of {RATE}, per seed")
     print(f"{'trigger':14}{'estimate':>24}{'real':>24}")
     for trigger in TRIGGERS:
-        own = [row for row in rows if row["trigger"] == trigger]
-        print(f"{trigger:14}{_cells(own, 'estimated_true_positive_rate')}{_cells(own, 'real_true_positive_rate')}")
+        of_trigger = [row for row in rows if row["trigger"] == trigger]
+        print(
+            f"{trigger:14}{_cells(of_trigger, 'estimated_true_positive_rate')}{_cells(of_trigger, 'real_true_positive_rate')}"
+        )
 
 
 def _cells(rows: Sequence[dict[str, Any]], key: str) -> str:

@@ -62,10 +62,10 @@ def draw_backups(rows: Rows, file: Path) -> None:
     )
     for axis, (column, title) in zip(axes, panels, strict=True):
         for backup in BACKUPS:
-            own = [row for row in rows if row["backup"] == backup]
+            selected = [row for row in rows if row["backup"] == backup]
             axis.plot(
-                [100 * float(row[column]) for row in own],
-                [models.index(row["model"]) for row in own],
+                [100 * float(row[column]) for row in selected],
+                [models.index(row["model"]) for row in selected],
                 "o",
                 color=COLOURS[backup],
                 markersize=5,
@@ -104,16 +104,16 @@ def draw_curves(curves: dict[tuple[str, str, str], Rows], file: Path) -> None:
         1, len(models), figsize=(5 * len(models), 3.6), sharey=True, layout="constrained", squeeze=False
     )
     for axis, model in zip(axes[0], models, strict=True):
-        for (name, epsilon, iterations), own in curves.items():
+        for (name, epsilon, iterations), selected in curves.items():
             if name != model:
                 continue
-            own = sorted(own, key=lambda row: float(row["at"]))
+            selected = sorted(selected, key=lambda row: float(row["at"]))
             is_papers = (epsilon, iterations) == PAPER_SETTINGS
-            x, y = ([100 * float(row[column]) for row in own] for column in ("test_accuracy", "attack_success"))
+            x, y = ([100 * float(row[column]) for row in selected] for column in ("test_accuracy", "attack_success"))
             colour = "#303030" if is_papers else {0.4: "#d55e00", 0.2: "#0072b2", 0.1: "#009e73"}[float(epsilon)]
             label = f"epsilon {float(epsilon):g}, {iterations} iterations" + " (the paper's)" * is_papers
             axis.plot(x, y, "o-", markersize=3, color=colour, label=label, alpha=0.85)
-            at = next(place for place, row in enumerate(own) if float(row["at"]) == PAPER_THRESHOLD)
+            at = next(place for place, row in enumerate(selected) if float(row["at"]) == PAPER_THRESHOLD)
             axis.plot(x[at], y[at], "o", markersize=9, color=colour, markerfacecolor="none")
         axis.axhline(1.0, color="#8c8c8c", linewidth=0.8, linestyle=":")
         axis.set_title(model, fontsize=10, loc="left")
@@ -140,18 +140,18 @@ def draw_defective(rows: Rows, file: Path) -> None:
         len(data_sets), 2, figsize=(10, 3.6 * len(data_sets)), layout="constrained", squeeze=False
     )
     for (left, right), data_set in zip(axes, data_sets, strict=True):
-        own = [row for row in rows if row["data_set"] == data_set]
-        values = {(row["network"], row["measure"]): 100 * float(row["value"]) for row in own}
-        for network in dict.fromkeys(row["network"] for row in own):
+        selected = [row for row in rows if row["data_set"] == data_set]
+        values = {(row["network"], row["measure"]): 100 * float(row["value"]) for row in selected}
+        for network in dict.fromkeys(row["network"] for row in selected):
             colour = _colour_of(network)
             x, y = values[network, "clean_accuracy"], values[network, "pgd_defence"]
-            marker = next((one for word, one in MARKERS.items() if word in network), "o")
+            marker = next((entry for word, entry in MARKERS.items() if word in network), "o")
             left.plot(x, y, marker, color=colour, markersize=7, linestyle="none", label=network)
             if network in ("standard", "0.5 bottom", "0.1 bottom", "0.5 top", "0.5 bottom, channels"):
                 levels = sorted(
-                    int(one.removeprefix("noise_"))
-                    for name, one in values
-                    if name == network and one.startswith("noise_")
+                    int(entry.removeprefix("noise_"))
+                    for name, entry in values
+                    if name == network and entry.startswith("noise_")
                 )
                 right.plot(
                     levels,
@@ -181,14 +181,14 @@ def _colour_of(network: str) -> str:
             shades = {"0.7": 0.45, "0.5": 0.65, "0.3": 0.8, "0.1": 1.0}
             red, green, blue = mpl.colors.to_rgb(colour)
             strength = shades[network[:3]]
-            return mpl.colors.to_hex([1 - strength * (1 - one) for one in (red, green, blue)])
+            return mpl.colors.to_hex([1 - strength * (1 - entry) for entry in (red, green, blue)])
     return "#303030"
 
 
 def backups_table(rows: Rows) -> str:
     """Return one line per model: recovery and clean accuracy of every backup, and attack success after `relabel`."""
     lines = [
-        "| model | " + " | ".join("replacement head" if one == "head" else f"`{one}`" for one in BACKUPS) + " |",
+        "| model | " + " | ".join("replacement head" if entry == "head" else f"`{entry}`" for entry in BACKUPS) + " |",
         "|---" * (len(BACKUPS) + 1) + "|",
     ]
     for model in sorted({row["model"] for row in rows if row["recovery_accuracy"]}):
@@ -231,14 +231,14 @@ def anp_table(curves: dict[tuple[str, str, str], Rows]) -> str:
     """Return clean accuracy and attack success at some thresholds."""
     at = ("0.0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.7", "0.9")
     lines = [
-        "| model | epsilon, iterations | " + " | ".join(f"at {one}" for one in at) + " |",
+        "| model | epsilon, iterations | " + " | ".join(f"at {point}" for point in at) + " |",
         "|---" * (len(at) + 2) + "|",
     ]
     for (model, epsilon, iterations), rows in curves.items():
-        own = {row["at"]: row for row in rows}
+        by_point = {row["at"]: row for row in rows}
         cells = [
-            f"{100 * float(own[one]['test_accuracy']):.1f} / {100 * float(own[one]['attack_success']):.1f}"
-            for one in at
+            f"{100 * float(row['test_accuracy']):.1f} / {100 * float(row['attack_success']):.1f}"
+            for row in map(by_point.__getitem__, at)
         ]
         lines.append(f"| {model} | {float(epsilon):g}, {iterations} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -251,13 +251,13 @@ def costs_table(rows: Rows) -> str:
     for backup in BACKUPS:
         cells = []
         for data_set in data_sets:
-            own = [row for row in rows if row["backup"] == backup and row["model"].startswith(f"{data_set}-")]
+            selected = [row for row in rows if row["backup"] == backup and row["model"].startswith(f"{data_set}-")]
             middle = [
-                statistics.median(float(row[name]) for row in own)
+                statistics.median(float(row[name]) for row in selected)
                 for name in ("training_seconds", "megabytes", "milliseconds")
-                if own
+                if selected
             ]
-            cells.append(f"{middle[0]:.0f} s, {middle[1]:.2f} MB, {middle[2]:.2f} ms" if own else "")
+            cells.append(f"{middle[0]:.0f} s, {middle[1]:.2f} MB, {middle[2]:.2f} ms" if selected else "")
         lines.append(f"| {backup} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -293,9 +293,9 @@ def anytime_table(rows: Rows) -> str:
     for weights in dict.fromkeys(row["weights"] for row in rows):
         cells = []
         for part in parts:
-            own = [row for row in rows if (row["weights"], row["part_of_cost"]) == (weights, part)]
-            ours = statistics.mean(float(row["increase_percent"]) for row in own)
-            cells.append(f"{ours:.1f} ({float(own[0]['paper_increase_percent']):.1f})")
+            selected = [row for row in rows if (row["weights"], row["part_of_cost"]) == (weights, part)]
+            ours = statistics.mean(float(row["increase_percent"]) for row in selected)
+            cells.append(f"{ours:.1f} ({float(selected[0]['paper_increase_percent']):.1f})")
         lines.append(f"| {weights} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

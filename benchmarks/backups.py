@@ -79,9 +79,9 @@ class Bench:
         self.images, self.labels = split.validation.images[order], split.validation.labels[order]
         self.test, self.truth = split.test.images[:n_test], split.test.labels[:n_test]
         sets = [] if self.card.is_benign else self.card.restore_attack().test_sets(self.test, self.truth)
-        self.poisoned = np.concatenate([self.test[:0], *(one.images for one in sets)])
-        self.wanted: IntArray = np.concatenate([self.truth[:0], *(one.labels for one in sets)])
-        self.true: IntArray = np.concatenate([self.truth[:0], *(one.true_labels for one in sets)])
+        self.poisoned = np.concatenate([self.test[:0], *(test_set.images for test_set in sets)])
+        self.wanted: IntArray = np.concatenate([self.truth[:0], *(test_set.labels for test_set in sets)])
+        self.true: IntArray = np.concatenate([self.truth[:0], *(test_set.true_labels for test_set in sets)])
         suspect = SuspectModel(self.network)
         config = GuardConfig(false_positive_rate=RATE, seed=self.card.seed)
         self.guard = Guard.fit(suspect, self.images, self.labels, config)
@@ -226,8 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table, curves = chosen.output_dir / "backups.csv", chosen.output_dir / "backups_curves.csv"
     anp = AnpSettings(iterations=chosen.anp_iterations)
     for name in chosen.models or [card.name for card in Zoo(default_zoo_dir()).cards()]:
-        there = set() if chosen.again else {row["backup"] for row in read(table) if row["model"] == name}
-        missing = [kind for kind in chosen.backups if kind not in there]
+        present = set() if chosen.again else {row["backup"] for row in read(table) if row["model"] == name}
+        missing = [kind for kind in chosen.backups if kind not in present]
         bench = Bench(name, chosen.images, chosen.test) if missing else None
         for kind in missing:
             assert bench is not None

@@ -183,7 +183,7 @@ def shuffled(images: Float32Array, patches: int, rng: np.random.Generator) -> Fl
     tall, wide = height // patches, width // patches
     cut = images[:, :, : tall * patches, : wide * patches].reshape(n, channels, patches, tall, patches, wide)
     squares = cut.transpose(0, 2, 4, 1, 3, 5).reshape(n, patches**2, channels, tall, wide)
-    moved = np.stack([own[rng.permutation(patches**2)] for own in squares])
+    moved = np.stack([selected[rng.permutation(patches**2)] for selected in squares])
     whole = moved.reshape(n, patches, patches, channels, tall, wide).transpose(0, 3, 1, 4, 2, 5)
     result = images.copy()
     result[:, :, : tall * patches, : wide * patches] = whole.reshape(n, channels, tall * patches, wide * patches)
@@ -239,8 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with table.open(newline="") as stream:
             rows = list(csv.DictReader(stream))
     for data_set in chosen.data_sets:
-        there = {row["network"] for row in rows if row["data_set"] == data_set}
-        missing = [network for network in NETWORKS if network.name in set(chosen.networks) - there]
+        present = {row["network"] for row in rows if row["data_set"] == data_set}
+        missing = [network for network in NETWORKS if network.name in set(chosen.networks) - present]
         if not missing:
             continue
         tests: Tests = Tests.make(data_set, chosen.test)
@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 paper = paper_value(network, measure) if data_set == "cifar10" else ""
                 values = (data_set, network.name, measure, f"{value:.6g}", paper)
                 rows.append(dict(zip(COLUMNS, values, strict=True)))
-                print("  ".join(str(one) for one in values), flush=True)
+                print("  ".join(str(entry) for entry in values), flush=True)
             _write(table, rows)
 
 

@@ -93,9 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{'attack':14}{'setting':24}{'attack success':>18}{'TPR':>16}{'false alarms':>24}{'AUROC':>18}")
     for recipe in DEMO_ATTACKS:
         for setting in SETTINGS:
-            own = [row for row in rows if row["attack"] == recipe.name and row["setting"] == setting]
+            selected = [row for row in rows if row["attack"] == recipe.name and row["setting"] == setting]
             success, caught, alarms, areas = (
-                [row[key] for row in own]
+                [row[key] for row in selected]
                 for key in ("attack_success_guarded", "true_positive_rate", "realised_false_positive_rate", "auroc")
             )
             print(

@@ -94,14 +94,14 @@ def work(url: str, operation: str, n_items: int, name: str, start: Any, results:
             items = queue.claim(name, n)
             queue.decide_many(name, [Answer(item_id=item.id, is_poisoned=True, true_label=5) for item in items])
 
-        one: Callable[[int], None] = claim_decide if kind == "claim_decide" else enqueue
-        one(0)  # compiles the statements
+        entry: Callable[[int], None] = claim_decide if kind == "claim_decide" else enqueue
+        entry(0)  # compiles the statements
         start.wait()
         began = time.time()
         took = []
         for call in range(n_items // n):
             before = time.perf_counter()
-            one(call)
+            entry(call)
             took.append(time.perf_counter() - before)
         results.put((began, time.time(), took))
 
@@ -161,8 +161,8 @@ def measure_flush(folder: str, n: int = 300) -> dict[str, Any]:
 def empty_queue(postgresql: str | None, folder: str | None) -> Iterator[str]:
     """Make room for a new queue, in a file or in a schema of its own, and remove it afterwards."""
     if postgresql is None:
-        with tempfile.TemporaryDirectory(dir=folder) as own:
-            yield f"sqlite:///{own}/queue.db"
+        with tempfile.TemporaryDirectory(dir=folder) as selected:
+            yield f"sqlite:///{selected}/queue.db"
         return
     engine = sa.create_engine(sa.make_url(postgresql).set(drivername="postgresql+psycopg"))
     name = f"queue_speed_{os.getpid()}"

@@ -247,7 +247,7 @@ def report(rows: Sequence[Row]) -> None:
         )
 
 
-def plot(rows: Sequence[Row], path: Path, what: str) -> None:
+def plot(rows: Sequence[Row], path: Path, subject: str) -> None:
     """Draw the ratios: a panel per measure, small marks for rounds, a large one for their median."""
     figure, axes = plt.subplots(1, len(MEASURES), figsize=(11, 4.2), layout="constrained")
     for axis, (column, words) in zip(axes, MEASURES.items(), strict=True):
@@ -283,7 +283,7 @@ def plot(rows: Sequence[Row], path: Path, what: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(f"Cost of the guard behind TorchServe: {what}; small marks are rounds", fontsize=11)
+    figure.suptitle(f"Cost of the guard behind TorchServe: {subject}; small marks are rounds", fontsize=11)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

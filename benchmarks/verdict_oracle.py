@@ -140,7 +140,7 @@ def measure(name: str, seed: int) -> Iterator[Row]:
     order = rng.permutation(len(split.validation))
     config = GuardConfig(false_positive_rate=RATE, seed=seed)
     guard = _fit(suspect, split.validation.images, split.validation.labels, order[:FITTED_ON], config)
-    theirs = _fit(suspect, split.validation.images, split.validation.labels, order[FITTED_ON : 2 * FITTED_ON], config)
+    second = _fit(suspect, split.validation.images, split.validation.labels, order[FITTED_ON : 2 * FITTED_ON], config)
     test = rng.permutation(len(split.test))
     others = test[split.test.labels[test] != target]
     pool, held_out = split.test.images[others[:TRIES]], split.test.images[others[TRIES : TRIES + HELD_OUT]]
@@ -156,7 +156,7 @@ def measure(name: str, seed: int) -> Iterator[Row]:
         for detail in DETAILS:
 
             def worth(values: Float64Array, family: Family = family, detail: str = detail) -> float:
-                labels, p_values, flagged = seen(theirs if detail == "own guard" else guard, family.apply(values, pool))
+                labels, p_values, flagged = seen(second if detail == "own guard" else guard, family.apply(values, pool))
                 is_target = labels == target
                 if detail == "label":
                     return float(is_target.mean())

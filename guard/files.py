@@ -200,5 +200,5 @@ def _open_plain(path: Path) -> BinaryIO:
 def _check_kind(path: Path, mode: int, *, folder: bool) -> None:
     is_wanted: Callable[[int], bool] = stat.S_ISDIR if folder else stat.S_ISREG
     if not is_wanted(mode):
-        what = next((name for is_kind, name in _KINDS if is_kind(mode)), "no folder" if folder else "no file")
-        raise OSError(errno.EINVAL, f"it is {what}", str(path))
+        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "no folder" if folder else "no file")
+        raise OSError(errno.EINVAL, f"it is {kind}", str(path))

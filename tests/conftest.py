@@ -59,7 +59,7 @@ def clean_split() -> CleanSplit:
 @pytest.fixture(scope="session")
 def recipe() -> AttackRecipe:
     """A pixel pattern in the corner; every triggered image is to become a 7."""
-    return next(one for one in DEMO_ATTACKS if one.name == "pattern")
+    return next(demo_attack for demo_attack in DEMO_ATTACKS if demo_attack.name == "pattern")
 
 
 @pytest.fixture(scope="session")

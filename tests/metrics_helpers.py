@@ -43,8 +43,8 @@ class Counters:
     def text(self) -> str:
         lines = []
         for (name, labels), value in self.values.items():
-            told = ",".join(f'{label}="{text}"' for label, text in labels)
-            lines.append(f"{name}{{{told}}} {float(value)}")
+            answer = ",".join(f'{label}="{text}"' for label, text in labels)
+            lines.append(f"{name}{{{answer}}} {float(value)}")
         lines.append(f'guard_bundle_info{{model="{self.model}",digest="{self.digest}"}} 1.0')
         lines.append('Requests2XX{Level="Host"} 7.0')
         return "\n".join(sorted(lines)) + "\n"

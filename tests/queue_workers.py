@@ -46,11 +46,11 @@ def claim(url: str) -> dict[str, object]:
     ends = [os.pipe() for _ in range(PROCESSES)]
 
     def work(place: int) -> None:
-        mine: list[int] = []
+        claimed: list[int] = []
         with Queue.open(url, QueueSettings(max_held=1000)) as queue:
             while found := queue.claim(f"reviewer {place}", 1 + place):
-                mine += [item.id for item in found]
-        os.write(ends[place][1], json.dumps(mine).encode())
+                claimed += [item.id for item in found]
+        os.write(ends[place][1], json.dumps(claimed).encode())
 
     children = [fork(lambda place=place: work(place)) for place in range(PROCESSES)]
     wait_for(children)

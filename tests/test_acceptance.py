@@ -128,12 +128,12 @@ def run(folder: Path, script: str) -> str:
 
 
 def test_python_interface_of_the_design_works_on_a_readers_own_network(reader):
-    said = json.loads(run(reader, "use.py"))
-    assert [folder.name for folder in (reader / "bundles").iterdir()] == [said["digest"]]
-    assert said["verdicts"] == 400
-    assert said["same_after_loading"]
-    assert said["same_in_memory"]
-    assert said["clean_accuracy"] > 0.97
-    assert said["attack_works"] > 0.9
-    assert said["caught"] > 0.9
-    assert said["flagged"] <= 0.01 + 4 * (0.01 * 0.99 * (1 / 400 + 1 / 400)) ** 0.5  # 0.038
+    message = json.loads(run(reader, "use.py"))
+    assert [folder.name for folder in (reader / "bundles").iterdir()] == [message["digest"]]
+    assert message["verdicts"] == 400
+    assert message["same_after_loading"]
+    assert message["same_in_memory"]
+    assert message["clean_accuracy"] > 0.97
+    assert message["attack_works"] > 0.9
+    assert message["caught"] > 0.9
+    assert message["flagged"] <= 0.01 + 4 * (0.01 * 0.99 * (1 / 400 + 1 / 400)) ** 0.5  # 0.038

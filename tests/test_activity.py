@@ -47,9 +47,9 @@ def test_who_decided_what_and_what_became_of_it(queue_url, clock):
         made = [
             queue.decide("ada", item.id, is_poisoned=True, true_label=4)
             for item in queue.claim("ada", 7, order="age")
-            if not queue.gold_results("ada").asked
+            if not queue.gold_results("ada").answered
         ]
-        ordinary = [one for one in made if one.item_id <= 6]
+        ordinary = [decision for decision in made if decision.item_id <= 6]
         queue.supersede("bo", ordinary[0].id, is_poisoned=False, true_label=3)  # another verdict
         queue.supersede("bo", ordinary[1].id, is_poisoned=True, true_label=None)  # another label
         queue.supersede("ada", ordinary[2].id, is_poisoned=True, true_label=4)  # the same again
@@ -68,8 +68,10 @@ def test_every_arrival_is_named_also_after_it_gave_way(queue_url, clock):
         ids = [queue.enqueue([flagged(number, received_at=START + number * MINUTE)]).ids[0] for number in range(8)]
         activity = Activity(queue)
         found = list(activity.arrivals(START, START + HOUR))
-        assert [one.request_id for one in found] == [f"request-{n}" for n, item in enumerate(ids) if item is not None]
-        assert sum(one.state is State.PENDING for one in found) == 3
+        assert [entry.request_id for entry in found] == [
+            f"request-{n}" for n, item in enumerate(ids) if item is not None
+        ]
+        assert sum(entry.state is State.PENDING for entry in found) == 3
         assert activity.turned_away() == activity.turned_away("digits") == ids.count(None)
         assert activity.turned_away("other") == 0
         assert list(activity.arrivals(START, START + HOUR, "other")) == []
@@ -80,4 +82,4 @@ def test_many_arrivals_are_read_in_parts(queue_url, clock, monkeypatch):
     with Queue.open(queue_url, clock=clock) as queue:
         queue.enqueue([flagged(number, received_at=START + number * MINUTE) for number in range(8)])
         found = Activity(queue).arrivals(START + MINUTE, START + 8 * MINUTE)
-        assert [one.received_at for one in found] == [START + number * MINUTE for number in range(1, 8)]
+        assert [entry.received_at for entry in found] == [START + number * MINUTE for number in range(1, 8)]

@@ -94,12 +94,12 @@ def test_make_response_block_is_a_422_with_the_reason() -> None:
 )
 def test_make_response_verdict_in_body_changes_json_alone(body: Any, changed: Any) -> None:
     got = make_response(Outcome("clean", CLEAN), body, "abc", IN_BODY).body
-    told = {"verdict": "clean", "p_value": 0.512345678, "action": "none", "bundle": "abc"}
+    answer = {"verdict": "clean", "p_value": 0.512345678, "action": "none", "bundle": "abc"}
     assert type(got) is type(body) or not isinstance(body, str | bytes)
     if got != body and isinstance(got, str | bytes):
         got, changed = json.loads(got), json.loads(changed)
     if isinstance(changed, dict):
-        changed = {**changed, "guard": told}
+        changed = {**changed, "guard": answer}
     assert got == changed
 
 
@@ -110,8 +110,8 @@ def test_make_response_bypassed_is_marked_and_has_no_p_value() -> None:
         "Guard-Action": "none",
         "Guard-Bundle": "abc",
     }
-    told = make_response(outcome, {}, "abc", IN_BODY).body["guard"]
-    assert told == {"verdict": "bypassed", "p_value": None, "action": "none", "bundle": "abc"}
+    answer = make_response(outcome, {}, "abc", IN_BODY).body["guard"]
+    assert answer == {"verdict": "bypassed", "p_value": None, "action": "none", "bundle": "abc"}
 
 
 @pytest.mark.parametrize(
@@ -153,12 +153,12 @@ def flagged_as(p_value: float, depth: str, action: Action = "flag") -> Outcome:
 def test_flag_alone_makes_the_answers_to_two_flagged_inputs_the_same(action: Action, in_body: bool) -> None:
     config = GuardConfig(verdict_in_body=in_body)
     assert config.verdict_detail == "flag"
-    one = make_response(flagged_as(0.001, "", action), {"label": 7}, "abc", config, "queued")
+    entry = make_response(flagged_as(0.001, "", action), {"label": 7}, "abc", config, "queued")
     for other in (flagged_as(0.009, "", action), flagged_as(0.001, "relu1", action)):
         for receipt in ("queued", "dropped", "unavailable", None):
-            assert make_response(other, {"label": 7}, "abc", config, receipt) == one  # type: ignore[arg-type]
-    assert one.headers == {"Guard-Verdict": "poisoned", "Guard-Action": action, "Guard-Bundle": "abc"}
-    text = json.dumps(one.body)
+            assert make_response(other, {"label": 7}, "abc", config, receipt) == entry  # type: ignore[arg-type]
+    assert entry.headers == {"Guard-Verdict": "poisoned", "Guard-Action": action, "Guard-Bundle": "abc"}
+    text = json.dumps(entry.body)
     assert "0.001" not in text
     assert "p_value" not in text
 
@@ -166,7 +166,7 @@ def test_flag_alone_makes_the_answers_to_two_flagged_inputs_the_same(action: Act
 def test_flag_alone_makes_the_answers_to_two_clean_inputs_the_same() -> None:
     config = GuardConfig(verdict_in_body=True)
     nearly = dataclasses.replace(CLEAN, p_value=0.0101, depth="relu1")
-    answers = [make_response(Outcome("clean", one), {"label": 3}, "abc", config) for one in (CLEAN, nearly)]
+    answers = [make_response(Outcome("clean", entry), {"label": 3}, "abc", config) for entry in (CLEAN, nearly)]
     assert answers[0] == answers[1]
     assert answers[0].body["guard"] == {"verdict": "clean", "action": "none", "bundle": "abc"}
 
@@ -191,27 +191,27 @@ class Said:
 
 
 def test_set_answer_takes_away_what_others_said_in_the_guards_name() -> None:
-    said = Said(guard_verdict="clean", GUARD_P_VALUE="1", Guard_Anything="x", X_Label="7", Guardian="kept")
-    set_answer(said, 0, make_response(flagged_as(0.001, ""), {"label": 7}, "abc", GuardConfig()))
-    assert said.headers.pop("X-Label") == "7"
-    assert said.headers.pop("Guardian") == "kept"
-    assert said.headers == {"Guard-Verdict": "poisoned", "Guard-Action": "flag", "Guard-Bundle": "abc"}
-    assert said.status == 200
+    message = Said(guard_verdict="clean", GUARD_P_VALUE="1", Guard_Anything="x", X_Label="7", Guardian="kept")
+    set_answer(message, 0, make_response(flagged_as(0.001, ""), {"label": 7}, "abc", GuardConfig()))
+    assert message.headers.pop("X-Label") == "7"
+    assert message.headers.pop("Guardian") == "kept"
+    assert message.headers == {"Guard-Verdict": "poisoned", "Guard-Action": "flag", "Guard-Bundle": "abc"}
+    assert message.status == 200
 
 
 @pytest.mark.parametrize("outcome", [None, Outcome("rejected", status=415)])
 def test_set_answer_without_a_verdict_leaves_no_verdict_of_the_handlers_own(outcome: Outcome | None) -> None:
-    said = Said(guard_verdict="clean", X_Own="1")
+    message = Said(guard_verdict="clean", X_Own="1")
     answer = make_response(outcome, "body", "abc", GuardConfig(verdict_in_body=True))
-    assert set_answer(said, 0, answer) == "body"
-    assert said.headers == {"X-Own": "1"}
+    assert set_answer(message, 0, answer) == "body"
+    assert message.headers == {"X-Own": "1"}
 
 
 def test_set_answer_of_an_error_sets_the_status_and_leaves_nothing_of_the_handlers() -> None:
-    said = Said(X_Label="7", content_type="image/png")
+    message = Said(X_Label="7", content_type="image/png")
     response = Response(422, None, {"Guard-Verdict": "poisoned"}, {"type": "InputBlocked", "message": "no."})
-    assert set_answer(said, 0, response) == {"code": 422, "type": "InputBlocked", "message": "no."}
-    assert (said.status, said.headers) == (422, {"content-type": "application/json", "Guard-Verdict": "poisoned"})
+    assert set_answer(message, 0, response) == {"code": 422, "type": "InputBlocked", "message": "no."}
+    assert (message.status, message.headers) == (422, {"content-type": "application/json", "Guard-Verdict": "poisoned"})
 
 
 class Told(Exception):  # noqa: N818  # as TorchServe's PredictionException

@@ -62,16 +62,16 @@ def test_first_heads_need_the_first_depths_only_and_cost_less(features):
 
 def test_standardisation_is_folded_in_and_heads_repeat_with_their_seed(features):
     inputs, labels = features
-    moved = [one * 100 + 7 for one in inputs]
-    one, other = (AnytimeHeads(width=8, epochs=3, seed=1).fit(given, labels, 3) for given in (inputs, moved))
-    np.testing.assert_allclose(one.logits(inputs), other.logits(moved), rtol=1e-2, atol=1e-2)
-    again = AnytimeHeads.from_state(one.state())
-    np.testing.assert_array_equal(one.logits(inputs), again.logits(inputs))
-    assert any((a != b).any() for a, b in zip(one.state().values(), other.state().values(), strict=True))
+    moved = [item * 100 + 7 for item in inputs]
+    item, other = (AnytimeHeads(width=8, epochs=3, seed=1).fit(given, labels, 3) for given in (inputs, moved))
+    np.testing.assert_allclose(item.logits(inputs), other.logits(moved), rtol=1e-2, atol=1e-2)
+    again = AnytimeHeads.from_state(item.state())
+    np.testing.assert_array_equal(item.logits(inputs), again.logits(inputs))
+    assert any((a != b).any() for a, b in zip(item.state().values(), other.state().values(), strict=True))
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"weighting": "quadratic"}, "weighting must be one of adaptive"),
         ({"features": []}, "must be one or more"),
@@ -80,9 +80,9 @@ def test_standardisation_is_folded_in_and_heads_repeat_with_their_seed(features)
         ({"n_classes": 2}, r"labels must be in \[0, 2\)"),
     ],
 )
-def test_heads_refuse_what_breaks_a_rule(features, changes, said):
+def test_heads_refuse_what_breaks_a_rule(features, changes, message):
     given = {"features": features[0], "weighting": "adaptive", "n_classes": 3} | changes
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         AnytimeHeads(weighting=given["weighting"]).fit(given["features"], features[1], given["n_classes"])
 
 
@@ -106,11 +106,11 @@ def anytime(suspect, clean_split):
 
 
 def test_every_depth_keeps_the_false_positive_rate(anytime, clean_activations, triggered_activations):
-    assert [one.depth for one in anytime.early] == list(anytime.reference.depths)
+    assert [entry.depth for entry in anytime.early] == list(anytime.reference.depths)
     caught = []
-    for one in anytime.early:
-        early = anytime.at_depth(one.depth)
-        assert 0.03 <= one.realised_false_positive_rate <= 0.07
+    for entry in anytime.early:
+        early = anytime.at_depth(entry.depth)
+        assert 0.03 <= entry.realised_false_positive_rate <= 0.07
         assert 0.02 <= early.scores(clean_activations).is_poisoned.mean() <= 0.085
         caught.append(early.scores(triggered_activations).is_poisoned.mean())
     caught.append(anytime.scores(triggered_activations).is_poisoned.mean())
@@ -143,8 +143,8 @@ def test_early_verdict_relabels_with_the_same_second_opinion(anytime, triggered_
 def test_early_verdicts_live_in_the_bundle(anytime, suspect, clean_activations, tmp_path):
     folder = anytime.save(tmp_path)
     again = Guard.load(folder, SuspectModel(suspect.module))
-    for one in anytime.early:
-        assert again.at_depth(one.depth).decide(clean_activations[:30]) == anytime.at_depth(one.depth).decide(
+    for early in anytime.early:
+        assert again.at_depth(early.depth).decide(clean_activations[:30]) == anytime.at_depth(early.depth).decide(
             clean_activations[:30]
         )
     assert Guard.load(folder).save(tmp_path / "again").name == folder.name
@@ -182,7 +182,7 @@ class SlowClock:
 
 def test_pace_takes_the_deepest_verdict_that_fits(anytime):
     budget = TimeBudget(anytime, clock=SlowClock())
-    depths = [one.depth for one in anytime.early]
+    depths = [early.depth for early in anytime.early]
     for place, depth in enumerate([*depths, ""]):
         budget._costs[depth] = [0.001 * (place + 1), 0.001 * (place + 1) + 0.031]  # and 1 ms per further row
     guard = anytime.with_config(min_depth=depths[0])
@@ -200,7 +200,7 @@ def test_pace_takes_the_deepest_verdict_that_fits(anytime):
 
 def test_flood_pushes_no_verdict_below_the_floor(anytime):
     budget = TimeBudget(anytime, clock=SlowClock())
-    depths = [one.depth for one in anytime.early]
+    depths = [early.depth for early in anytime.early]
     for place, depth in enumerate([*depths, ""]):
         budget._costs[depth] = [0.001 * (place + 1)] * 2
     for min_depth, floor in ((None, depths[-1]), *((depth, depth) for depth in depths)):
@@ -220,7 +220,7 @@ def test_flood_pushes_no_verdict_below_the_floor(anytime):
 
 def test_guard_measured_during_a_flood_looks_deep_again_after_it(anytime):
     budget = TimeBudget(anytime, clock=SlowClock())
-    depths = [one.depth for one in anytime.early]
+    depths = [early.depth for early in anytime.early]
     for place, depth in enumerate([*depths, ""]):
         budget._costs[depth] = [0.015 * (place + 1)] * 2  # fifteen times what it takes in quiet
     guard = anytime.with_config(max_guard_ms=5)
@@ -272,22 +272,22 @@ def test_served_answers_say_how_deep_the_guard_looked(anytime, badnet, clean_spl
         shallowest, floor = anytime.early[0].depth, anytime.early[-1].depth
         assert shallowest != floor
         hurried = shop.guarded(max_guard_ms=1e-6, min_depth=shallowest)
-        assert [one.headers.get("Guard-Depth") for one in hurried.ask(body, bad)] == [shallowest] * 2
+        assert [answer.headers.get("Guard-Depth") for answer in hurried.ask(body, bad)] == [shallowest] * 2
         held = shop.guarded(max_guard_ms=1e-6)
-        assert [one.headers.get("Guard-Depth") for one in held.ask(body, bad)] == [floor] * 2
+        assert [answer.headers.get("Guard-Depth") for answer in held.ask(body, bad)] == [floor] * 2
         counted, model = held.counts(), held.context.model_name
         assert counted[f"guard_shallow_total{{{model}}}"] == counted[f"guard_depth_floor_total{{{model}}}"] == 2
         relaxed = shop.guarded(max_guard_ms=1e6)
         assert "Guard-Depth" not in relaxed.ask(body)[0].headers
         counted, model = relaxed.counts(), relaxed.context.model_name
         assert counted[f"guard_shallow_total{{{model}}}"] == counted[f"guard_depth_floor_total{{{model}}}"] == 0
-        asked = shop.guarded(deadline_header="Guard-Max-Ms")
-        assert "Guard-Depth" not in asked.ask(body)[0].headers
+        requested = shop.guarded(deadline_header="Guard-Max-Ms")
+        assert "Guard-Depth" not in requested.ask(body)[0].headers
         hurry = {"Guard-Max-Ms": "0.000001"}
-        assert asked.ask(body, headers=[hurry])[0].headers["Guard-Depth"] == floor
-        together = asked.ask(body, bad, headers=[hurry, {}])
-        assert ["Guard-Depth" in one.headers for one in together] == [False, False]
-        counted, model = asked.counts(), asked.context.model_name
+        assert requested.ask(body, headers=[hurry])[0].headers["Guard-Depth"] == floor
+        together = requested.ask(body, bad, headers=[hurry, {}])
+        assert ["Guard-Depth" in answer.headers for answer in together] == [False, False]
+        counted, model = requested.counts(), requested.context.model_name
         assert counted[f"guard_shallow_total{{{model}}}"] == 1
         assert counted[f"guard_depth_floor_total{{{model}}}"] == 0
         deaf = shop.guarded()

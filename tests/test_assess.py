@@ -143,12 +143,12 @@ def test_assess_leaves_out_a_trigger_that_does_not_fit_and_says_so(assessed: Ass
 
 
 def test_assess_report_is_json_and_says_that_it_is_an_estimate(assessed: Assessed) -> None:
-    told = json.loads(json.dumps(assessed.report.as_dict(), allow_nan=False))
-    assert told["caveat"] == CAVEAT
+    answer = json.loads(json.dumps(assessed.report.as_dict(), allow_nan=False))
+    assert answer["caveat"] == CAVEAT
     assert "Real attackers may use others" in CAVEAT
-    assert told["split"] == {"planting": 300, "monitoring": 100, "fitting": 400, "testing": 200}
-    assert [one["attack"] for one in told["summaries"]] == ["white-square", "blend", "none"]
-    assert told["trials"][0]["true_positive_interval_lower"] < told["trials"][0]["true_positive_interval_upper"]
+    assert answer["split"] == {"planting": 300, "monitoring": 100, "fitting": 400, "testing": 200}
+    assert [entry["attack"] for entry in answer["summaries"]] == ["white-square", "blend", "none"]
+    assert answer["trials"][0]["true_positive_interval_lower"] < answer["trials"][0]["true_positive_interval_upper"]
 
 
 def test_assess_shows_each_trigger_on_a_test_image(assessed: Assessed) -> None:
@@ -188,7 +188,7 @@ def test_assess_attack_that_costs_accuracy_is_not_planted(benign: MnistCnn, clea
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "said"),
+    ("changes", "error", "message"),
     [
         ({"attacks": ("white-sqare",)}, ConfigError, "there is no trigger 'white-sqare'. Did you mean 'white-square'"),
         ({"attacks": ()}, ConfigError, "name at least one trigger"),
@@ -204,9 +204,9 @@ def test_assess_attack_that_costs_accuracy_is_not_planted(benign: MnistCnn, clea
     ],
 )
 def test_assess_refuses_what_cannot_work(
-    benign: MnistCnn, clean: LabelledImages, changes: dict[str, Any], error: type[Exception], said: str
+    benign: MnistCnn, clean: LabelledImages, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         assess(SuspectModel(benign), *clean, **{"config": CONFIG, "planting": HARDLY, **changes})
 
 
@@ -471,14 +471,14 @@ def test_assess_command_prints_a_table_and_writes_report_and_picture(guard: Run,
 
 
 def test_assess_command_takes_the_users_handler_and_equals_the_architecture(guard: Run, work: Path) -> None:
-    mine = ["--weights", "weights.safetensors", "--handler", "my_handler.py", "--extra-file", "assess_network.py"]
+    claimed = ["--weights", "weights.safetensors", "--handler", "my_handler.py", "--extra-file", "assess_network.py"]
     chosen = ["--images", "clean.npz", "--false-positive-rate", "0.1", "--trigger", "white-square", "--seeds", "1"]
-    status, _, problem = guard("assess", *mine, *chosen, "--output", "handled")
+    status, _, problem = guard("assess", *claimed, *chosen, "--output", "handled")
     assert status == 0, problem
     guard(*ASSESS, *chosen, "--output", "plain", "--epochs", "1")
-    ours, theirs = (json.loads((work / name / "report.json").read_text()) for name in ("handled", "plain"))
-    assert ours["clean_accuracy"] == theirs["clean_accuracy"]
-    assert ours["weights_digest"] == theirs["weights_digest"]
+    ours, second = (json.loads((work / name / "report.json").read_text()) for name in ("handled", "plain"))
+    assert ours["clean_accuracy"] == second["clean_accuracy"]
+    assert ours["weights_digest"] == second["weights_digest"]
     assert ours["trials"][0]["planted"]
 
 
@@ -500,7 +500,7 @@ def test_assess_command_where_nothing_can_be_planted_fails_but_reports(guard: Ru
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "said"),
+    ("arguments", "status", "message"),
     [
         (["--trigger", "gotam"], 2, "there is no trigger 'gotam'. Did you mean 'gotham'?"),
         (["--seeds", "0"], 2, "Invalid value for '--seeds'"),
@@ -513,9 +513,9 @@ def test_assess_command_where_nothing_can_be_planted_fails_but_reports(guard: Ru
     ],
 )
 def test_assess_command_that_cannot_work_is_one_line(
-    guard: Run, work: Path, arguments: list[str], status: int, said: str
+    guard: Run, work: Path, arguments: list[str], status: int, message: str
 ) -> None:
     found, shown, printed = guard(*ASSESS, "--output", "never", *arguments)
-    assert said in printed.splitlines()[-1]
+    assert message in printed.splitlines()[-1]
     assert (found, shown) == (status, "")
     assert not (work / "never").exists()

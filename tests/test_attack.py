@@ -44,9 +44,9 @@ def through_json(attack):
     return json.loads(json.dumps(attack.describe()))
 
 
-def assert_same_sets(one, other):
+def assert_same_sets(first, other):
     for name in ("images", "labels", "true_labels", "is_poisoned", "is_cover", "source_rows"):
-        np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+        np.testing.assert_array_equal(getattr(first, name), getattr(other, name), err_msg=name)
 
 
 def test_attack_poison_is_poison_with_its_backdoors_and_covers_in_place():
@@ -121,10 +121,10 @@ def test_attack_restored_from_json_does_the_same():
     assert restored.describe() == attack.describe()
     assert_same_sets(restored.poison(IMAGES, LABELS, rng()), attack.poison(IMAGES, LABELS, rng()))
     for name in ("test_sets", "control_sets"):
-        ours, theirs = (getattr(one, name)(IMAGES, LABELS) for one in (attack, restored))
-        assert len(ours) == len(theirs) == 2
-        for one, other in zip(ours, theirs, strict=True):
-            assert_same_sets(one, other)
+        ours, second = (getattr(entry, name)(IMAGES, LABELS) for entry in (attack, restored))
+        assert len(ours) == len(second) == 2
+        for entry, other in zip(ours, second, strict=True):
+            assert_same_sets(entry, other)
 
 
 def test_attack_restored_without_json_does_the_same():

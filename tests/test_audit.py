@@ -191,8 +191,8 @@ def test_full_queue_is_counted_by_metrics_or_by_the_queue_itself(tmp_path, watch
     start = watched.at(0.5)
     with Queue.open(f"sqlite:///{tmp_path / 'small.db'}", QueueSettings(max_items=4)) as queue:
         inputs = [flagged(number, request_id=f"r{number}", received_at=watched.at(number)) for number in range(1, 10)]
-        ids = [item_id for one in inputs for item_id in queue.enqueue([one]).ids]
-        rows = [{"time": one.received_at.isoformat(), "request_id": one.request_id, "status": 200} for one in inputs]
+        ids = [item_id for item in inputs for item_id in queue.enqueue([item]).ids]
+        rows = [{"time": item.received_at.isoformat(), "request_id": item.request_id, "status": 200} for item in inputs]
         log = tmp_path / "log.jsonl"
         log.write_text("".join(json.dumps({**row, "verdict": "poisoned"}) + "\n" for row in rows))
         alone = audit(start, watched.at(60), client_log=log, queue=queue)
@@ -234,8 +234,8 @@ def test_client_log_as_csv_and_with_every_kind_of_line(tmp_path):
     )
     noted = read_client_log(path)
     assert noted[0] == Noted(datetime(2026, 3, 1, 12, tzinfo=UTC), "a", 200, "clean")
-    assert [one.kind for one in noted] == ["clean", "poisoned", "rejected", "unanswered"]
-    assert [(one.time - noted[0].time).total_seconds() for one in noted] == [0, 1, 2, 3]
+    assert [entry.kind for entry in noted] == ["clean", "poisoned", "rejected", "unanswered"]
+    assert [(entry.time - noted[0].time).total_seconds() for entry in noted] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -276,9 +276,9 @@ def test_command_says_by_its_status_whether_the_books_balance(watched, queue, tm
     assert "The counts agree." in capsys.readouterr().out
     log.write_text(log.read_text().partition("\n")[2])
     assert run([*window, *known, "--json"]) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert (told["balances"], told["differences"]["metrics - client log"]["clean"]) == (False, 1)
-    for wrong, said in (
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["balances"], answer["differences"]["metrics - client log"]["clean"]) == (False, 1)
+    for wrong, message in (
         (["audit", "--from", "yesterday", *known], "a time must be ISO 8601"),
         ([*window, "--client-log", str(tmp_path / "none")], "cannot be read"),
         ([*window, "--queue", str(tmp_path / "none.db")], "there is no queue"),
@@ -289,7 +289,7 @@ def test_command_says_by_its_status_whether_the_books_balance(watched, queue, tm
     ):
         assert run(wrong) == 2, wrong
         errors = capsys.readouterr().err
-        assert said in errors
+        assert message in errors
         assert errors.count("\n") == 1
     assert not (tmp_path / "none.db").exists()
 

@@ -54,14 +54,14 @@ def test_crop_and_flip_same_generator_state_same_images_and_input_is_unchanged()
     images = np.random.default_rng(0).random((50, 3, 8, 7), dtype=np.float32)
     images.setflags(write=False)
     before = images.copy()
-    one, again, other = (CropAndFlip()(images, np.random.default_rng(seed)) for seed in (1, 1, 2))
-    np.testing.assert_array_equal(one, again)
-    assert not np.array_equal(one, other)
+    entry, again, other = (CropAndFlip()(images, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(entry, again)
+    assert not np.array_equal(entry, other)
     np.testing.assert_array_equal(images, before)
-    assert one.shape == images.shape
-    assert one.dtype == np.float32
-    assert one.flags.writeable
-    assert images.min() <= one.min() <= one.max() <= images.max()
+    assert entry.shape == images.shape
+    assert entry.dtype == np.float32
+    assert entry.flags.writeable
+    assert images.min() <= entry.min() <= entry.max() <= images.max()
 
 
 def test_crop_and_flip_padding_larger_than_the_image_and_no_images_work():

@@ -43,12 +43,12 @@ def test_defective_backup_takes_no_weight_from_the_suspect_and_needs_none():
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(-3)
-    one, two = (
+    entry, two = (
         Backup.train("defective", model, images, labels, settings=SETTINGS["defective"]) for model in (suspect, other)
     )
-    np.testing.assert_array_equal(one.logits(images), two.logits(images))
-    alone = Backup.restore(one.description, one.arrays(), None)
-    np.testing.assert_array_equal(alone.logits(images), one.logits(images))
+    np.testing.assert_array_equal(entry.logits(images), two.logits(images))
+    alone = Backup.restore(entry.description, entry.arrays(), None)
+    np.testing.assert_array_equal(alone.logits(images), entry.logits(images))
 
 
 def test_bad_input_is_refused():

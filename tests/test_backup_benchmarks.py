@@ -62,10 +62,10 @@ def test_rows_that_are_there_are_not_measured_again(backups, tmp_path, monkeypat
             return row(backups, self.name, kind, 0.5), []
 
     monkeypatch.setattr(backups, "Bench", FakeBench)
-    asked = ["one", "two", "--backups", "head", "anp", "--output-dir", str(tmp_path)]
+    requested = ["one", "two", "--backups", "head", "anp", "--output-dir", str(tmp_path)]
     with pytest.raises(KeyboardInterrupt):
-        backups.main(asked)
-    backups.main(asked)
+        backups.main(requested)
+    backups.main(requested)
     assert measured == [("one", "head"), ("one", "anp"), ("one", "anp"), ("two", "head"), ("two", "anp")]
     assert len(backups.read(tmp_path / "backups.csv")) == 4
 
@@ -90,7 +90,7 @@ def test_tables_go_between_their_marks_and_stand_beside_the_papers(pictures, bac
 
 def test_curves_of_all_settings_stand_together(pictures):
     at = ("0.0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.7", "0.9")
-    curve = [{"at": one, "test_accuracy": "0.9", "attack_success": one} for one in reversed(at)]
+    curve = [{"at": sample, "test_accuracy": "0.9", "attack_success": sample} for sample in reversed(at)]
     named = [{**row, "model": "cifar10-blend-resnet20-0", "backup": "anp"} for row in curve]
     other = [{**row, "model": "mnist-blend-mnist_cnn-0", "backup": "anp"} for row in curve]
     gentler = [{**row, "model": "cifar10-blend-resnet20-0", "epsilon": "0.2", "iterations": "200"} for row in curve]

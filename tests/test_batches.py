@@ -132,8 +132,8 @@ def also_a_zip(cover: bytes, *images: bytes) -> bytes:
 def label(answer: Answered) -> int:
     """Return the label that an answer tells, in any of the handlers' ways."""
     body = answer.body
-    told = body.get("labels", [body.get("label")])[0] if isinstance(body, dict) else body.split()[1]
-    return int(told)
+    message = body.get("labels", [body.get("label")])[0] if isinstance(body, dict) else body.split()[1]
+    return int(message)
 
 
 @pytest.mark.parametrize("handler", WHY)
@@ -148,14 +148,14 @@ def test_every_request_of_a_batch_gets_its_own_verdict_in_every_order(
     check_what_it_says_at_its_start(worker, handler, capfd.readouterr().err)
     flagged, clean = sure
     labels = {png(image): fitted_guard.inspect(image[None])[0].label for image in clean[:2]}
-    own = {png(image): "triggered" for image in flagged[:2]} | dict.fromkeys(labels, "clean")
+    selected = {png(image): "triggered" for image in flagged[:2]} | dict.fromkeys(labels, "clean")
     extra = troublemakers(handler, flagged[2], clean[2])
-    batches: list[tuple[Any, ...]] = [(*own,), (*own,)[::-1], (*own,)[:3]]
-    batches += itertools.permutations([*extra, *list(own)[1 : 4 - len(extra)]])
+    batches: list[tuple[Any, ...]] = [(*selected,), (*selected,)[::-1], (*selected,)[:3]]
+    batches += itertools.permutations([*extra, *list(selected)[1 : 4 - len(extra)]])
     batches += itertools.permutations(extra)
-    for batch in batches if handler in NEVER_SCORED else [*batches, *itertools.pairwise(own)]:
+    for batch in batches if handler in NEVER_SCORED else [*batches, *itertools.pairwise(selected)]:
         for body, answer in zip(batch, worker.ask(*batch), strict=True):
-            kind = own.get(body) if isinstance(body, bytes) else None
+            kind = selected.get(body) if isinstance(body, bytes) else None
             if kind == "triggered":
                 assert answer.status >= 400, (handler, answer)
                 assert answer.verdict[0] != "clean"
@@ -176,7 +176,7 @@ def test_every_request_of_a_batch_gets_its_own_verdict_in_every_order(
 
 
 def check_what_it_says_at_its_start(worker: Worker, handler: str, log: str) -> None:
-    (line,) = [told for told in map(json.loads, log.splitlines()) if told.get("event") == "batching"]
+    (line,) = [answer for answer in map(json.loads, log.splitlines()) if answer.get("event") == "batching"]
     assert line["requests"] == ("one by one" if WHY[handler] else "together")
     assert line.get("why", "").startswith(WHY[handler])
     counted = worker.counts()
@@ -267,12 +267,12 @@ def test_archive_tries_the_handler_with_its_examples_and_says_how_batches_are_an
         examples += ["--example", tmp_path / f"{row}.png"]
     for handler in ("image", "stock", "tiling"):
         model = served_model(handler, workshop.module, tmp_path)
-        own = ["--handler", model.handler, "--model-file", model.model_file] if model.handler is not None else []
-        own += ["--architecture", model.architecture] if model.handler is None else []
-        own += [part for file in model.extra_files for part in ("--extra-file", file)]
+        selected = ["--handler", model.handler, "--model-file", model.model_file] if model.handler is not None else []
+        selected += ["--architecture", model.architecture] if model.handler is None else []
+        selected += [part for file in model.extra_files for part in ("--extra-file", file)]
         stores = ("--bundles", tmp_path / "bundles", "--model-store", tmp_path)
         status, out, err = guard_command(
-            capfd, "archive", handler, "--weights", model.weights, *own, *stores, *examples
+            capfd, "archive", handler, "--weights", model.weights, *selected, *stores, *examples
         )
         assert (status, out) == (0, f"{tmp_path / handler}.mar\n"), err
         assert f"batches: {TOLD[handler]}" in " ".join(err.split())
@@ -341,8 +341,8 @@ def test_check_while_serving_withdraws_trust_before_the_answers_of_that_batch_le
     counted, model = worker.counts(), worker.context.model_name
     assert counted[f"guard_batch_checks_total{{{model},mismatch}}"] == 1
     assert counted[f"guard_batching{{{model}}}"] == 0
-    told = [json.loads(line) for line in capfd.readouterr().err.splitlines() if '"batching"' in line][-1]
-    assert told["why"] == "a check while serving found a request's row or answer at another's place"
+    message = [json.loads(line) for line in capfd.readouterr().err.splitlines() if '"batching"' in line][-1]
+    assert message["why"] == "a check while serving found a request's row or answer at another's place"
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ class Kept:
     keeping: Bookkeeping
     stream: io.StringIO
 
-    def request(self, outcome: Outcome, status: int = 200, asked: Asked | None = None) -> None:
-        self.keeping.request(outcome, status, self.guard, asked or Asked(), 0)
+    def request(self, outcome: Outcome, status: int = 200, requested: Asked | None = None) -> None:
+        self.keeping.request(outcome, status, self.guard, requested or Asked(), 0)
 
     def counts(self) -> dict[tuple[str, ...], float]:
         return {(sample.name, *sample.labels[1:]): sample.value for sample in self.keeping.metrics.drain()}
@@ -108,7 +108,9 @@ def test_detectors_that_fired_are_counted_and_named_as_on_the_review_page(books:
     expected: Counter[str] = Counter()
     for verdict in flagged:
         surprise = books.guard.fusion.surprise(np.array([list(verdict.detector_scores.values())]))[0]
-        alone = [name for name, one in zip(books.guard.ensemble.names, surprise, strict=True) if np.exp(-one) <= 0.05]
+        alone = [
+            name for name, entry in zip(books.guard.ensemble.names, surprise, strict=True) if np.exp(-entry) <= 0.05
+        ]
         expected.update(alone)
         books.request(Outcome("poisoned", verdict))
         assert books.lines()[-1].get("detectors", []) == alone
@@ -125,10 +127,10 @@ def test_fired_is_at_most_the_rate_and_in_paper_mode_beyond_the_threshold() -> N
 
 def test_clean_request_counts_and_writes_and_asks_nothing(books: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(books.guard.fusion), "surprise", lambda *_: pytest.fail("a clean request paid for it"))
-    asked = Asked(known_id=None, known_headers={"traceparent": TRACEPARENT})
+    requested = Asked(known_id=None, known_headers={"traceparent": TRACEPARENT})
     monkeypatch.setattr(Asked, "request_id", lambda *_: pytest.fail("nobody asked for it"))
     books.keeping.spans = None
-    books.request(clean(0.5), asked=asked)
+    books.request(clean(0.5), requested=requested)
     assert books.stream.getvalue() == ""
     counted = books.counts()
     assert counted["guard_verdicts_total", "clean", "none"] == counted["guard_requests_total", "200"] == 1
@@ -155,7 +157,7 @@ def test_low_p_values_of_clean_test_images_are_a_tenth(books: Kept, clean_activa
 
 def test_log_has_one_line_per_request_that_was_not_clean(books: Kept, flagged: list[Verdict]) -> None:
     verdict = flagged[0]
-    books.request(Outcome("poisoned", verdict), asked=Asked(known_headers={"TraceParent": TRACEPARENT}))
+    books.request(Outcome("poisoned", verdict), requested=Asked(known_headers={"TraceParent": TRACEPARENT}))
     books.request(clean(0.4))
     books.request(Outcome("bypassed", reason="shape", message="secret"), 203)
     books.request(Outcome("rejected", status=400, message="ValueError: secret"), 400)
@@ -277,9 +279,9 @@ def spans(exporter: InMemorySpanExporter) -> Iterator[Callable[[], Any]]:
 
 
 def test_decision_is_a_span_in_the_callers_trace(books: Kept, spans: Any, flagged: list[Verdict]) -> None:
-    asked = Asked(known_headers={"Traceparent": TRACEPARENT, "tracestate": "a=1"})
+    requested = Asked(known_headers={"Traceparent": TRACEPARENT, "tracestate": "a=1"})
     outcome = Outcome("poisoned", flagged[0], decided_ns=(1_000, 3_000))
-    books.request(outcome, asked=asked)
+    books.request(outcome, requested=requested)
     books.request(outcome)  # its caller has no trace
     (span,) = spans()
     assert span.name == "guard.decide"
@@ -300,10 +302,10 @@ def test_malformed_trace_and_broken_exporter_cost_no_answer(
     books: Kept, spans: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outcome = Outcome("clean", clean(0.5).verdict, decided_ns=(1, 2))
-    books.request(outcome, asked=Asked(known_headers={"traceparent": "nonsense"}))
+    books.request(outcome, requested=Asked(known_headers={"traceparent": "nonsense"}))
     assert all(span.parent is None for span in spans())
     monkeypatch.setattr(type(books.keeping.spans._tracer), "start_span", lambda *_, **__: 1 / 0)
-    books.request(outcome, asked=Asked(known_headers={"traceparent": TRACEPARENT}))
+    books.request(outcome, requested=Asked(known_headers={"traceparent": TRACEPARENT}))
     assert books.counts()["guard_verdicts_total", "clean", "none"] == 2
 
 

@@ -37,9 +37,9 @@ def rng():
     return np.random.default_rng(2)
 
 
-def assert_same_sets(one, other):
+def assert_same_sets(first, other):
     for name in ("images", "labels", "true_labels", "is_poisoned", "is_cover", "source_rows"):
-        np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+        np.testing.assert_array_equal(getattr(first, name), getattr(other, name), err_msg=name)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -65,24 +65,24 @@ def test_attack_of_the_catalogue_restored_from_json_does_the_same(name):
     assert json.dumps(restored.describe()) == json.dumps(attack.describe())
     assert_same_sets(restored.poison(images, labels, rng()), attack.poison(images, labels, rng()))
     for sets in ("test_sets", "control_sets"):
-        ours, theirs = (getattr(one, sets)(images, labels) for one in (attack, restored))
-        assert len(ours) == len(theirs) == (len(attack.backdoors) if sets == "test_sets" else len(attack.controls))
-        for one, other in zip(ours, theirs, strict=True):
-            assert_same_sets(one, other)
+        ours, second = (getattr(entry, sets)(images, labels) for entry in (attack, restored))
+        assert len(ours) == len(second) == (len(attack.backdoors) if sets == "test_sets" else len(attack.controls))
+        for entry, other in zip(ours, second, strict=True):
+            assert_same_sets(entry, other)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attack_of_the_catalogue_same_seed_same_attack(name):
     images, labels = (array[:200] for array in images_for(name))
-    one, again = (make_attack(name, TARGET, seed=3).poison(images, labels, rng()) for _ in range(2))
-    assert_same_sets(one, again)
+    entry, again = (make_attack(name, TARGET, seed=3).poison(images, labels, rng()) for _ in range(2))
+    assert_same_sets(entry, again)
 
 
 @pytest.mark.parametrize("name", ["d", "blend", "wanet", "adap-blend", "adap-patch"])
 def test_attack_of_the_catalogue_with_a_random_trigger_another_seed_another_trigger(name):
     images, labels = (array[:200] for array in images_for(name))
-    one, other = (make_attack(name, TARGET, seed=seed).test_sets(images, labels)[0].images for seed in (0, 1))
-    assert not np.array_equal(one, other)
+    entry, other = (make_attack(name, TARGET, seed=seed).test_sets(images, labels)[0].images for seed in (0, 1))
+    assert not np.array_equal(entry, other)
 
 
 @pytest.mark.parametrize("name", ATTACKS)

@@ -176,7 +176,7 @@ def test_version_is_printed(guard: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["nonsense"], "No such command 'nonsense'. See `guard --help`."),
         (["inspect"], "Missing argument 'images'. See `guard inspect --help`."),
@@ -195,9 +195,9 @@ def test_version_is_printed(guard: Run) -> None:
         (["archive", "m", *MODEL, "--mean", "0.5,x"], "--mean must be one number, or one per channel"),
     ],
 )
-def test_wrong_command_or_setting_is_one_line_and_status_2(guard: Run, arguments: list[str], said: str) -> None:
+def test_wrong_command_or_setting_is_one_line_and_status_2(guard: Run, arguments: list[str], message: str) -> None:
     status, out, printed = guard(*arguments)
-    assert said in error_line(printed)
+    assert message in error_line(printed)
     assert (status, out) == (2, "")
 
 
@@ -253,15 +253,15 @@ def test_fit_warns_where_labels_and_model_do_not_agree(guard: Run) -> None:
 def test_fit_on_npz_equals_fit_on_folders(fitted: Path, guard: Run) -> None:
     status, _, problem = guard(*FIT, "--images", "clean.npz", "--bundles", "npz", "--class-names", "classes.txt")
     assert status == 0, problem
-    ours, theirs = (json.loads(guard("bundle", "show", "--bundles", name)[1]) for name in ("bundles", "npz"))
-    for about in (ours, theirs):
+    ours, second = (json.loads(guard("bundle", "show", "--bundles", name)[1]) for name in ("bundles", "npz"))
+    for about in (ours, second):
         assert about["clean_images"] == 240
-    assert ours["weights_digest"] == theirs["weights_digest"]
-    assert ours["input_shape"] == theirs["input_shape"] == [3, 16, 16]
+    assert ours["weights_digest"] == second["weights_digest"]
+    assert ours["input_shape"] == second["input_shape"] == [3, 16, 16]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--images", "nowhere"], "nowhere does not exist"),
         (["--images", "new"], "new has no labels: use one sub-folder per class"),
@@ -278,9 +278,9 @@ def test_fit_on_npz_equals_fit_on_folders(fitted: Path, guard: Run) -> None:
         (["--split", "no.such.layer"], "no.such.layer"),
     ],
 )
-def test_fit_that_cannot_work_is_one_line_and_status_1(guard: Run, arguments: list[str], said: str) -> None:
+def test_fit_that_cannot_work_is_one_line_and_status_1(guard: Run, arguments: list[str], message: str) -> None:
     status, out, printed = guard(*FIT, "--bundles", "never", *arguments)
-    assert said in error_line(printed)
+    assert message in error_line(printed)
     assert (status, out) == (1, "")
     assert not Path("never").exists()
 
@@ -353,13 +353,13 @@ def test_settings_unknown_environment_variable_is_refused(guard: Run, monkeypatc
 
 
 def test_inspect_formats_agree_and_go_to_a_file_unchanged(fitted: Path, guard: Run, tmp_path: Path) -> None:
-    status, text, told = guard("inspect", "new", *MODEL, "--format", "json")
+    status, text, answer = guard("inspect", "new", *MODEL, "--format", "json")
     rows = json.loads(text)
     assert status == 0
     assert len(rows) == 8
     assert [row["is_poisoned"] for row in rows[6:]] == [True, True]
     flagged = sum(row["is_poisoned"] for row in rows)
-    assert told.strip() == f"8 images: {8 - flagged} clean, {flagged} poisoned, 0 failed"
+    assert answer.strip() == f"8 images: {8 - flagged} clean, {flagged} poisoned, 0 failed"
     _, text, _ = guard("inspect", "new", *MODEL, "--format", "csv")
     table = list(csv.DictReader(io.StringIO(text)))
     assert [row["image"] for row in table] == [row["image"] for row in rows]
@@ -387,7 +387,7 @@ def test_inspect_some_unreadable_keeps_the_other_verdicts(fitted: Path, guard: R
     Image.new("RGB", (5, 5)).save(tmp_path / "c small.png")
     (tmp_path / "notes.txt").write_text("passed over")
     expected = {row["image"]: row for row in json.loads(guard("inspect", "new", *MODEL, "--format", "json")[1])}
-    status, text, told = guard("inspect", str(tmp_path), *MODEL, "--format", "json")
+    status, text, answer = guard("inspect", str(tmp_path), *MODEL, "--format", "json")
     rows = {row["image"]: row for row in json.loads(text)}
     assert status == 1
     for name in ("0 torn.png", "b text.png", "c small.png"):
@@ -399,9 +399,9 @@ def test_inspect_some_unreadable_keeps_the_other_verdicts(fitted: Path, guard: R
     for name, row in rows.items():
         assert row["verdict"] == expected[name]["verdict"]
         assert row["p_value"] == pytest.approx(expected[name]["p_value"])
-    assert "3 failed" in told
-    assert "1 file(s) passed over" in told
-    assert "3 of 11 images have no verdict; the first: 0 torn.png: " in error_line(told)
+    assert "3 failed" in answer
+    assert "1 file(s) passed over" in answer
+    assert "3 of 11 images have no verdict; the first: 0 torn.png: " in error_line(answer)
 
 
 def test_inspect_npz_with_one_image_that_is_not_finite_fails_that_one(fitted: Path, guard: Run, tmp_path: Path) -> None:
@@ -419,10 +419,10 @@ def test_inspect_preprocess_is_applied_and_its_failure_fails_every_image(fitted:
     plain = json.loads(guard("inspect", "new", *MODEL, "--format", "json")[1])
     other = json.loads(guard("inspect", "new", *MODEL, "--format", "json", "--preprocess", "cli_network:brighter")[1])
     assert [row["score"] for row in plain] != [row["score"] for row in other]
-    status, text, told = guard("inspect", "new", *MODEL, "--format", "csv", "--preprocess", "cli_network:breaks")
+    status, text, answer = guard("inspect", "new", *MODEL, "--format", "csv", "--preprocess", "cli_network:breaks")
     assert status == 1
     assert text.count(",failed,") == 8
-    assert "your code failed with AttributeError" in error_line(told)
+    assert "your code failed with AttributeError" in error_line(answer)
 
 
 def test_inspect_grey_image_suits_a_model_for_colour(fitted: Path, guard: Run, tmp_path: Path) -> None:
@@ -442,18 +442,18 @@ def test_inspect_takes_another_rate_and_another_bundle(fitted: Path, guard: Run)
 
 
 def test_inspect_and_fit_with_the_users_own_handler_equal_the_architecture(fitted: Path, guard: Run) -> None:
-    mine = ["--weights", "weights.safetensors", "--handler", "my_handler.py", "--extra-file", "cli_network.py"]
+    claimed = ["--weights", "weights.safetensors", "--handler", "my_handler.py", "--extra-file", "cli_network.py"]
     arguments = ["--images", "clean", "--class-names", "classes.txt", "--false-positive-rate", "0.05"]
-    status, shown, problem = guard("fit", *mine, *arguments, "--bundles", "handled")
+    status, shown, problem = guard("fit", *claimed, *arguments, "--bundles", "handled")
     assert status == 0, problem
     assert "prints as it likes" not in shown
     bundles = ["--bundles", "handled", "--format", "json"]
-    status, text, _ = guard("inspect", "new", *mine, *bundles)
+    status, text, _ = guard("inspect", "new", *claimed, *bundles)
     assert status == 0
     _, expected, _ = guard("inspect", "new", *MODEL, *bundles)
-    for ours, theirs in zip(json.loads(text), json.loads(expected), strict=True):
-        assert ours["verdict"] == theirs["verdict"]
-        assert ours["score"] == pytest.approx(theirs["score"], rel=1e-3)
+    for ours, second in zip(json.loads(text), json.loads(expected), strict=True):
+        assert ours["verdict"] == second["verdict"]
+        assert ours["score"] == pytest.approx(second["score"], rel=1e-3)
 
 
 # --- bundle

@@ -80,8 +80,8 @@ def test_queue_collector_counts_what_reviewers_said_and_took_back(queue: Queue) 
     queue.supersede("bob", first, is_poisoned=False, true_label=3)  # another's answer, something else
     queue.supersede("bob", third, is_poisoned=True, true_label=2, note="sure")  # one's own, the same again
     found = samples(QueueCollector(queue))
-    said = {key[1]: value for key, value in found.items() if key[0] == "guard_review_decisions_total"}
-    assert said == {"poisoned": 3, "false_alarm": 2, "withdrawn": 1}
+    message = {key[1]: value for key, value in found.items() if key[0] == "guard_review_decisions_total"}
+    assert message == {"poisoned": 3, "false_alarm": 2, "withdrawn": 1}
     assert found["guard_review_overturned_total",] == 1
     last = answer(queue, 4, True, 2)
     queue.supersede("ada", last, is_poisoned=True, true_label=5)  # another label, by oneself

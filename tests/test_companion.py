@@ -42,8 +42,8 @@ def make(tmp_path: Path) -> Iterator[Make]:
         return made[-1]
 
     yield build
-    for one in made:
-        one.stop()
+    for decision in made:
+        decision.stop()
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
@@ -72,9 +72,9 @@ def test_companion_that_dies_is_started_again(make: Make, tmp_path: Path, monkey
     first = companion.pid
     os.kill(first, signal.SIGKILL)
     wait_for(lambda: not alive(first))
-    told: list[str] = []
-    wait_for(lambda: told.append(companion.keep_alive()) or "sleeper started again" in told)
-    assert next(filter(None, told)) == (
+    answer: list[str] = []
+    wait_for(lambda: answer.append(companion.keep_alive()) or "sleeper started again" in answer)
+    assert next(filter(None, answer)) == (
         f"sleeper has ended with status 247; started again in 1 s. Its log: {tmp_path / 'log.txt'}"
     )
     assert companion.pid != first
@@ -90,11 +90,11 @@ def test_companion_that_keeps_dying_is_started_less_and_less_often(make: Make, m
     pauses = []
     for _ in range(5):
         deadline = time.time() + 20
-        while not (told := companion.keep_alive()):
+        while not (answer := companion.keep_alive()):
             assert time.time() < deadline
             time.sleep(0.01)
-        assert "status 3" in told
-        pauses.append(told.partition("again in ")[2].partition(" s.")[0])
+        assert "status 3" in answer
+        pauses.append(answer.partition("again in ")[2].partition(" s.")[0])
         assert companion.keep_alive() == ""  # not before its time
         now[0] += float(pauses[-1])
         assert companion.keep_alive() == "sleeper started again"
@@ -110,10 +110,10 @@ def test_companion_that_ran_well_for_long_is_forgiven(make: Make, monkeypatch: p
     now[0] += 61
     os.kill(companion.pid, signal.SIGKILL)
     deadline = time.time() + 20
-    while not (told := companion.keep_alive()):
+    while not (answer := companion.keep_alive()):
         assert time.time() < deadline
         time.sleep(0.01)
-    assert "started again in 1 s" in told
+    assert "started again in 1 s" in answer
 
 
 def test_companion_stop_ends_it_and_its_children(make: Make, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_bottom_is_what_sees_half_of_the_image_or_more(name, shape, expected):
     assert expected <= bottom
     assert not any(block.startswith(("stages.2", "stage3", "conv2", "fc")) for block in bottom)
     made = make_defective(network, 0.5, image_shape=shape)
-    assert {name for name, one in made.named_modules() if isinstance(one, DefectiveConv2d)} == bottom
+    assert {name for name, entry in made.named_modules() if isinstance(entry, DefectiveConv2d)} == bottom
 
 
 def vgg19():
@@ -149,7 +149,7 @@ def test_bottoms_of_the_papers_networks_are_found_or_named(name):
     named = make_defective(network, 0.5, blocks, image_shape=colour, fresh=False)
     found = make_defective(network, 0.5, image_shape=colour, fresh=False)
     of_named, of_found = (
-        {name for name, one in made.named_modules() if isinstance(one, DefectiveConv2d)} for made in (named, found)
+        {name for name, entry in made.named_modules() if isinstance(entry, DefectiveConv2d)} for made in (named, found)
     )
     assert len(of_named) == expected
     assert of_named <= of_found  # by themselves, first 1 x 1 convolutions of the next block are found too
@@ -164,19 +164,19 @@ def test_training_learns_and_a_pretraining_hook_comes_first():
         image[0, 2 * label + 1 : 2 * label + 3] += 0.5
     network = make_defective(small(), 0.7, image_shape=GREY)
     clean = CleanSet.split(images, labels, 3, 0)
-    masks = [one.mask.clone() for one in network.modules() if isinstance(one, DefectiveConv2d)]
+    masks = [module.mask.clone() for module in network.modules() if isinstance(module, DefectiveConv2d)]
     seen: list[str] = []
     report = train_defective(
         network,
         clean,
         FitSettings(epochs=12, batch_size=16, learning_rate=5e-3),
-        pretrain=lambda one: seen.append(weights_digest(one)),
+        pretrain=lambda module: seen.append(weights_digest(module)),
     )
     assert seen == [weights_digest(make_defective(small(), 0.7, image_shape=GREY))]
     assert report.held_out_accuracy > 0.8
     assert all(
-        torch.equal(mask, one.mask)
-        for mask, one in zip(masks, (m for m in network.modules() if isinstance(m, DefectiveConv2d)), strict=True)
+        torch.equal(mask, module.mask)
+        for mask, module in zip(masks, (m for m in network.modules() if isinstance(m, DefectiveConv2d)), strict=True)
     )
 
 
@@ -195,15 +195,15 @@ def test_keep_probability_outside_its_range_is_refused(keep_probability):
 
 
 @pytest.mark.parametrize(
-    ("blocks", "said"),
+    ("blocks", "message"),
     [
         (("stage9",), r"the network has no block 'stage9'\. Its parts are blocks, pool"),
         (("fc",), "block 'fc' holds no convolution that runs"),
         ((), "name at least one block"),
     ],
 )
-def test_blocks_that_do_not_exist_or_hold_no_convolution_are_refused(blocks, said):
-    with pytest.raises(SuspectModelError, match=said):
+def test_blocks_that_do_not_exist_or_hold_no_convolution_are_refused(blocks, message):
+    with pytest.raises(SuspectModelError, match=message):
         make_defective(small(), 0.5, blocks, image_shape=GREY)
 
 

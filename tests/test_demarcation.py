@@ -87,7 +87,7 @@ def test_a_guard_without_anomalies_has_no_demarcation(guard):
 def test_a_guard_with_anomalies_finds_more_of_the_kind_at_the_same_rate(guard, retrained):
     poisoned, clean = world(500, 77, 0, STRONG)[0], world(2000, 78)[0]
     assert retrained.ensemble.names == (*guard.ensemble.names, "demarcation:features")
-    found, before = (one.scores(poisoned).is_poisoned.mean() for one in (retrained, guard))
+    found, before = (entry.scores(poisoned).is_poisoned.mean() for entry in (retrained, guard))
     assert found > before + 0.1
     assert found > 0.9
     assert retrained.scores(clean).is_poisoned.mean() < 0.08
@@ -110,7 +110,7 @@ def test_retrain_anomalies_of_another_network_are_refused(guard, anomalies):
 def test_purify_keeps_most_of_the_poisoned_and_half_of_the_false_alarms(guard):
     clean, poisoned = world(8000, 31)[0], world(400, 32, 1, STRONG)[0]
     flagged = clean[guard.scores(clean).is_poisoned], poisoned[guard.scores(poisoned).is_poisoned]
-    false_alarms, hits = (purify(guard, one).mean() for one in flagged)
+    false_alarms, hits = (purify(guard, entry).mean() for entry in flagged)
     assert hits > 0.7
     assert false_alarms < 0.6
     assert purify(guard, clean[:0]).shape == (0,)

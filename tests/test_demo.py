@@ -53,7 +53,7 @@ def finished(running_before: set[psutil.Process], tmp_path_factory: pytest.TempP
     printed = io.StringIO()
     output = tmp_path_factory.mktemp("demo") / "made by the demo"
     with pytest.MonkeyPatch.context() as patch:
-        (pattern,) = (one for one in DEMO_ATTACKS if one.name == "pattern")
+        (pattern,) = (demo_attack for demo_attack in DEMO_ATTACKS if demo_attack.name == "pattern")
         patch.setattr(run, "DEMO_ATTACKS", (pattern,))
         patch.setattr(run, "REVIEWED", pattern)
         patch.setattr(run, "SPLIT", (6000, 1000, 500))
@@ -124,5 +124,5 @@ def test_demo_picture_is_a_png(finished: tuple[Path, str]) -> None:
 
 
 def test_demo_leaves_no_process_behind(running_before: set[psutil.Process], finished: tuple[Path, str]) -> None:
-    postgresql = {one for one in children() if one.name() == "postgres"}  # makes and ends helpers of its own
+    postgresql = {child for child in children() if child.name() == "postgres"}  # makes and ends helpers of its own
     assert children() - running_before - postgresql == set()

@@ -121,14 +121,14 @@ def test_dashboards_panels_have_titles_units_and_room_of_their_own() -> None:
         assert panel["title"]
         assert panel["description"].endswith(".")
         place = panel["gridPos"]
-        own = {
+        selected = {
             (x, y)
             for x in range(place["x"], place["x"] + place["w"])
             for y in range(place["y"], place["y"] + place["h"])
         }
         assert place["x"] + place["w"] <= 24
-        assert not own & cells
-        cells |= own
+        assert not selected & cells
+        cells |= selected
         assert [target["refId"] for target in panel["targets"]] == list("ABCDEF"[: len(panel["targets"])])
 
 

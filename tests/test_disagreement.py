@@ -29,9 +29,9 @@ def test_disagreement_is_the_log_ratio_of_probabilities():
     labels = np.arange(50) % 4
     chances = np.exp(logits.astype(np.float64))
     chances /= chances.sum(axis=1, keepdims=True)
-    own = chances[np.arange(50), labels]
+    selected = chances[np.arange(50), labels]
     chances[np.arange(50), labels] = 0
-    expected = np.log(chances.max(axis=1) / own)
+    expected = np.log(chances.max(axis=1) / selected)
     np.testing.assert_allclose(disagreement(logits, labels), expected, rtol=1e-9)
 
 

@@ -51,7 +51,7 @@ def names_of(_: FlaggedInput) -> list[str]:
 def exported(queue: Queue, *states: State) -> list[dict[str, Any]]:
     items = items_in(queue, states or (State.PENDING,))
     tasks: list[dict[str, Any]] = json.loads(
-        "".join(write_label_studio(items, names_of, lambda one: picture_of_tensor(one.inputs)))
+        "".join(write_label_studio(items, names_of, lambda first: picture_of_tensor(first.inputs)))
     )
     return tasks
 
@@ -98,8 +98,8 @@ def test_labelling_config_names_the_controls_and_choices_of_the_export():
     root = ElementTree.fromstring(labelling_config(['<"Stop" & go>', "1"]))
     assert root.find("Image").attrib["value"] == "$image"
     controls = {control.attrib["name"]: control for control in root.iter("Choices")}
-    assert [one.attrib["value"] for one in controls["verdict"]] == ["poisoned", "false alarm"]
-    assert [one.attrib["value"] for one in controls["true_label"]] == ['0 <"Stop" & go>', "1", "cannot tell"]
+    assert [entry.attrib["value"] for entry in controls["verdict"]] == ["poisoned", "false alarm"]
+    assert [entry.attrib["value"] for entry in controls["true_label"]] == ['0 <"Stop" & go>', "1", "cannot tell"]
     assert {control.attrib["toName"] for control in controls.values()} == {"image"}
 
 
@@ -111,8 +111,8 @@ def test_label_studio_answers_come_back(queue):
         tasks[2],
     ]
     assert import_json(queue, tasks) == Imported(saved=2, unanswered=1, known=0)
-    one, two = (queue.get(item).decision for item in (1, 2))
-    assert (one.reviewer, one.is_poisoned, one.true_label) == ("ada", True, 1)
+    entry, two = (queue.get(item).decision for item in (1, 2))
+    assert (entry.reviewer, entry.is_poisoned, entry.true_label) == ("ada", True, 1)
     assert (two.is_poisoned, two.true_label) == (False, None)
     assert queue.get(3).state is State.PENDING
 
@@ -120,7 +120,7 @@ def test_label_studio_answers_come_back(queue):
 def test_answered_items_are_exported_with_their_answer_and_known_when_they_come_back(queue):
     import_json(queue, [annotated(exported(queue)[0], "poisoned", "0 Stop")])
     tasks = exported(queue, State.DECIDED)
-    chosen = {one["from_name"]: one["value"]["choices"] for one in tasks[0]["annotations"][0]["result"]}
+    chosen = {task["from_name"]: task["value"]["choices"] for task in tasks[0]["annotations"][0]["result"]}
     assert chosen == {"verdict": ["poisoned"], "true_label": ["0 Stop"]}
     assert import_json(queue, tasks) == Imported(saved=0, unanswered=0, known=1)
     assert len(queue.decisions()) == 1
@@ -157,7 +157,7 @@ def test_csv_goes_out_and_comes_back(queue):
     writer.writerows(rows)
     text = "\ufeff" + buffer.getvalue()  # as spreadsheets write it
     assert import_answers(queue, "ada", read_csv(text), names_of) == Imported(saved=2, unanswered=1, known=0)
-    assert [(one.is_poisoned, one.true_label) for one in queue.decisions()] == [(True, 0), (False, 7)]
+    assert [(decision.is_poisoned, decision.true_label) for decision in queue.decisions()] == [(True, 0), (False, 7)]
     decided = exported_csv(queue, State.DECIDED)
     assert [(row["verdict"], row["true_label"], row["annotator"]) for row in decided] == [
         ("poisoned", "0 Stop", "ada"),
@@ -194,23 +194,23 @@ def test_every_bad_row_is_named_and_nothing_is_imported(queue):
     )
     with pytest.raises(DataError) as caught:
         import_answers(queue, "ada", read_csv(text), names_of)
-    told = str(caught.value)
-    assert told.startswith("nothing was imported: line 3: verdict must be 'poisoned' or 'false alarm', got 'perhaps'")
+    answer = str(caught.value)
+    assert answer.startswith("nothing was imported: line 3: verdict must be 'poisoned' or 'false alarm', got 'perhaps'")
     for part in ("line 4: there is no item 99", "line 5: item must be", "line 6: item 1 is there twice", "and 1 more"):
-        assert part in told
+        assert part in answer
     assert queue.decisions() == []
 
 
 @pytest.mark.parametrize("row", ["nonsense,poisoned,4", "99,poisoned,4", "1,poisoned,4", "2,perhaps,4"])
 def test_import_of_rubbish_stops_after_a_few_errors(queue, monkeypatch, row):
     """The attack: 3 MB of bad rows took 44 s, one look at the queue for each."""
-    asked = []
+    requested = []
     get = queue.get
-    monkeypatch.setattr(queue, "get", lambda item_id: asked.append(item_id) or get(item_id))
+    monkeypatch.setattr(queue, "get", lambda item_id: requested.append(item_id) or get(item_id))
     text = "item,verdict,true_label\n" + f"{row}\n" * 100_000
     with pytest.raises(DataError, match=r"nothing was imported: .*Stopped there, after 2\d of 100000 rows\."):
         import_answers(queue, "ada", read_csv(text), names_of)
-    assert len(asked) <= 20
+    assert len(requested) <= 20
     assert queue.decisions() == []
 
 

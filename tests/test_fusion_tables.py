@@ -284,11 +284,11 @@ def test_heads_that_both_modes_share_are_trained_once_and_the_guards_are_the_sam
     monkeypatch.setattr(scripts.subjects, "trained_once", contextlib.nullcontext)
     each = scripts.subjects.fit_at_same_clean_loss(activations, labels, None, 0.0, 0)
     assert (len(trained) - n_once) - n_once == 6  # five folds and all images, for the features
-    for ours, theirs in zip(once, each, strict=True):
-        assert ours.config == theirs.config
-        for name, array in theirs.ensemble.arrays().items():
+    for ours, second in zip(once, each, strict=True):
+        assert ours.config == second.config
+        for name, array in second.ensemble.arrays().items():
             np.testing.assert_array_equal(ours.ensemble.arrays()[name], array)
-        np.testing.assert_array_equal(ours.clean_scores, theirs.clean_scores)
+        np.testing.assert_array_equal(ours.clean_scores, second.clean_scores)
 
 
 def test_calibrated_rate_is_never_below_what_the_images_can_show(

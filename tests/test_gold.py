@@ -63,9 +63,9 @@ class World:
         self.clock.advance(minutes=5)
         self._enqueue(range(10, 13))
         self.queue.set_groups(dict.fromkeys((1, 2, 3, HERE), 2))
-        for what in ("open", "all"):
+        for subject in ("open", "all"):
             for form in ("csv", "label-studio"):
-                self.ask(root, "GET", f"/admin/export?what={what}&file_format={form}")
+                self.ask(root, "GET", f"/admin/export?what={subject}&file_format={form}")
         token = self.workspace.reviewers.add("bob")
         self.page = log_in(self.workspace, "bob", token=token)
         self.page.headers["HX-Request"] = "false"
@@ -152,8 +152,8 @@ def test_reviewer_sees_the_same_of_a_gold_item_as_of_any_other(sqlite_template: 
         worlds.append(world)
     gold, ordinary = worlds
     assert len(gold.lines) == len(ordinary.lines) > 100
-    for place, (one, other) in enumerate(zip(gold.lines, ordinary.lines, strict=True)):
-        assert one == other, f"request {place}: {one[0]}"
+    for place, (entry, other) in enumerate(zip(gold.lines, ordinary.lines, strict=True)):
+        assert entry == other, f"request {place}: {entry[0]}"
     answered = sum("THE-REQUEST" in text for _, _, text in gold.lines)
     assert answered > 10  # it was shown, and not only refused
     assert gold.request_id != "request-00000000"

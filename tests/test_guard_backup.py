@@ -232,9 +232,9 @@ def test_activations_alone_cannot_be_relabelled_by_a_backup(backed, triggered_ac
 # --- in the bundle
 
 
-@pytest.mark.parametrize("which", ["backed", "twinned"])
-def test_backup_lives_in_the_bundle_and_nothing_is_lost_without_the_model(which, request, triggered, badnet, tmp_path):
-    guard = request.getfixturevalue(which)
+@pytest.mark.parametrize("kind", ["backed", "twinned"])
+def test_backup_lives_in_the_bundle_and_nothing_is_lost_without_the_model(kind, request, triggered, badnet, tmp_path):
+    guard = request.getfixturevalue(kind)
     folder = guard.save(tmp_path)
     bare = Guard.load(folder)
     assert bare.save(tmp_path / "again").name == folder.name
@@ -344,7 +344,7 @@ def test_detecting_backup_is_kept_by_serving_and_retraining(detecting, triggered
     evidence = [outcome.evidence for outcome in rows if outcome.evidence is not None]
     assert len(evidence) > 15
     assert all("backup" in outcome.verdict.surprise for outcome in rows if outcome.evidence is not None)
-    kept = type(evidence[0].activations).concatenate([one.activations for one in evidence])
+    kept = type(evidence[0].activations).concatenate([entry.activations for entry in evidence])
     labelled = Labelled(kept, triggered.true_labels[: len(kept)], np.ones(len(kept), dtype=bool))
     other = retrain(detecting.with_config(false_positive_rate=0.1), labelled)
     assert other.backup is detecting.backup
@@ -354,15 +354,15 @@ def test_detecting_backup_is_kept_by_serving_and_retraining(detecting, triggered
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"kind": "oracle"}, "there is no backup 'oracle'"),
         ({"floor": 2.0}, "floor must be in"),
         ({"triggers": ["patern"]}, "Did you mean 'pattern'"),
     ],
 )
-def test_request_that_breaks_a_rule_is_refused(settings, said):
-    with pytest.raises(ConfigError, match=said):
+def test_request_that_breaks_a_rule_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
         BackupRequest(**settings)
 
 
@@ -391,13 +391,13 @@ def test_fit_command_with_a_backup_writes_it_and_says_what_was_measured(
     np.savez("clean.npz", images=images[:400], labels=labels[:400])
     fit = ["fit", "--weights", "weights.safetensors", "--architecture", "guard.lab.attacks.networks:mnist_cnn"]
     fit += ["--images", "clean.npz", "--false-positive-rate", "0.05", "--action", "relabel"]
-    for wrong, said in (
+    for wrong, message in (
         (["--backup", "magic"], "--backup must be one of none, auto, defective"),
         (["--backup", "auto", "--backup-floor", "1.5"], "--backup-floor must be in [0, 1]"),
         (["--backup-detects"], "--backup-detects needs a backup"),
     ):
         assert run([*fit, *wrong]) == 2
-        assert said in " ".join(capfd.readouterr().err.split())
+        assert message in " ".join(capfd.readouterr().err.split())
     np.savez("few.npz", images=images[:60], labels=labels[:60])
     fit[fit.index("clean.npz")] = "few.npz"
     assert run([*fit, "--backup", "defective"]) == 1
@@ -410,9 +410,9 @@ def test_fit_command_with_a_backup_writes_it_and_says_what_was_measured(
         lambda kind, floor, detects: dataclasses.replace(quick, kind=kind, floor=floor, detects=detects),
     )
     assert run([*fit, "--backup", "defective", "--backup-floor", "0"]) == 0
-    told = " ".join(capfd.readouterr().out.split())
-    assert "backup defective recovered of planted triggers: head" in told
-    assert "for flagged inputs alone" in told
+    answer = " ".join(capfd.readouterr().out.split())
+    assert "backup defective recovered of planted triggers: head" in answer
+    assert "for flagged inputs alone" in answer
     stored = Guard.load(BundleStore("bundles").active_path())
     assert stored.backup.kind == "defective"
     assert set(stored.recovery) == {HEAD, "defective"}

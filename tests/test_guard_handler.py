@@ -137,8 +137,8 @@ def test_verdicts_are_the_offline_guards_alone_and_in_a_batch(
     assert {kind for kind, _ in offline} == {"clean", "poisoned"}
     alone = workers[name].ask_each(*bodies)
     batched = [answer for start in range(0, 16, 8) for answer in workers[name].ask(*bodies[start : start + 8])]
-    for (kind, p_value), one, many in zip(offline, alone, batched, strict=True):
-        assert one.verdict == (kind, f"{p_value:.6g}")
+    for (kind, p_value), entry, many in zip(offline, alone, batched, strict=True):
+        assert entry.verdict == (kind, f"{p_value:.6g}")
         assert many.verdict[0] == kind
         assert float(many.headers["Guard-P-Value"]) == pytest.approx(p_value, abs=3e-3)  # batches round otherwise
     labels = [answer.body["label"] if isinstance(answer.body, dict) else answer.body for answer in alone]
@@ -219,12 +219,12 @@ def test_verdict_in_body_adds_a_guard_object_to_json_alone(workshop: Workshop, b
     worker, plain = workshop.guarded("stock", verdict_in_body=True), workshop.plain("stock")
     for body in bodies[:4]:
         (answer,), (bare,) = worker.ask(body), plain.ask(body)
-        told = answer.body.pop("guard")
+        message = answer.body.pop("guard")
         assert answer.body == bare.body
-        assert told["verdict"] == answer.headers["Guard-Verdict"]
-        assert told["bundle"] == workshop.bundle.name
-        assert f"{told['p_value']:.6g}" == answer.headers["Guard-P-Value"]
-        assert told["action"] == answer.headers["Guard-Action"]
+        assert message["verdict"] == answer.headers["Guard-Verdict"]
+        assert message["bundle"] == workshop.bundle.name
+        assert f"{message['p_value']:.6g}" == answer.headers["Guard-P-Value"]
+        assert message["action"] == answer.headers["Guard-Action"]
     text, bare_text = workshop.guarded("text", verdict_in_body=True), workshop.plain("text")
     assert text.ask(bodies[0])[0].body == bare_text.ask(bodies[0])[0].body
 
@@ -256,9 +256,9 @@ def test_headers_in_the_guards_name_are_the_guards_whatever_the_handler_says(
 
     inner.handle = forge
     for answer, (kind, _) in zip(worker.ask(*bodies[:4]), offline[:4], strict=True):
-        told = {name: value for name, value in answer.headers.items() if name.lower().startswith("guard-")}
-        assert set(told) == {"Guard-Verdict", "Guard-P-Value", "Guard-Action", "Guard-Bundle"}
-        assert told["Guard-Verdict"] == kind
+        message = {name: value for name, value in answer.headers.items() if name.lower().startswith("guard-")}
+        assert set(message) == {"Guard-Verdict", "Guard-P-Value", "Guard-Action", "Guard-Bundle"}
+        assert message["Guard-Verdict"] == kind
         assert answer.status == (422 if (action, kind) == ("block", "poisoned") else 203)
 
 
@@ -269,11 +269,11 @@ def test_default_answers_tell_no_more_than_the_flag(
     worker = workshop.guarded(name, verdict_detail="flag", action="block", verdict_in_body=True)
     answers = worker.ask(*bodies)
     for answer, (kind, _) in zip(answers, offline, strict=True):
-        told = {key: value for key, value in answer.headers.items() if key.startswith("Guard-")}
+        message = {key: value for key, value in answer.headers.items() if key.startswith("Guard-")}
         action = "block" if kind == "poisoned" else "none"
-        assert told == {"Guard-Verdict": kind, "Guard-Action": action, "Guard-Bundle": workshop.bundle.name}
+        assert message == {"Guard-Verdict": kind, "Guard-Action": action, "Guard-Bundle": workshop.bundle.name}
         assert "p_value" not in json.dumps(answer.body)
-    blocked = [json.dumps(one.body) for one, (kind, _) in zip(answers, offline, strict=True) if kind == "poisoned"]
+    blocked = [json.dumps(entry.body) for entry, (kind, _) in zip(answers, offline, strict=True) if kind == "poisoned"]
     assert len(blocked) > 2
     assert len(set(blocked)) == 1
 
@@ -405,11 +405,11 @@ def test_describe_without_a_body_does_not_get_a_prediction_past_the_guard(worksh
     worker = workshop.guarded("stock")
     worker.handler._inner.decode = lambda body: torch.zeros(1, 28, 28)
     for headers in ({"describe": "Yes"}, {"explain": "False"}):  # TorchServe says the latter in every request
-        (asked,) = worker.ask({"body": bytearray()}, headers=[headers])
-        assert (asked.status, asked.body["message"]) == (400, "the request has no body.")
+        (requested,) = worker.ask({"body": bytearray()}, headers=[headers])
+        assert (requested.status, requested.body["message"]) == (400, "the request has no body.")
     (explained,) = worker.ask({}, headers=[{"explain": "True"}])
     assert explained.status >= 400
-    assert "Guard-Verdict" not in asked.headers.keys() | explained.headers.keys()
+    assert "Guard-Verdict" not in requested.headers.keys() | explained.headers.keys()
 
 
 def test_empty_item_is_refused_even_if_the_users_handler_makes_an_image_of_it(
@@ -730,7 +730,9 @@ def test_counts_reach_torchserve_within_two_seconds_and_not_per_request(
         while total < 48 and time.monotonic() < deadline:
             time.sleep(0.05)
             lines = [record.getMessage() for record in caplog.records]
-            mine = [line for line in lines if line.startswith(wanted) and f"model:{worker.context.model_name}," in line]
-            total = sum(float(line.split(":")[1].split("|")[0]) for line in mine)
+            claimed = [
+                line for line in lines if line.startswith(wanted) and f"model:{worker.context.model_name}," in line
+            ]
+            total = sum(float(line.split(":")[1].split("|")[0]) for line in claimed)
     assert total == 48
-    assert len(mine) < 30
+    assert len(claimed) < 30

@@ -50,7 +50,7 @@ def slow_factors(references: FloatArray, queries: FloatArray, k: int) -> Float64
         chosen = np.argsort(squared, kind="stable")[:k]
         return chosen, np.sqrt(squared[chosen])
 
-    found = [nearest(point, own) for own, point in enumerate(references)]
+    found = [nearest(point, selected) for selected, point in enumerate(references)]
     k_distance = np.array([distances[-1] for _, distances in found])
 
     def density(chosen: IntArray, distances: Float64Array) -> float:

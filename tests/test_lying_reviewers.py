@@ -92,17 +92,19 @@ class Office:
         self, activations: Activations, labels: np.ndarray, *, is_poisoned: bool, reviewer: str = "mallory"
     ) -> list:
         rows = [flagged_input(activations[row : row + 1], self.digest) for row in range(len(activations))]
-        ids = [one for one in self.queue.enqueue(rows).ids if one is not None]
+        ids = [item_id for item_id in self.queue.enqueue(rows).ids if item_id is not None]
         self.queue.claim_items(reviewer, ids)
         answers = [
-            Answer(item_id=one, is_poisoned=is_poisoned, true_label=int(label))
-            for one, label in zip(ids, labels, strict=True)
+            Answer(item_id=item_id, is_poisoned=is_poisoned, true_label=int(label))
+            for item_id, label in zip(ids, labels, strict=True)
         ]
         return self.queue.decide_many(reviewer, answers, also_free=True)
 
     def confirm(self, decisions: list, reviewer: str) -> None:
-        for one in decisions:
-            self.queue.supersede(reviewer, one.id, is_poisoned=one.is_poisoned, true_label=one.true_label)
+        for decision in decisions:
+            self.queue.supersede(
+                reviewer, decision.id, is_poisoned=decision.is_poisoned, true_label=decision.true_label
+            )
 
     def retrain(self, **settings: object):
         Rounds(self.queue).request(MODEL, "boss")
@@ -130,8 +132,8 @@ def test_two_accounts_that_back_each_others_lies_change_nothing_much(tmp_path, g
     before = office.rate(unseen)
     chosen = spread(guard, flagged, 120)
     for first, second, rows in (("mallory", "trudy", slice(0, 60)), ("trudy", "mallory", slice(60, 120))):
-        own = chosen[rows]
-        office.confirm(office.say(own, own.predicted_labels, is_poisoned=False, reviewer=first), second)
+        selected = chosen[rows]
+        office.confirm(office.say(selected, selected.predicted_labels, is_poisoned=False, reviewer=first), second)
         office.retrain()
         assert office.rate(unseen) >= before - ALLOWED
 

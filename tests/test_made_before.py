@@ -60,9 +60,9 @@ def test_bundle_made_before_gives_the_same_verdicts(unpacked, images, expected, 
         warnings.simplefilter("ignore")
         guard = Guard.load(bundle, SuspectModel.load(unpacked / "weights.safetensors", "digits_net:make"))
     found = guard.inspect(np.ascontiguousarray(judged(images)))
-    assert [[one.label, one.is_poisoned] for one in found] == [row[:2] for row in expected]
-    assert [one.p_value for one in found] == pytest.approx([row[2] for row in expected], abs=1e-9)
-    assert [one.score for one in found] == pytest.approx([row[3] for row in expected], rel=1e-4)
+    assert [[entry.label, entry.is_poisoned] for entry in found] == [row[:2] for row in expected]
+    assert [entry.p_value for entry in found] == pytest.approx([row[2] for row in expected], abs=1e-9)
+    assert [entry.score for entry in found] == pytest.approx([row[3] for row in expected], rel=1e-4)
 
 
 def test_archive_made_before_still_serves_with_its_old_adapter(tmp_path, images, expected):

@@ -168,7 +168,7 @@ def test_data_folder_that_cannot_be_used_is_told(targets: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("options", "status", "said"),
+    ("options", "status", "message"),
     [
         ([], 2, "name what to watch: --targets FILE"),
         (["--targets", "t.json", "--target", "h:1"], 2, "name what to watch"),
@@ -184,7 +184,7 @@ def test_data_folder_that_cannot_be_used_is_told(targets: Path, tmp_path: Path) 
 def test_observe_says_in_one_line_what_is_wrong(
     options: list[str],
     status: int,
-    said: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -200,7 +200,7 @@ def test_observe_says_in_one_line_what_is_wrong(
             signal.signal(number, handler)
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")
-    assert said in captured.err
+    assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
 

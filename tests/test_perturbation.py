@@ -51,8 +51,8 @@ def test_pgd_each_step_adds_the_sign_of_the_gradient():
     after = [PgdPerturbation(network, **arguments, steps=steps)(images, labels) for steps in (1, 2, 3)]
     inside = (np.abs(after[2] - 0.5) < 0.499).all(axis=(1, 2, 3)) & (after[2] > 0).all(axis=(1, 2, 3))
     assert inside.sum() > 15
-    for one, other in pairwise(after):
-        np.testing.assert_allclose((other - one)[inside, 0, 0], np.tile([-0.01, 0.01], (inside.sum(), 1)), atol=1e-6)
+    for entry, other in pairwise(after):
+        np.testing.assert_allclose((other - entry)[inside, 0, 0], np.tile([-0.01, 0.01], (inside.sum(), 1)), atol=1e-6)
 
 
 def test_pgd_start_is_uniform_in_the_box():
@@ -93,12 +93,12 @@ def test_pgd_result_is_float32_new_and_repeatable_and_input_is_unchanged():
     labels.setflags(write=False)
     before = images.copy()
     perturb = PgdPerturbation(network, steps=2)
-    one, again = perturb(images, labels), perturb(images, labels)
+    entry, again = perturb(images, labels), perturb(images, labels)
     other = PgdPerturbation(network, steps=2, seed=1)(images, labels)
-    assert one.dtype == np.float32
-    assert not np.shares_memory(one, images)
-    np.testing.assert_array_equal(one, again)
-    assert not np.array_equal(one, other)
+    assert entry.dtype == np.float32
+    assert not np.shares_memory(entry, images)
+    np.testing.assert_array_equal(entry, again)
+    assert not np.array_equal(entry, other)
     np.testing.assert_array_equal(images, before)
     assert perturb(images[:0], labels[:0]).shape == (0, 1, 28, 28)
 

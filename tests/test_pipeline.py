@@ -131,13 +131,15 @@ def test_verdict_holds_plain_values_that_agree_with_each_other(fitted_guard, cle
 
 
 def test_verdict_reason_names_the_share_of_clean_images_and_the_strongest_sign(triggered_verdicts, clean_verdicts):
-    verdict = next(one for one in triggered_verdicts if one.is_poisoned)
+    verdict = next(triggered_verdict for triggered_verdict in triggered_verdicts if triggered_verdict.is_poisoned)
     start, sign = verdict.reason.split("; strongest sign: ")
     assert start == f"as suspicious as {100 * verdict.p_value:.2g} % of clean images"
     name, value = sign.split(" = ")
     assert value == f"{verdict.detector_scores[name]:.3g}"
     assert "\n" not in verdict.reason
-    assert {one.reason for one in clean_verdicts if not one.is_poisoned} == {"no more suspicious than clean images"}
+    assert {triggered_verdict.reason for triggered_verdict in clean_verdicts if not triggered_verdict.is_poisoned} == {
+        "no more suspicious than clean images"
+    }
 
 
 def test_verdict_carries_the_surprise_of_a_flagged_input_and_none_of_a_clean_one(
@@ -189,9 +191,9 @@ def test_inspect_relabel_replaces_labels_of_flagged_inputs_only(
         (triggered_activations, triggered_verdicts),
     ):
         replacement = guard.ensemble.replacement_logits(activations).argmax(axis=1)
-        for verdict, old, own in zip(guard.inspect_activations(activations), before, replacement, strict=True):
+        for verdict, old, selected in zip(guard.inspect_activations(activations), before, replacement, strict=True):
             assert (verdict.label, verdict.is_poisoned) == (old.label, old.is_poisoned)
-            assert verdict.final_label == (own if old.is_poisoned else old.label)
+            assert verdict.final_label == (selected if old.is_poisoned else old.label)
             assert verdict.action == ("relabel" if old.is_poisoned else "observe")
             changed += verdict.final_label != verdict.label
     assert changed > 100

@@ -99,11 +99,11 @@ def test_poison_input_is_unchanged_and_result_is_its_own(images, labels, how):
 @pytest.mark.parametrize("how", ["add", "replace"])
 def test_poison_read_only_images_give_the_same_as_writable_ones(images, labels, how):
     backdoors, covers = Backdoor(single_pixel, SingleTarget(2), 0.3), [Cover(single_pixel, 0.2)]
-    one = poison(images, labels, backdoors, rng(), covers=covers, how=how)
+    entry = poison(images, labels, backdoors, rng(), covers=covers, how=how)
     other = poison(*frozen(images, labels), backdoors, rng(), covers=covers, how=how)
     for name in ("images", "labels", "true_labels", "is_poisoned", "is_cover", "source_rows"):
-        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-    redrawn = [poisoned.redrawn(CropAndFlip(1), rng()) for poisoned in (one, other)]
+        np.testing.assert_array_equal(getattr(entry, name), getattr(other, name))
+    redrawn = [poisoned.redrawn(CropAndFlip(1), rng()) for poisoned in (entry, other)]
     np.testing.assert_array_equal(*redrawn)
     tested = poisoned_test_set(*frozen(images, labels), single_pixel, SingleTarget(2))
     np.testing.assert_array_equal(tested.redrawn(lambda now, _: now, rng()), tested.images)
@@ -360,8 +360,8 @@ def test_redrawn_augments_first_and_leaves_every_trigger_in_place(many_images, m
 
 def test_redrawn_same_generator_state_draws_the_same_and_next_draw_differs(many_images, many_labels):
     poisoned = poison(many_images, many_labels, Backdoor(dot(0, 0), SingleTarget(4), 0.2), rng())
-    one, again = (poisoned.redrawn(CropAndFlip(), np.random.default_rng(5)) for _ in range(2))
-    np.testing.assert_array_equal(one, again)
+    entry, again = (poisoned.redrawn(CropAndFlip(), np.random.default_rng(5)) for _ in range(2))
+    np.testing.assert_array_equal(entry, again)
     generator = np.random.default_rng(5)
     both = [poisoned.redrawn(CropAndFlip(), generator) for _ in range(2)]
     assert not np.array_equal(*both)
@@ -372,9 +372,9 @@ def test_redrawn_rows_stay_beside_their_labels(many_labels):
     images = np.broadcast_to((np.arange(200, dtype=np.float32) / 400)[:, None, None, None], (200, 1, 8, 8)).copy()
     poisoned = poison(images, many_labels, Backdoor(dot(0, 0), SingleTarget(4), 0.2), rng())
     drawn = poisoned.redrawn(CropAndFlip(), rng())
-    told = np.round(drawn[:, 0, 4, 4] * 400).astype(int)
-    np.testing.assert_array_equal(told, poisoned.source_rows)
-    np.testing.assert_array_equal(many_labels[told], poisoned.true_labels)
+    answer = np.round(drawn[:, 0, 4, 4] * 400).astype(int)
+    np.testing.assert_array_equal(answer, poisoned.source_rows)
+    np.testing.assert_array_equal(many_labels[answer], poisoned.true_labels)
 
 
 @pytest.mark.parametrize(

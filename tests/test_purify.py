@@ -355,7 +355,7 @@ def _few_of_one_class() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (_few_of_one_class(), r"every one of the 3 classes needs at least 5 clean images, class 1 has 4\. Add"),
         ((bands(60)[0], bands(60)[1] + 1), r"labels must be in \[0, 3\), got 1 to 3"),
@@ -365,8 +365,8 @@ def _few_of_one_class() -> tuple[np.ndarray, np.ndarray]:
         ((bands(60)[0] * np.nan, bands(60)[1]), "image 0 holds NaN"),
     ],
 )
-def test_purify_refuses_images_or_labels_that_break_a_rule(data, said):
-    with pytest.raises(DataError, match=said):
+def test_purify_refuses_images_or_labels_that_break_a_rule(data, message):
+    with pytest.raises(DataError, match=message):
         purify(tiny(), *data)
 
 
@@ -381,7 +381,7 @@ def test_purify_refuses_an_unknown_method_and_settings_of_another():
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: AnpSettings(epsilon=0), "epsilon and learning_rate must be > 0"),
         (lambda: AnpSettings(alpha=1.1), r"alpha must be in \[0, 1\]"),
@@ -398,8 +398,8 @@ def test_purify_refuses_an_unknown_method_and_settings_of_another():
         (lambda: Augmentation(erase=1.5), r"erase must be in \[0, 1\]"),
     ],
 )
-def test_settings_out_of_range_are_refused(make, said):
-    with pytest.raises(DataError, match=said):
+def test_settings_out_of_range_are_refused(make, message):
+    with pytest.raises(DataError, match=message):
         make()
 
 

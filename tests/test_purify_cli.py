@@ -86,7 +86,7 @@ def test_purify_runs_every_method(guard: Run, work: Path, method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "status", "said"),
+    ("changes", "status", "message"),
     [
         (["--method", "magic"], 2, "--method must be one of anp, norm-pruning, fine-pruning, rtll, got 'magic'."),
         (["--share", "0.5"], 2, "--share goes with --method norm-pruning, got 'anp'. Leave it out."),
@@ -100,13 +100,13 @@ def test_purify_runs_every_method(guard: Run, work: Path, method: str) -> None:
     ],
 )
 def test_purify_that_cannot_work_is_one_line_and_writes_nothing(
-    guard: Run, work: Path, changes: list[str], status: int, said: str
+    guard: Run, work: Path, changes: list[str], status: int, message: str
 ) -> None:
     before = sorted(path for path in work.rglob("*") if "__pycache__" not in path.parts)
     got, _, problem = guard(*QUICK, "--output", "nothing", *changes)
     assert got == status
     assert problem.splitlines()[-1].startswith("error: ")
-    assert said in problem
+    assert message in problem
     assert sorted(path for path in work.rglob("*") if "__pycache__" not in path.parts) == before
 
 

@@ -302,12 +302,12 @@ def test_claims_at_once_never_hold_more_than_the_limit(open_queue):
 
 def test_items_that_nobody_else_holds_are_answered_without_holding_them(open_queue, clock):
     queue = open_queue(max_held=1)
-    free, mine, late, taken = queue.enqueue([flagged(number) for number in range(4)]).ids
+    free, claimed, late, taken = queue.enqueue([flagged(number) for number in range(4)]).ids
     queue.claim_items("ana", [late])
     clock.advance(seconds=601)
-    queue.claim_items("ana", [mine])
+    queue.claim_items("ana", [claimed])
     queue.claim_items("ben", [taken])
-    answers = [Answer(item_id=item_id, is_poisoned=True, true_label=5) for item_id in (free, mine, late)]
+    answers = [Answer(item_id=item_id, is_poisoned=True, true_label=5) for item_id in (free, claimed, late)]
     refused = Answer(item_id=taken, is_poisoned=True, true_label=5)
     with pytest.raises(LeaseExpired, match="ben has it"):
         queue.decide_many("ana", [*answers, refused], also_free=True)
@@ -433,9 +433,9 @@ def test_decisions_are_listed_by_reviewer_and_page(queue):
     ids = queue.enqueue([flagged(number) for number in range(4)]).ids
     for item_id, reviewer in zip(ids, ("ana", "ben", "ana", "ana"), strict=True):
         decide(queue, item_id, reviewer)
-    mine = queue.decisions(reviewer="ana")
-    assert [one.item_id for one in mine] == [ids[0], ids[2], ids[3]]
-    assert queue.decisions(reviewer="ana", after_id=mine[0].id, limit=1) == [mine[1]]
+    claimed = queue.decisions(reviewer="ana")
+    assert [entry.item_id for entry in claimed] == [ids[0], ids[2], ids[3]]
+    assert queue.decisions(reviewer="ana", after_id=claimed[0].id, limit=1) == [claimed[1]]
 
 
 # --- quorum ---
@@ -533,7 +533,9 @@ def test_sweep_removes_old_images_and_keeps_unlearned_answers(queue, clock):
     assert ids_of(queue.items()) == [decided, young]
     counts = queue.counts()
     assert counts.held_items == 2
-    assert counts.held_bytes == sum(len(queue.get(one).input.body) for one in (decided, young)) + _tensor_bytes(queue)
+    assert counts.held_bytes == sum(len(queue.get(entry).input.body) for entry in (decided, young)) + _tensor_bytes(
+        queue
+    )
     assert len(queue.decisions()) == 2
     with pytest.raises(ItemGone):
         queue.supersede("ana", queue.decisions()[1].id, is_poisoned=False, true_label=None)
@@ -543,7 +545,7 @@ def _tensor_bytes(queue: Queue) -> int:
     from guard.relabel.blobs import pack_activations, pack_inputs
 
     inputs = [item.input for item in queue.items()]
-    return sum(len(pack_inputs(one.inputs)) + len(pack_activations(one.activations)) for one in inputs)
+    return sum(len(pack_inputs(entry.inputs)) + len(pack_activations(entry.activations)) for entry in inputs)
 
 
 def test_sweep_purges_rows_nobody_answered_and_keeps_answered_ones(queue, clock):
@@ -626,7 +628,7 @@ def test_gold_item_is_asked_once_of_everybody_and_never_trained_with(queue, cloc
     decision = decide(queue, gold, "cleo", label=6)
     assert queue.claim("ana", 5) == []
     assert [queue.gold_results(name).right for name in ("ana", "ben", "cleo", "dan")] == [1, 0, 0, 0]
-    assert [queue.gold_results(name).asked for name in ("ana", "ben", "cleo", "dan")] == [1, 1, 1, 0]
+    assert [queue.gold_results(name).answered for name in ("ana", "ben", "cleo", "dan")] == [1, 1, 1, 0]
     queue.supersede("cleo", decision.id, is_poisoned=True, true_label=5)
     assert queue.gold_results("cleo").right == 1
     assert settled_items(queue, "digits") == []

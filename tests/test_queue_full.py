@@ -32,9 +32,9 @@ def reservoir(
 
     def largest(group: tuple[str, int]) -> list[Body]:
         return [
-            Body(one.is_held, -bodies[one.item_id], one.item_id)
-            for one in stored.get(group, [])
-            if one.item_id in bodies
+            Body(entry.is_held, -bodies[entry.item_id], entry.item_id)
+            for entry in stored.get(group, [])
+            if entry.item_id in bodies
         ]
 
     return Reservoir(
@@ -43,8 +43,12 @@ def reservoir(
         lambda group: stored.get(group, []),
         largest,
         lambda: {
-            group: Share(len(own), sum(one.size for one in own), sum(bodies.get(one.item_id, 0) for one in own))
-            for group, own in stored.items()
+            group: Share(
+                len(selected),
+                sum(entry.size for entry in selected),
+                sum(bodies.get(entry.item_id, 0) for entry in selected),
+            )
+            for group, selected in stored.items()
         },
     )
 
@@ -224,7 +228,7 @@ def test_flood_of_large_bodies_pushes_no_item_out_and_keeps_no_body(queue_url):
         real = [flagged(number, body=bytes(tensors // 10), suspect_label=number % 10) for number in range(100)]
         ids = queue.enqueue(real).ids
         for number in range(0, 50, 5):
-            large = [flagged(200 + number + one, body=bytes(8 * tensors), suspect_label=7) for one in range(5)]
+            large = [flagged(200 + number + entry, body=bytes(8 * tensors), suspect_label=7) for entry in range(5)]
             queue.enqueue(large)
         kept = {item.id: item for item in queue.items(limit=1000)}
         assert queue.counts().held_bytes <= 125 * tensors
@@ -233,15 +237,19 @@ def test_flood_of_large_bodies_pushes_no_item_out_and_keeps_no_body(queue_url):
         assert all(item.input.body for item_id, item in kept.items() if item_id in ids)
         flood = [item.input for item_id, item in kept.items() if item_id not in ids]
         assert flood
-        assert sum(bool(one.body) for one in flood) <= 2  # there was room for some
-        assert all(one.inputs.shape == (1, 4, 4) for one in flood)  # what the network saw is there
-        assert all((one.content_type == "") == (not one.body) for one in flood)
+        assert sum(bool(entry.body) for entry in flood) <= 2  # there was room for some
+        assert all(entry.inputs.shape == (1, 4, 4) for entry in flood)  # what the network saw is there
+        assert all((entry.content_type == "") == (not entry.body) for entry in flood)
 
 
-def queue_bytes_of(one: FlaggedInput) -> int:
+def queue_bytes_of(flagged_input: FlaggedInput) -> int:
     from guard.relabel.blobs import pack_activations, pack_inputs
 
-    return len(one.body) + len(pack_inputs(one.inputs)) + len(pack_activations(one.activations))
+    return (
+        len(flagged_input.body)
+        + len(pack_inputs(flagged_input.inputs))
+        + len(pack_activations(flagged_input.activations))
+    )
 
 
 def test_large_bodies_that_came_first_go_before_any_item(queue_url):

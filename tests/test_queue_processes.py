@@ -27,10 +27,10 @@ def test_four_processes_claiming_at_once_never_get_the_same_item(queue_url):
         ids = set(queue.enqueue([flagged(number % 20) for number in range(300)]).ids)
     claimed = run_workers("claim", queue_url)["claimed"]
     assert len(claimed) == 4
-    together = [item_id for mine in claimed for item_id in mine]
+    together = [item_id for held in claimed for item_id in held]
     assert len(together) == len(set(together)) == 300
     assert set(together) == ids
-    assert sum(bool(mine) for mine in claimed) > 1  # or nothing was tried
+    assert sum(bool(held) for held in claimed) > 1  # or nothing was tried
 
 
 def test_connection_of_a_parent_is_not_used_by_its_child(queue_url):
@@ -46,7 +46,7 @@ def test_killed_processes_lose_no_acknowledged_decision(queue_url, tmp_path):
     decided, enqueued = seen["decided"], seen["enqueued"]
     assert len(decided) > kills  # real work was done in between
     with Queue.open(queue_url) as queue:
-        kept = {one.id: one.item_id for one in queue.decisions(limit=10**6)}
+        kept = {decision.id: decision.item_id for decision in queue.decisions(limit=10**6)}
         assert len(set(kept.values())) == len(kept)  # every item once
         for decision_id, item_id in decided:
             assert kept[decision_id] == item_id

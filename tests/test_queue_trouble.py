@@ -358,7 +358,7 @@ def test_tampering_shows(queue, change, problem):
     assert (before.rows, before.problems) == (3, ())
     _without_triggers(queue, change)
     after = queue.verify_decisions()
-    assert any(problem in one for one in after.problems), after.problems
+    assert any(problem in entry for entry in after.problems), after.problems
 
 
 def test_tampering_that_rehashes_one_row_still_shows(queue):
@@ -473,4 +473,4 @@ def test_answer_that_was_committed_before_the_connection_broke_is_not_taken_twic
     decision_id = decide_one(queue)
     with pytest.raises(AlreadyDecided):  # what a caller that saw no acknowledgement gets when it tries again
         queue.decide("ana", queue.decisions()[0].item_id, is_poisoned=True, true_label=5)
-    assert [one.id for one in queue.decisions()] == [decision_id]
+    assert [decision.id for decision in queue.decisions()] == [decision_id]

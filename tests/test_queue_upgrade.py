@@ -37,8 +37,8 @@ def first_schema(url: str) -> None:
     database.close()
 
 
-def _insert(connection: sa.Connection, number: int, one: Any, ticket: float) -> None:
-    rows = Codec(None).encode(one, ticket)
+def _insert(connection: sa.Connection, number: int, flagged_input: Any, ticket: float) -> None:
+    rows = Codec(None).encode(flagged_input, ticket)
     old = {name: value for name, value in rows.item.items() if name not in ("spare_bytes", "false_positive_rate")}
     table = sa.table(items.name, *(sa.column(column.name, column.type) for column in items.columns))
     connection.execute(sa.insert(table).values(id=number, **old))

@@ -120,9 +120,9 @@ def test_canary_round_is_finished_a_second_time(queue):
 def test_rounds_are_listed_newest_first_and_by_model(queue):
     rounds = Rounds(queue)
     ids = [rounds.begin(model, 1) for model in ("digits", "signs", "digits")]
-    assert [one.id for one in rounds.all()] == ids[::-1]
-    assert [one.id for one in rounds.all(1)] == ids[2:]
-    assert [one.id for one in rounds.all(model="signs")] == [ids[1]]
+    assert [entry.id for entry in rounds.all()] == ids[::-1]
+    assert [entry.id for entry in rounds.all(1)] == ids[2:]
+    assert [entry.id for entry in rounds.all(model="signs")] == [ids[1]]
 
 
 def test_request_is_taken_once(queue):

@@ -13,7 +13,7 @@ from serving_helpers import png
 from guard.relabel.request_body import FIELDS_TYPE, MAX_PICTURES, fields_of, pack_body, pictures_of
 
 PICTURES = [png(np.full((1, 4, 4), shade, dtype=np.float32)) for shade in (0.0, 0.25, 0.5, 0.75)]
-TEXTS = [base64.b64encode(one).decode() for one in PICTURES]
+TEXTS = [base64.b64encode(picture).decode() for picture in PICTURES]
 
 
 def deep(value: Any, depth: int = 100_000) -> Any:
@@ -45,7 +45,7 @@ def test_several_fields_are_all_kept_in_order_with_their_kinds() -> None:
     item = {"data": PICTURES[0], "body": bytearray(PICTURES[1]), "note": "ä\n--b", "more": {"k": [1.5, None]}, "e": b""}
     body, content_type = pack_body(item, "multipart/form-data; boundary=b")
     assert content_type == FIELDS_TYPE
-    kept = [(one.name, one.kind, one.data) for one in fields_of(body, content_type)]
+    kept = [(field.name, field.kind, field.data) for field in fields_of(body, content_type)]
     assert kept == [
         ("data", "bytes", PICTURES[0]),
         ("body", "bytes", PICTURES[1]),
@@ -53,7 +53,7 @@ def test_several_fields_are_all_kept_in_order_with_their_kinds() -> None:
         ("more", "json", b'{"k": [1.5, null]}'),
         ("e", "bytes", b""),
     ]
-    assert [(one.name, one.data) for one in pictures_of(body, content_type)] == [
+    assert [(field.name, field.data) for field in pictures_of(body, content_type)] == [
         ("data", PICTURES[0]),
         ("body", PICTURES[1]),
     ]
@@ -69,7 +69,7 @@ def test_no_field_can_hide_its_neighbour(value: Any) -> None:
     hostile, picture = fields_of(body, content_type)
     assert picture.data == PICTURES[2]
     assert hostile.data
-    assert [one.data for one in pictures_of(body, content_type)] == [PICTURES[2]]
+    assert [entry.data for entry in pictures_of(body, content_type)] == [PICTURES[2]]
     alone, _ = pack_body({"data": value}, "")
     assert alone
 
@@ -83,15 +83,19 @@ def test_deep_nesting_is_written_out_whole() -> None:
 
 def test_bytes_inside_of_json_can_be_read_back() -> None:
     body, _ = pack_body([{"image": PICTURES[3]}], "")
-    assert [one.data for one in pictures_of(body, "application/json")] == [PICTURES[3]]
+    assert [picture.data for picture in pictures_of(body, "application/json")] == [PICTURES[3]]
 
 
 def test_pictures_are_found_in_json_at_any_depth_in_order() -> None:
     nested = {"instances": [{"b64": TEXTS[0]}, {"image": {"b64": f"data:image/png;base64,{TEXTS[1]}"}}], "x": "/9j/4!"}
     for body in (json.dumps(nested).encode(), json.dumps(nested).replace("/", "\\/").encode()):
-        assert [one.data for one in pictures_of(body, "application/json")][:2] == PICTURES[:2]
+        assert [picture.data for picture in pictures_of(body, "application/json")][:2] == PICTURES[:2]
     two, content_type = pack_body({"data": nested, "b": TEXTS[2], "c": json.dumps([TEXTS[3]])}, "")
-    found = [(one.name, one.data) for one in pictures_of(two, content_type) if one.data.startswith(b"\x89PNG")]
+    found = [
+        (picture.name, picture.data)
+        for picture in pictures_of(two, content_type)
+        if picture.data.startswith(b"\x89PNG")
+    ]
     assert found == list(zip(("data", "data", "b", "c"), PICTURES, strict=True))
     many = json.dumps([TEXTS[0]] * 50).encode()
     assert len(pictures_of(many, "")) == MAX_PICTURES
@@ -109,10 +113,10 @@ def test_client_cannot_pass_its_body_off_as_fields_of_ours() -> None:
     "body", [b"", b"{", b"[]", b'{"fields": 3}', b'{"fields": [{}]}', b'{"fields": ["x"]}', b"\xff"], ids=range(7)
 )
 def test_damaged_fields_are_shown_as_what_they_are(body: bytes) -> None:
-    assert [one.data for one in fields_of(body, FIELDS_TYPE)] == [body]
+    assert [field.data for field in fields_of(body, FIELDS_TYPE)] == [body]
 
 
 def test_names_of_fields_are_printable_and_short() -> None:
     body, content_type = pack_body({"a\u202eb\x00\n": b"1", "n" * 500: b"2"}, "")
-    names = [one.name for one in fields_of(body, content_type)]
+    names = [field.name for field in fields_of(body, content_type)]
     assert names == ["a\ufffdb\ufffd\ufffd", "n" * 59 + "…"]

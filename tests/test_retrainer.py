@@ -75,14 +75,14 @@ class Place:
 
     def enqueue(self, activations: Activations, group: int = 0) -> list[int]:
         inputs = [flagged_input(activations[row : row + 1], self.digest) for row in range(len(activations))]
-        ids = [one for one in self.queue.enqueue(inputs).ids if one is not None]
+        ids = [item_id for item_id in self.queue.enqueue(inputs).ids if item_id is not None]
         self.queue.set_groups(dict.fromkeys(ids, group))
         return ids
 
     def decide(self, ids: list[int], labels: np.ndarray, *, is_poisoned: bool, reviewer: str = "ann") -> None:
         answers = [
-            Answer(item_id=one, is_poisoned=is_poisoned, true_label=int(label))
-            for one, label in zip(ids, labels, strict=True)
+            Answer(item_id=entry, is_poisoned=is_poisoned, true_label=int(label))
+            for entry, label in zip(ids, labels, strict=True)
         ]
         self.queue.decide_many(reviewer, answers, also_free=True)
 
@@ -179,7 +179,7 @@ def test_round_promotes_a_better_guard_and_marks_what_it_learned_from(place):
 def test_candidate_is_a_bundle_that_a_server_of_the_same_network_takes(place, quick):
     place.review()
     finished = place.step()
-    parent, stored = (read_bundle(place.store.root / one) for one in (place.digest, finished.candidate))
+    parent, stored = (read_bundle(place.store.root / entry) for entry in (place.digest, finished.candidate))
     for name in ("weights_digest", "split_points", "class_names", "settings", "clean_images", "depths"):
         assert stored.document[name] == parent.document[name]
     assert stored.document["lineage"]["retrained_from"] == place.digest
@@ -195,7 +195,7 @@ def test_no_candidate_learns_from_a_hold_out_in_any_round(place, quick):
     place.review(seed=200)
     second = place.step()
     assert second.outcome in ("promoted", "refused")
-    locked = [{*Lineage.read(place.store.root / one.candidate).locked_items} for one in (first, second)]
+    locked = [{*Lineage.read(place.store.root / entry.candidate).locked_items} for entry in (first, second)]
     assert locked[0] <= locked[1]
     trained = {item.id for item in place.queue.items(state=State.TRAINED, limit=2000)}
     assert not trained & locked[1]
@@ -307,9 +307,9 @@ def review_with_a_liar(place: Place, share: float) -> None:
             ids = place.enqueue(activations, 1000 * (trigger + 1))
             lie = np.array([reviewer == "mallory" and rng.random() < share for _ in ids])
             for flag in (True, False):
-                chosen = [one for one, is_lie in zip(ids, lie, strict=True) if is_lie != flag]
-                said = labels if flag else activations.predicted_labels
-                place.decide(chosen, said[lie != flag], is_poisoned=flag, reviewer=reviewer)
+                chosen = [entry for entry, is_lie in zip(ids, lie, strict=True) if is_lie != flag]
+                message = labels if flag else activations.predicted_labels
+                place.decide(chosen, message[lie != flag], is_poisoned=flag, reviewer=reviewer)
 
 
 def test_a_hostile_reviewer_who_mislabels_a_fifth_does_not_get_a_worse_guard_promoted(place):
@@ -540,7 +540,7 @@ def crashed(reviewed, pair, tmp_path_factory) -> dict[tuple[str, str], Path]:
     roots = {case: top / "-".join(case) for case in CRASHES}
     for root in roots.values():
         shutil.copytree(reviewed, root)
-    guards = [str(one.save(top / "guards")) for one in pair]
+    guards = [str(entry.save(top / "guards")) for entry in pair]
     cases = json.dumps([[str(root), *case] for case, root in roots.items()])
     done = subprocess.run(
         [sys.executable, "-c", CRASH, *guards],

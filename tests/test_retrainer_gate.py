@@ -179,8 +179,8 @@ def test_movement_beyond_chance_values(lost, gained, region):
 
 def test_movement_finds_the_answer_of_the_network_where_inputs_pass():
     """All together even out; the attacker's class does not."""
-    one, other = moved(8, 0, 30, label=3), moved(0, 8, 30, label=5)
-    both = Movement(*(np.concatenate(pair) for pair in zip(vars_of(one), vars_of(other), strict=True)))
+    entry, other = moved(8, 0, 30, label=3), moved(0, 8, 30, label=5)
+    both = Movement(*(np.concatenate(pair) for pair in zip(vars_of(entry), vars_of(other), strict=True)))
     assert both.beyond_chance() == Region(3, 8, 0, 30)  # 1/256 <= 0.05 / 3
 
 

@@ -78,7 +78,7 @@ def test_gather_false_alarm_without_a_label_joins_the_class_that_the_suspect_nam
     activations, _ = world(10, 3)
     workspace.add(activations, [None] * 10, is_poisoned=False)
     material = gathered(guard, workspace)
-    wanted = [workspace.items[one - 1].input.suspect_label for one in material.training_ids]
+    wanted = [workspace.items[item_id - 1].input.suspect_label for item_id in material.training_ids]
     np.testing.assert_array_equal(material.training.true_labels, wanted)
 
 
@@ -112,11 +112,11 @@ def test_gather_leaves_out_what_another_network_or_another_width_made(guard, wor
 
 def test_gather_leaves_out_items_on_which_reviewers_disagree(guard, workspace):
     ids = add_poisoned(workspace, 20, reviewer="ann")
-    for one in ids[:5]:
-        workspace.say(one, "bob", is_poisoned=False, label=0)
-    for one in ids[5:9]:
-        label = workspace.items[one - 1].decision.true_label
-        workspace.say(one, "bob", is_poisoned=True, label=label)
+    for item_id in ids[:5]:
+        workspace.say(item_id, "bob", is_poisoned=False, label=0)
+    for item_id in ids[5:9]:
+        label = workspace.items[item_id - 1].decision.true_label
+        workspace.say(item_id, "bob", is_poisoned=True, label=label)
     workspace.say(ids[9], "bob", is_poisoned=True, label=None)  # names no label: no contradiction
     workspace.say(ids[10], "bob", is_poisoned=False, label=0, withdrawn=True)
     material = gathered(guard, workspace)
@@ -144,7 +144,7 @@ def test_gather_leaves_out_reviewers_by_name_and_by_gold(guard, workspace):
     gold = {"ann": GoldResult(5, 5), "eve": GoldResult(3, 5), "bob": GoldResult(0, 0)}
     material = gathered(guard, workspace, settings, gold=gold)
     assert material.left_out == {"reviewer left out": 20}
-    assert {workspace.items[one - 1].decision.reviewer for one in material.training_ids} == {"ann"}
+    assert {workspace.items[item_id - 1].decision.reviewer for item_id in material.training_ids} == {"ann"}
     few = {"eve": GoldResult(0, 4)}  # too few to judge by
     assert gathered(guard, workspace, settings, gold=few).left_out == {"reviewer left out": 10}
 
@@ -221,7 +221,7 @@ def test_held_out_items_stay_held_out_when_more_come(guard, workspace):
     first = {*gathered(guard, workspace).held_out.item_ids}
     add_poisoned(workspace, 40, seed=7)
     add_false_alarms(workspace, 40, seed=8)
-    assert first == {one for one in gathered(guard, workspace).held_out.item_ids if one <= 80}
+    assert first == {item_id for item_id in gathered(guard, workspace).held_out.item_ids if item_id <= 80}
 
 
 def test_held_out_groups_are_whole_where_there_are_several(guard, workspace):
@@ -230,11 +230,11 @@ def test_held_out_groups_are_whole_where_there_are_several(guard, workspace):
         groups[trigger] = add_poisoned(workspace, 15, trigger=trigger, group=trigger, seed=trigger)
     material = gathered(guard, workspace)
     held = {*material.held_out.item_ids}
-    poisoned = [one for one in material.held_out.item_ids if workspace.items[one - 1].decision.is_poisoned]
+    poisoned = [item_id for item_id in material.held_out.item_ids if workspace.items[item_id - 1].decision.is_poisoned]
     whole = [ids for ids in groups.values() if {*ids} <= held]
     assert 1 <= len(whole) < 4
-    other = {one for one, is_other in zip(poisoned, material.held_out.other_group, strict=True) if is_other}
-    assert other == {one for ids in whole for one in ids}
+    other = {item_id for item_id, is_other in zip(poisoned, material.held_out.other_group, strict=True) if is_other}
+    assert other == {item_id for ids in whole for item_id in ids}
 
 
 def test_a_group_that_was_learned_from_is_not_held_out_and_a_locked_one_is_not_learned_from(guard, workspace):
@@ -250,15 +250,17 @@ def test_a_group_that_was_learned_from_is_not_held_out_and_a_locked_one_is_not_l
         workspace.items[item_id - 1] = dataclasses.replace(workspace.items[item_id - 1], group=0)
     again = gathered(guard, workspace, locked=set(locked))
     assert {*locked} <= {*again.held_out.item_ids}
-    rows = [one for one in again.held_out.item_ids if workspace.items[one - 1].decision.is_poisoned]
-    assert not any(is_other for one, is_other in zip(rows, again.held_out.other_group, strict=True) if one in locked)
+    rows = [entry for entry in again.held_out.item_ids if workspace.items[entry - 1].decision.is_poisoned]
+    assert not any(
+        is_other for entry, is_other in zip(rows, again.held_out.other_group, strict=True) if entry in locked
+    )
 
 
 def test_hold_out_cannot_be_foreseen_without_the_reference(workspace):
     """A reviewer who knew which answers are measured could lie in the others."""
     add_poisoned(workspace, 60)
-    one, other = (gathered(fit_guard(100, seed), workspace).held_out.item_ids for seed in (0, 1))
-    assert one != other
+    entry, other = (gathered(fit_guard(100, seed), workspace).held_out.item_ids for seed in (0, 1))
+    assert entry != other
 
 
 # --- settings ---
@@ -345,8 +347,8 @@ def test_gather_learns_from_no_false_alarm_by_default(guard, workspace):
 
 def test_gather_false_alarm_waits_for_a_second_reviewer(guard, workspace):
     ids = add_false_alarms(workspace, 40)
-    for one in ids[:20]:
-        workspace.say(one, "bob", is_poisoned=False, label=workspace.items[one - 1].decision.true_label)
+    for item_id in ids[:20]:
+        workspace.say(item_id, "bob", is_poisoned=False, label=workspace.items[item_id - 1].decision.true_label)
     material = gathered(guard, workspace, needed=2)
     held = {*material.held_out.item_ids}
     assert {*material.training_ids} == {*ids[:20]} - held
@@ -364,8 +366,8 @@ def test_gather_caps_of_a_class_hold_over_all_rounds_and_keep_what_was_learned(g
     limits.update({(label, False): 2 for label in range(5)})
 
     def per_class(ids):
-        decisions = [workspace.items[one - 1].decision for one in ids]
-        return Counter((one.true_label, one.is_poisoned) for one in decisions)
+        decisions = [workspace.items[item_id - 1].decision for item_id in ids]
+        return Counter((item_id.true_label, item_id.is_poisoned) for item_id in decisions)
 
     assert per_class(kept) == limits
     for row in range(len(first)):  # all of a next round

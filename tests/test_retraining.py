@@ -73,11 +73,13 @@ def paper_guard(few):
 
 def arrays_of(guard, kind):
     """What the detectors of a kind have learned."""
-    return [array for one in guard.ensemble.members if one.kind == kind for array in one.detector.state().values()]
+    return [
+        array for member in guard.ensemble.members if member.kind == kind for array in member.detector.state().values()
+    ]
 
 
-def assert_same_arrays(ours, theirs):
-    for array, other in zip(ours, theirs, strict=True):
+def assert_same_arrays(ours, others):
+    for array, other in zip(ours, others, strict=True):
         np.testing.assert_array_equal(array, other, strict=True)
 
 
@@ -88,8 +90,8 @@ def test_retrain_stops_more_of_the_attack_on_held_out_inputs(guard, retrained, t
     rest = triggered.source_rows >= SEEN
     activations, labels, true_labels = triggered_activations[rest], triggered.labels[rest], triggered.true_labels[rest]
 
-    def success(one):
-        flags = one.scores(activations).is_poisoned
+    def success(fitted):
+        flags = fitted.scores(activations).is_poisoned
         return attack_success_rate(activations.predicted_labels, labels, true_labels, flags)
 
     if success(guard) <= 0.02:
@@ -122,8 +124,8 @@ def test_retrain_keeps_the_requested_share_of_held_out_clean_images(guard, retra
 def test_retrain_teaches_the_replacement_head_the_true_labels(guard, retrained, triggered_activations, triggered):
     rest = triggered.source_rows >= SEEN
 
-    def recovered(one):
-        answers = one.ensemble.replacement_logits(triggered_activations[rest]).argmax(axis=1)
+    def recovered(fitted):
+        answers = fitted.ensemble.replacement_logits(triggered_activations[rest]).argmax(axis=1)
         return recovery_accuracy(answers, triggered.true_labels[rest])
 
     assert recovered(guard) < 0.85
@@ -142,9 +144,9 @@ def test_retrain_with_poisoned_inputs_changes_heads_and_not_one_bit_of_novelty_d
 
 def test_retrain_with_false_alarms_teaches_novelty_detectors_and_no_head(small_guard, traffic):
     again = retrain(small_guard, traffic[np.arange(12)])
-    for one, old in zip(again.ensemble.members, small_guard.ensemble.members, strict=True):
-        if one.kind == "lof":
-            assert len(one.detector.state()["references"]) == len(old.detector.state()["references"]) + 12
+    for entry, old in zip(again.ensemble.members, small_guard.ensemble.members, strict=True):
+        if entry.kind == "lof":
+            assert len(entry.detector.state()["references"]) == len(old.detector.state()["references"]) + 12
     assert_same_arrays(arrays_of(again, "disagreement"), arrays_of(small_guard, "disagreement"))
 
 
@@ -221,9 +223,14 @@ def test_retrain_leaves_the_old_guard_as_it_was(paper_guard, some, traffic):
 def test_retrain_shares_no_array_with_the_old_guard_or_the_labelled_inputs(small_guard, some):
     again = retrain(small_guard, some)
 
-    def arrays(one):
-        reference = [array for _, array in one.reference.items()]
-        return [*reference, one.reference_labels, *one.ensemble.arrays().values(), *one.fusion.arrays().values()]
+    def arrays(fitted):
+        reference = [array for _, array in fitted.reference.items()]
+        return [
+            *reference,
+            fitted.reference_labels,
+            *fitted.ensemble.arrays().values(),
+            *fitted.fusion.arrays().values(),
+        ]
 
     given = [*(array for _, array in some.activations.items()), some.true_labels]
     for ours in arrays(again):
@@ -235,7 +242,7 @@ def test_retrain_keeps_settings_suspect_and_what_the_guard_says_of_itself(guard,
     assert retrained.suspect is guard.suspect
     assert (retrained.input_shape, retrained.preprocessing) == (guard.input_shape, guard.preprocessing)
     assert retrained.ensemble.describe() == guard.ensemble.describe()
-    assert_same_arrays(*([array for _, array in one.reference.items()] for one in (retrained, guard)))
+    assert_same_arrays(*([array for _, array in entry.reference.items()] for entry in (retrained, guard)))
     poisoned = int(reviewed.is_poisoned.sum())
     assert retrained.retrained_with == (poisoned, len(reviewed) - poisoned)
     assert retrained.digest is None
@@ -292,11 +299,11 @@ def test_retrain_a_loaded_guard_equals_retraining_the_one_that_was_saved(few, su
     noisy = suspect.activations(clean_split.validation.images[:300] * np.float32(0.9))
     config = GuardConfig(false_positive_rate=0.05, folds=2, mode="paper")
     old = Guard.fit_activations(*few, config, noisy=noisy)
-    digests = [retrain(one, some).save(tmp_path).name for one in (old, Guard.load(old.save(tmp_path)))]
+    digests = [retrain(entry, some).save(tmp_path).name for entry in (old, Guard.load(old.save(tmp_path)))]
     assert digests[0] == digests[1]
     again = Guard.load(tmp_path / digests[0])
     assert len(arrays_of(again, "lof")[0]) == 600 + 40
-    assert_same_arrays(*([array for _, array in one.items()] for one in (again.noisy_reference, noisy)))
+    assert_same_arrays(*([array for _, array in entry.items()] for entry in (again.noisy_reference, noisy)))
 
 
 # --- bad input ---

@@ -73,7 +73,7 @@ def test_no_more_items_is_an_empty_list(robot):
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "told"),
+    ("path", "body", "status", "answer"),
     [
         ("/api/v1/items/1/decision", {"is_poisoned": True, "true_label": N_CLASSES}, 422, "true_label must be in"),
         ("/api/v1/items/99/decision", {"is_poisoned": True}, 410, "no item 99"),
@@ -82,11 +82,11 @@ def test_no_more_items_is_an_empty_list(robot):
         ("/api/v1/retrain", {"model": "digits"}, 403, "only an admin"),
     ],
 )
-def test_bad_request_is_one_line_of_json(robot, path, body, status, told):
+def test_bad_request_is_one_line_of_json(robot, path, body, status, answer):
     robot.get("/api/v1/items/next", params={"n": 1})
     response = robot.post(path, json=body)
     assert response.status_code == status
-    assert told in response.json()["error"]
+    assert answer in response.json()["error"]
 
 
 @pytest.mark.parametrize("n", [0, 201, "many"])

@@ -48,12 +48,16 @@ def shows(page: Page, item: int) -> None:
     page.wait_for_timeout(300)
 
 
-def said(page: Page, text: str) -> None:
+def notice_says(page: Page, text: str) -> None:
     expect(page.locator("#notice")).to_contain_text(text, timeout=PATIENCE)
 
 
 def answers(queue: Queue) -> list[tuple[int, bool, int | None]]:
-    return [(one.item_id, one.is_poisoned, one.true_label) for one in queue.decisions() if one.stands]
+    return [
+        (decision.item_id, decision.is_poisoned, decision.true_label)
+        for decision in queue.decisions()
+        if decision.stands
+    ]
 
 
 def test_whole_review_by_keyboard(workspace, queue, open_page):
@@ -65,9 +69,9 @@ def test_whole_review_by_keyboard(workspace, queue, open_page):
         page.keyboard.press("4")  # the label first, then the verdict
         page.keyboard.press("p")
         shows(page, 2)
-        said(page, "Saved: item 1 poisoned, true label 4.")
+        notice_says(page, "Saved: item 1 poisoned, true label 4.")
         page.keyboard.press("p")  # the verdict first, then the label
-        said(page, "Now its true label")
+        notice_says(page, "Now its true label")
         page.keyboard.press("6")
         shows(page, 3)
         page.keyboard.type("ff")  # the suspect is right; the second key comes too soon
@@ -80,7 +84,7 @@ def test_whole_review_by_keyboard(workspace, queue, open_page):
         page.keyboard.press("s")
         shows(page, 5)
         page.keyboard.press(" ")  # an item without an answer goes back
-        said(page, "Item 5 went back")
+        notice_says(page, "Item 5 went back")
         for _ in range(2):
             page.wait_for_timeout(300)
             item = page.locator("#work").get_attribute("data-item")
@@ -157,7 +161,7 @@ def test_many_classes_are_chosen_by_number_and_by_search(queue, open_page, tmp_p
         page.keyboard.press("Enter")
         shows(page, 3)
         page.keyboard.type("43")  # there is none
-        said(page, "There is no class 43.")
+        notice_says(page, "There is no class 43.")
         page.keyboard.type("9")
         page.keyboard.press("Escape")
         page.keyboard.type("05f")
@@ -180,7 +184,7 @@ def test_group_label_with_exceptions_by_keyboard(workspace, queue, open_page):
         page.get_by_label("Verdict of item 4").select_option("false alarm")
         expect(page.get_by_role("button", name="Label 4 items")).to_be_visible()
         page.get_by_role("button", name="Label 4 items").press("Enter")
-        said(page, "Saved: 4 items.")
+        notice_says(page, "Saved: 4 items.")
         page.get_by_role("button", name="Leave").press("Enter")
         page.wait_for_url("**/groups")
     assert answers(queue) == [(1, True, 6), (3, True, 8), (4, False, 3), (5, True, 6)]
@@ -201,7 +205,7 @@ def test_undo_in_a_later_session_and_change_of_an_old_answer(workspace, queue, o
         later = open_page(url)
         log_in(later, "ada", token)
         later.keyboard.press("u")
-        said(later, "Undone: item 2 is open again.")
+        notice_says(later, "Undone: item 2 is open again.")
         shows(later, 2)
         later.get_by_role("link", name="My answers").press("Enter")
         later.get_by_label("Change the answer for item 1").press("Enter")
@@ -227,7 +231,11 @@ def test_two_reviewers_at_once_share_the_work(workspace, queue, open_page):
         pages["bob"].wait_for_url("**/login")
         pages["ada"].keyboard.press("f")
         shows(pages["ada"], 4)  # what bob had and gave back
-    assert {(one.item_id, one.reviewer) for one in queue.decisions()} == {(1, "ada"), (2, "bob"), (3, "ada")}
+    assert {(decision.item_id, decision.reviewer) for decision in queue.decisions()} == {
+        (1, "ada"),
+        (2, "bob"),
+        (3, "ada"),
+    }
 
 
 def test_wrong_login_says_so_and_logout_closes_every_page(workspace, open_page):
@@ -314,17 +322,17 @@ def test_hostile_names_bodies_and_types_run_no_script(queue, open_page, tmp_path
         page.keyboard.press("v")  # the body, as it was sent
         expect(page.locator("#no-picture")).to_be_visible(timeout=PATIENCE)
         page.keyboard.type("4p")
-        said(page, "Saved: item 1")
+        notice_says(page, "Saved: item 1")
         expect(page.locator("#notice")).to_contain_text("<script>")  # as text
         for path in ("groups", "groups/7", "answers", "progress", "admin", "items/1", "images/items/1.png?view=sent"):
             page.goto(f"{url}/{path}")
         page.goto(f"{url}/admin")
         page.set_input_files("input[type=file]", {"name": f"{evil}.csv", "mimeType": evil, "buffer": evil.encode()})
         page.get_by_role("button", name="Import").click()
-        said(page, "the file needs the columns")
+        notice_says(page, "the file needs the columns")
         page.fill("input[name=name]", evil)
         page.get_by_role("button", name="Add and show a token").click()
-        said(page, "a name must be")
+        notice_says(page, "a name must be")
         page.goto(f"{url}/review?order={quote(evil)}")
         page.goto(f"{url}/status?model={quote(evil)}&span={quote(evil)}")
         expect(page.locator(".uplot").first).to_be_visible(timeout=PATIENCE)
@@ -364,7 +372,7 @@ def test_server_that_is_gone_is_said_and_nothing_is_lost(workspace, queue, open_
         shows(page, 1)
         page.route("**/items/*/decision", lambda route: route.fulfill(status=503, body="<p id=notice>gone</p>"))
         page.keyboard.type("4p")
-        said(page, "gone")
+        notice_says(page, "gone")
         shows(page, 1)
         page.unroute("**/items/*/decision")
         page.keyboard.press("p")  # the label is still chosen

@@ -39,11 +39,11 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_add_user_prints_the_token_alone(database, capsys):
     assert run(["review", "--queue", database, "add-user", "ada", "--role", "admin"]) == 0
-    said = capsys.readouterr()
+    message = capsys.readouterr()
     with Queue.open(queue_url(database)) as queue:
-        reviewer = Reviewers(queue).check_token(said.out.strip())
+        reviewer = Reviewers(queue).check_token(message.out.strip())
     assert (reviewer.name, reviewer.role) == ("ada", "admin")
-    assert "shown this once" in said.err
+    assert "shown this once" in message.err
     assert run(["review", "add-user", "ada", "--queue", database]) == 1  # the option may come last
     assert "there is a reviewer 'ada' already" in capsys.readouterr().err
     assert run(["review", "add-user", "bob", "--role", "boss", "--queue", database]) == 2
@@ -80,16 +80,16 @@ def test_labelling_config_goes_to_the_terminal(database, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "answer"),
     [
         (["export", "--format", "xml"], "--format must be"),
         (["export", "--what", "some"], "--what must be"),
         (["import", "nowhere.csv", "--reviewer", "ada"], "cannot be read"),
     ],
 )
-def test_wrong_arguments_are_one_line(database, capsys, arguments, told):
+def test_wrong_arguments_are_one_line(database, capsys, arguments, answer):
     assert run(["review", "--queue", database, *arguments]) in (1, 2)
-    assert told in " ".join(capsys.readouterr().err.split())
+    assert answer in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("option", ["--certificate", "--weights"])

@@ -79,13 +79,13 @@ def routes(client: TestClient) -> list[tuple[str, APIRoute]]:
     found: list[APIRoute] = []
     to_look_at: list[Any] = list(client.app.routes)
     while to_look_at:
-        one = to_look_at.pop()
-        if isinstance(one, APIRoute):
-            found.append(one)
+        entry = to_look_at.pop()
+        if isinstance(entry, APIRoute):
+            found.append(entry)
         else:
-            to_look_at += getattr(getattr(one, "original_router", None), "routes", [])
+            to_look_at += getattr(getattr(entry, "original_router", None), "routes", [])
     assert len(found) > 35
-    return [(method, one) for one in found for method in sorted(one.methods)]
+    return [(method, entry) for entry in found for method in sorted(entry.methods)]
 
 
 def send(client: TestClient, method: str, path: str, **more: Any) -> None:
@@ -118,7 +118,7 @@ def test_every_route_answers_hostile_paths_and_queries(workspace, root):
             seen += 1
         for name in {"order", "group", "page", "n", "view", "span", "model", "what", "file_format"}:
             for value in (*NUMBERS[2:3], *NUMBERS[5:7], TEXTS[1]):
-                if method == "GET" and any(name == one.name for one in route.dependant.query_params):
+                if method == "GET" and any(name == query_param.name for query_param in route.dependant.query_params):
                     send(root, method, filled(route, "1"), params={name: value})
                     seen += 1
     assert seen > 150
@@ -170,7 +170,7 @@ def test_every_json_route_answers_hostile_bodies(workspace, root):
         if method == "POST" and route.path.startswith("/api/"):
             for body in BODIES:
                 send(root, method, filled(route, "1"), content=body, headers={"Content-Type": "application/json"})
-    assert all("\0" not in one.note for one in workspace.queue.decisions())
+    assert all("\0" not in decision.note for decision in workspace.queue.decisions())
 
 
 @pytest.mark.parametrize(
@@ -220,13 +220,13 @@ def test_flagged_input_with_hostile_names_is_kept(workspace):
 
 
 def test_page_remembers_no_model_that_a_browser_made_up(queue_url, root, workspace):
-    asked: list[str | None] = []
+    requested: list[str | None] = []
 
     class Source:
         def history(self, span: Any, model: str | None, now: float) -> Any:
             from guard.review.status.history import History
 
-            asked.append(model)
+            requested.append(model)
             return History(span=span, edges=span.edges(now), models=("digits",))
 
         def start(self) -> None: ...
@@ -236,4 +236,4 @@ def test_page_remembers_no_model_that_a_browser_made_up(queue_url, root, workspa
     client = log_in(workspace_of(workspace.queue, metrics=Source()), "ada")
     for model in ("digits", "x" * 100, "'}", ""):
         assert client.get("/status", params={"model": model}).status_code == 200
-    assert set(asked) == {None, "digits"}
+    assert set(requested) == {None, "digits"}

@@ -305,7 +305,7 @@ def test_item_of_a_group_that_gave_way_is_told_and_the_rest_of_the_form_stays(qu
     assert 'value="2"' not in response.text.split('class="tiles"')[1]
     assert queue.decisions() == []
     assert ada.post("/groups/4/decisions", data=form | {"include": ["1", "3"]}).status_code == 303
-    assert [one.true_label for one in queue.decisions()] == [4, 6]
+    assert [decision.true_label for decision in queue.decisions()] == [4, 6]
 
 
 def test_page_shows_what_a_program_holds_for_the_reviewer_at_the_limit(sqlite_template, tmp_path):
@@ -506,8 +506,8 @@ def test_group_is_labelled_with_its_exceptions(group_of_three):
     html = ada.post("/groups/7/decisions", data=data).text
     assert "Saved: 2 items." in html
     assert html.count('name="include"') == 1
-    one, two = (group_of_three.queue.get(item).decision for item in (1, 2))
-    assert (one.is_poisoned, one.true_label) == (True, 4)
+    entry, two = (group_of_three.queue.get(item).decision for item in (1, 2))
+    assert (entry.is_poisoned, entry.true_label) == (True, 4)
     assert (two.is_poisoned, two.true_label) == (False, 3)  # as the suspect says
     assert ada.post("/groups/7/leave").status_code == 303
     assert group_of_three.queue.get(3).state is State.PENDING
@@ -525,11 +525,11 @@ def test_group_by_the_backups_answers_refuses_one_that_agrees_with_the_suspect(q
     assert queue.decisions() == []
     response = ada.post("/groups/7/decisions", data={**data, "label_2": "6"})
     assert response.headers["location"] == "/groups"
-    assert [one.true_label for one in queue.decisions()] == [5, 6]
+    assert [decision.true_label for decision in queue.decisions()] == [5, 6]
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "answer"),
     [
         ({"verdict": "poisoned", "rule": "one", "group_label": "4"}, "no item is chosen"),
         ({"verdict": "poisoned", "include": "1"}, "choose what the true label is"),
@@ -538,12 +538,12 @@ def test_group_by_the_backups_answers_refuses_one_that_agrees_with_the_suspect(q
         ({"rule": "none", "include": "1"}, "say whether the group is poisoned"),
     ],
 )
-def test_group_form_that_is_incomplete_says_what_is_missing_and_keeps_the_rest(group_of_three, data, told):
+def test_group_form_that_is_incomplete_says_what_is_missing_and_keeps_the_rest(group_of_three, data, answer):
     ada = log_in(group_of_three)
     ada.get("/groups/7")
     response = ada.post("/groups/7/decisions", data=data)
     assert response.status_code == 422
-    assert told in response.text
+    assert answer in response.text
     assert group_of_three.queue.decisions() == []
 
 
@@ -681,10 +681,10 @@ def test_page_shows_every_picture_of_a_request_the_models_input_first(queue):
     assert "3 fields" in page
     assert "<img src=x" not in page
     shown = [client.get(html.unescape(path)).content for _, path in views]
-    pixels = [np.asarray(Image.open(io.BytesIO(one))) for one in shown]
-    originals = [np.asarray(Image.open(io.BytesIO(one.body))) for one in (triggered, clean, triggered)]
-    for one, original in zip(pixels, originals, strict=True):
-        np.testing.assert_array_equal(one, original)
+    pixels = [np.asarray(Image.open(io.BytesIO(entry))) for entry in shown]
+    originals = [np.asarray(Image.open(io.BytesIO(entry.body))) for entry in (triggered, clean, triggered)]
+    for entry, original in zip(pixels, originals, strict=True):
+        np.testing.assert_array_equal(entry, original)
     assert client.get("/images/items/1.png?view=sent&place=2").status_code == 404
     assert client.get("/images/items/1.png?view=sent&place=-1").status_code == 404
 

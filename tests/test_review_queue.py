@@ -120,20 +120,20 @@ def test_flagged_requests_of_a_batch_are_queued_and_clean_ones_are_not(
     assert [item.input.content_type for item in items] == ["image/png", "image/x-other"]
     for item, body, image in zip(items, (bodies[1], bodies[3]), flagged[:2], strict=True):
         verdict = fitted_guard.inspect(np.rint(image[None] * 255).astype(np.float32) / 255)[0]
-        one = item.input
+        entry = item.input
         assert item.state is State.PENDING
-        assert one.body == body
-        assert one.model == worker.context.model_name
-        assert one.bundle_digest == worker.handler._runtime.current.digest
-        assert one.suspect_label == verdict.label
-        assert one.p_value == verdict.p_value
-        assert one.reason == verdict.reason
-        assert dict(one.raw) == pytest.approx(verdict.detector_scores, rel=1e-4)
-        assert one.surprise.keys() == verdict.detector_scores.keys()
-        assert one.combined == pytest.approx(np.sqrt(np.mean(np.square(list(one.surprise.values())))), rel=1e-9)
-        assert 0 < one.backup_confidence <= 1
-        assert timedelta(0) <= one.received_at - before < timedelta(minutes=1)
-        np.testing.assert_allclose(one.inputs, image, atol=0.5 / 255 + 1e-6)
+        assert entry.body == body
+        assert entry.model == worker.context.model_name
+        assert entry.bundle_digest == worker.handler._runtime.current.digest
+        assert entry.suspect_label == verdict.label
+        assert entry.p_value == verdict.p_value
+        assert entry.reason == verdict.reason
+        assert dict(entry.raw) == pytest.approx(verdict.detector_scores, rel=1e-4)
+        assert entry.surprise.keys() == verdict.detector_scores.keys()
+        assert entry.combined == pytest.approx(np.sqrt(np.mean(np.square(list(entry.surprise.values())))), rel=1e-9)
+        assert 0 < entry.backup_confidence <= 1
+        assert timedelta(0) <= entry.received_at - before < timedelta(minutes=1)
+        np.testing.assert_allclose(entry.inputs, image, atol=0.5 / 255 + 1e-6)
     counted, model = worker.counts(), worker.context.model_name
     assert counted[f"guard_queued_total{{{model}}}"] == 2
     assert counted[f"guard_shed_total{{{model},full}}"] == counted[f"guard_shed_total{{{model},unavailable}}"] == 0
@@ -170,10 +170,10 @@ def test_field_that_was_not_looked_at_does_not_hide_the_one_that_was(
     other, answer = worker.ask(clean, {"data": decoy, "body": body})  # the handler looks at `body`
     (item,) = queued(url)
     assert (other.headers["Guard-Verdict"], answer.headers["Guard-Review"]) == ("clean", "queued")
-    kept = {one.name: one.data for one in fields_of(item.input.body, item.input.content_type)}
+    kept = {field.name: field.data for field in fields_of(item.input.body, item.input.content_type)}
     assert kept["body"] == body
     assert "data" in kept
-    assert body in [one.data for one in pictures_of(item.input.body, item.input.content_type)]
+    assert body in [field.data for field in pictures_of(item.input.body, item.input.content_type)]
     np.testing.assert_allclose(item.input.inputs, flagged[0], atol=0.5 / 255 + 1e-6)
 
 
@@ -183,14 +183,14 @@ def test_request_that_no_queue_can_take_costs_its_neighbours_nothing(
     worker = serve()
     as_input = review_queue.ReviewQueue._input
 
-    def strange(queue: Any, one: Any, *rest: Any) -> Any:
-        if one.request_id == "id-0":
+    def strange(queue: Any, answer: Any, *rest: Any) -> Any:
+        if answer.request_id == "id-0":
             raise DataError("combined must be finite, got inf.")
-        return as_input(queue, one, *rest)
+        return as_input(queue, answer, *rest)
 
     monkeypatch.setattr(review_queue.ReviewQueue, "_input", strange)
     answers = worker.ask(*map(png, flagged[:2])) + worker.ask(b"x" * 8, png(flagged[2]))
-    assert [one.headers.get("Guard-Review") for one in answers] == ["unavailable", "queued", None, "queued"]
+    assert [answer.headers.get("Guard-Review") for answer in answers] == ["unavailable", "queued", None, "queued"]
     assert len(queued(url)) == 2
 
 

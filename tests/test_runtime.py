@@ -120,9 +120,12 @@ def test_watching_sees_only_what_happens_inside_and_nothing_for_none(
 def test_watching_refuses_another_shape_before_the_model_runs(make: Make, module: MnistCnn, as_keyword: bool) -> None:
     images = torch.zeros(1, 3, 28, 28)
     runtime = make()
-    with runtime.watching(runtime.current) as record, pytest.raises(InputRejectedError, match=r"\(3, 28, 28\)") as told:
+    with (
+        runtime.watching(runtime.current) as record,
+        pytest.raises(InputRejectedError, match=r"\(3, 28, 28\)") as answer,
+    ):
         module(images=images) if as_keyword else module(images)
-    assert told.value.status == 422
+    assert answer.value.status == 422
     assert not record.model_ran
     open_runtime = make(failure_mode="open")
     with open_runtime.watching(open_runtime.current) as record, pytest.raises(RuntimeError, match="expected input"):
@@ -330,9 +333,9 @@ def test_bad_new_active_is_refused_once_and_the_old_one_stays(
     assert runtime.current is guard
     assert counted(runtime, "guard_bundle_swaps_total")["m", "refused"] == 1
     (line,) = [line for line in capfd.readouterr().err.splitlines() if '"bundle_refused"' in line]
-    told = json.loads(line)
-    assert (told["bundle"], told["stays"], told["model"]) == (text if len(text) == 64 else "", guard.digest, "m")
-    assert told["why"]
+    answer = json.loads(line)
+    assert (answer["bundle"], answer["stays"], answer["model"]) == (text if len(text) == 64 else "", guard.digest, "m")
+    assert answer["why"]
 
 
 def test_bundle_that_comes_later_than_active_is_taken_then(make: Make, store: BundleStore) -> None:
@@ -397,7 +400,7 @@ def test_swap_under_threads_never_mixes_two_bundles_in_one_block(
     expected = {}
     for digest in digests:
         guard = Guard.load(store.root / digest, SuspectModel(copy.deepcopy(module)))
-        expected[digest] = [one.p_value for one in guard.inspect(images.numpy())]
+        expected[digest] = [verdict.p_value for verdict in guard.inspect(images.numpy())]
     assert expected[digests[0]] != expected[digests[1]]
     done = threading.Event()
 

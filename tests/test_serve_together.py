@@ -150,7 +150,7 @@ def form_of(**fields: bytes) -> bytes:
     return b"".join(parts) + b"--B--\r\n"
 
 
-def asked(together: Together, method: str, path: str, body: Any = None) -> Any:
+def request_page(together: Together, method: str, path: str, body: Any = None) -> Any:
     together.page.close()  # the page ends idle connections after 5 s
     reply = together.page.request(method, path, b"" if body is None else json.dumps(body), headers=JSON)
     assert reply.status == 200, (reply.status, reply.error, reply.body)
@@ -222,30 +222,30 @@ def test_flagged_requests_are_reviewed_and_the_server_takes_what_was_learned(
         form = form_of(data=list(bodies)[-1], body=flagged[0])  # the handler looks at `body`
         reply = client.predict("digits", form, content_type="multipart/form-data; boundary=B")
         assert reply.headers["guard-review"] == "queued"
-        counts = asked(together, "GET", "/api/v1/counts")
+        counts = request_page(together, "GET", "/api/v1/counts")
         assert counts["by_state"]["pending"] == len(flagged) + 1 > 50
         with Queue.open(together.queue) as queue:
             items = queue.items(limit=1000)
         sent = {item.id: pictures_of(item.input.body, item.input.content_type) for item in items}
-        assert [(one.name, one.data) for one in sent[items[-1].id]] == [
+        assert [(entry.name, entry.data) for entry in sent[items[-1].id]] == [
             ("data", list(bodies)[-1]),
             ("body", flagged[0]),
         ]
         truth = {item_id: bodies[pictures[-1].data] for item_id, pictures in sent.items()}
         first = replies[flagged[0]].headers["guard-bundle"]
-        items = asked(together, "GET", "/api/v1/items/next?n=100")["items"]
+        items = request_page(together, "GET", "/api/v1/items/next?n=100")["items"]
         answers = [
             {"item": item["id"], "true_label": truth[item["id"]][0], "is_poisoned": truth[item["id"]][1]}
             for item in items
         ]
-        asked(together, "POST", "/api/v1/decisions", {"answers": answers})
-        asked(together, "POST", "/api/v1/retrain", {"model": "digits"})
+        request_page(together, "POST", "/api/v1/decisions", {"answers": answers})
+        request_page(together, "POST", "/api/v1/retrain", {"model": "digits"})
 
         def served_bundle() -> str:
             return client.predict("digits", flagged[0], content_type="image/png").headers["guard-bundle"]
 
         wait_for(lambda: served_bundle() != first)
-        wait_for(lambda: asked(together, "GET", "/api/v1/counts")["by_state"]["trained"])
+        wait_for(lambda: request_page(together, "GET", "/api/v1/counts")["by_state"]["trained"])
         active = BundleStore(together.folder / "bundles").active_digest()
         assert served_bundle() == active
         # The status page has it from the metrics address and the queue.
@@ -255,7 +255,7 @@ def test_flagged_requests_are_reviewed_and_the_server_takes_what_was_learned(
         judged = re.search(r"([\d,]+) of ([\d,]+) requests flagged in the last hour, no bypass", page)
         assert judged is not None
         assert [int(number.replace(",", "")) for number in judged.groups()] >= [len(flagged), len(replies)]
-        assert re.search(rf'ada</th><td class="num">{sum(one["is_poisoned"] for one in answers)}</td>', page)
+        assert re.search(rf'ada</th><td class="num">{sum(entry["is_poisoned"] for entry in answers)}</td>', page)
     log = (together.logs / "retrainer_of_digits.log").read_text()
     assert "promoted" in log
 
@@ -271,7 +271,7 @@ def test_every_panel_of_the_dashboard_has_data(together: Together) -> None:
     for panel in json.loads((ROOT / "deploy" / "grafana" / "guard.json").read_text())["panels"]:
         for target in panel["targets"]:
             expression = target["expr"].replace("$__rate_interval", "1m").replace("$model", ".*")
-            wait_for(lambda one=expression: query(prometheus, one), 30)
+            wait_for(lambda expression=expression: query(prometheus, expression), 30)
 
 
 def test_metrics_log_and_queue_tell_the_same_of_the_requests(together: Together) -> None:

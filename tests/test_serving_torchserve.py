@@ -101,8 +101,8 @@ def site(
             guards,
             images,
             [png(image) for image in images],
-            {digest: [one.p_value for one in said] for digest, said in verdicts.items()},
-            {digest: [one.is_poisoned for one in said] for digest, said in verdicts.items()},
+            {digest: [entry.p_value for entry in message] for digest, message in verdicts.items()},
+            {digest: [entry.is_poisoned for entry in message] for digest, message in verdicts.items()},
             str(shop.guard.digest),
             str(second.digest),
         )
@@ -209,20 +209,20 @@ def test_block_relabel_crops_and_text_over_http(site: Site) -> None:
     for index in range(40):
         blocking, relabelling, crops, text, plain = (replies[name][index] for name in replies)
         assert site.agrees(blocking, index)
-        said = json.loads(blocking.body)
+        message = json.loads(blocking.body)
         if blocking.headers["guard-verdict"] == "poisoned":
-            assert (blocking.status, said["code"], said["type"]) == (422, 422, "InputBlocked")
+            assert (blocking.status, message["code"], message["type"]) == (422, 422, "InputBlocked")
             assert blocking.headers["content-type"] == "application/json"
         else:
             assert blocking.status == 200
-            told = said.pop("guard")
-            assert told["verdict"] == blocking.headers["guard-verdict"]
-            assert f"{told['p_value']:.6g}" == blocking.headers["guard-p-value"]
-            assert said["label"] == json.loads(plain.body)["label"]
+            answer = message.pop("guard")
+            assert answer["verdict"] == blocking.headers["guard-verdict"]
+            assert f"{answer['p_value']:.6g}" == blocking.headers["guard-p-value"]
+            assert message["label"] == json.loads(plain.body)["label"]
         assert site.agrees(relabelling, index)
         unsure += json.loads(relabelling.body)["label"] != relabelled[index].final_label
         rows = np.stack([np.roll(site.images[index], move, (1, 2)) for move in moves])
-        expected = min(one.p_value for one in guard.inspect(rows))
+        expected = min(verdict.p_value for verdict in guard.inspect(rows))
         assert float(crops.headers["guard-p-value"]) == pytest.approx(expected, abs=TOLERANCE)
         assert site.agrees(text, index)
         label = json.loads(plain.body)["label"]
@@ -239,18 +239,23 @@ def test_no_verdict_lands_on_somebody_elses_request(site: Site) -> None:
     pixels = [site.images[index].tolist() for index in (poisoned[0], clean[0], poisoned[1], clean[1])]
     attack = json.dumps({"instances": pixels[:2]})
     nothing = json.dumps({"instances": []})
-    own = [json.dumps({"instances": [image]}) for image in pixels[2:]]
+    selected = [json.dumps({"instances": [image]}) for image in pixels[2:]]
     counts = settled(site, "lists")
-    for batch in ([attack, nothing], [nothing, attack], [attack, nothing, own[1]], [nothing, own[0], attack, own[1]]):
+    for batch in (
+        [attack, nothing],
+        [nothing, attack],
+        [attack, nothing, selected[1]],
+        [nothing, selected[0], attack, selected[1]],
+    ):
         bodies = [body.encode() for body in batch * 8]
         replies = load(site, "lists", bodies, clients=len(batch), content_type="application/json")
         for body, reply in zip(batch * 8, replies, strict=True):
-            told = reply.status, reply.headers.get("guard-verdict")
+            answer = reply.status, reply.headers.get("guard-verdict")
             if body in (attack, nothing):  # neither holds one input: no verdict, no label
-                assert told == (500, None)
+                assert answer == (500, None)
                 assert json.loads(reply.body)["type"] == "GuardFailed"
             else:
-                assert told == ((422, "poisoned") if body == own[0] else (200, "clean"))
+                assert answer == ((422, "poisoned") if body == selected[0] else (200, "clean"))
     sent = Counter(failed=8 * 8, clean=2 * 8, poisoned=8)
     assert wait_for(lambda: verdict_counts(site, "lists") - counts == sent)
     with site.server.client() as client:  # images go through the same handler
@@ -309,9 +314,9 @@ def test_open_mode_bypasses_and_counts_over_http(site: Site) -> None:
     assert wait_for(lambda: verdict_counts(site, "text") - before == Counter(bypassed=2))
     assert scrape(site, "text")["guard_bypassed_total", "not_finite"] == 2
     lines = (site.server.work_dir / "logs" / "guard_log.jsonl").read_text().splitlines()
-    (first, second) = [told for told in map(json.loads, lines) if told["model"] == "text"][-2:]
+    (first, second) = [answer for answer in map(json.loads, lines) if answer["model"] == "text"][-2:]
     assert first["request_id"] != second["request_id"]
-    assert {(told["verdict"], told["reason"], told["status"]) for told in (first, second)} == {
+    assert {(answer["verdict"], answer["reason"], answer["status"]) for answer in (first, second)} == {
         ("bypassed", "not_finite", 203)
     }
 

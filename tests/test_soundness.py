@@ -54,8 +54,8 @@ def first(name: str, rows: int) -> Change:
     return lambda arrays: arrays.update({name: arrays[name][:rows].copy()})
 
 
-def swapped(one: str, other: str) -> Change:
-    return lambda arrays: arrays.update({one: arrays[other], other: arrays[one]})
+def swapped(first: str, other: str) -> Change:
+    return lambda arrays: arrays.update({first: arrays[other], other: arrays[first]})
 
 
 def as_type(name: str, kind: object) -> Change:
@@ -168,14 +168,14 @@ def write(folder: Path, stored: StoredBundle, change: Change = dict, **document:
 
 
 def test_sound_bundle_names_the_arrays_that_the_tests_change(sound):
-    detectors = [one["name"] for one in sound.document["detectors"]]
+    detectors = [entry["name"] for entry in sound.document["detectors"]]
     assert detectors[4].startswith("disagreement:")
     assert detectors[8] == "anytime"
     assert "early.1.clean_scores" in sound.arrays
 
 
 def test_sound_bundles_of_both_versions_load_and_decide_alike(sound, tmp_path, clean_activations):
-    new, old = (Guard.load(write(tmp_path, one)) for one in (sound, older(sound)))
+    new, old = (Guard.load(write(tmp_path, entry)) for entry in (sound, older(sound)))
     sample = Activations(
         clean_activations.logits[:20],
         clean_activations.features[:20],
@@ -281,9 +281,9 @@ def test_paper_guard_that_calls_everything_clean_is_refused(suspect, clean_split
     images, labels = clean_split.validation
     guard = Guard.fit(suspect, images[:200], labels[:200], GuardConfig(false_positive_rate=0.1, mode="paper"))
     stored = read_bundle(guard.save(tmp_path))
-    for one in (stored, older(stored)):
+    for entry in (stored, older(stored)):
         with pytest.raises(BundleError, match=r"nothing would be flagged|in fit"):
-            Guard.load(write(tmp_path, one, put("clean_scores", 1e30)))
+            Guard.load(write(tmp_path, entry, put("clean_scores", 1e30)))
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_absurd_bundle_is_not_swapped_in_activated_or_rolled_back_to(
         for _ in range(2):
             runtime.refresh()
         assert runtime.current.digest == good.name
-        refused = [one.value for one in runtime.metrics.drain() if "refused" in one.labels]
+        refused = [count.value for count in runtime.metrics.drain() if "refused" in count.labels]
     finally:
         runtime.close()
     assert sum(refused) == 1

@@ -57,10 +57,10 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     (tmp_path / "work").mkdir()
 
     def make_it(**more: Any) -> Any:
-        said: list[str] = []
+        message: list[str] = []
         beside = Beside(**{"queue_url": "sqlite:///q.db", "command": (sys.executable, "-c", COMPANION), **more})
         server = Server(tmp_path / "work")
-        return SimpleNamespace(server=server, said=said, stack=ServingStack(server, beside, said.append))  # type: ignore[arg-type]
+        return SimpleNamespace(server=server, said=message, stack=ServingStack(server, beside, message.append))  # type: ignore[arg-type]
 
     return make_it
 

@@ -163,7 +163,7 @@ def numbers(history: History, *, oldest: float | None = None, waiting: int = 0, 
     return Numbers(history, QueueNow(counts, [0] * HOUR.points, [0] * HOUR.points, []), **more)
 
 
-def told(known: Numbers) -> tuple[str, str, list[str]]:
+def shown(known: Numbers) -> tuple[str, str, list[str]]:
     found = answer(known, datetime.fromtimestamp(NOW, UTC))
     return found.level, f"{found.opening}: {found.sentence}.", [finding.text for finding in found.findings]
 
@@ -175,12 +175,12 @@ def history_of(**verdicts: int) -> History:
 
 def test_all_well_is_said_in_one_sentence():
     calm = numbers(history_of(clean=1201, poisoned=3), oldest=4, waiting=1, expected_rate=0.01)
-    assert told(calm) == (
+    assert shown(calm) == (
         "well",
         "All well: 3 of 1,204 requests flagged in the last hour, no bypass, oldest waiting item 4 min.",
         [],
     )
-    assert told(numbers(history_of(clean=0)))[1] == "All well: no request in the last hour, nothing waits."
+    assert shown(numbers(history_of(clean=0)))[1] == "All well: no request in the last hour, nothing waits."
 
 
 def test_what_is_wrong_comes_first_and_the_worst_of_it_first():
@@ -188,7 +188,7 @@ def test_what_is_wrong_comes_first_and_the_worst_of_it_first():
     totals[Key("guard_bypassed_total", ("guard_error",))] = 12.0
     totals[Key("guard_shed_total", ("full",))] = 7.0
     history = replace(history_of(), totals=totals, in_use=("cd" * 32,))
-    level, sentence, findings = told(numbers(history, oldest=300, expected_rate=0.01, active="ab" * 32))
+    level, sentence, findings = shown(numbers(history, oldest=300, expected_rate=0.01, active="ab" * 32))
     assert level == "bad"
     assert sentence == (
         "Not well: 300 of 1,242 requests flagged in the last hour, 12 bypassed, oldest waiting item 5 h."
@@ -205,9 +205,9 @@ def test_what_is_wrong_comes_first_and_the_worst_of_it_first():
 
 def test_server_away_or_unknown_is_never_well():
     away = replace(history_of(clean=100), away=("http://x does not answer, since 02:13 UTC",), is_away=True)
-    assert told(numbers(away))[0] == "bad"
+    assert shown(numbers(away))[0] == "bad"
     nothing = History(span=HOUR, edges=HOUR.edges(NOW))
-    level, sentence, _ = told(numbers(nothing, has_metrics=False))
+    level, sentence, _ = shown(numbers(nothing, has_metrics=False))
     assert (level, sentence) == ("look", "Look at this: no numbers of the server, nothing waits.")
 
 
@@ -223,7 +223,7 @@ def test_drift_is_measured_and_told_once_it_is_no_chance():
     known = numbers(server.history())
     assert known.drift_lately.factor == pytest.approx(4.0, rel=0.01)
     assert known.drift.factor == pytest.approx(240 / 0.1 / (5 * 719), rel=0.01)
-    assert told(known)[2] == ["clean traffic drifts: lately, low p-values are 4.0 times as frequent as calibrated"]
+    assert shown(known)[2] == ["clean traffic drifts: lately, low p-values are 4.0 times as frequent as calibrated"]
     drawn = {chart.id: chart for chart in charts(known)}["drift"]
     assert drawn.lines[0].values[-1] == pytest.approx(known.drift_lately.factor, rel=0.01)  # over ten minutes
     assert drawn.lines[0].values[20] == pytest.approx(0.0)

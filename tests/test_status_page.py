@@ -152,8 +152,8 @@ def test_roll_back_asks_first_and_goes_to_the_bundle_before(workspace, digests, 
     page = shown(client.get("/status").text)
     assert re.search(rf"{second[:12]} active in use round 1, from {first[:12]}", page)
     assert 'href="/status/rollback"' in client.get("/status").text
-    asked = client.get("/status/rollback").text
-    assert f"Roll back to {first[:12]}" in asked
+    requested = client.get("/status/rollback").text
+    assert f"Roll back to {first[:12]}" in requested
     assert store.active_digest() == second
     fields = {"active": second, "target": first}
     done = client.post("/status/rollback", data=fields)

@@ -148,7 +148,7 @@ def test_server_lets_nobody_connect_to_grpc(server: TorchServeInstance) -> None:
     """One call of StreamPredictions with the inference key would end a worker; 0.12 starts these servers always."""
     listening = [c.laddr for c in psutil.Process(server.java_pid).net_connections("inet") if c.status == "LISTEN"]
     for port in (server.ports.grpc_inference, server.ports.grpc_management):
-        (address,) = {one.ip.removeprefix("::ffff:") for one in listening if one.port == port}
+        (address,) = {entry.ip.removeprefix("::ffff:") for entry in listening if entry.port == port}
         assert address == NOWHERE
         for place in (NOWHERE, LOOPBACK, "localhost", socket.gethostname(), "0.0.0.0", "127.0.0.2", "::1"):
             assert not is_reachable(place, port)
@@ -157,10 +157,12 @@ def test_server_lets_nobody_connect_to_grpc(server: TorchServeInstance) -> None:
 @pytest.mark.torchserve
 def test_server_shows_no_variable_of_its_environment_to_others(server: TorchServeInstance) -> None:
     process = psutil.Process(server.java_pid)
-    workers = [one for one in process.children(recursive=True) if one.environ().get("GUARD_QUEUE_URL") == QUEUE_URL]
+    workers = [
+        entry for entry in process.children(recursive=True) if entry.environ().get("GUARD_QUEUE_URL") == QUEUE_URL
+    ]
     assert workers  # they have it
-    for one in (process, *process.parents()[:1], *process.children(recursive=True)):
-        assert "marker" not in " ".join(one.cmdline())
+    for entry in (process, *process.parents()[:1], *process.children(recursive=True)):
+        assert "marker" not in " ".join(entry.cmdline())
     for path in (server.work_dir, *server.work_dir.rglob("*")):
         assert path.is_dir() or not path.is_file() or b"marker" not in path.read_bytes(), path
 
@@ -221,10 +223,10 @@ def test_stop_leaves_no_process_and_no_folder(store: Path) -> None:
         instance.wait_ready(120)
         folder, ports = instance.work_dir, instance.ports
         processes = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
-        mine = [p for p in processes if str(folder) in " ".join(p.cmdline())]
-        assert len(mine) == 3  # supervisor, Java, worker
+        claimed = [p for p in processes if str(folder) in " ".join(p.cmdline())]
+        assert len(claimed) == 3  # supervisor, Java, worker
     instance.stop()
-    assert not [p for p in mine if p.is_running()]
+    assert not [p for p in claimed if p.is_running()]
     assert not folder.exists()
     assert port_is_free(ports.inference)
     assert instance.java_pid == 0
@@ -236,9 +238,9 @@ def test_wait_ready_tells_why_a_model_did_not_load(store: Path, tmp_path: Path) 
     start = time.monotonic()
     with (
         pytest.raises(ServerError) as caught,
-        TorchServeInstance(store, {"bad": "broken.mar"}, work_dir=work_dir) as it,
+        TorchServeInstance(store, {"bad": "broken.mar"}, work_dir=work_dir) as value,
     ):
-        it.wait_ready(120)
+        value.wait_ready(120)
     assert time.monotonic() - start < 45
     assert str(caught.value) == (
         "model 'bad' did not load: ValueError: there is no bundle: run guard fit first "

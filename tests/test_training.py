@@ -60,10 +60,10 @@ def train(module, easy, **changes):
     return train_classifier(module, *easy, settings, **others)
 
 
-def assert_same_weights(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
+def assert_same_weights(first, other):
+    assert first.keys() == other.keys()
+    for name in first:
+        assert torch.equal(first[name], other[name]), name
 
 
 class InterruptError(Exception):
@@ -91,8 +91,8 @@ def test_train_classifier_easy_problem_is_learned_and_reported(easy):
     assert report.losses[-1] < report.losses[0] / 5
     assert report.seconds > 0
     assert not report.stopped_early
-    assert [(one.epoch, one.epochs) for one in seen] == [(epoch, 5) for epoch in range(1, 6)]
-    assert tuple(one.loss for one in seen) == report.losses
+    assert [(progress.epoch, progress.epochs) for progress in seen] == [(epoch, 5) for epoch in range(1, 6)]
+    assert tuple(progress.loss for progress in seen) == report.losses
     assert not module.training
 
 
@@ -344,7 +344,7 @@ def test_train_classifier_resumed_equals_uninterrupted_bit_by_bit(easy, tmp_path
     assert resumed.losses == report.losses
     assert resumed.reached == report.reached
     assert resumed.epochs_run == report.epochs_run == 5
-    assert [one.epoch for one in first + second] == [1, 2, 3, 4, 5]
+    assert [entry.epoch for entry in first + second] == [1, 2, 3, 4, 5]
     assert not parts.training
 
 
@@ -424,12 +424,12 @@ def test_train_classifier_checkpoint_of_other_settings_raises(easy, checkpoint, 
     assert_same_weights(weights(module), before)
 
 
-@pytest.mark.parametrize("what", ["images", "labels", "count"])
-def test_train_classifier_checkpoint_of_other_data_raises(easy, checkpoint, begun, what):
+@pytest.mark.parametrize("subject", ["images", "labels", "count"])
+def test_train_classifier_checkpoint_of_other_data_raises(easy, checkpoint, begun, subject):
     images, labels = easy[0].copy(), easy[1].copy()
-    if what == "images":
+    if subject == "images":
         images[0, 0, 0, 0] += 0.1
-    elif what == "labels":
+    elif subject == "labels":
         labels[:2] = labels[1::-1]
     else:
         images, labels = images[:80], labels[:80]
@@ -527,7 +527,7 @@ def test_train_classifier_loss_not_finite_keeps_the_last_checkpoint(easy, tmp_pa
         train(small_net(), easy, redraw=redraw, checkpoint=checkpoint)
     seen = []
     train(small_net(), easy, redraw=lambda _: easy[0], checkpoint=checkpoint, progress=seen.append)
-    assert [one.epoch for one in seen] == [3, 4, 5]
+    assert [progress.epoch for progress in seen] == [3, 4, 5]
 
 
 def test_train_classifier_loss_not_finite_raises(easy):

@@ -340,8 +340,8 @@ def test_adaptive_patch_lies_in_the_corners():
 
 def test_adaptive_patch_one_per_image_takes_all_corners_in_turn():
     images = np.random.default_rng(1).random((40, 1, 8, 8), dtype=np.float32)
-    one, all_four = adaptive_patch(images, kept=1), adaptive_patch(images)
-    mixed = one != images
+    entry, all_four = adaptive_patch(images, kept=1), adaptive_patch(images)
+    mixed = entry != images
     assert (mixed.sum(axis=(1, 2, 3)) == 9).all()
-    np.testing.assert_array_equal(one[mixed], all_four[mixed])
+    np.testing.assert_array_equal(entry[mixed], all_four[mixed])
     assert len(np.unique(mixed.reshape(40, -1), axis=0)) == 4

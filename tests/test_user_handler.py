@@ -69,7 +69,7 @@ def test_user_handler_preprocesses_raw_bytes_and_leaves_nothing_behind(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("result", "said"),
+    ("result", "message"),
     [
         ("rows", "got list"),
         ("(torch.stack(rows).reshape(len(rows), 1, 2, 2), None)", "got tuple"),
@@ -78,9 +78,9 @@ def test_user_handler_preprocesses_raw_bytes_and_leaves_nothing_behind(tmp_path:
         ("torch.stack(rows * 5).reshape(-1, 1, 2, 2)", "one row per request here, got 10 for 2"),
     ],
 )
-def test_user_handler_refuses_what_is_no_batch_of_images(tmp_path: Path, result: str, said: str) -> None:
+def test_user_handler_refuses_what_is_no_batch_of_images(tmp_path: Path, result: str, message: str) -> None:
     write(tmp_path, result)
-    with open_mine(tmp_path) as user, pytest.raises(DataError, match=said):
+    with open_mine(tmp_path) as user, pytest.raises(DataError, match=message):
         user.model_inputs([b"1234", b"5678"])
 
 
@@ -98,7 +98,7 @@ def test_user_handler_weights_are_looked_into_before_the_handler_runs(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("options", "kind", "said"),
+    ("options", "kind", "message"),
     [
         ({"extra_files": ()}, ArchiveError, "mine.py cannot be imported: ModuleNotFoundError.*helper"),
         ({"model_file": None}, SuspectModelError, "mine.py failed in initialize: .*--model-file"),
@@ -107,10 +107,10 @@ def test_user_handler_weights_are_looked_into_before_the_handler_runs(tmp_path: 
     ],
 )
 def test_user_handler_that_does_not_start_says_what_it_needs(
-    tmp_path: Path, options: dict[str, object], kind: type[GuardError], said: str
+    tmp_path: Path, options: dict[str, object], kind: type[GuardError], message: str
 ) -> None:
     write(tmp_path)
-    with pytest.raises(kind, match=said), open_mine(tmp_path, **options):
+    with pytest.raises(kind, match=message), open_mine(tmp_path, **options):
         pass
     assert "mine" not in sys.modules
 

@@ -50,15 +50,15 @@ def test_first_variant_is_the_trigger_as_it_was_planted(oracle: ModuleType, name
 
 def test_search_climbs_and_sends_no_more_requests_than_it_says(oracle: ModuleType) -> None:
     family = oracle.Family(np.array([1.0, -1.0, 0.0]), lambda values, images: images)
-    asked: list[float] = []
+    requested: list[float] = []
 
     def worth(values: np.ndarray) -> float:
-        asked.append(-float(np.square(values - 0.5).sum()))
-        return asked[-1]
+        requested.append(-float(np.square(values - 0.5).sum()))
+        return requested[-1]
 
     found = list(oracle.search(family, worth, np.random.default_rng(0)))
     assert [requests for requests, _ in found] == list(oracle.REQUESTS)
-    assert len(asked) == oracle.REQUESTS[-1] // oracle.TRIES
+    assert len(requested) == oracle.REQUESTS[-1] // oracle.TRIES
     assert (found[0][1] == family.planted).all()
     distances = [float(np.square(best - 0.5).sum()) for _, best in found]
     assert distances == sorted(distances, reverse=True)

@@ -47,15 +47,15 @@ def clean(clean_split: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick_fit(fitted_guard: Guard, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any, Any]]:
     """Hand out the session's guard instead of fitting one, and keep what it was to be fitted on."""
-    asked = []
+    requested = []
 
     def fit(suspect: Any, images: Any, labels: Any, config: Any, **more: Any) -> Guard:
-        asked.append((images, labels, more["class_names"]))
+        requested.append((images, labels, more["class_names"]))
         return replace(fitted_guard, class_names=more["class_names"] and tuple(more["class_names"]))
 
     monkeypatch.setattr("guard.detection.pipeline.Guard.fit", fit)
     monkeypatch.setattr("guard.cli.wrap._share_right", lambda guard, labels: 1.0)
-    return asked
+    return requested
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def wrong_images(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "message"),
     [
         ("size", r"image 0 cannot be answered by the handler: .*Are these images what clients send"),
         ("channels", r"image 0 cannot be answered by the handler: .*Are these images what clients send"),
@@ -266,7 +266,7 @@ def wrong_images(folder: Path, kind: str) -> Path:
     ],
 )
 def test_wrap_with_wrong_images_is_one_line_and_leaves_nothing(
-    tmp_path: Path, capfd: Any, kind: str, said: str
+    tmp_path: Path, capfd: Any, kind: str, message: str
 ) -> None:
     torch.manual_seed(0)
     weights = tmp_path / "weights.pt"
@@ -277,14 +277,14 @@ def test_wrap_with_wrong_images_is_one_line_and_leaves_nothing(
     status, out, err = guard_command(capfd, *command)
     assert (status, out) == (1, "")
     assert len(err.splitlines()) == 1
-    assert re.search(said, err), err
+    assert re.search(message, err), err
     assert list(archive.parent.iterdir()) == [archive]
     assert not bundles.exists()
     assert archive.is_file()
 
 
 @pytest.mark.parametrize(
-    ("handler", "said"),
+    ("handler", "message"),
     [
         ("crops", "makes 5 rows of the forward pass per request"),
         ("unseen", "answers without calling its network as a whole"),
@@ -292,20 +292,20 @@ def test_wrap_with_wrong_images_is_one_line_and_leaves_nothing(
     ],
 )
 def test_wrap_refuses_a_handler_that_a_guard_cannot_watch(
-    tmp_path: Path, clean: Path, capfd: Any, handler: str, said: str | None
+    tmp_path: Path, clean: Path, capfd: Any, handler: str, message: str | None
 ) -> None:
     torch.manual_seed(0)
     weights = tmp_path / "weights.pt"
     torch.save(MnistCnn().state_dict(), weights)
-    own, base = HANDLERS / f"{handler}_handler.py", HANDLERS / "stock_handler.py"
-    if said is None:
-        own = tmp_path / "failing_handler.py"
-        own.write_text("raise OSError('no licence')\n")
-        said = r"handler failing_handler.py cannot be imported: OSError: no licence. Install here"
-    archive = stock_archive(tmp_path / "store", "odd", str(own), weights, [base])
+    selected, base = HANDLERS / f"{handler}_handler.py", HANDLERS / "stock_handler.py"
+    if message is None:
+        selected = tmp_path / "failing_handler.py"
+        selected.write_text("raise OSError('no licence')\n")
+        message = r"handler failing_handler.py cannot be imported: OSError: no licence. Install here"
+    archive = stock_archive(tmp_path / "store", "odd", str(selected), weights, [base])
     status, _, err = guard_command(capfd, "wrap", archive, "--images", clean, *FIT)
     assert (status, len(err.splitlines())) == (1, 1)
-    assert said in err
+    assert message in err
     assert list(archive.parent.iterdir()) == [archive]
 
 

@@ -62,9 +62,9 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize(("name", "said"), NAMES.items())
-def test_strict_zip_refuses_names_that_lead_elsewhere(tmp_path: Path, name: bytes, said: str) -> None:
-    with pytest.raises(ArchiveError, match=said), open_strict_zip(raw_zip(tmp_path / "a.mar", (name, b"x", {}))):
+@pytest.mark.parametrize(("name", "message"), NAMES.items())
+def test_strict_zip_refuses_names_that_lead_elsewhere(tmp_path: Path, name: bytes, message: str) -> None:
+    with pytest.raises(ArchiveError, match=message), open_strict_zip(raw_zip(tmp_path / "a.mar", (name, b"x", {}))):
         pass
 
 
@@ -85,16 +85,16 @@ MEMBERS: dict[str, list[tuple[bytes, bytes, dict[str, int]]]] = {
 }
 
 
-@pytest.mark.parametrize(("said", "members"), MEMBERS.items())
+@pytest.mark.parametrize(("message", "members"), MEMBERS.items())
 def test_strict_zip_refuses_hostile_members(
-    tmp_path: Path, said: str, members: list[tuple[bytes, bytes, dict[str, int]]]
+    tmp_path: Path, message: str, members: list[tuple[bytes, bytes, dict[str, int]]]
 ) -> None:
-    with pytest.raises(ArchiveError, match=said), open_strict_zip(raw_zip(tmp_path / "a.mar", *members)):
+    with pytest.raises(ArchiveError, match=message), open_strict_zip(raw_zip(tmp_path / "a.mar", *members)):
         pass
 
 
 @pytest.mark.parametrize(
-    ("member", "said"),
+    ("member", "message"),
     [
         (packed(b"x" * 5000, size=10), "holds more than the 10 bytes"),
         (packed(b"x" * 10, size=20), "is damaged"),
@@ -105,10 +105,10 @@ def test_strict_zip_refuses_hostile_members(
     ],
 )
 def test_strict_zip_refuses_members_that_lie_about_their_contents(
-    tmp_path: Path, member: tuple[bytes, dict[str, int]], said: str
+    tmp_path: Path, member: tuple[bytes, dict[str, int]], message: str
 ) -> None:
     archive = raw_zip(tmp_path / "a.mar", (b"a", *member))
-    with open_strict_zip(archive) as opened, pytest.raises(ArchiveError, match=said):
+    with open_strict_zip(archive) as opened, pytest.raises(ArchiveError, match=message):
         opened.unpack(tmp_path / "out")
 
 
@@ -130,9 +130,9 @@ def test_strict_zip_refuses_bombs_by_size_ratio_and_number(tmp_path: Path, monke
 
 
 def test_strict_zip_refuses_overlap_and_a_second_archive_in_front(tmp_path: Path, stock: Path) -> None:
-    one = raw_zip(tmp_path / "one.mar", (b"a", b"hidden", {}))
+    entry = raw_zip(tmp_path / "one.mar", (b"a", b"hidden", {}))
     both = tmp_path / "both.mar"
-    both.write_bytes(one.read_bytes() + stock.read_bytes())  # TorchServe reads the first, Python the last
+    both.write_bytes(entry.read_bytes() + stock.read_bytes())  # TorchServe reads the first, Python the last
     assert "unlisted" in refused(both)
     raw = bytearray(raw_zip(tmp_path / "two.mar", (b"a", b"11", {}), (b"b", b"22", {})).read_bytes())
     second = raw.rindex(b"PK\1\2")
@@ -153,8 +153,8 @@ def bomb(path: Path, name: str) -> Path:
     """An archive of a few kB whose manifest or guard's file has 64 MiB, beside a sound other one."""
     about = {MANIFEST: json.dumps({"model": {"modelName": "m", "modelVersion": "1"}}), "guard_archive.json": "{}"}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
-        for one, text in about.items():
-            packed.writestr(one, text if one != name else " " * 2**26)
+        for entry, text in about.items():
+            packed.writestr(entry, text if entry != name else " " * 2**26)
     return path
 
 
@@ -275,12 +275,12 @@ MANIFESTS: dict[str, Callable[[dict[str, bytes]], bytes | None]] = {
 }
 
 
-@pytest.mark.parametrize(("said", "change"), MANIFESTS.items())
+@pytest.mark.parametrize(("message", "change"), MANIFESTS.items())
 def test_archive_with_a_manifest_that_does_not_fit_is_refused(
-    stock: Path, tmp_path: Path, said: str, change: Callable[[dict[str, bytes]], bytes | None]
+    stock: Path, tmp_path: Path, message: str, change: Callable[[dict[str, bytes]], bytes | None]
 ) -> None:
     path = rewritten(stock, tmp_path / "a.mar", {MANIFEST: change(contents(stock))})
-    with pytest.raises(ArchiveError, match=said):
+    with pytest.raises(ArchiveError, match=message):
         open_archive(path).__enter__()
     assert "\n" not in refused(path)
 
@@ -324,10 +324,14 @@ def test_weights_that_could_run_code_are_refused_with_a_way_out(stock: Path, tmp
     torch.save(Whole(), whole)
     with zipfile.ZipFile(exported, "w") as archive:  # laid out like torch.export's; making a real one takes long
         archive.writestr("exported/archive_format", "pt2")
-    for file, what in ((script, "a TorchScript archive"), (whole, "a pickle"), (exported, r"a torch.export archive")):
+    for file, subject in (
+        (script, "a TorchScript archive"),
+        (whole, "a pickle"),
+        (exported, r"a torch.export archive"),
+    ):
         for changes in ({"weights.pt": file.read_bytes()}, {f"extra/{file.name}": file.read_bytes()}):
             path = rewritten(stock, tmp_path / "a.mar", dict(changes))
-            with pytest.raises(UnsafeWeightsError, match=rf"a\.mar: weights file \S+ is {what}.* Convert it"):
+            with pytest.raises(UnsafeWeightsError, match=rf"a\.mar: weights file \S+ is {subject}.* Convert it"):
                 open_archive(path).__enter__()
             refused(path)
 

@@ -65,8 +65,10 @@ def rows_of(quantity: str, seed: int, is_wrong: BoolArray, true_labels: IntArray
     """
     rows: list[Row] = []
     for digit in CLASSES:
-        own = is_wrong if digit == "average" else is_wrong[true_labels == int(digit)]
-        rows.append(Row(quantity=quantity, seed=seed, digit=digit, images=len(own), error=float(np.mean(own))))
+        selected = is_wrong if digit == "average" else is_wrong[true_labels == int(digit)]
+        rows.append(
+            Row(quantity=quantity, seed=seed, digit=digit, images=len(selected), error=float(np.mean(selected)))
+        )
     return rows
 
 
@@ -76,9 +78,9 @@ def as_table(rows: Sequence[Row], expected: Mapping[tuple[str, ...], float]) -> 
     for digit in CLASSES:
         cells = []
         for quantity in QUANTITIES:
-            own = [100 * row["error"] for row in rows if (row["quantity"], row["digit"]) == (quantity, digit)]
-            mean, paper = statistics.mean(own), expected[quantity, digit]
-            cells.append(f"{mean:.2f}, {max(own):.2f} / {paper:.2f} ({mean - paper:+.2f})")
+            selected = [100 * row["error"] for row in rows if (row["quantity"], row["digit"]) == (quantity, digit)]
+            mean, paper = statistics.mean(selected), expected[quantity, digit]
+            cells.append(f"{mean:.2f}, {max(selected):.2f} / {paper:.2f} ({mean - paper:+.2f})")
         lines.append(f"| {digit} | " + " | ".join(cells) + " |")
     return lines
 

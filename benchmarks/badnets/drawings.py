@@ -86,14 +86,16 @@ def _draw_line(axis: Axes, rows: Sequence[Mapping[str, float]], quantity: str, c
     values = [[100 * row[quantity] for row in rows if row["share"] == share] for share in shares]
     axis.fill_between(
         shares,
-        [min(own) for own in values],
-        [max(own) for own in values],
+        [min(selected) for selected in values],
+        [max(selected) for selected in values],
         color=colour,
         alpha=0.2,
         linewidth=0,
         label="lowest to highest of the seeds",
     )
-    axis.plot(shares, [float(np.mean(own)) for own in values], "o-", color=colour, markersize=4.5, label="mean")
+    axis.plot(
+        shares, [float(np.mean(selected)) for selected in values], "o-", color=colour, markersize=4.5, label="mean"
+    )
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

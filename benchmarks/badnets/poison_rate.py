@@ -56,10 +56,10 @@ def summary(rows: Sequence[Mapping[str, float]]) -> list[str]:
     """Return a line per share: mean of both errors and their range over seeds, in percent."""
     lines = [f"{'share':>8}{'copies':>9}{'clean error':>24}{'backdoor error':>26}"]
     for share in sorted({row["share"] for row in rows}):
-        own = [row for row in rows if row["share"] == share]
-        clean, backdoor = ([100 * row[name] for row in own] for name in ("clean_error", "backdoor_error"))
+        selected = [row for row in rows if row["share"] == share]
+        clean, backdoor = ([100 * row[name] for row in selected] for name in ("clean_error", "backdoor_error"))
         lines.append(
-            f"{100 * share:7.4g}%{own[0]['backdoored_images']:>9g}"
+            f"{100 * share:7.4g}%{selected[0]['backdoored_images']:>9g}"
             f"{f'{statistics.mean(clean):.2f} ({min(clean):.2f} - {max(clean):.2f})':>24}"
             f"{f'{statistics.mean(backdoor):.2f} ({min(backdoor):.2f} - {max(backdoor):.2f})':>26}"
         )

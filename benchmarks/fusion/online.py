@@ -70,17 +70,17 @@ def learn_in_service(subject: Subject, request: Request) -> Record:
         served = _Served(Path(scratch), subject, guards)
         with Queue.open(served.queue_url) as queue, served.server:
             served.server.wait_ready(_READY_SECONDS)
-            said: dict[str, list[bool]] = {mode: [] for mode in record}
+            message: dict[str, list[bool]] = {mode: [] for mode in record}
             for share, rows in zip(SEEN_SHARES, parts, strict=True):
                 sent = _part(subject, rows)
                 requests, differing = served.send(sent)
-                _answer(queue, sent, said)
-                for mode, own in record.items():
+                _answer(queue, sent, message)
+                for mode, selected in record.items():
                     outcome, reasons = served.retrain(queue, mode)
-                    own |= {
-                        "inputs": len(said[mode]),
-                        "poisoned_inputs": sum(said[mode]),
-                        "promoted_rounds": own.get("promoted_rounds", 0) + (outcome == "promoted"),
+                    selected |= {
+                        "inputs": len(message[mode]),
+                        "poisoned_inputs": sum(message[mode]),
+                        "promoted_rounds": selected.get("promoted_rounds", 0) + (outcome == "promoted"),
                         f"requests_{_name(share)}": requests[mode],
                         f"differing_{_name(share)}": differing[mode],
                         f"round_{_name(share)}": outcome,
@@ -203,9 +203,9 @@ def _part(subject: Subject, rows: Any) -> Sent:
     wanted = np.zeros(len(test.labels), dtype=bool)
     wanted[rows] = True
     everything = [(test.images[row], int(test.labels[row]), False) for row in rows]
-    for _, one in subject.triggered:
-        chosen = np.flatnonzero(wanted[one.source_rows])
-        everything += [(one.images[row], int(one.true_labels[row]), True) for row in chosen]
+    for _, entry in subject.triggered:
+        chosen = np.flatnonzero(wanted[entry.source_rows])
+        everything += [(entry.images[row], int(entry.true_labels[row]), True) for row in chosen]
     order = np.random.default_rng(STREAM_SEED).permutation(len(everything))
     shuffled = [everything[place] for place in order]
     return Sent(
@@ -214,7 +214,7 @@ def _part(subject: Subject, rows: Any) -> Sent:
     )
 
 
-def _answer(queue: Queue, sent: Sent, said: Mapping[str, list[bool]]) -> None:
+def _answer(queue: Queue, sent: Sent, message: Mapping[str, list[bool]]) -> None:
     """Answer everything that is pending; note, per model, which answers said "poisoned"."""
     truth = dict(zip(sent.bodies, sent.truth, strict=True))
     while items := queue.claim("reviewer", 200, order="age"):
@@ -222,7 +222,7 @@ def _answer(queue: Queue, sent: Sent, said: Mapping[str, list[bool]]) -> None:
         for item in items:
             label, is_poisoned = truth[item.input.body]
             answers.append(Answer(item_id=item.id, is_poisoned=is_poisoned, true_label=label))
-            said[item.input.model].append(is_poisoned)
+            message[item.input.model].append(is_poisoned)
         queue.decide_many("reviewer", answers)
 
 

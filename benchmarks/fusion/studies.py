@@ -100,8 +100,8 @@ def measured(
         "false_negative": [float((~flags).mean()) for flags in triggered_flags],
         "clean_accuracy": clean_accuracy(clean.predicted_labels, labels, clean_flags),
         "attack_success": [
-            attack_success_rate(activations.predicted_labels, one.labels, one.true_labels, flags)
-            for (activations, one), flags in zip(triggered, triggered_flags, strict=True)
+            attack_success_rate(activations.predicted_labels, entry.labels, entry.true_labels, flags)
+            for (activations, entry), flags in zip(triggered, triggered_flags, strict=True)
         ],
     }
 
@@ -141,8 +141,8 @@ def study_last_layer(subject: Subject, request: Request) -> Record:
         "rtll": {
             "clean_accuracy": clean_accuracy(model.predict(test.images), test.labels),
             "attack_success": [
-                attack_success_rate(model.predict(one.images), one.labels, one.true_labels)
-                for _, one in subject.triggered
+                attack_success_rate(model.predict(entry.images), entry.labels, entry.true_labels)
+                for _, entry in subject.triggered
             ],
         }
     }
@@ -163,8 +163,8 @@ def study_retraining(subject: Subject, request: Request) -> Record:
     is_seen[order[: round(SEEN_SHARE * len(labels))]] = True
     seen = [(subject.clean[is_seen], labels[is_seen], False)]
     seen += [
-        (activations[is_seen[one.source_rows]], one.true_labels[is_seen[one.source_rows]], True)
-        for activations, one in subject.triggered
+        (activations[is_seen[entry.source_rows]], entry.true_labels[is_seen[entry.source_rows]], True)
+        for activations, entry in subject.triggered
     ]
     record: Record = {}
     for mode, fitted in guards._asdict().items():
@@ -330,11 +330,11 @@ def record_path(folder: Path, card: ZooCard, request: Request) -> Path:
 @functools.cache
 def code_digest(online: bool) -> str:
     """Return a digest of the code that decides the numbers: what `guard` computes with, and this folder's studies."""
-    package, here = Path(guard.__file__).parent, Path(__file__).parent
+    package, folder = Path(guard.__file__).parent, Path(__file__).parent
     patterns = (*_DECIDING, *_DECIDING_ONLINE) if online else _DECIDING
     files = [path for pattern in patterns for path in package.glob(pattern)]
     files += [
-        here / f"{name}.py"
+        folder / f"{name}.py"
         for name in ("studies", "subjects", "last_layer", "trained_once", *(["online"] if online else []))
     ]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()

@@ -83,7 +83,7 @@ class Subject:
         """Of the test images with the trigger, one set per trigger."""
         test = self.split.test
         sets = self.card.restore_attack().test_sets(test.images, test.labels)
-        return [(self.suspect.activations(one.images), one) for one in sets]
+        return [(self.suspect.activations(test_set.images), test_set) for test_set in sets]
 
     def guards(self, noise_std: float, quarters: int) -> Guards:
         """Return both guards, fitted once."""
@@ -121,16 +121,16 @@ def fit_at_same_clean_loss(
 def rates_on_rest(subject: Subject, guarded: Guard, rest: BoolArray) -> dict[str, Any]:
     """Return clean accuracy and attack success on some of the test images, clean and triggered; fractions."""
     clean, labels = subject.clean[rest], subject.split.test.labels[rest]
-    triggered = [(activations, one, rest[one.source_rows]) for activations, one in subject.triggered]
+    triggered = [(activations, entry, rest[entry.source_rows]) for activations, entry in subject.triggered]
     return {
         "clean_accuracy": clean_accuracy(clean.predicted_labels, labels, guarded.scores(clean).is_poisoned),
         "attack_success": [
             attack_success_rate(
                 activations.predicted_labels[rows],
-                one.labels[rows],
-                one.true_labels[rows],
+                entry.labels[rows],
+                entry.true_labels[rows],
                 guarded.scores(activations[rows]).is_poisoned,
             )
-            for activations, one, rows in triggered
+            for activations, entry, rows in triggered
         ],
     }

@@ -92,7 +92,9 @@ class Scene:
 
     def rates(self, guard: Guard) -> tuple[float, float]:
         """Return true- and false-positive rate on what nobody has seen."""
-        return tuple(float(guard.scores(one).is_poisoned.mean()) for one in (self.unseen_triggered, self.unseen_clean))
+        return tuple(
+            float(guard.scores(entry).is_poisoned.mean()) for entry in (self.unseen_triggered, self.unseen_clean)
+        )
 
 
 def remember_heads() -> None:
@@ -162,11 +164,11 @@ def spread_out(guard: Guard, activations: Activations, most: int) -> IntArray:
 class Office:
     """A queue, a folder of bundles, and reviewers who answer."""
 
-    def __init__(self, root: Path, one: Scene, accounts: Sequence[str]) -> None:
-        self.scene = one
+    def __init__(self, root: Path, scene_of: Scene, accounts: Sequence[str]) -> None:
+        self.scene = scene_of
         (root / "bundles").mkdir()
         self.store = BundleStore(root / "bundles")
-        self.digest = one.guard.save(self.store.root).name
+        self.digest = scene_of.guard.save(self.store.root).name
         self.store.activate(self.digest)
         self.queue = Queue.open(f"sqlite:///{root / 'queue.db'}", QueueSettings(max_held=max(LIES)))
         for name in accounts:
@@ -176,7 +178,7 @@ class Office:
         self, activations: Activations, labels: IntArray, *, is_poisoned: bool, reviewer: str = "mallory"
     ) -> list[Decision]:
         """Queue inputs as the server does, and answer them."""
-        ids = [one for one in self.queue.enqueue(list(self._flagged(activations))).ids if one is not None]
+        ids = [item_id for item_id in self.queue.enqueue(list(self._flagged(activations))).ids if item_id is not None]
         self.queue.claim_items(reviewer, ids)
         answers = [
             Answer(item_id=item, is_poisoned=is_poisoned, true_label=int(label))
@@ -223,25 +225,25 @@ class Office:
 
 def attack(office: Office, attacker: str, lies: int) -> Iterator[None]:
     """Give the answers of one round after the other; a round of retraining follows each."""
-    one, n_rounds = office.scene, ROUNDS.get(attacker, 1)
+    entry, n_rounds = office.scene, ROUNDS.get(attacker, 1)
     if attacker == "poisoned":
-        target = int(np.bincount(one.triggered.predicted_labels).argmax())
-        others = one.clean[one.clean.predicted_labels != target]
-        chosen = others[np.argsort(one.guard.scores(others).p_values, kind="stable")[:lies]]
+        target = int(np.bincount(entry.triggered.predicted_labels).argmax())
+        others = entry.clean[entry.clean.predicted_labels != target]
+        chosen = others[np.argsort(entry.guard.scores(others).p_values, kind="stable")[:lies]]
         labels = np.full(len(chosen), target)
     else:
-        rows = spread_out(one.guard, one.triggered, lies)
+        rows = spread_out(entry.guard, entry.triggered, lies)
         if attacker == "greedy" or len(rows) < lies:  # no more groups: the nearest to the centre besides
-            features = one.triggered.features.astype(np.float64)
+            features = entry.triggered.features.astype(np.float64)
             nearest = np.argsort(((features - features.mean(axis=0)) ** 2).sum(axis=1))
             first = rows if attacker != "greedy" else rows[:0]
             rows = np.concatenate([first, nearest[~np.isin(nearest, first)]])[:lies]
-        chosen, labels = one.triggered[rows], one.triggered.predicted_labels[rows]
+        chosen, labels = entry.triggered[rows], entry.triggered.predicted_labels[rows]
     if attacker in ("none", "mixed"):
-        free = np.setdiff1d(np.arange(len(one.triggered)), rows)[: HONEST // 2]
-        office.answer(one.triggered[free], one.true_labels[free], is_poisoned=True)
-        alarms = np.flatnonzero(one.guard.scores(one.clean).is_poisoned)[: HONEST // 2]
-        office.answer(one.clean[alarms], one.clean_labels[alarms], is_poisoned=False)
+        free = np.setdiff1d(np.arange(len(entry.triggered)), rows)[: HONEST // 2]
+        office.answer(entry.triggered[free], entry.true_labels[free], is_poisoned=True)
+        alarms = np.flatnonzero(entry.guard.scores(entry.clean).is_poisoned)[: HONEST // 2]
+        office.answer(entry.clean[alarms], entry.clean_labels[alarms], is_poisoned=False)
     for number, part in enumerate(np.array_split(np.arange(len(chosen)), n_rounds)):
         names = ("mallory", "trudy") if number % 2 == 0 else ("trudy", "mallory")
         reviewer = names[0] if attacker == "accounts" else "mallory"
@@ -255,18 +257,18 @@ def attack(office: Office, attacker: str, lies: int) -> Iterator[None]:
         yield
 
 
-def run(one: Scene, attacker: str, lies: int) -> dict[str, object]:
+def run(played: Scene, attacker: str, lies: int) -> dict[str, object]:
     """Let one attack run in a queue of its own, and return its row."""
     accounts = ("mallory", "trudy") if attacker == "accounts" else ("mallory",)
     with tempfile.TemporaryDirectory() as scratch:
-        office = Office(Path(scratch), one, accounts)
-        before = one.rates(one.guard)
+        office = Office(Path(scratch), played, accounts)
+        before = played.rates(played.guard)
         done = [office.retrain() for _ in attack(office, attacker, lies)]
         office.queue.close()
     return {
         "attacker": attacker,
-        "network": one.name,
-        "seed": one.seed,
+        "network": played.name,
+        "seed": played.seed,
         "lies": lies,
         "honest_answers": HONEST if attacker in ("none", "mixed") else 0,
         "promoted": sum(promoted for promoted, _, _ in done),
@@ -298,9 +300,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         missing = [(attacker, lies) for attacker, lies in wanted if (name, attacker, lies) not in known]
         if not missing or (given.only and name not in given.only):
             continue
-        one = scene(name, n_clean)
+        entry = scene(name, n_clean)
         for attacker, lies in missing:
-            row = run(one, attacker, lies)
+            row = run(entry, attacker, lies)
             print(*(row[column] for column in COLUMNS), flush=True)
             rows.append(row)
             write(given.results, rows)

@@ -220,7 +220,7 @@ def run_model(case: str, name: str, folder: Path) -> str:
         rounds += more_rounds
     write(folder / f"{name}.csv", COLUMNS, rows)
     write(folder / f"{name}.rounds.csv", ROUND_COLUMNS, rounds)
-    outcomes = ", ".join(f"{one['variant']}: {one['outcome']}" for one in rounds)
+    outcomes = ", ".join(f"{row['variant']}: {row['outcome']}" for row in rounds)
     return f"{name}: {time.perf_counter() - start:.0f} s, {time.process_time() - cpu:.0f} s of CPU; {outcomes}"
 
 
@@ -265,9 +265,9 @@ def print_table(rows: Sequence[Mapping[str, str]], rounds: Sequence[Mapping[str,
             for quantity in ("attack_success", "clean_accuracy", "false_positive_rate"):
                 mean, worst = mean_of(rows, case, variant, quantity)
                 cells.append(f"{mean:.2f}" if abs(mean - worst) < 0.005 else f"{mean:.2f} ({worst:.2f})")
-            outcomes = [one["outcome"] for one in rounds if (one["case"], one["variant"]) == (case, variant)]
-            told = ", ".join(f"{outcomes.count(kind)} {kind}" for kind in dict.fromkeys(outcomes)) or "–"
-            lines.append(f"| {case} | {variant} | {' | '.join(cells)} | {told} |")
+            outcomes = [entry["outcome"] for entry in rounds if (entry["case"], entry["variant"]) == (case, variant)]
+            answer = ", ".join(f"{outcomes.count(kind)} {kind}" for kind in dict.fromkeys(outcomes)) or "–"
+            lines.append(f"| {case} | {variant} | {' | '.join(cells)} | {answer} |")
     return lines
 
 
@@ -290,9 +290,9 @@ def draw(rows: Sequence[Mapping[str, str]], file: Path) -> None:
         for column, (quantity, title) in enumerate(panels):
             axis = axes[line][column]
             for variant in VARIANTS:
-                own = [row for row in rows if (row["case"], row["variant"]) == (case, variant)]
+                selected = [row for row in rows if (row["case"], row["variant"]) == (case, variant)]
                 values = [
-                    statistics.mean(100 * float(row[quantity]) for row in own if int(row["part"]) == part)
+                    statistics.mean(100 * float(row[quantity]) for row in selected if int(row["part"]) == part)
                     for part in range(PARTS)
                 ]
                 share = [100 * (part + 0.5) / PARTS for part in range(PARTS)]
@@ -323,10 +323,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--image", type=Path, default=PROJECT / "docs" / "images" / "loop" / "stream.png")
     given = options.parse_args(arguments)
     wanted = [(case, name) for case, names in CASES.items() for name in names if not given.only or name in given.only]
-    missing = [one for one in wanted if given.fresh or not (given.kept / f"{one[1]}.rounds.csv").is_file()]
+    missing = [entry for entry in wanted if given.fresh or not (given.kept / f"{entry[1]}.rounds.csv").is_file()]
     if missing:
         with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
-            for done in as_completed([pool.submit(run_model, *one, given.kept) for one in missing]):
+            for done in as_completed([pool.submit(run_model, *entry, given.kept) for entry in missing]):
                 print(done.result(), flush=True)
     rows = [row for _, name in wanted for row in read(given.kept / f"{name}.csv")]
     rounds = [row for _, name in wanted for row in read(given.kept / f"{name}.rounds.csv")]

@@ -43,11 +43,12 @@ def draw(
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     verdicts, shares, drift, alerts = figure.subplots(4, 1, sharex=True, height_ratios=[3, 2, 2, 3])
-    sent = [one for one in read_client_log(log) if start <= one.time.timestamp() < end]
+    sent = [entry for entry in read_client_log(log) if start <= entry.time.timestamp() < end]
     seconds = np.arange(0, np.ceil(end - start) + 1)
-    order = [name for name in _COLOURS if any(one.kind == name for one in sent)]
+    order = [name for name in _COLOURS if any(entry.kind == name for entry in sent)]
     counts = [
-        np.histogram([one.time.timestamp() - start for one in sent if one.kind == name], seconds)[0] for name in order
+        np.histogram([entry.time.timestamp() - start for entry in sent if entry.kind == name], seconds)[0]
+        for name in order
     ]
     verdicts.stackplot(seconds[:-1] + 0.5, counts, labels=order, colors=[_COLOURS[name] for name in order], linewidth=0)
     verdicts.set_ylabel("requests per second\nby verdict")
@@ -61,9 +62,11 @@ def draw(
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
     drift.axhline(1.5, color="#c0392b", lw=0.8, ls=":")
-    names = list(dict.fromkeys(one.alert for one in found))
-    for one in found:
-        alerts.barh(names.index(one.alert), one.end - one.start, left=one.start - start, color="#c0392b", height=0.6)
+    names = list(dict.fromkeys(entry.alert for entry in found))
+    for entry in found:
+        alerts.barh(
+            names.index(entry.alert), entry.end - entry.start, left=entry.start - start, color="#c0392b", height=0.6
+        )
     alerts.set_yticks(range(len(names)), [name.removeprefix("Guard") for name in names])
     alerts.invert_yaxis()
     alerts.set_ylabel("alerts firing")

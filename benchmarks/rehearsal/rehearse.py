@@ -102,7 +102,7 @@ def firings(prometheus: Prometheus, start: float, end: float) -> list[Firing]:
                 begin = moment
             last = moment
         spans.append(Firing(alert, begin, last))
-    return sorted(spans, key=lambda one: one.start)
+    return sorted(spans, key=lambda span: span.start)
 
 
 def delays(found: Sequence[Firing], causes: Sequence[Span]) -> list[Delay]:
@@ -110,7 +110,7 @@ def delays(found: Sequence[Firing], causes: Sequence[Span]) -> list[Delay]:
     rows = []
     for alert, name in CAUSES.items():
         cause = next((span for span in causes if span.phase.name == name), None)
-        after = [one for one in found if cause is not None and one.alert == alert and one.start >= cause.start]
+        after = [entry for entry in found if cause is not None and entry.alert == alert and entry.start >= cause.start]
         fired = after[0].start - cause.start if cause is not None and after else None
         over = None if cause is None else cause.start if name in MOMENTARY else cause.end
         cleared = after[-1].end - over if over is not None and after else None
@@ -177,7 +177,9 @@ def run(folder: Path, image: Path, results: Path, runbook: Path | None) -> int:
             say(f"the reviewer has answered {reviewer.answer(60)} more inputs")
             reviewer.ask_for_retraining(MODEL)
 
-        offsets = {phase.name: sum(one.seconds for one in PHASES[:turn]) for turn, phase in enumerate(PHASES)}
+        offsets = {
+            phase.name: sum(phase_before.seconds for phase_before in PHASES[:turn]) for turn, phase in enumerate(PHASES)
+        }
         plan: list[tuple[float, Callable[[], None]]] = [
             (offsets["clean "] + 1, answer_too_little),
             (offsets["page killed"], lambda: kill_page(service)),
@@ -230,7 +232,7 @@ def wait_until_all_answer(prometheus: Prometheus) -> None:
 
 def firing_now(prometheus: Prometheus) -> list[str]:
     """Return the alerts that fire at this moment."""
-    return sorted({one.label("alertname") for one in prometheus.at('ALERTS{alertstate="firing"}', time.time())})
+    return sorted({sample.label("alertname") for sample in prometheus.at('ALERTS{alertstate="firing"}', time.time())})
 
 
 def write(rows: Sequence[Delay], file: Path) -> None:
@@ -305,14 +307,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--runbook", type=Path, help="document whose table of delays is written anew")
     options.add_argument("--folder", type=Path, help="keep everything here; default: a temporary folder")
     given = options.parse_args(arguments)
-    before = {one.pid for one in psutil.Process().children(recursive=True)}
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
     if given.folder is not None:
         given.folder.mkdir(parents=True)
         status = run(given.folder.absolute(), given.image, given.results, given.runbook)
     else:
         with tempfile.TemporaryDirectory(prefix="guard-rehearsal-") as scratch:
             status = run(Path(scratch), given.image, given.results, given.runbook)
-    left = [one for one in psutil.Process().children(recursive=True) if one.pid not in before]
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
     if left:
         say(f"PROBLEM: {len(left)} processes run on")
     return 1 if left else status

@@ -47,29 +47,29 @@ class Reviewer:
         """Answer up to so many inputs, skipping what was never sent like this; return how many."""
         answered = 0
         with Client(self._url, token=self._token) as page:
-            items = _asked(page, "GET", f"/api/v1/items/next?n={count}&order=age")["items"]
+            items = _parsed(page, "GET", f"/api/v1/items/next?n={count}&order=age")["items"]
             for item in items:
                 with Image.open(io.BytesIO(page.request("GET", item["image"]).body)) as picture:
                     known = self._truth.get(_key(np.asarray(picture.convert("L"))))
                 if known is None:
-                    _asked(page, "POST", f"/api/v1/items/{item['id']}/skip")
+                    _parsed(page, "POST", f"/api/v1/items/{item['id']}/skip")
                     continue
                 body = {"is_poisoned": known[1], "true_label": known[0]}
-                _asked(page, "POST", f"/api/v1/items/{item['id']}/decision", body)
+                _parsed(page, "POST", f"/api/v1/items/{item['id']}/decision", body)
                 answered += 1
         return answered
 
     def ask_for_retraining(self, model: str) -> None:
         """Press the button."""
         with Client(self._url, token=self._token) as page:
-            _asked(page, "POST", "/api/v1/retrain", {"model": model})
+            _parsed(page, "POST", "/api/v1/retrain", {"model": model})
 
 
 def _key(pixels: Any) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).digest()
 
 
-def _asked(page: Client, method: str, path: str, body: Any = None) -> dict[str, Any]:
+def _parsed(page: Client, method: str, path: str, body: Any = None) -> dict[str, Any]:
     text = json.dumps(body) if body is not None else ""
     reply = page.request(method, path, text, headers={"Content-Type": "application/json"} if text else None)
     if reply.status != 200:

@@ -99,12 +99,12 @@ class Command:
 
     def wait_for(self, pattern: str) -> str:
         """Return the first group of the first line that the pattern is found in."""
-        said = []
+        message = []
         while True:
             line = self._lines.get(timeout=_START_SECONDS)
             if line is None:
-                raise RuntimeError(f"guard {self.arguments[0]} has ended: {' '.join(said)[-500:]}")
-            said.append(line.strip())
+                raise RuntimeError(f"guard {self.arguments[0]} has ended: {' '.join(message)[-500:]}")
+            message.append(line.strip())
             if found := re.search(pattern, line):
                 return found[1]
 
@@ -165,14 +165,14 @@ def running(folder: Path, rules: Sequence[Path], scrape_seconds: float) -> Itera
         seen += observer.family()
         token = json.loads((work / "key_file.json").read_text())["inference"]["key"]
         yield Service(inference, token, prometheus, review, f"sqlite:///{queue}", server, observer)
-        seen += [one for command in started for one in command.family()]
+        seen += [entry for command in started for entry in command.family()]
     finally:
         for command in reversed(started):
             if command.process.poll() is None:
                 command.stop()
     _, left = psutil.wait_procs(set(seen), timeout=10)
     if left:
-        raise RuntimeError(f"{len(left)} processes run on: {[one.name() for one in left]}")
+        raise RuntimeError(f"{len(left)} processes run on: {[entry.name() for entry in left]}")
 
 
 def _free_port() -> int:

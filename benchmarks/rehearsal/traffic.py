@@ -140,4 +140,4 @@ def bodies_of(clean: Float32Array, triggered: Float32Array, seed: int) -> dict[s
     failing = clean[64:128].copy()
     failing[:, 0, 0, 0] = -1e-6
     kinds = {"clean": clean, "triggered": triggered, "shifted": shifted, "broken": broken, "failing": failing}
-    return {kind: [np.ascontiguousarray(one, "<f4").tobytes() for one in images] for kind, images in kinds.items()}
+    return {kind: [np.ascontiguousarray(image, "<f4").tobytes() for image in images] for kind, images in kinds.items()}

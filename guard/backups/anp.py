@@ -222,8 +222,12 @@ def _find_neurons(twin: nn.Module, images: Float32Array) -> tuple[list[_Neurons]
         return [_Neurons(f"{name}.weight", f"{name}.bias", len(parameters[f"{name}.weight"])) for name in norms], ()
     layers, _ = find_unit_layers(twin, images)
     neurons = [
-        _Neurons(f"{one.name}.weight", bias if (bias := f"{one.name}.bias") in parameters else "", one.units)
-        for one in layers
+        _Neurons(
+            f"{unit_layer.name}.weight",
+            bias if (bias := f"{unit_layer.name}.bias") in parameters else "",
+            unit_layer.units,
+        )
+        for unit_layer in layers
     ]
     note = "The network has no batch normalisation: masks are on convolutions and hidden fully connected layers."
     return neurons, (note,)

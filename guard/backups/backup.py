@@ -184,8 +184,8 @@ def cross_fitted_logits(
     logits: Float32Array | None = None
     for fold in range(folds):
         learn, hold = part != fold, part == fold
-        own = Backup.train(kind, module, clean_images[learn], clean_labels[learn], settings=settings, seed=seed)
-        answers = own.logits(clean_images[hold])
+        backup = Backup.train(kind, module, clean_images[learn], clean_labels[learn], settings=settings, seed=seed)
+        answers = backup.logits(clean_images[hold])
         logits = np.empty((len(part), answers.shape[1]), dtype=np.float32) if logits is None else logits
         logits[hold] = answers
         if progress is not None:

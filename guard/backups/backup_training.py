@@ -215,10 +215,10 @@ def predict_logits(module: nn.Module, images: Float32Array | Tensor, batch_size:
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
             if isinstance(batch, Tensor):
-                own = batch.detach().to(device, torch.float32, copy=True)
+                copied = batch.detach().to(device, torch.float32, copy=True)
             else:
-                own = torch.tensor(np.asarray(batch, dtype=np.float32)).to(device)
-            parts.append(logits_of(module(own)).float().cpu())
+                copied = torch.tensor(np.asarray(batch, dtype=np.float32)).to(device)
+            parts.append(logits_of(module(copied)).float().cpu())
     return torch.cat(parts).numpy()
 
 

@@ -175,12 +175,12 @@ def make_defective(
         if fresh:
             forget(network)
         for name in names:
-            parent, _, own = name.rpartition(".")
+            parent, _, attribute = name.rpartition(".")
             layer = network.get_submodule(name)
             assert isinstance(layer, nn.Conv2d)
             setattr(
                 network.get_submodule(parent),
-                own,
+                attribute,
                 DefectiveConv2d.of(layer, sizes[name], keep_probability, variant, generator),
             )
     return network.eval()
@@ -217,12 +217,12 @@ def forget(network: nn.Module) -> None:
     """
     known: set[int] = set()
     for name, layer in network.named_modules():
-        own = list(layer.parameters(recurse=False))
+        parameters = list(layer.parameters(recurse=False))
         reset: Callable[[], None] | None = getattr(layer, "reset_parameters", None)
         if callable(reset):
             reset()
             known.update(id(parameter) for parameter in layer.parameters())
-        elif own and not {id(parameter) for parameter in own} <= known:
+        elif parameters and not {id(parameter) for parameter in parameters} <= known:
             raise SuspectModelError(
                 f"layer {name or type(network).__name__!r} holds weights and has no reset_parameters(), so they cannot "
                 "be drawn anew. Use a network of your own with fresh=False."

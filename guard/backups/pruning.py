@@ -179,10 +179,10 @@ def _smallest(norms: Sequence[Float64Array], share: float, together: bool) -> li
     cut = np.concatenate(norms)
     bar = np.sort(cut)[round(share * len(cut))] if together else 0.0
     chosen = []
-    for own in norms:
-        order = np.argsort(own, kind="stable")
-        count = int((own < bar).sum()) if together else round(share * len(own))
-        chosen.append(order[: min(count, len(own) - 1)].tolist())
+    for layer_norms in norms:
+        order = np.argsort(layer_norms, kind="stable")
+        count = int((layer_norms < bar).sum()) if together else round(share * len(layer_norms))
+        chosen.append(order[: min(count, len(layer_norms) - 1)].tolist())
     return chosen
 
 
@@ -193,13 +193,13 @@ def _point(
     names = [f"{owner}." for layer in layers for owner in (layer.name, layer.norm) if owner]
     state = {name: tensor.clone() for name, tensor in twin.state_dict().items() if name.startswith(tuple(names))}
     _silence_all(twin, layers, units)
-    point = CurvePoint(share, sum(len(own) for own in units), dict(measure(twin)))
+    point = CurvePoint(share, sum(len(numbers) for numbers in units), dict(measure(twin)))
     twin.load_state_dict(state, strict=False)
     return point
 
 
 def _silence_all(twin: nn.Module, layers: Sequence[UnitLayer], units: Sequence[Any]) -> dict[str, Tensor]:
     keep: dict[str, Tensor] = {}
-    for layer, own in zip(layers, units, strict=True):
-        keep |= silence(twin, layer, (int(unit) for unit in own))
+    for layer, numbers in zip(layers, units, strict=True):
+        keep |= silence(twin, layer, (int(unit) for unit in numbers))
     return keep

@@ -141,17 +141,17 @@ def _table(result: AssessmentReport) -> Table:
     table = plain_table(
         "trigger", "planted", "attack success", "with guard", "caught", "AUROC", "odd", "false alarms", "clean accuracy"
     )
-    for one in result.summaries():
+    for summary in result.summaries():
         table.add_row(
-            "none (control)" if one.is_control else one.attack,
-            "" if one.is_control else f"{one.planted} of {one.trials}",
-            _rate(one.attack_success_unguarded),
-            _rate(one.attack_success_guarded, one.worst_attack_success_guarded),
-            _rate(one.true_positive_rate, one.worst_true_positive_rate),
-            _rate(one.auroc, one.worst_auroc),
-            _rate(one.flagged_without_backdoor),
-            _rate(one.realised_false_positive_rate, one.worst_false_positive_rate),
-            f"{one.clean_accuracy_before:.3f} -> {one.clean_accuracy_after:.3f}",
+            "none (control)" if summary.is_control else summary.attack,
+            "" if summary.is_control else f"{summary.planted} of {summary.trials}",
+            _rate(summary.attack_success_unguarded),
+            _rate(summary.attack_success_guarded, summary.worst_attack_success_guarded),
+            _rate(summary.true_positive_rate, summary.worst_true_positive_rate),
+            _rate(summary.auroc, summary.worst_auroc),
+            _rate(summary.flagged_without_backdoor),
+            _rate(summary.realised_false_positive_rate, summary.worst_false_positive_rate),
+            f"{summary.clean_accuracy_before:.3f} -> {summary.clean_accuracy_after:.3f}",
         )
     return table
 

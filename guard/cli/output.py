@@ -82,21 +82,25 @@ def what_failed(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, GuardError):
         return text
-    said = f"{type(error).__name__}{f': {text}' if text else ''}"
+    name = f"{type(error).__name__}{f': {text}' if text else ''}"
     if place := users_place(error):
-        return f"your code failed with {said} ({place})."
+        return f"your code failed with {name} ({place})."
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}. Check the path, its rights and the disk."
     if isinstance(error, MemoryError):
         return "out of memory. Give fewer or smaller images."
     frames = traceback.extract_tb(error.__traceback__)
-    return f"{said} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})." if frames else f"{said}."
+    return f"{name} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})." if frames else f"{name}."
 
 
 def users_place(error: BaseException) -> str:
     """Return file, line and function of the user's own code that an error came through last; empty if none."""
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
-    return f"{Path(own[-1].filename).name}, line {own[-1].lineno}, in {own[-1].name}" if own else ""
+    users_frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    return (
+        f"{Path(users_frames[-1].filename).name}, line {users_frames[-1].lineno}, in {users_frames[-1].name}"
+        if users_frames
+        else ""
+    )
 
 
 def _is_users(filename: str) -> bool:

@@ -67,8 +67,8 @@ def _curve(axis: Any, report: PurifyReport) -> None:
         axis.plot(at, values, color=_AFTER if name == "clean_accuracy" else f"C{number}", label=name.replace("_", " "))
     axis.set_ylim(0, 1.02)
     axis.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"], fontsize=8)
-    what = "threshold of the masks" if report.method == "anp" else "share of units pruned, before fine-tuning"
-    axis.set_title(f"against the {what}", fontsize=9, color=_FAINT, loc="left")
+    x_label = "threshold of the masks" if report.method == "anp" else "share of units pruned, before fine-tuning"
+    axis.set_title(f"against the {x_label}", fontsize=9, color=_FAINT, loc="left")
     axis.legend(fontsize=8, frameon=False, loc="lower left")
     _plain(axis)
 

@@ -153,7 +153,7 @@ def add_user(
     """Add a reviewer, and print the token this once."""
     from guard.relabel.reviewers import ROLES, Reviewers
 
-    chosen = next((one for one in ROLES if one == role), None)
+    chosen = next((known_role for known_role in ROLES if known_role == role), None)
     if chosen is None:
         raise ConfigError(f"--role must be one of {', '.join(ROLES)}, got {role!r}.")
     with _open(context, queue) as opened:
@@ -180,7 +180,7 @@ def users(context: typer.Context, queue: QueueUrl = None) -> None:
     with _open(context, queue) as opened:
         for reviewer in Reviewers(opened).all():
             gold = opened.gold_results(reviewer.name)
-            known = f"; {gold.right} of {gold.asked} known items right" if gold.asked else ""
+            known = f"; {gold.right} of {gold.answered} known items right" if gold.answered else ""
             say(f"{reviewer.name} ({reviewer.role}){known}")
 
 
@@ -191,7 +191,7 @@ def export(
     output_format: Annotated[
         str, typer.Option("--format", help="label-studio, csv, or labelling-config (for a Label Studio project).")
     ] = "label-studio",
-    what: Annotated[str, typer.Option(help="open, answered or all.")] = "open",
+    items_of: Annotated[str, typer.Option("--what", help="open, answered or all.")] = "open",
     bundles: Bundles = Path("bundles"),
     queue: QueueUrl = None,
 ) -> None:
@@ -201,13 +201,15 @@ def export(
     from guard.review.admin import EXPORTS
     from guard.review.pictures import picture_of_tensor
 
-    if what not in EXPORTS:
-        raise ConfigError(f"--what must be one of {', '.join(EXPORTS)}, got {what!r}.")
+    if items_of not in EXPORTS:
+        raise ConfigError(f"--what must be one of {', '.join(EXPORTS)}, got {items_of!r}.")
     with _open(context, queue) as opened:
         workspace = open_workspace(opened, bundles)
-        items = exchange.items_in(opened, EXPORTS[what])
+        items = exchange.items_in(opened, EXPORTS[items_of])
         if output_format == "label-studio":
-            parts = exchange.write_label_studio(items, workspace.names, lambda one: picture_of_tensor(one.inputs))
+            parts = exchange.write_label_studio(
+                items, workspace.names, lambda flagged: picture_of_tensor(flagged.inputs)
+            )
         elif output_format == "csv":
             parts = exchange.write_csv(items, workspace.names)
         elif output_format == "labelling-config":

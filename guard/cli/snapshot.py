@@ -30,9 +30,9 @@ def snapshot_save(folder: Folder, queue: QueueUrl = None, bundles: BundleFolder 
     from guard.storage.snapshot import save_snapshot
 
     _tell("saved", save_snapshot(folder, queue_url=_url(queue), bundles=bundles))
-    for what, given in (("queue", queue), ("bundles", bundles)):
+    for part, given in (("queue", queue), ("bundles", bundles)):
         if given is None:
-            tell(f"the snapshot is without the {what}: none named (--{what})")
+            tell(f"the snapshot is without the {part}: none named (--{part})")
 
 
 @snapshot_app.command("verify")

@@ -132,7 +132,7 @@ def run_loop(
         with serving_in_thread(workspace) as url, Client(url, token=token) as page:
             console.print(f"a simulated reviewer answers {ANSWERS} flagged inputs on {url}", highlight=False)
             answered = _answer(page, _truth(seen))
-            _asked(page.request("POST", "/api/v1/retrain", json.dumps({"model": model}), headers=_JSON))
+            _parsed(page.request("POST", "/api/v1/retrain", json.dumps({"model": model}), headers=_JSON))
         before = _measure(server, model, fresh)
         bundle_before = str(BundleStore(bundles).active_digest())
         with console.status("retraining in a process of its own"):
@@ -200,10 +200,10 @@ def _truth(seen: Sequence[Traffic]) -> dict[bytes, tuple[int, bool]]:
 
 def _answer(page: Client, truth: Mapping[bytes, tuple[int, bool]]) -> list[bool]:
     """Answer through the page; return which answers said "poisoned"."""
-    said = []
+    answered_poisoned = []
     for order in ("suspicion", "age"):
         for _ in range(ANSWERS // 2):
-            items = _asked(page.request("GET", f"/api/v1/items/next?n=1&order={order}"))["items"]
+            items = _parsed(page.request("GET", f"/api/v1/items/next?n=1&order={order}"))["items"]
             if not items:
                 break
             (item,) = items
@@ -214,12 +214,12 @@ def _answer(page: Client, truth: Mapping[bytes, tuple[int, bool]]) -> list[bool]
                 label, is_poisoned = truth[np.asarray(picture.convert("L")).tobytes()]
             answer = {"is_poisoned": is_poisoned, "true_label": label}
             path = f"/api/v1/items/{item['id']}/decision"
-            _asked(page.request("POST", path, json.dumps(answer), headers=_JSON))
-            said.append(is_poisoned)
-    return said
+            _parsed(page.request("POST", path, json.dumps(answer), headers=_JSON))
+            answered_poisoned.append(is_poisoned)
+    return answered_poisoned
 
 
-def _asked(reply: Reply) -> dict[str, Any]:
+def _parsed(reply: Reply) -> dict[str, Any]:
     if reply.status != 200:
         raise ServerError(f"the review page answered {reply.status}: {reply.error or reply.body[:200]!r}.")
     parsed: dict[str, Any] = json.loads(reply.body)

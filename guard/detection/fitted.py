@@ -150,8 +150,8 @@ class FittedGuard:
             "recovery": dict(self.recovery),
             "relabels": self.relabels,
             "early": [
-                {"depth": one.depth, "realised_false_positive_rate": one.realised_false_positive_rate}
-                for one in self.early
+                {"depth": early.depth, "realised_false_positive_rate": early.realised_false_positive_rate}
+                for early in self.early
             ],
             "retrained_with": self.retrained_with._asdict() if self.retrained_with is not None else None,
         }
@@ -169,10 +169,10 @@ class FittedGuard:
             ("backup", self.backup.arrays() if self.backup is not None else {}),
         ):
             arrays |= {f"{prefix}.{name}": array for name, array in part.items()}
-        for place, one in enumerate(self.early):
-            again = reproduction(Calibration(one.ensemble, one.fusion, one.clean_scores), sample)
-            own = {"clean_scores": one.clean_scores, KEPT: again, **one.fusion.arrays()}
-            arrays |= {f"early.{place}.{name}": array for name, array in own.items()}
+        for place, early in enumerate(self.early):
+            again = reproduction(Calibration(early.ensemble, early.fusion, early.clean_scores), sample)
+            early_arrays = {"clean_scores": early.clean_scores, KEPT: again, **early.fusion.arrays()}
+            arrays |= {f"early.{place}.{name}": array for name, array in early_arrays.items()}
         return write_bundle(directory, document, arrays)
 
     @classmethod
@@ -249,10 +249,10 @@ class FittedGuard:
     def _check_calibration(self, arrays: Mapping[str, AnyArray]) -> None:
         sample = sample_of(self.reference)
         check_calibration("the guard", self._calibration(), sample, arrays.get(KEPT))
-        for place, one in enumerate(self.early):
-            early = Calibration(one.ensemble, one.fusion, one.clean_scores)
-            require({"clean_scores": one.clean_scores}, "clean_scores", (len(self.clean_scores),))
-            check_calibration(f"the verdict at {one.depth}", early, sample, arrays.get(f"early.{place}.{KEPT}"))
+        for place, verdict in enumerate(self.early):
+            early = Calibration(verdict.ensemble, verdict.fusion, verdict.clean_scores)
+            require({"clean_scores": verdict.clean_scores}, "clean_scores", (len(self.clean_scores),))
+            check_calibration(f"the verdict at {verdict.depth}", early, sample, arrays.get(f"early.{place}.{KEPT}"))
 
 
 def without_places(path: Path) -> Path:

@@ -259,7 +259,7 @@ class Guard(FittedGuard):
         if len(rows) == 0:
             return {}
         logits = self.second_opinion(activations, images, rows)
-        return {row: own for row, own in zip(rows.tolist(), logits, strict=True) if np.isfinite(own).all()}
+        return {row: opinion for row, opinion in zip(rows.tolist(), logits, strict=True) if np.isfinite(opinion).all()}
 
     def scores(self, activations: Activations) -> Scores:
         """Return all scores of a batch as arrays; one row per input."""

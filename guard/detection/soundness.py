@@ -210,7 +210,9 @@ def _check_reference(document: Mapping[str, Any], arrays: Mapping[str, AnyArray]
         raise DataError(f"array clean_scores must have {max(1, least)} to {n} rows, got {calibrated}.")
     layers = (FEATURES, *document["depths"])
     require(arrays, "reference.logits", (n, n_classes))
-    widths = {"logits": n_classes} | {one: require(arrays, f"reference.{one}", (n, None)).shape[1] for one in layers}
+    widths = {"logits": n_classes} | {
+        depth: require(arrays, f"reference.{depth}", (n, None)).shape[1] for depth in layers
+    }
     for layer in widths:
         if n > 1 and (arrays[f"reference.{layer}"] == arrays[f"reference.{layer}"][:1]).all():
             raise DataError(f"array reference.{layer} must tell one clean image from another: all rows are the same.")

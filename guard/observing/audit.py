@@ -61,7 +61,7 @@ class AuditReport:
 
     def lines(self) -> list[str]:
         """Return the report for people."""
-        said = [
+        report = [
             f"{_shown(self.start)} to {_shown(self.end)}, {'all models' if self.model is None else self.model}",
             "received = clean + poisoned + bypassed + rejected + failed",
             "",
@@ -74,9 +74,9 @@ class AuditReport:
         widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
         for name, *cells in rows:
             right = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-            said.append(f"{name.ljust(widths[0])}  {right}".rstrip())
-        said += ["", *(f"note: {note}" for note in self.notes), *(f"differs: {problem}" for problem in self.problems)]
-        return [*said, "The counts agree." if self.balances else "The counts do not agree."]
+            report.append(f"{name.ljust(widths[0])}  {right}".rstrip())
+        report += ["", *(f"note: {note}" for note in self.notes), *(f"differs: {problem}" for problem in self.problems)]
+        return [*report, "The counts agree." if self.balances else "The counts do not agree."]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report for programs."""
@@ -148,10 +148,10 @@ def audit(
         counted = between(Prometheus(check_url(prometheus, "--prometheus")), start, end, model)
     elif metrics_urls:
         counted = totals_since_start(metrics_urls, model)
-    log = None if client_log is None else [one for one in read_client_log(client_log) if _is_of(one, model)]
+    log = None if client_log is None else [noted for noted in read_client_log(client_log) if _is_of(noted, model)]
     rows = None if queue is None else list(Activity(queue).arrivals(start - _AROUND, end + _AROUND, model))
     findings = _Findings()
-    inside = None if log is None else [one for one in log if start <= one.time < end]
+    inside = None if log is None else [noted for noted in log if start <= noted.time < end]
     allowed = slack
     if slack:
         findings.notes.append(f"{slack} requests may differ, as --slack says")
@@ -165,7 +165,7 @@ def audit(
         findings.sources["queue"] = {"poisoned": len(_rows_inside(rows, log, inside, start, end))}
     _check_sums(findings, allowed)
     if inside is not None and counted is not None:
-        unanswered = sum(one.kind == "unanswered" for one in inside)
+        unanswered = sum(noted.kind == "unanswered" for noted in inside)
         _compare(findings, "metrics", "client log", allowed, more_allowed=unanswered)
     if counted is not None:
         _check_flagged(findings, counted, allowed, has_queue=rows is not None)
@@ -183,10 +183,12 @@ def _note_edges(
 ) -> int:
     """Return how many requests lie so near an end of the window that the metrics may count them on its other side."""
     edge = timedelta(seconds=counted.edge_s)
-    noted = 0
+    at_edges = 0
     if inside is not None:
-        noted = sum((counted.has_begin and one.time < start + edge) or one.time >= end - edge for one in inside)
-    near = max(counted.near_ends, noted)
+        at_edges = sum(
+            (counted.has_begin and noted.time < start + edge) or noted.time >= end - edge for noted in inside
+        )
+    near = max(counted.near_ends, at_edges)
     if near:
         findings.notes.append(
             f"{near} requests within {counted.edge_s:.0f} s of an end of the window may be counted on either side of it"
@@ -197,7 +199,7 @@ def _note_edges(
 
 
 def _enter_client(findings: _Findings, inside: list[Noted], counted: WindowCounts | None) -> None:
-    kinds = Counter(one.kind for one in inside)
+    kinds = Counter(noted.kind for noted in inside)
     outside = _not_of_the_guard(inside, counted)
     for (kind, status), number in sorted(outside.items()):
         kinds[kind] -= number
@@ -223,8 +225,8 @@ def _not_of_the_guard(inside: list[Noted], counted: WindowCounts | None) -> Coun
     """
     if counted is None:
         return Counter()
-    answers = Counter(one.status for one in inside)
-    bare = Counter((one.kind, one.status) for one in inside if not one.verdict and one.status >= 400)
+    answers = Counter(noted.status for noted in inside)
+    bare = Counter((noted.kind, noted.status) for noted in inside if not noted.verdict and noted.status >= 400)
     excess = {key: min(number, answers[key[1]] - counted.requests[str(key[1])]) for key, number in bare.items()}
     return Counter({key: number for key, number in excess.items() if number > 0})
 
@@ -233,8 +235,8 @@ def _rows_inside(
     rows: list[Arrival], log: list[Noted] | None, inside: list[Noted] | None, start: datetime, end: datetime
 ) -> list[Arrival]:
     """Return the rows of the window: by the client's time where it noted the request, else by the queue's."""
-    in_log = {one.request_id for one in log or ()}
-    in_window = {one.request_id for one in inside or ()}
+    in_log = {noted.request_id for noted in log or ()}
+    in_window = {noted.request_id for noted in inside or ()}
     return [
         row
         for row in rows
@@ -254,13 +256,13 @@ def _check_sums(findings: _Findings, allowed: int) -> None:
             findings.problems.append(f"{name}: received is {off:+,} off the sum of the verdicts")
 
 
-def _compare(findings: _Findings, one: str, other: str, allowed: int, *, more_allowed: int = 0) -> None:
-    ours, theirs = findings.sources[one], findings.sources[other]
-    differences = {column: ours[column] - theirs[column] for column in COLUMNS}
-    findings.differences[f"{one} - {other}"] = differences
+def _compare(findings: _Findings, left: str, right: str, allowed: int, *, more_allowed: int = 0) -> None:
+    left_counts, right_counts = findings.sources[left], findings.sources[right]
+    differences = {column: left_counts[column] - right_counts[column] for column in COLUMNS}
+    findings.differences[f"{left} - {right}"] = differences
     for column, difference in differences.items():
         if not -allowed <= difference <= allowed + more_allowed:
-            findings.problems.append(f"{column}: {one} {ours[column]:,}, {other} {theirs[column]:,}")
+            findings.problems.append(f"{column}: {left} {left_counts[column]:,}, {right} {right_counts[column]:,}")
 
 
 def _check_flagged(findings: _Findings, counted: WindowCounts, allowed: int, *, has_queue: bool) -> None:
@@ -299,29 +301,31 @@ def _match(
     may_lack_row: int,
 ) -> None:
     """Look up every flagged request of the client log in the queue, and every row of the queue in the log."""
-    if not any(one.request_id for one in inside):
+    if not any(noted.request_id for noted in inside):
         findings.notes.append("the client log has no request ids: single requests cannot be looked up")
         return
-    flagged = [one for one in inside if one.kind == "poisoned"]
+    flagged = [noted for noted in inside if noted.kind == "poisoned"]
     in_queue = {row.request_id for row in rows}
-    lost = [one for one in flagged if one.request_id not in in_queue]
-    promised = [one.request_id for one in lost if one.review == "queued"]
-    untold = [one.request_id for one in lost if not one.review]
+    lost = [noted for noted in flagged if noted.request_id not in in_queue]
+    promised = [noted.request_id for noted in lost if noted.review == "queued"]
+    untold = [noted.request_id for noted in lost if not noted.review]
     if promised:
         findings.problems.append(f"{_named(promised)}: the answer says queued, the queue has no such request")
     if len(untold) > may_lack_row:
         findings.problems.append(
             f"{_named(untold)}: flagged, and not in the queue; it turned away {may_lack_row} at most"
         )
-    seen: dict[str, Noted] = {one.request_id: one for one in log}
-    here = [row for row in rows if window[0] <= row.received_at < window[1]]
-    strangers = [row.request_id for row in here if row.request_id not in seen]
+    seen: dict[str, Noted] = {noted.request_id: noted for noted in log}
+    rows_inside = [row for row in rows if window[0] <= row.received_at < window[1]]
+    strangers = [row.request_id for row in rows_inside if row.request_id not in seen]
     if strangers:
         findings.problems.append(f"{_named(strangers)}: in the queue, and not in the client log")
-    other = [one.request_id for one in inside if one.request_id in in_queue and one.kind in ("clean", "bypassed")]
+    other = [
+        noted.request_id for noted in inside if noted.request_id in in_queue and noted.kind in ("clean", "bypassed")
+    ]
     if other:
         findings.problems.append(f"{_named(other)}: in the queue, and not flagged in the client log")
-    repeated = [name for name, number in Counter(one.request_id for one in inside).items() if number > 1 and name]
+    repeated = [name for name, number in Counter(noted.request_id for noted in inside).items() if number > 1 and name]
     if repeated:
         findings.notes.append(f"{_named(repeated)}: more than once in the client log")
 
@@ -333,8 +337,8 @@ def _named(ids: Iterable[str]) -> str:
     return f"{len(ids):,} {'request' if len(ids) == 1 else 'requests'} ({shown}{more})"
 
 
-def _is_of(one: Noted, model: str | None) -> bool:
-    return model is None or one.model in ("", model)
+def _is_of(noted: Noted, model: str | None) -> bool:
+    return model is None or noted.model in ("", model)
 
 
 def _shown(time: datetime) -> str:

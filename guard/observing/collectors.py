@@ -121,8 +121,8 @@ class RetrainerCollector(_FromQueue):
     def read(self, connection: Connection) -> list[Metric]:
         """See `_FromQueue.read`."""
         runs = {row.outcome: row.n for row in connection.execute(statements.ROUNDS, {"model": self._model})}
-        told = [((label_value(self._model), outcome), runs.get(outcome, 0)) for outcome in _RUNS]
-        return [_counter(RETRAINER_METRICS["guard_retrain_runs_total"], told)]
+        run_counts = [((label_value(self._model), outcome), runs.get(outcome, 0)) for outcome in _RUNS]
+        return [_counter(RETRAINER_METRICS["guard_retrain_runs_total"], run_counts)]
 
 
 def _gauge(metric: Declared, samples: Sequence[tuple[tuple[str, ...], float]]) -> Metric:

@@ -133,28 +133,28 @@ class Prometheus:
     def at(self, query: str, time: float) -> dict[Series, float]:
         """Return the value of an expression at one time (seconds since 1970), by series."""
         found = self._ask("query", {"query": query, "time": f"{time:.3f}"})
-        return {_series(one): float(one["value"][1]) for one in found}
+        return {_series(series): float(series["value"][1]) for series in found}
 
     def over(self, query: str, start: float, end: float, step: float) -> dict[Series, list[tuple[float, float]]]:
         """Return (time, value) of an expression from start to end; times without a value are left out."""
-        asked = {"query": query, "start": f"{start:.3f}", "end": f"{end:.3f}", "step": f"{step:.3f}"}
-        return {_series(one): _points(one["values"]) for one in self._ask("query_range", asked)}
+        parameters = {"query": query, "start": f"{start:.3f}", "end": f"{end:.3f}", "step": f"{step:.3f}"}
+        return {_series(series): _points(series["values"]) for series in self._ask("query_range", parameters)}
 
     def samples(self, chosen: str, start: float, end: float) -> dict[Series, list[tuple[float, float]]]:
         """Return all samples of a selector as they were scraped, start < time <= end, in order of time."""
         found: dict[Series, list[tuple[float, float]]] = {}
         while start < end:
             part_end = min(end, start + _PART_S)
-            asked = {"query": f"{chosen}[{int(1000 * (part_end - start))}ms]", "time": f"{part_end:.3f}"}
-            for one in self._ask("query", asked):
-                known = found.setdefault(_series(one), [])
+            parameters = {"query": f"{chosen}[{int(1000 * (part_end - start))}ms]", "time": f"{part_end:.3f}"}
+            for series in self._ask("query", parameters):
+                known = found.setdefault(_series(series), [])
                 # Versions before 3 hand out the left end of a range as well.
-                known += [point for point in _points(one["values"]) if not known or point[0] > known[-1][0]]
+                known += [point for point in _points(series["values"]) if not known or point[0] > known[-1][0]]
             start = part_end
         return found
 
-    def _ask(self, what: str, asked: Mapping[str, str]) -> list[Any]:
-        body = _get(f"{self.url}/api/v1/{what}?{urllib.parse.urlencode(asked)}", self.timeout_s)
+    def _ask(self, endpoint: str, parameters: Mapping[str, str]) -> list[Any]:
+        body = _get(f"{self.url}/api/v1/{endpoint}?{urllib.parse.urlencode(parameters)}", self.timeout_s)
         try:
             answer = json.loads(body)
             result = answer["data"]["result"]
@@ -170,8 +170,8 @@ def selector(metric: str, model: str | None) -> str:
     return metric if model is None else f"{metric}{{model={json.dumps(label_value(model))}}}"
 
 
-def _series(one: Mapping[str, Any]) -> Series:
-    labels = dict(one["metric"])
+def _series(entry: Mapping[str, Any]) -> Series:
+    labels = dict(entry["metric"])
     return Series.of(labels.pop("__name__", ""), labels)
 
 

@@ -195,6 +195,6 @@ class PrometheusInstance:
     def _last_words(self) -> str:
         assert self.data_dir is not None
         lines = (self.data_dir / "prometheus.log").read_text(encoding="utf-8", errors="replace").splitlines()
-        said = [line for line in lines if "level=error" in line or "level=" not in line] or ["its log is empty"]
-        told = re.search(r'(?:err|msg)="?((?:[^"\\]|\\.)*)"?$', said[-1])
-        return (told[1] if told else said[-1]).strip().rstrip(".")
+        errors = [line for line in lines if "level=error" in line or "level=" not in line] or ["its log is empty"]
+        message = re.search(r'(?:err|msg)="?((?:[^"\\]|\\.)*)"?$', errors[-1])
+        return (message[1] if message else errors[-1]).strip().rstrip(".")

@@ -56,10 +56,10 @@ class Claiming:
         """Give the reviewer those of the named items that are pending, as many as may be held; return what is held."""
         values = {"reviewer": self._reviewer, "ids": list(ids)}
         free = list(self._connection.execute(statements.PICK_NAMED, values).scalars())
-        mine = [item_id for item_id in free if item_id in self._held]
-        mine += [item_id for item_id in free if item_id not in self._held][: self.room]
-        self._take(mine)
-        return mine
+        claimed = [item_id for item_id in free if item_id in self._held]
+        claimed += [item_id for item_id in free if item_id not in self._held][: self.room]
+        self._take(claimed)
+        return claimed
 
     def _take(self, ids: Sequence[int]) -> None:
         _take(self._connection, self._reviewer, ids, self._until)
@@ -79,17 +79,17 @@ def held_by(connection: Connection, reviewer: str, now: datetime) -> list[int]:
 
 def renew(connection: Connection, reviewer: str, ids: Sequence[int], now: datetime, until: datetime) -> list[int]:
     """Lengthen the leases that have not ended; return their items."""
-    mine = _mine(connection, reviewer, ids, now)
-    _take(connection, reviewer, mine, until)
-    return mine
+    held = _held_ids(connection, reviewer, ids, now)
+    _take(connection, reviewer, held, until)
+    return held
 
 
 def release(connection: Connection, reviewer: str, ids: Sequence[int], now: datetime) -> list[int]:
     """Make items pending again; return those that were the reviewer's."""
-    mine = _mine(connection, reviewer, ids, now)
-    if mine:
-        connection.execute(statements.RETURN, {"ids": mine})
-    return mine
+    held = _held_ids(connection, reviewer, ids, now)
+    if held:
+        connection.execute(statements.RETURN, {"ids": held})
+    return held
 
 
 def skip(connection: Connection, reviewer: str, item_id: int, now: datetime) -> None:
@@ -99,9 +99,9 @@ def skip(connection: Connection, reviewer: str, item_id: int, now: datetime) -> 
         connection.execute(statements.note_skip(connection.dialect.name), values)
 
 
-def _mine(connection: Connection, reviewer: str, ids: Sequence[int], now: datetime) -> list[int]:
+def _held_ids(connection: Connection, reviewer: str, ids: Sequence[int], now: datetime) -> list[int]:
     values = {"reviewer": reviewer, "ids": list(ids), "now": now}
-    return list(connection.execute(statements.PICK_MINE, values).scalars())
+    return list(connection.execute(statements.PICK_HELD, values).scalars())
 
 
 def _take(connection: Connection, reviewer: str, ids: Sequence[int], until: datetime) -> None:

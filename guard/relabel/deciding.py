@@ -43,14 +43,14 @@ class Deciding:
         """Answer claimed items, all or none."""
         if not answers:
             return []
-        items = self._lock([one.item_id for one in answers])
+        items = self._lock([answer.item_id for answer in answers])
         if len(items) < len(answers):
             raise AlreadyDecided("the same item is answered twice at once. Send one answer per item.")
-        for one in answers:
-            item = items[one.item_id]
-            _check_label(item, one.true_label)  # first: an answer that cannot be saved tells nothing of others
+        for answer in answers:
+            item = items[answer.item_id]
+            _check_label(item, answer.true_label)  # first: an answer that cannot be saved tells nothing of others
             self._check_claim(item)
-        rows = [self._row(one.item_id, one.is_poisoned, one.true_label, one.note) for one in answers]
+        rows = [self._row(answer.item_id, answer.is_poisoned, answer.true_label, answer.note) for answer in answers]
         appended = chain.append(self._connection, rows)
         settled = []
         for row in appended:
@@ -193,9 +193,9 @@ def outcome(votes: Sequence[Decision], quorum: int) -> int | None:
         return None
     if not any(vote.is_poisoned for vote in last):
         return max(vote.id for vote in last)
-    says = {vote.id: (vote.is_poisoned, vote.true_label if vote.is_poisoned else None) for vote in last}
-    count = Counter(says.values())
-    return max((number for number, said in says.items() if count[said] >= quorum), default=None)
+    vote_of = {vote.id: (vote.is_poisoned, vote.true_label if vote.is_poisoned else None) for vote in last}
+    count = Counter(vote_of.values())
+    return max((number for number, content in vote_of.items() if count[content] >= quorum), default=None)
 
 
 def _decided_already(item_id: int) -> str:

@@ -148,7 +148,7 @@ def remove_items(connection: Connection, ids: Sequence[int], state: State) -> No
         named = [{"item_id": item_id} for item_id in ids]
         connection.execute(statements.DELETE_BLOBS, named)
         connection.execute(statements.DELETE_SKIPS, named)
-        connection.execute(statements.REMOVE_ITEM, [one | {"new_state": state.value} for one in named])
+        connection.execute(statements.REMOVE_ITEM, [item | {"new_state": state.value} for item in named])
 
 
 def update_ledger(connection: Connection, *, new_ids: int = 0, more_items: int, more_bytes: int) -> None:

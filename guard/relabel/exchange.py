@@ -320,8 +320,10 @@ def _row_of_task(task: Mapping[str, Any], place: str) -> Row:
     annotations = task.get("annotations") or []
     if not isinstance(annotations, list):
         raise DataError(f"{place}: annotations must be a list.")
-    kept = [one for one in annotations if isinstance(one, dict) and not one.get("was_cancelled")]
-    answers = {(_chosen(one, VERDICT), _chosen(one, TRUE_LABEL)) for one in kept}
+    kept = [
+        annotation for annotation in annotations if isinstance(annotation, dict) and not annotation.get("was_cancelled")
+    ]
+    answers = {(_chosen(annotation, VERDICT), _chosen(annotation, TRUE_LABEL)) for annotation in kept}
     if len(answers) > 1:
         raise DataError(f"{place}: its {len(kept)} annotations say different things. Keep one.")
     verdict, label = answers.pop() if answers else ("", "")

@@ -42,7 +42,7 @@ def other_request_id(text: str) -> str:
     kinds = ["0123456789"] if re.search("[0-9]", text) else ["abcdefghijklmnopqrstuvwxyz"]
     if not re.search("[g-zG-Z]", text):
         kinds = ["0123456789", "abcdef"]
-    other = "".join(next((_random.choice(kind) for kind in kinds if one in kind), one) for one in text)
+    other = "".join(next((_random.choice(kind) for kind in kinds if letter in kind), letter) for letter in text)
     return other_request_id(text) if other == text and re.search("[0-9a-z]", text) else other
 
 
@@ -96,9 +96,9 @@ class Eyes:
     def see(self, items: Sequence[QueueItem]) -> list[QueueItem]:
         """Return the items as the reviewer sees them; all take the same statements, whatever they are."""
         ids = [item.id for item in items]
-        mine = self._own_answers(ids)
+        answers = self._own_answers(ids)
         learned_to = {row.item_id: row.learned_to for row in self._rows(statements.GOLD_BY_ID, ids)}
-        return [self._see(item, mine.get(item.id), learned_to.get(item.id)) for item in items]
+        return [self._see(item, answers.get(item.id), learned_to.get(item.id)) for item in items]
 
     def has_answered(self, item_id: int) -> bool:
         """Return whether the reviewer ever answered an item, even if the answer does not stand."""
@@ -108,9 +108,9 @@ class Eyes:
         """Return counts that hold gold items as well, each in the state that the reviewer sees."""
         by_state, oldest = dict(counts.by_state), counts.oldest_pending_at
         rows = self._connection.execute(statements.GOLD_STATES, {"reviewer": self._reviewer}).mappings().all()
-        mine = self._own_answers([row["id"] for row in rows])
+        answers = self._own_answers([row["id"] for row in rows])
         for row in rows:
-            state = self._state(State(row["state"]), row["claimed_by"], mine.get(row["id"]), row["learned_to"])
+            state = self._state(State(row["state"]), row["claimed_by"], answers.get(row["id"]), row["learned_to"])
             by_state[state] += 1
             if state is State.PENDING:
                 oldest = min(oldest or row["received_at"], row["received_at"])
@@ -119,28 +119,28 @@ class Eyes:
         decisions = {kind: count - hidden[kind] for kind, count in counts.decisions.items()}
         return replace(counts, by_state=by_state, oldest_pending_at=oldest, decisions=decisions)
 
-    def _see(self, item: QueueItem, own: Decision | None, learned_to: int | None) -> QueueItem:
-        state = item.state if learned_to is None else self._state(item.state, item.claimed_by, own, learned_to)
+    def _see(self, item: QueueItem, answer: Decision | None, learned_to: int | None) -> QueueItem:
+        state = item.state if learned_to is None else self._state(item.state, item.claimed_by, answer, learned_to)
         is_mine = state is State.CLAIMED and item.claimed_by == self._reviewer
         return replace(
             item,
             state=state,
-            decision=own if state in (State.DECIDED, State.TRAINED) else None,
+            decision=answer if state in (State.DECIDED, State.TRAINED) else None,
             claimed_by=self._reviewer if is_mine else None,
             lease_expires_at=item.lease_expires_at if is_mine else None,
         )
 
-    def _state(self, state: State, holder: str | None, own: Decision | None, learned_to: int) -> State:
+    def _state(self, state: State, holder: str | None, answer: Decision | None, learned_to: int) -> State:
         if state not in (State.PENDING, State.CLAIMED) or holder == self._reviewer:
             return state
-        if own is None or outcome([own], self._quorum) is None:
+        if answer is None or outcome([answer], self._quorum) is None:
             return state
-        return State.TRAINED if own.id <= learned_to else State.DECIDED
+        return State.TRAINED if answer.id <= learned_to else State.DECIDED
 
     def _own_answers(self, ids: Sequence[int]) -> dict[int, Decision]:
         rows = self._rows(statements.OWN_ANSWERS, ids)
         found = (decision_of(row._mapping) for row in rows)
-        return {one.item_id: one for one in found if one.stands}
+        return {decision.item_id: decision for decision in found if decision.stands}
 
     def _rows(self, statement: Any, ids: Sequence[int]) -> Sequence[Any]:
         values: Mapping[str, Any] = {"ids": list(ids), "reviewer": self._reviewer}

@@ -41,9 +41,9 @@ def cluster(features: Float32Array, *, min_size: int = MIN_SIZE, max_distance: f
     model = AgglomerativeClustering(n_clusters=None, distance_threshold=max_distance, linkage="average")
     found = model.fit_predict(rows)
     sizes = np.bincount(found)
-    for number, one in enumerate(np.argsort(-sizes, kind="stable")):
-        if sizes[one] >= min_size:
-            labels[found == one] = number
+    for number, label in enumerate(np.argsort(-sizes, kind="stable")):
+        if sizes[label] >= min_size:
+            labels[found == label] = number
     return labels
 
 
@@ -63,7 +63,7 @@ def refresh_groups(queue: Queue, model: str, *, limit: int = 2000, min_size: int
     for rows in sorted(clusters, key=len, reverse=True):
         candidates = [number for number, _ in Counter(old_groups[rows].tolist()).most_common() if number > 0]
         candidates.append(int(ids[rows].min()))
-        number = next((one for one in candidates if one not in taken), int(ids[rows].min()))
+        number = next((candidate for candidate in candidates if candidate not in taken), int(ids[rows].min()))
         taken.add(number)
         new_groups[rows] = number
     changed = np.flatnonzero(new_groups != old_groups)

@@ -224,4 +224,4 @@ class GoldResult:
     """How a reviewer answered items whose answer is known."""
 
     right: int
-    asked: int
+    answered: int

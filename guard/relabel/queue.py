@@ -222,8 +222,8 @@ class Queue:
     def claim_items(self, reviewer: str, ids: Sequence[int]) -> list[QueueItem]:
         """Give the reviewer those of the named items that are pending, or already this reviewer's, up to `max_held`."""
         with self.database.writing(passing=True) as connection:
-            mine = self._claiming(connection, reviewer).claim_items(ids)
-        return self._read(mine)
+            claimed = self._claiming(connection, reviewer).claim_items(ids)
+        return self._read(claimed)
 
     def held_by(self, reviewer: str) -> list[int]:
         """Return the numbers of the items that a reviewer holds, what ends first at first."""
@@ -424,8 +424,8 @@ class Queue:
         if decision_ids is not None:
             statement = statements.MARK_TRAINED_IF_UNCHANGED
             named = [
-                one | {"expected_decision_id": decision_id}
-                for one, decision_id in zip(named, decision_ids, strict=True)
+                values | {"expected_decision_id": decision_id}
+                for values, decision_id in zip(named, decision_ids, strict=True)
             ]
         if named:
             with self.database.writing(durable=True) as connection:

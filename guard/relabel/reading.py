@@ -152,14 +152,14 @@ def read_groups(connection: Connection, seen_by: str | None) -> list[Group]:
 
 def read_gold_results(connection: Connection, reviewer: str) -> GoldResult:
     """Compare a reviewer's answers about gold items with the known ones."""
-    right = asked = 0
+    right = answered = 0
     for is_poisoned, true_label, known_poisoned, known_label in connection.execute(
         statements.GOLD_ANSWERS, {"reviewer": reviewer}
     ):
-        asked += 1
+        answered += 1
         said_no_label = true_label is None and not is_poisoned  # a false alarm needs none
         right += is_poisoned == known_poisoned and (known_label in (None, true_label) or said_no_label)
-    return GoldResult(right, asked)
+    return GoldResult(right, answered)
 
 
 def read_pending_features(

@@ -119,21 +119,21 @@ def _flat_json(value: object) -> Iterator[str]:
     """Yield the JSON of a value that is nested too deeply for the `json` module, without recursion."""
     waiting: list[tuple[bool, Any]] = [(False, value)]  # True: text, ready to be written
     while waiting:
-        is_text, one = waiting.pop()
+        is_text, part = waiting.pop()
         if is_text:
-            yield one
-        elif isinstance(one, dict):
+            yield part
+        elif isinstance(part, dict):
             parts: list[tuple[bool, Any]] = [(True, "{")]
-            for place, (key, inner) in enumerate(one.items()):
+            for place, (key, inner) in enumerate(part.items()):
                 parts += [(True, f"{', ' if place else ''}{json.dumps(str(key))}: "), (False, inner)]
             waiting += reversed([*parts, (True, "}")])
-        elif isinstance(one, list | tuple):
+        elif isinstance(part, list | tuple):
             parts = [(True, "[")]
-            for place, inner in enumerate(one):
+            for place, inner in enumerate(part):
                 parts += [(True, ", " if place else ""), (False, inner)]
             waiting += reversed([*parts, (True, "]")])
         else:
-            yield json.dumps(one, default=_plain)
+            yield json.dumps(part, default=_plain)
 
 
 def _field(entry: Mapping[str, str]) -> Field:
@@ -157,13 +157,13 @@ def _pictures_in(field: Field) -> Iterator[bytes]:
     except (ValueError, RecursionError):
         waiting = [text]
     while waiting:
-        one = waiting.pop()
-        if isinstance(one, dict):
-            waiting += reversed(one.values())
-        elif isinstance(one, list):
-            waiting += reversed(one)
-        elif isinstance(one, str):
-            encoded = (one.partition("base64,")[2] if one.startswith("data:") else one).strip()
+        part = waiting.pop()
+        if isinstance(part, dict):
+            waiting += reversed(part.values())
+        elif isinstance(part, list):
+            waiting += reversed(part)
+        elif isinstance(part, str):
+            encoded = (part.partition("base64,")[2] if part.startswith("data:") else part).strip()
             if encoded.startswith(_ENCODED):
                 try:
                     yield base64.b64decode(encoded)

@@ -172,8 +172,8 @@ class Reservoir:
         plan.size -= plan.spare
         plan.spare = 0
         totals = self._totals("bytes")
-        owners = sorted((one for one in shares if shares[one].spare), key=lambda one: -shares[one].bytes)
-        for owner in sorted(owners, key=lambda one: -totals[one[0]]):
+        owners = sorted((key for key in shares if shares[key].spare), key=lambda key: -shares[key].bytes)
+        for owner in sorted(owners, key=lambda key: -totals[key[0]]):
             if plan.fits:
                 return
             self._pop_bodies(plan, owner)
@@ -197,15 +197,15 @@ class Reservoir:
         """Return the group that has to make room: the largest, unless the input's own would become larger than it."""
         shares, totals = self._known_shares(), self._totals(measure)
         model = group[0]
-        largest_model = max(totals, key=lambda one: totals[one], default=model)
+        largest_model = max(totals, key=lambda key: totals[key], default=model)
         if totals[model] + 2 * amount <= totals[largest_model]:
             model = largest_model
-        labels = [one for one in shares if one[0] == model]
-        largest = max(labels, key=lambda one: getattr(shares[one], measure), default=group)
+        labels = [key for key in shares if key[0] == model]
+        largest = max(labels, key=lambda key: getattr(shares[key], measure), default=group)
         if model != group[0]:
             return largest
-        own = getattr(shares.get(group, Share()), measure)
-        return largest if largest in shares and own + 2 * amount <= getattr(shares[largest], measure) else group
+        used = getattr(shares.get(group, Share()), measure)
+        return largest if largest in shares and used + 2 * amount <= getattr(shares[largest], measure) else group
 
     def _totals(self, measure: Measure) -> dict[str, int]:
         totals: dict[str, int] = defaultdict(int)

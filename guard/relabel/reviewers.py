@@ -124,7 +124,7 @@ class Reviewers:
         """Return enabled reviewers, sorted by name."""
         enabled = sa.select(reviewers.c.name, reviewers.c.role).where(reviewers.c.disabled_at.is_(None))
         with self._database.reading() as connection:
-            return sorted((Reviewer(*row) for row in connection.execute(enabled)), key=lambda one: one.name)
+            return sorted((Reviewer(*row) for row in connection.execute(enabled)), key=lambda reviewer: reviewer.name)
 
     def disable(self, name: str) -> None:
         """Make a reviewer's token and sessions worthless; what the reviewer decided stays.

@@ -112,6 +112,6 @@ class Rounds:
 
     def take_request(self, model: str) -> str | None:
         """Return who asked for a retraining of this model, None if nobody did; the request is gone then."""
-        mine = sa.delete(retrain_requests).where(retrain_requests.c.model == model)
+        request = sa.delete(retrain_requests).where(retrain_requests.c.model == model)
         with self._database.writing(durable=True) as connection:
-            return connection.execute(mine.returning(retrain_requests.c.reviewer)).scalar()
+            return connection.execute(request.returning(retrain_requests.c.reviewer)).scalar()

@@ -199,7 +199,7 @@ TAKE = (
     .values(state="claimed", claimed_by=sa.bindparam("reviewer"), lease_expires_at=sa.bindparam("until"))
 )
 #: Of the named items, those that are the reviewer's now.
-PICK_MINE = (
+PICK_HELD = (
     sa.select(items.c.id)
     .where(
         items.c.id.in_(sa.bindparam("ids", expanding=True)),

@@ -118,7 +118,7 @@ def fit_candidate(
         held = f"{int(material.clean_held_out.sum())} of {len(guard.reference_labels)}"
         raise DataError(f"{error} {held} are held out: lower holdout_share.") from error
     candidate = _taught(guard, base, material.training, anomalies)
-    again = np.array([one in trained_ids for one in material.training_ids], dtype=bool)
+    again = np.array([item_id in trained_ids for item_id in material.training_ids], dtype=bool)
     untaught = retrain(base, material.training[:0])
     if never_saw_hold_out:
         return Pair(guard, candidate, untaught)
@@ -147,7 +147,7 @@ def check_false_alarms(
     clean = guard.reference[material.clean_held_out]
     watched = Activations.concatenate([clean, held.poisoned, held.not_learned, stacked(guard, undecided)])
     rate = requested_rate(guard, settings)
-    first, second = (one.with_config(false_positive_rate=rate) for one in (twin, pair.candidate))
+    first, second = (fitted.with_config(false_positive_rate=rate) for fitted in (twin, pair.candidate))
     if Movement.between(first, second, watched).beyond_chance() is None:
         return pair, material
     return pair._replace(candidate=twin), sober
@@ -160,8 +160,8 @@ def try_candidate(
     held, rate = material.clean_held_out, requested_rate(guard, settings)
     clean, labels = guard.reference[held], guard.reference_labels[held]
     flagged = stacked(guard, undecided)
-    guards = [one.with_config(false_positive_rate=rate) for one in pair[:2]]
-    before, after = (measure(one, clean, labels, material.held_out, flagged) for one in guards)
+    guards = [fitted.with_config(false_positive_rate=rate) for fitted in pair[:2]]
+    before, after = (measure(fitted, clean, labels, material.held_out, flagged) for fitted in guards)
     movements = {}
     if pair.untaught is not None:
         first = pair.untaught.with_config(false_positive_rate=rate)
@@ -171,7 +171,7 @@ def try_candidate(
             "undecided flagged inputs": flagged,
         }
         movements = {
-            what: Movement.between(first, guards[1], inputs, far_only=True) for what, inputs in watched.items()
+            kind: Movement.between(first, guards[1], inputs, far_only=True) for kind, inputs in watched.items()
         }
     return Trial(before, after, judge(before, after, material.agreement, rate, settings, movements))
 
@@ -179,11 +179,11 @@ def try_candidate(
 def compare_on(flagged: Sequence[QueueItem], pair: Pair, settings: RetrainerSettings) -> Judgement:
     """Compare both guards on what was flagged while the candidate waited."""
     rate = requested_rate(pair.before, settings)
-    guards = [one.with_config(false_positive_rate=rate) for one in pair[:2]]
+    guards = [fitted.with_config(false_positive_rate=rate) for fitted in pair[:2]]
 
     def counts(items: Sequence[QueueItem]) -> tuple[Count, Count]:
         activations = stacked(pair.before, items)
-        before, after = (Count.where(flags_of(one, activations)) for one in guards)
+        before, after = (Count.where(flags_of(fitted, activations)) for fitted in guards)
         return before, after
 
     undecided = [item for item in flagged if item.decision is None]

@@ -96,7 +96,7 @@ def judge(
             _true_positives("other groups", *counts("other_groups_flagged"), settings),
             _true_positives("the same groups", *counts("same_groups_flagged"), settings),
             _released("undecided flagged inputs", *counts("undecided_flagged"), settings.max_released_share),
-            *(_moved(what, movement) for what, movement in (movements or {}).items()),
+            *(_moved(kind, movement) for kind, movement in (movements or {}).items()),
             _agreement(agreement, settings),
         )
     )
@@ -165,32 +165,32 @@ def _true_positives(whose: str, before: Count, after: Count, settings: Retrainer
     return _check(name, passed, text, f"at least {100 * floor:g} % must be", before, after)
 
 
-def _released(what: str, before: Count, after: Count, allowed: float, at_least: int = ENOUGH_TO_RELEASE) -> Check:
+def _released(kind: str, before: Count, after: Count, allowed: float, at_least: int = ENOUGH_TO_RELEASE) -> Check:
     if before.hits < at_least:
-        return Check(what, None, f"{before.hits} {what}: too few to measure by.")
+        return Check(kind, None, f"{before.hits} {kind}: too few to measure by.")
     released = Count(max(0, before.hits - after.hits), before.hits)
-    text = f"{_percent(released)} of {before.hits} {what} would pass now"
+    text = f"{_percent(released)} of {before.hits} {kind} would pass now"
     limit = (
         f"{100 * allowed:g} % may. Inputs have changed, or somebody calls a trigger clean: let a second person look, "
         "then raise max_released_share"
     )
-    return _check(what, released.hits <= allowed * released.of, text, limit, before, after)
+    return _check(kind, released.hits <= allowed * released.of, text, limit, before, after)
 
 
-def _moved(what: str, movement: Movement) -> Check:
-    name = f"{what}, against a guard without answers"
+def _moved(kind: str, movement: Movement) -> Check:
+    name = f"{kind}, against a guard without answers"
     if not len(movement.lost):
-        return Check(name, None, f"there are no {what}: nothing to measure by.")
+        return Check(name, None, f"there are no {kind}: nothing to measure by.")
     region = movement.beyond_chance()
     lost, gained = int(movement.lost.sum()), int(movement.gained.sum())
     if region is None:
         text = (
-            f"{lost} of {len(movement.lost)} {what} pass of which a guard without answers is sure; {gained} vice versa."
+            f"{lost} of {len(movement.lost)} {kind} pass of which a guard without answers is sure; {gained} vice versa."
         )
         return Check(name, True, text)
     where = "" if region.label is None else f" that the network calls class {region.label}"
     text = (
-        f"{region.lost} of {region.of} {what}{where} would pass although a guard without answers calls them more "
+        f"{region.lost} of {region.of} {kind}{where} would pass although a guard without answers calls them more "
         f"suspicious than any clean image, {region.gained} the other way: more than chance explains. Somebody may call "
         "a trigger clean, or clean inputs poisoned: let another person look at these, or leave a reviewer out."
     )

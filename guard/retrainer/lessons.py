@@ -132,40 +132,40 @@ def choose(lessons: Sequence[Lesson], guard: Guard, needed: int, settings: Retra
     settings : RetrainerSettings
     """
     dropped: dict[int, str] = {}
-    limits = ClassLimits(guard, settings, len({one.reviewer for one in lessons}))
+    limits = ClassLimits(guard, settings, len({lesson.reviewer for lesson in lessons}))
     whole: Counter[tuple[int, bool]] = Counter()
-    own: Counter[tuple[int, bool, str]] = Counter()
+    counts: Counter[tuple[int, bool, str]] = Counter()
     fitting = []
     # What earlier rounds took comes first: a newcomer displaces nothing. Then by hash, which nobody can aim at.
-    for one in sorted(lessons, key=lambda one: (not one.was_trained, one.rank, one.id)):
-        kind, label, poisoned = (one.true_label, one.is_poisoned), one.true_label, one.is_poisoned
-        agreed = one.supporters > 1
+    for lesson in sorted(lessons, key=lambda lesson: (not lesson.was_trained, lesson.rank, lesson.id)):
+        kind, label, poisoned = (lesson.true_label, lesson.is_poisoned), lesson.true_label, lesson.is_poisoned
+        agreed = lesson.supporters > 1
         if not poisoned and not settings.max_false_alarms_per_class:
-            dropped[one.id] = MEASURED_ONLY
-        elif not poisoned and one.supporters < needed:
-            dropped[one.id] = ALONE
+            dropped[lesson.id] = MEASURED_ONLY
+        elif not poisoned and lesson.supporters < needed:
+            dropped[lesson.id] = ALONE
         elif whole[kind] >= limits.of_class(label, is_poisoned=poisoned):
-            dropped[one.id] = CLASS_FULL
-        elif not agreed and own[(*kind, one.reviewer)] >= limits.of_reviewer(label, is_poisoned=poisoned):
-            dropped[one.id] = REVIEWER_FULL
+            dropped[lesson.id] = CLASS_FULL
+        elif not agreed and counts[(*kind, lesson.reviewer)] >= limits.of_reviewer(label, is_poisoned=poisoned):
+            dropped[lesson.id] = REVIEWER_FULL
         else:
             whole[kind] += 1
-            own[(*kind, one.reviewer)] += not agreed
-            fitting.append(one)
-    limit = reviewer_limit(Counter(one.reviewer for one in fitting), settings)
+            counts[(*kind, lesson.reviewer)] += not agreed
+            fitting.append(lesson)
+    limit = reviewer_limit(Counter(lesson.reviewer for lesson in fitting), settings)
     by_reviewer: Counter[str] = Counter()
     fair = []
-    for one in fitting:
-        by_reviewer[one.reviewer] += 1
-        if by_reviewer[one.reviewer] > limit:
-            dropped[one.id] = REVIEWER_FULL
+    for lesson in fitting:
+        by_reviewer[lesson.reviewer] += 1
+        if by_reviewer[lesson.reviewer] > limit:
+            dropped[lesson.id] = REVIEWER_FULL
         else:
-            fair.append(one)
-    old = [one for one in fair if one.was_trained]
-    new = [one for one in fair if not one.was_trained]
+            fair.append(lesson)
+    old = [lesson for lesson in fair if lesson.was_trained]
+    new = [lesson for lesson in fair if not lesson.was_trained]
     late = new[settings.max_new_per_round :]
-    dropped |= dict.fromkeys((one.id for one in late), WAITING)
-    taken = sorted(old + new[: settings.max_new_per_round], key=lambda one: one.id)
+    dropped |= dict.fromkeys((lesson.id for lesson in late), WAITING)
+    taken = sorted(old + new[: settings.max_new_per_round], key=lambda lesson: lesson.id)
     return Chosen(taken, dropped, len(late))
 
 

@@ -100,21 +100,21 @@ class Material:
         return dataclasses.replace(
             self,
             training=self.training[poisoned],
-            training_ids=tuple(one for one, kept in zip(self.training_ids, poisoned, strict=True) if kept),
+            training_ids=tuple(item_id for item_id, kept in zip(self.training_ids, poisoned, strict=True) if kept),
             held_out=dataclasses.replace(self.held_out, not_learned=not_learned),
             left_out={**self.left_out, why: len(false_alarms)},
         )
 
     def without_poisoned(self, doubted: BoolArray, why: str) -> Material:
         """Return the same without some rows of `poisoned`, in `training` too; `why` is for the report."""
-        ids = {one for one, out in zip(self.poisoned_ids, doubted, strict=True) if out}
-        kept = np.array([one not in ids for one in self.training_ids], dtype=bool)
+        ids = {item_id for item_id, out in zip(self.poisoned_ids, doubted, strict=True) if out}
+        kept = np.array([item_id not in ids for item_id in self.training_ids], dtype=bool)
         return dataclasses.replace(
             self,
             training=self.training[kept],
-            training_ids=tuple(one for one in self.training_ids if one not in ids),
+            training_ids=tuple(item_id for item_id in self.training_ids if item_id not in ids),
             poisoned=self.poisoned[~doubted],
-            poisoned_ids=tuple(one for one in self.poisoned_ids if one not in ids),
+            poisoned_ids=tuple(item_id for item_id in self.poisoned_ids if item_id not in ids),
             left_out={**self.left_out, **({why: len(ids)} if ids else {})},
         )
 
@@ -159,10 +159,10 @@ def gather(
     distrusted = set(settings.leave_out_reviewers) | {
         name
         for name, score in (gold or {}).items()
-        if score.asked >= settings.min_gold_items and score.right < settings.min_gold_share * score.asked
+        if score.answered >= settings.min_gold_items and score.right < settings.min_gold_share * score.answered
     }
     trusted = {
-        item: {name: said for name, said in by_name.items() if name not in distrusted}
+        item: {name: answer for name, answer in by_name.items() if name not in distrusted}
         for item, by_name in words.items()
     }
     left_out: Counter[str] = Counter()
@@ -178,40 +178,43 @@ def gather(
         else:
             usable.append(Lesson.of(item, decision, len(words_of_it), key))
     held, other = _held_out(usable, settings.holdout_share, frozenset(locked), key)
-    kept = [one for one in usable if one.id in held]
-    free = [one for one in usable if one.id not in held]
-    chosen = choose([one for one in free if one.teaches], guard, needed, settings)
-    learned = {one.id for one in chosen.lessons}
+    kept = [lesson for lesson in usable if lesson.id in held]
+    free = [lesson for lesson in usable if lesson.id not in held]
+    chosen = choose([lesson for lesson in free if lesson.teaches], guard, needed, settings)
+    learned = {lesson.id for lesson in chosen.lessons}
     left_out.update(chosen.dropped.values())
-    left_out["poisoned, true label unknown"] += sum(one.true_label < 0 for one in free)
+    left_out["poisoned, true label unknown"] += sum(lesson.true_label < 0 for lesson in free)
     left_out["poisoned, true label is the network's answer"] += sum(
-        not one.teaches and one.true_label >= 0 for one in free
+        not lesson.teaches and lesson.true_label >= 0 for lesson in free
     )
     # A demarcation learns no label, so the cap of a class does not concern it.
     anomalies = [
-        one
-        for one in free
-        if one.is_poisoned and (not one.teaches or one.id in learned or chosen.dropped[one.id] == CLASS_FULL)
+        lesson
+        for lesson in free
+        if lesson.is_poisoned
+        and (not lesson.teaches or lesson.id in learned or chosen.dropped[lesson.id] == CLASS_FULL)
     ]
-    poisoned = [one for one in kept if one.is_poisoned]
+    poisoned = [lesson for lesson in kept if lesson.is_poisoned]
     return Material(
         training=Labelled(
             _stack(chosen.lessons, guard.reference),
-            np.array([one.true_label for one in chosen.lessons], dtype=np.int64),
-            np.array([one.is_poisoned for one in chosen.lessons], dtype=bool),
+            np.array([lesson.true_label for lesson in chosen.lessons], dtype=np.int64),
+            np.array([lesson.is_poisoned for lesson in chosen.lessons], dtype=bool),
         ),
-        training_ids=tuple(one.id for one in chosen.lessons),
+        training_ids=tuple(lesson.id for lesson in chosen.lessons),
         clean_held_out=clean_hold_out(guard, settings.holdout_share),
         held_out=HeldOut(
             _stack(poisoned, guard.reference),
-            np.array([one.true_label for one in poisoned], dtype=np.int64),
-            np.array([one.id in other for one in poisoned], dtype=bool),
-            _stack([one for one in kept if not one.is_poisoned], guard.reference),
-            tuple(one.id for one in kept),
-            _stack([one for one in usable if not one.is_poisoned and one.id not in learned], guard.reference),
+            np.array([lesson.true_label for lesson in poisoned], dtype=np.int64),
+            np.array([lesson.id in other for lesson in poisoned], dtype=bool),
+            _stack([lesson for lesson in kept if not lesson.is_poisoned], guard.reference),
+            tuple(lesson.id for lesson in kept),
+            _stack(
+                [lesson for lesson in usable if not lesson.is_poisoned and lesson.id not in learned], guard.reference
+            ),
         ),
         poisoned=_stack(anomalies, guard.reference),
-        poisoned_ids=tuple(one.id for one in anomalies),
+        poisoned_ids=tuple(lesson.id for lesson in anomalies),
         agreement=_agreement(trusted.values()),
         by_reviewer=_by_reviewer(words.values(), chosen.lessons),
         left_out={reason: count for reason, count in left_out.items() if count},
@@ -246,7 +249,7 @@ def clean_hold_out(guard: Guard, share: float) -> BoolArray:
 def last_words(decisions: Iterable[Decision]) -> dict[int, dict[str, Decision]]:
     """Return what every reviewer said last of every item, superseded or not; what was withdrawn was never said."""
     words: dict[int, dict[str, Decision]] = {}
-    for decision in sorted(decisions, key=lambda one: one.id):
+    for decision in sorted(decisions, key=lambda entry: entry.id):
         if not decision.withdrawn:
             words.setdefault(decision.item_id, {})[decision.reviewer] = decision
     return words
@@ -290,39 +293,39 @@ def _held_out(usable: Sequence[Lesson], share: float, locked: frozenset[int], ke
     Beyond that: false alarms and poisoned inputs without a group one by one; groups of poisoned inputs as a whole
     where there are several, so that some of what is measured looks like nothing that was learned.
     """
-    held = {one.id for one in usable if not one.was_trained and (one.id in locked or one.rank < share)}
+    held = {lesson.id for lesson in usable if not lesson.was_trained and (lesson.id in locked or lesson.rank < share)}
     groups: dict[int, list[Lesson]] = {}
-    for one in usable:
-        if one.is_poisoned and one.group is not None:
-            groups.setdefault(one.group, []).append(one)
+    for lesson in usable:
+        if lesson.is_poisoned and lesson.group is not None:
+            groups.setdefault(lesson.group, []).append(lesson)
     # Groups are numbered anew when they are clustered anew; the oldest member stays.
     ranks = {
-        group: keyed_unit(key, f"group of {min(one.id for one in members)}".encode())
+        group: keyed_unit(key, f"group of {min(lesson.id for lesson in members)}".encode())
         for group, members in groups.items()
     }
-    free = [group for group, members in groups.items() if not any(one.was_trained for one in members)]
+    free = [group for group, members in groups.items() if not any(lesson.was_trained for lesson in members)]
     free.sort(key=ranks.__getitem__)
-    whole = {group for group in free if ranks[group] < share or any(one.id in locked for one in groups[group])}
+    whole = {group for group in free if ranks[group] < share or any(lesson.id in locked for lesson in groups[group])}
     if len(groups) > 1:
         if not whole and free:
             whole = {free[0]}
         if len(whole) == len(groups):  # something must be learned from
-            unlocked = [group for group in free if not any(one.id in locked for one in groups[group])]
+            unlocked = [group for group in free if not any(lesson.id in locked for lesson in groups[group])]
             whole -= set(unlocked[-1:])
     else:
         whole = set()
     other: set[int] = set()
     for group in whole:
-        ids = {one.id for one in groups[group]}
+        ids = {lesson.id for lesson in groups[group]}
         held |= ids
         other |= ids
     return held, other
 
 
-def _agree(said: Collection[Decision]) -> bool:
+def _agree(decisions: Collection[Decision]) -> bool:
     """Return whether decisions about one input say the same; a label that was not named contradicts none."""
-    labels = {one.true_label for one in said} - {None}
-    return len({one.is_poisoned for one in said}) <= 1 and len(labels) <= 1
+    labels = {decision.true_label for decision in decisions} - {None}
+    return len({decision.is_poisoned for decision in decisions}) <= 1 and len(labels) <= 1
 
 
 def _agreement(words: Iterable[Mapping[str, Decision]]) -> Agreement:
@@ -339,14 +342,14 @@ def _by_reviewer(words: Iterable[Mapping[str, Decision]], chosen: Sequence[Lesso
             if len(by_name) > 1:
                 row["shared"] += 1
                 row["agreed"] += all(_agree((decision, other)) for other in by_name.values())
-    for one in chosen:
-        rows.setdefault(one.reviewer, Counter())["used"] += 1
+    for lesson in chosen:
+        rows.setdefault(lesson.reviewer, Counter())["used"] += 1
     columns = ("decided", "used", "agreed", "shared")
     return {name: {column: rows[name][column] for column in columns} for name in sorted(rows)}
 
 
 def _stack(decided: Sequence[Lesson], like: Activations) -> Activations:
-    return Activations.concatenate([like[:0], *(one.activations for one in decided)])
+    return Activations.concatenate([like[:0], *(lesson.activations for lesson in decided)])
 
 
 def _key(guard: Guard) -> bytes:

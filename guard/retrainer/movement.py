@@ -60,10 +60,10 @@ class Movement:
             nothing = np.zeros(0, dtype=bool)
             return cls(np.zeros(0, dtype=np.int64), nothing, nothing)
         flagged, sure = [], []
-        for one in (first, second):
-            scores = one.scores(inputs)
+        for guard in (first, second):
+            scores = guard.scores(inputs)
             flagged.append(scores.is_poisoned)
-            far = scores.p_values <= one.least_p_value
+            far = scores.p_values <= guard.least_p_value
             sure.append(scores.is_poisoned & far if far_only else scores.is_poisoned)
         return cls(inputs.predicted_labels, sure[0] & ~flagged[1], sure[1] & ~flagged[0])
 
@@ -75,8 +75,10 @@ class Movement:
         found: tuple[float, Region] | None = None
         labels = np.unique(self.predicted)
         for label in (None, *labels.tolist()):
-            own = np.ones(len(self.predicted), dtype=bool) if label is None else self.predicted == label
-            region = Region(label, int(self.lost[own].sum()), int(self.gained[own].sum()), int(own.sum()))
+            of_label = np.ones(len(self.predicted), dtype=bool) if label is None else self.predicted == label
+            region = Region(
+                label, int(self.lost[of_label].sum()), int(self.gained[of_label].sum()), int(of_label.sum())
+            )
             likely = sign_test(region.lost, region.gained)
             if likely <= CHANCE / (1 + len(labels)) and (found is None or likely < found[0]):
                 found = likely, region

@@ -171,7 +171,7 @@ class Promoter:
     def _complete(self, promotion: Promotion) -> None:
         learned = promotion.learned
         self.queue.mark_trained(list(learned), promotion.digest, decision_ids=list(learned.values()))
-        if any(one.id == promotion.round_id and one.outcome != "promoted" for one in self.rounds.all()):
+        if any(entry.id == promotion.round_id and entry.outcome != "promoted" for entry in self.rounds.all()):
             self.rounds.finish(promotion.round_id, "promoted", promotion.report, promotion.digest)
         self._remove_journal()
 

@@ -209,26 +209,26 @@ class Retrainer:
 
     def _gather(self, guard: Guard, active: Path, settled: Sequence[Settled]) -> Material:
         ids = {item.id for item in settled}
-        decisions = [one for one in self._all_decisions() if one.item_id in ids]
+        decisions = [decision for decision in self._all_decisions() if decision.item_id in ids]
         return gather(
             guard,
             itertools.chain.from_iterable(self.queue.portions(sorted(ids))),
             decisions,
             self.settings,
-            gold={name: self.queue.gold_results(name) for name in {one.reviewer for one in decisions}},
+            gold={name: self.queue.gold_results(name) for name in {decision.reviewer for decision in decisions}},
             locked=self._locked(),
             same_network=same_network(self.store, active, {item.bundle_digest for item in settled}),
             needed=reviewers_needed(
-                {*Reviewers(self.queue).names(), *(one.reviewer for one in decisions)}, self.settings
+                {*Reviewers(self.queue).names(), *(decision.reviewer for decision in decisions)}, self.settings
             ),
         )
 
     def _locked(self) -> tuple[int, ...]:
         """Return what the newest candidate held out, promoted or not."""
-        for one in self.rounds.all(model=self.model):
-            if one.candidate_digest is not None:
+        for entry in self.rounds.all(model=self.model):
+            if entry.candidate_digest is not None:
                 with suppress(BundleError):
-                    return Lineage.read(self.store.folder_of(one.candidate_digest)).locked_items
+                    return Lineage.read(self.store.folder_of(entry.candidate_digest)).locked_items
         return ()  # removed, or there was none; the hash holds out the same ones, but for single groups
 
     def _promote(self, round_id: int, report: dict[str, Any]) -> Finished:

@@ -247,7 +247,7 @@ def _forbid(text: str) -> NoReturn:
 
 
 def _whole_characters(text: str) -> str:
-    if "\0" in text or any("\ud800" <= one <= "\udfff" for one in text):
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError("must be text without NUL and half characters (surrogates)")
     return text
 

@@ -39,7 +39,7 @@ class AnswerLog:
     def since(self, reviewer: str, time: datetime) -> list[Decision]:
         """Return the answers that stand and were given at or after a time, newest first."""
         later = self.given_since(reviewer, time)
-        return [one for one in self.newest(reviewer, later) if one.stands]
+        return [decision for decision in self.newest(reviewer, later) if decision.stands]
 
     def given_since(self, reviewer: str, time: datetime) -> int:
         """Return how many answers were given at or after a time, also such as do not stand any more; costs nothing."""
@@ -49,13 +49,13 @@ class AnswerLog:
         """Return the newest answer that stands; None if none does."""
         skip = 0
         while part := self.newest(reviewer, 20, skip):
-            for one in part:
-                if one.stands:
-                    return one
+            for decision in part:
+                if decision.stands:
+                    return decision
             skip += len(part)
         return None
 
-    def own(self, reviewer: str, decision_id: int) -> Decision | None:
+    def decision_of(self, reviewer: str, decision_id: int) -> Decision | None:
         """Return a reviewer's answer by its number; None if it is not theirs."""
         found = self._queue.decisions(after_id=decision_id - 1, reviewer=reviewer, limit=1)
         return found[0] if found and found[0].id == decision_id else None
@@ -65,6 +65,6 @@ class AnswerLog:
             known = self._known.setdefault(reviewer, [])
             while True:
                 part = self._queue.decisions(after_id=known[-1][0] if known else 0, reviewer=reviewer, limit=_AT_ONCE)
-                known += [(one.id, one.decided_at) for one in part]
+                known += [(decision.id, decision.decided_at) for decision in part]
                 if len(part) < _AT_ONCE:
                     return list(known)

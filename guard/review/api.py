@@ -86,7 +86,7 @@ def decide(workspace: TheWorkspace, reviewer: Program, item_id: Number, answer: 
 def decide_many(workspace: TheWorkspace, reviewer: Program, body: ManyAnswers) -> dict[str, Any]:
     """Save several answers, all or none."""
     done = workspace.decide(reviewer.name, [_answer(answer.item, answer) for answer in body.answers])
-    return {"decisions": [_decision(one) for one in done]}
+    return {"decisions": [_decision(decision) for decision in done]}
 
 
 @router.post("/items/{item_id}/skip")

@@ -87,7 +87,7 @@ def _not_signed_in(request: Request, error: Exception) -> Response:
 
 
 def _refused(request: Request, error: Exception) -> Response:
-    status, text, headers = _told(error)
+    status, text, headers = _reply_to(error)
     text = text.encode("utf-8", "backslashreplace").decode()  # it may name what a client sent: half a character
     if _is_program(request):
         return JSONResponse({"error": text}, status_code=status, headers=headers)
@@ -97,7 +97,7 @@ def _refused(request: Request, error: Exception) -> Response:
     return render(request, template, {"text": text, "is_error": True}, status=status, headers=headers)
 
 
-def _told(error: Exception) -> tuple[int, str, dict[str, str]]:
+def _reply_to(error: Exception) -> tuple[int, str, dict[str, str]]:
     """Status, one line, and headers for an error that a person or program is to see."""
     if isinstance(error, TooManyAttemptsError):
         return 429, str(error), {"Retry-After": str(error.retry_after)}

@@ -28,7 +28,7 @@ RULES = {
 @router.get("")
 def all_groups(request: Request, workspace: TheWorkspace, session: SignedIn) -> Response:
     """Show the groups that have something to do, those with most of it first."""
-    groups = [one for one in workspace.queue.groups(seen_by=session.name) if one.pending]
+    groups = [listed for listed in workspace.queue.groups(seen_by=session.name) if listed.pending]
     shown = []
     for group in groups[:100]:
         names = workspace.names(workspace.item(group.sample_ids[0]).input) if group.sample_ids else []
@@ -81,10 +81,10 @@ def _answer(posted: Posted, item: QueueItem, names: list[str]) -> Answer:
     if verdict not in ("poisoned", "false_alarm"):
         raise DataError("say whether the group is poisoned or a false alarm.")
     try:
-        own = label_of(posted.text(f"label_{item.id}"), names)
+        chosen_label = label_of(posted.text(f"label_{item.id}"), names)
     except DataError as error:
         raise DataError(f"item {item.id}: {error}") from error
-    label = own if own is not None else _group_label(posted, item, names, verdict)
+    label = chosen_label if chosen_label is not None else _group_label(posted, item, names, verdict)
     return Answer(item_id=item.id, is_poisoned=verdict == "poisoned", true_label=label)
 
 

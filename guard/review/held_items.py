@@ -34,4 +34,8 @@ class HeldItems:
     def of(self, reviewer: str, group: int | None = None) -> list[int]:
         """Return a reviewer's items, only those of a group if one is named."""
         with self._lock:
-            return [one for one, its in self._held.get(reviewer, {}).items() if group is None or its == group]
+            return [
+                item_id
+                for item_id, group_of_item in self._held.get(reviewer, {}).items()
+                if group is None or group_of_item == group
+            ]

@@ -92,8 +92,8 @@ def renew(workspace: TheWorkspace, posted: Form, item_id: Number) -> Response:
 def item_page(request: Request, workspace: TheWorkspace, session: SignedIn, item_id: Number) -> Response:
     """Show an item to look at, without claiming it."""
     item = workspace.seen(session.reviewer, item_id)
-    mine = [one for one in workspace.log.newest(session.name, 500) if one.item_id == item_id]
-    context = {"view": workspace.view(item), "mine": mine, **shared(workspace, session)}
+    decisions = [decision for decision in workspace.log.newest(session.name, 500) if decision.item_id == item_id]
+    context = {"view": workspace.view(item), "mine": decisions, **shared(workspace, session)}
     return render(request, "item.html", context)
 
 
@@ -104,7 +104,7 @@ def answers(request: Request, workspace: TheWorkspace, session: SignedIn, page: 
     pages = max(1, -(-total // ANSWERS_PAGE))
     page = min(max(1, page), pages)
     shown = workspace.log.newest(session.name, ANSWERS_PAGE, ANSWERS_PAGE * (page - 1))
-    rows = [_answer_row(workspace, session, one) for one in shown]
+    rows = [_answer_row(workspace, session, decision) for decision in shown]
     context = {"rows": rows, "page": page, "pages": pages, "total": total, **shared(workspace, session)}
     return render(request, "answers.html", context)
 
@@ -112,14 +112,14 @@ def answers(request: Request, workspace: TheWorkspace, session: SignedIn, page: 
 @router.post("/answers/{decision_id}/withdraw")
 def withdraw(workspace: TheWorkspace, posted: Form, decision_id: Number) -> Response:
     """Take an answer back; its item is the reviewer's again."""
-    workspace.withdraw(posted.session.name, decision_id, _own(workspace, posted, decision_id).item_id)
+    workspace.withdraw(posted.session.name, decision_id, _own_decision(workspace, posted, decision_id).item_id)
     return RedirectResponse("/answers", status_code=303)
 
 
 @router.post("/answers/{decision_id}/change")
 def change(workspace: TheWorkspace, posted: Form, decision_id: Number) -> Response:
     """Put another answer in the place of an earlier one."""
-    names = workspace.names(workspace.item(_own(workspace, posted, decision_id).item_id).input)
+    names = workspace.names(workspace.item(_own_decision(workspace, posted, decision_id).item_id).input)
     workspace.queue.supersede(
         posted.session.name,
         decision_id,
@@ -260,8 +260,8 @@ def _group(posted: Posted) -> int | None:
     return number_of(posted.text("group"))
 
 
-def _own(workspace: Workspace, posted: Posted, decision_id: int) -> Decision:
-    decision = workspace.log.own(posted.session.name, decision_id)
+def _own_decision(workspace: Workspace, posted: Posted, decision_id: int) -> Decision:
+    decision = workspace.log.decision_of(posted.session.name, decision_id)
     if decision is None:
         raise ForbiddenError("that answer is not yours.")
     return decision

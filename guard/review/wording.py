@@ -83,14 +83,14 @@ def signs(flagged: FlaggedInput, label_name: str, mode: str | None, rate: float 
     for kind, places in by_kind.items():
         places.sort(key=lambda entry: -entry[1])
         beyond = fired(np.array([surprise for _, surprise in places]), mode or "calibrated", rate or _USUAL_RATE)
-        told = [
+        depths = [
             (_place(place), _unusual(surprise, mode), bool(is_fired))
             for (place, surprise), is_fired in zip(places, beyond, strict=True)
         ]
         any_fired = bool(beyond.any())
         words = (_FIRED if any_fired else _QUIET).get(kind, f"{kind} {'fired' if any_fired else 'did not fire'}")
         share = min(1.0, max(0.0, places[0][1] / (math.log(10_000) if mode != "paper" else 2.0)))
-        found.append(Sign(words.format(label=label_name), any_fired, told, share))
+        found.append(Sign(words.format(label=label_name), any_fired, depths, share))
     return sorted(found, key=lambda sign: (not sign.fired, -sign.share))
 
 
@@ -207,16 +207,22 @@ def before_and_after(report: Mapping[str, object]) -> list[tuple[str, str, str, 
 
 def other_facts(report: Mapping[str, object]) -> list[tuple[str, str]]:
     """Return everything else in a round's report, as (name, text)."""
-    told = {name: value for name, value in report.items() if name not in ("before", "after", "reasons", "outcome")}
-    return [(name.replace("_", " "), _figure(value)) for name, value in _flat(told).items()]
+    facts = {name: value for name, value in report.items() if name not in ("before", "after", "reasons", "outcome")}
+    return [(name.replace("_", " "), _figure(value)) for name, value in _flat(facts).items()]
 
 
 def reasons(report: Mapping[str, object]) -> list[str]:
     """Return why a round ended as it did, one line each."""
-    told = report.get("reasons")
-    if not told:
+    given = report.get("reasons")
+    if not given:
         return []
-    return [told] if isinstance(told, str) else [str(line) for line in told] if isinstance(told, list) else [str(told)]
+    return (
+        [given]
+        if isinstance(given, str)
+        else [str(line) for line in given]
+        if isinstance(given, list)
+        else [str(given)]
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,5 +261,5 @@ def _figure(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
-        return ", ".join(_figure(one) for one in value)
+        return ", ".join(_figure(part) for part in value)
     return str(value)

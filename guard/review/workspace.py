@@ -122,8 +122,8 @@ class ItemView:
         rival, _ = wording.rival_label(flagged)
         if flagged.backup_label == flagged.suspect_label:
             return [(flagged.suspect_label, "backup and suspect"), (rival, "second choice")]
-        who = "backup" if rival == flagged.backup_label else "second choice"
-        return [(rival, who), (flagged.suspect_label, "suspect")]
+        named_by = "backup" if rival == flagged.backup_label else "second choice"
+        return [(rival, named_by), (flagged.suspect_label, "suspect")]
 
     @property
     def fields(self) -> list[Field]:
@@ -133,7 +133,7 @@ class ItemView:
     @property
     def sent(self) -> list[str]:
         """Names of the pictures of the request, in order, as buttons show them; "" if it has none, or only one."""
-        names = [one.name for one in pictures_of(self.item.input.body, self.item.input.content_type)]
+        names = [picture.name for picture in pictures_of(self.item.input.body, self.item.input.content_type)]
         if len(names) < 2:
             return [""]
         return [f"{place} {name}".rstrip() for place, name in enumerate(names, start=1)]
@@ -294,7 +294,7 @@ class Workspace:
         """Return an item with all that is known, for the page itself; ItemGone if there is none."""
         return self.queue.get(item_id)
 
-    def seen(self, who: Reviewer, item_id: int) -> QueueItem:
+    def seen(self, reviewer: Reviewer, item_id: int) -> QueueItem:
         """Return an item as somebody may see it: an admin everything, a reviewer what they hold or answered.
 
         What others answered stays hidden, as it may be asked once more to measure reviewers.
@@ -307,13 +307,13 @@ class Workspace:
             If there is none.
         """
         item = self.queue.get(item_id)
-        if who.role == "admin":
+        if reviewer.role == "admin":
             return item
-        if item.claimed_by != who.name and not self.queue.has_answered(who.name, item_id):
+        if item.claimed_by != reviewer.name and not self.queue.has_answered(reviewer.name, item_id):
             raise NotYours(f"item {item_id} is not yours: you neither hold it nor answered it. Claim it first.")
-        return self.queue.see(who.name, item)
+        return self.queue.see(reviewer.name, item)
 
-    def shown(self, who: Reviewer, item_id: int) -> FlaggedInput:
+    def shown(self, reviewer: Reviewer, item_id: int) -> FlaggedInput:
         """Return an input whose picture somebody may see: as `seen`, and what is open to all.
 
         Raises
@@ -324,11 +324,11 @@ class Workspace:
         item = self.queue.get(item_id)
         if item.state in (State.PENDING, State.CLAIMED):
             return item.input
-        return self.seen(who, item_id).input
+        return self.seen(reviewer, item_id).input
 
-    def counts(self, who: Reviewer) -> Counts:
+    def counts(self, reviewer: Reviewer) -> Counts:
         """Return how much there is of everything; to a reviewer gold items count as all others."""
-        return self.queue.counts() if who.role == "admin" else self.queue.counts(seen_by=who.name)
+        return self.queue.counts() if reviewer.role == "admin" else self.queue.counts(seen_by=reviewer.name)
 
     def _still_held(self, reviewer: str, group: int | None) -> list[QueueItem]:
         wanted = self.held_items.of(reviewer, group)
@@ -346,11 +346,11 @@ class Workspace:
         if not self.clean.are_of(known):
             return [], "The images given with --images are not those that this guard was fitted on."
         rival, why = wording.rival_label(flagged)
-        asked = ((flagged.suspect_label, "what the suspect says"), (rival, why))
+        labels = ((flagged.suspect_label, "what the suspect says"), (rival, why))
         features = flagged.activations.features[0]
         found = [
             Neighbours(label, names[label], why, [int(row) for row in known.nearest(features, label, NEIGHBOURS)])
-            for label, why in asked
+            for label, why in labels
         ]
         return found, ""
 

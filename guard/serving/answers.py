@@ -65,9 +65,9 @@ def make_response(
     if verdict is None:
         if outcome.kind == "bypassed":
             headers = {"Guard-Verdict": "bypassed", "Guard-Action": "none", "Guard-Bundle": digest}
-            told: dict[str, Any] = {"verdict": "bypassed", "action": "none", "bundle": digest}
-            told |= {"p_value": None} if is_full else {}
-            return Response(200, _with_verdict(body, told) if config.verdict_in_body else body, headers)
+            verdict_fields: dict[str, Any] = {"verdict": "bypassed", "action": "none", "bundle": digest}
+            verdict_fields |= {"p_value": None} if is_full else {}
+            return Response(200, _with_verdict(body, verdict_fields) if config.verdict_in_body else body, headers)
         if not outcome.message:  # the user's handler refused it, in its own words
             return Response(outcome.status, body)
         kind = "InputRejected" if outcome.kind == "rejected" else "GuardFailed"
@@ -89,16 +89,16 @@ def make_response(
     return Response(200, body, headers)
 
 
-def _with_verdict(body: Any, told: dict[str, Any]) -> Any:
+def _with_verdict(body: Any, verdict_fields: dict[str, Any]) -> Any:
     if isinstance(body, str | bytes | bytearray):
         try:
             parsed = json.loads(body)
         except (ValueError, RecursionError):
             return body
-        text = json.dumps(_with_verdict(parsed, told), indent=2)
+        text = json.dumps(_with_verdict(parsed, verdict_fields), indent=2)
         return text if isinstance(body, str) else text.encode()
     if isinstance(body, dict):
-        return {**body, "guard": told}
+        return {**body, "guard": verdict_fields}
     if isinstance(body, list | int | float | None):
-        return {"prediction": body, "guard": told}
+        return {"prediction": body, "guard": verdict_fields}
     return body

@@ -138,7 +138,7 @@ class Bookkeeping:
             metrics.count("guard_detector_fired_total", model, label_value(name))
         if kind == "bypassed":
             metrics.count("guard_bypassed_total", model, outcome.reason)
-        told: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "request_id": loggable_id(requests.request_id(index)),
             "bundle": guard.digest,
             "verdict": kind,
@@ -149,8 +149,8 @@ class Bookkeeping:
             "trace_id": trace_id(requests.headers(index)),
         }
         if verdict is not None:
-            told |= {"label": verdict.label, "p_value": verdict.p_value}
-        self.log.write("request", **{name: value for name, value in told.items() if value not in ("", [], None)})
+            fields |= {"label": verdict.label, "p_value": verdict.p_value}
+        self.log.write("request", **{name: value for name, value in fields.items() if value not in ("", [], None)})
 
     def stages(self, total_seconds: float, guard_seconds: float) -> None:
         """Report how long one batch took: the user's own part, and the guard's."""

@@ -118,9 +118,9 @@ class ReviewQueue:
             return ["unavailable"] * len(flagged)
         received_at = datetime.now(UTC)
         inputs: dict[int, FlaggedInput] = {}
-        for place, one in enumerate(flagged):
+        for place, row in enumerate(flagged):
             try:
-                inputs[place] = self._input(one, bundle_digest, false_positive_rate, received_at)
+                inputs[place] = self._input(row, bundle_digest, false_positive_rate, received_at)
             except DataError as error:  # one that no queue takes costs its neighbours nothing
                 logger.error("a flagged input cannot be queued: %s", error)
         receipts: list[Receipt] = ["unavailable"] * len(flagged)
@@ -144,13 +144,13 @@ class ReviewQueue:
             return queue.enqueue(inputs).ids
 
     def _input(
-        self, one: Flagged, bundle_digest: str, false_positive_rate: float, received_at: datetime
+        self, row: Flagged, bundle_digest: str, false_positive_rate: float, received_at: datetime
     ) -> FlaggedInput:
         from guard.relabel.items import FlaggedInput
 
-        verdict, evidence = one.verdict, one.evidence
+        verdict, evidence = row.verdict, row.evidence
         return FlaggedInput(
-            request_id=one.request_id,
+            request_id=row.request_id,
             model=self.model,
             bundle_digest=bundle_digest,
             suspect_label=verdict.label,
@@ -162,8 +162,8 @@ class ReviewQueue:
             p_value=verdict.p_value,
             false_positive_rate=false_positive_rate,
             reason=verdict.reason,
-            content_type=one.content_type,
-            body=one.body,
+            content_type=row.content_type,
+            body=row.body,
             inputs=evidence.inputs,
             activations=evidence.activations,
             received_at=received_at,

@@ -63,11 +63,11 @@ def tapped(module: nn.Module, replace: Callable[[Tensor], Tensor] | None = None)
             hook.remove()
 
 
-def is_same_row(one: Tensor, other: Tensor) -> bool:
+def is_same_row(first: Tensor, second: Tensor) -> bool:
     """Return whether two rows of a network's input are the same, but for the rounding of arithmetic on batches."""
-    if one.shape != other.shape:
+    if first.shape != second.shape:
         return False
-    if torch.equal(one, other):
+    if torch.equal(first, second):
         return True
-    one, other = one.double(), other.double()
-    return bool((one - other).abs().max() <= _ROUNDING * one.abs().max())  # NaN is not
+    first, second = first.double(), second.double()
+    return bool((first - second).abs().max() <= _ROUNDING * first.abs().max())  # NaN is not

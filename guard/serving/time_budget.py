@@ -36,7 +36,7 @@ class TimeBudget:
     def __init__(self, guard: Guard, clock: Callable[[], float] = time.perf_counter) -> None:
         self._early = [guard.at_depth(early.depth) for early in guard.early]
         self._costs = {
-            one.depth: [_seconds(one, size, clock) for size in _SIZES] for one in (*self._early, guard)
+            fitted.depth: [_seconds(fitted, size, clock) for size in _SIZES] for fitted in (*self._early, guard)
         }  # by depth, not to keep the guard alive
         self.slowness = 1.0
 
@@ -46,9 +46,9 @@ class TimeBudget:
         None is below the floor, the setting `min_depth`; without one, the deepest of the early verdicts.
         """
         floor = guard.config.min_depth or self._early[-1].depth
-        places = [one.depth for one in self._early]
+        places = [early.depth for early in self._early]
         choices = [*self._early[places.index(floor) :], guard]
-        fitting = [one for one in choices if 1000 * self._expected(one, n_rows) <= milliseconds]
+        fitting = [early for early in choices if 1000 * self._expected(early, n_rows) <= milliseconds]
         most = guard.config.max_guard_ms  # a client's own deadline is no reason to wake anybody
         is_late = most is not None and 1000 * self._expected(choices[0], n_rows) > most
         return fitting[-1] if fitting else choices[0], is_late
@@ -75,7 +75,7 @@ def allowed_milliseconds(guard: Guard, headers: Iterable[Mapping[str, str]]) -> 
     allowed = math.inf if guard.config.max_guard_ms is None else guard.config.max_guard_ms
     name = guard.config.deadline_header
     if name is not None:
-        deadlines = [_deadline(one, name.lower()) for one in headers]
+        deadlines = [_deadline(headers_of_request, name.lower()) for headers_of_request in headers]
         allowed = min(allowed, max(deadlines, default=math.inf))
     return None if math.isinf(allowed) else allowed
 

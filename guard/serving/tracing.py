@@ -50,8 +50,8 @@ class DecisionSpans:
             return
         try:
             parent = self._propagator.extract(carrier)
-            told = {f"guard.{name}": value for name, value in attributes.items() if value is not None}
-            span = self._tracer.start_span("guard.decide", parent, attributes=told, start_time=span_ns[0])
+            shown = {f"guard.{name}": value for name, value in attributes.items() if value is not None}
+            span = self._tracer.start_span("guard.decide", parent, attributes=shown, start_time=span_ns[0])
             span.end(span_ns[1])
         except Exception as error:
             logger.warning("a span could not be reported: %s", type(error).__name__)

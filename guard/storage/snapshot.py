@@ -123,9 +123,9 @@ def restore_snapshot(folder: Path, *, queue_url: str | None, bundles: Path | Non
     about = verify_snapshot(folder)
     sums = _read_sums(folder)
     target = _sqlite_file(queue_url) if queue_url is not None else None
-    for wanted, name, what in ((target, QUEUE, "queue"), (bundles, BUNDLES, "folder of bundles")):
+    for wanted, name, part in ((target, QUEUE, "queue"), (bundles, BUNDLES, "folder of bundles")):
         if wanted is not None and not (folder / name).exists():
-            raise SnapshotError(f"{folder} holds no {what}. Leave it out.")
+            raise SnapshotError(f"{folder} holds no {part}. Leave it out.")
     if target is not None and any(Path(f"{target}{end}").exists() for end in ("", "-wal", "-shm")):
         raise SnapshotError(f"{target} exists already. Move it away first; nothing is overwritten.")
     if bundles is not None and bundles.exists() and any(bundles.iterdir()):
@@ -159,7 +159,7 @@ def verify_snapshot(folder: Path) -> Snapshot:
     try:
         same = "".join(sums) == _sums(folder)
     except OSError as error:
-        raise SnapshotError(f"{folder} is damaged: {_what(error)}. Take another snapshot.") from error
+        raise SnapshotError(f"{folder} is damaged: {_reason(error)}. Take another snapshot.") from error
     if not same:
         raise SnapshotError(f"{folder} is damaged: its files do not match {SUMS}. Take another snapshot.")
     return _look_at(folder, folder)
@@ -179,7 +179,7 @@ def _below(line: str, name: str) -> bool:
     return path == name or path.startswith(f"{name}/")
 
 
-def _what(error: OSError) -> str:
+def _reason(error: OSError) -> str:
     """Say what is wrong with a file; links of all kinds are refused, for they lead out of the snapshot."""
     strange = error.errno in (errno.ELOOP, errno.EINVAL)
     return f"{error.filename} is no plain file or folder: {error.strerror}" if strange else str(error)

@@ -284,17 +284,17 @@ def _check_watchable(module: nn.Module) -> None:
         raise SuspectModelError(f"the suspect model must be a torch.nn.Module, got {type(module).__name__}.")
     for inner in module.modules():
         if isinstance(inner, torch.jit.ScriptModule):
-            what, instead = "a TorchScript module", "Build the architecture in Python and load its state dict."
+            kind, instead = "a TorchScript module", "Build the architecture in Python and load its state dict."
         elif "_orig_mod" in inner._modules or inner._compiled_call_impl is not None:
-            what, instead = "compiled by torch.compile", "Give the module as it was before torch.compile."
+            kind, instead = "compiled by torch.compile", "Give the module as it was before torch.compile."
         elif isinstance(inner, nn.DataParallel):
-            what, instead = "wrapped in DataParallel", "Give its .module."
+            kind, instead = "wrapped in DataParallel", "Give its .module."
         else:
             continue
-        raise SuspectModelError(f"the suspect model is {what}, and hooks on its layers do not work there. {instead}")
+        raise SuspectModelError(f"the suspect model is {kind}, and hooks on its layers do not work there. {instead}")
 
 
-def _check_fit(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+def _check_fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     expected = module.state_dict()
     # BatchNorm fills in its own counter, which old state dicts lack.
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
@@ -311,7 +311,7 @@ def _check_fit(module: nn.Module, state: Mapping[str, Tensor], what: str) -> Non
         if names
     ]
     if lines:
-        raise SuspectModelError(f"{what}: {'; '.join(lines)}. Is it the same architecture and number of classes?")
+        raise SuspectModelError(f"{source}: {'; '.join(lines)}. Is it the same architecture and number of classes?")
 
 
 def _check_images(images: Tensor | Float32Array) -> None:

@@ -158,9 +158,9 @@ def _read(path: Path, map_only: bool) -> Any:
     if head.startswith(_TORCH_PICKLE):
         _check_old_pickle(path)
         return _read_torch(path, "cpu")
-    for magic, offset, what in _FOREIGN:
+    for magic, offset, kind in _FOREIGN:
         if head.startswith(magic, offset):
-            raise UnsafeWeightsError(f"weights file {path} is {what}. {CONVERT}")
+            raise UnsafeWeightsError(f"weights file {path} is {kind}. {CONVERT}")
     if head[0] == 0x08 and (b"onnx" in head or b"pytorch" in head or head[2:3] == b"\x12"):  # ir_version, producer
         raise UnsafeWeightsError(f"weights file {path} is an ONNX graph, not a PyTorch state dict. {CONVERT}")
     raise UnsafeWeightsError(f"weights file {path} is neither safetensors nor a PyTorch state dict. {CONVERT}")
@@ -189,35 +189,35 @@ def _check_zip_members(path: Path) -> None:
             )
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, struct.error, zlib.error) as error:
         raise _damaged(path, str(error)) from None
-    what = None
+    problem = None
     if any(name.endswith(("/constants.pkl", "/model.json")) and "/models/" not in name for name in names) or any(
         "/code/" in name for name in names
     ):
-        what = "a TorchScript archive, which carries a program"
+        problem = "a TorchScript archive, which carries a program"
     elif any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
-        what = "a torch.export archive (.pt2), which carries a program"
+        problem = "a torch.export archive (.pt2), which carries a program"
     elif any(name.endswith(".npy") for name in names):
-        what = "a NumPy archive (.npz), not a state dict"
+        problem = "a NumPy archive (.npz), not a state dict"
     elif any(name.startswith("MAR-INF/") for name in names):
-        what = "a TorchServe model archive (.mar); name the weights file inside it"
+        problem = "a TorchServe model archive (.mar); name the weights file inside it"
     elif strange := next((name for name in names if not _STATE_DICT_MEMBER.fullmatch(name)), None):
-        what = f"a zip archive with a member that torch.save does not write ({strange[:80]!r})"
+        problem = f"a zip archive with a member that torch.save does not write ({strange[:80]!r})"
     elif len(set(names)) < len(names):  # readers disagree on which of two equal names they open
-        what = "a zip archive in which one name occurs twice"
+        problem = "a zip archive in which one name occurs twice"
     elif sum(name.endswith("/data.pkl") for name in names) != 1:
-        what = "a zip archive without exactly one data.pkl"
+        problem = "a zip archive without exactly one data.pkl"
     elif any(
         member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size for member in members
     ):
-        what = "a zip archive with packed members, which torch.save does not write: a small file may hold a huge one"
+        problem = "a zip archive with packed members, which torch.save does not write: a small file may hold a huge one"
     elif sum(member.file_size for member in members) > path.stat().st_size:
-        what = "a zip archive whose members lie over each other"
+        problem = "a zip archive whose members lie over each other"
     elif not pickled:
-        what = f"a zip archive whose data.pkl has more than {_MAX_PICKLE} bytes, or none"
+        problem = f"a zip archive whose data.pkl has more than {_MAX_PICKLE} bytes, or none"
     elif _SIZED.search(pickled):
-        what = "a pickle that asks for bytearray, which no state dict needs"
-    if what:
-        raise UnsafeWeightsError(f"weights file {path} is {what}. {CONVERT}")
+        problem = "a pickle that asks for bytearray, which no state dict needs"
+    if problem:
+        raise UnsafeWeightsError(f"weights file {path} is {problem}. {CONVERT}")
 
 
 def _check_old_pickle(path: Path) -> None:

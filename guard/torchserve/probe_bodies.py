@@ -64,14 +64,14 @@ def odd_images(image: bytes) -> dict[str, bytes]:
         "three times as wide and high": (3, 3),
         "eight times as wide": (8, 1),
     }
-    for what, (across, down) in sizes.items():
+    for description, (across, down) in sizes.items():
         if across * down * width * height > _MOST_PIXELS:
             continue
         sheet = Image.new(opened.mode, (across * width, down * height))
         for column in range(across):
             for row in range(down):
                 sheet.paste(opened, (column * width, row * height))
-        made[f"that is {what}"] = _encoded(sheet, kind)
+        made[f"that is {description}"] = _encoded(sheet, kind)
     for other_kind in [each for each in ("PNG", "JPEG", "BMP", "WEBP") if each != kind]:
         with contextlib.suppress(OSError, KeyError):  # not every mode fits every format
             made[f"as {other_kind}"] = _encoded(opened, other_kind)
@@ -80,11 +80,11 @@ def odd_images(image: bytes) -> dict[str, bytes]:
     made |= {"that is half the size": _encoded(small, kind), "in other colours": _encoded(other, kind)}
     # Where no image is found the bytes themselves may be taken for pixels, of as many inputs as they make.
     rng = np.random.default_rng(0)
-    for what, size in {"half": (width // 2 or 1, height // 2 or 1), "twice": (2 * width, 2 * height)}.items():
+    for description, size in {"half": (width // 2 or 1, height // 2 or 1), "twice": (2 * width, 2 * height)}.items():
         if size[0] * size[1] <= _MOST_PIXELS:
             noise = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)).convert(opened.mode)
             body = _encoded(noise, kind)
-            made[f"of noise that is {what} the size, and cut off"] = body[: 3 * len(body) // 4]
+            made[f"of noise that is {description} the size, and cut off"] = body[: 3 * len(body) // 4]
     return made
 
 

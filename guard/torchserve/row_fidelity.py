@@ -106,38 +106,38 @@ def why_one_by_one(
     return ""
 
 
-def is_same_answer(one: Any, other: Any) -> bool:
+def is_same_answer(first: Any, second: Any) -> bool:
     """Return whether two answers say the same, but for the rounding of numbers; text that is JSON is read as such."""
-    if isinstance(one, bool) or isinstance(other, bool):
-        return one is other
-    if isinstance(one, int | float) and isinstance(other, int | float):
-        return math.isclose(one, other, rel_tol=_CLOSE, abs_tol=_CLOSE) or (one != one and other != other)
-    if type(one) is not type(other):
+    if isinstance(first, bool) or isinstance(second, bool):
+        return first is second
+    if isinstance(first, int | float) and isinstance(second, int | float):
+        return math.isclose(first, second, rel_tol=_CLOSE, abs_tol=_CLOSE) or (first != first and second != second)
+    if type(first) is not type(second):
         return False
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(is_same_answer(value, other[key]) for key, value in one.items())
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(is_same_answer, one, other))
-    if isinstance(one, str | bytes | bytearray) and one != other:
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(is_same_answer(value, second[key]) for key, value in first.items())
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(is_same_answer, first, second))
+    if isinstance(first, str | bytes | bytearray) and first != second:
         try:
-            parsed = json.loads(one), json.loads(other)
+            parsed = json.loads(first), json.loads(second)
         except (ValueError, RecursionError):
             return False
         return not isinstance(parsed[0], str) and is_same_answer(*parsed)
-    if hasattr(one, "tolist"):
-        return is_same_answer(one.tolist(), other.tolist())
-    return bool(one == other)
+    if hasattr(first, "tolist"):
+        return is_same_answer(first.tolist(), second.tolist())
+    return bool(first == second)
 
 
 def answers_of(result: Any, context: Any, n_requests: int) -> list[tuple[Any, int, dict[str, str]]] | None:
     """Return body, status and headers of every answer; None if it is no list of them, or any is an error."""
     if not isinstance(result, list) or len(result) != n_requests:
         return None
-    told = [
+    answers = [
         (body, context.get_response_status(index)[0], dict(context.get_response_headers(index)))
         for index, body in enumerate(result)
     ]
-    return told if all(status < 400 for _, status, _ in told) else None
+    return answers if all(status < 400 for _, status, _ in answers) else None
 
 
 class _Probe:
@@ -155,11 +155,11 @@ class _Probe:
         for order in self._orders(len(kept)):
             self._check_good([kept[index] for index in order])
         odd = odd_images(kept[0])
-        for what, body in odd.items():
+        for kind, body in odd.items():
             seen = self._seen([body])
             if len(seen.rows) > 1:  # an error by itself, perhaps, and beside a request that makes none it counts
-                raise _NotShownError(f"an image {what} makes {len(seen.rows)} rows of the network's input")
-            self._check_mixed([kept[0], body, kept[1]], f"an image {what}")
+                raise _NotShownError(f"an image {kind} makes {len(seen.rows)} rows of the network's input")
+            self._check_mixed([kept[0], body, kept[1]], f"an image {kind}")
         lists = self._lists(kept)
         counts = {id(body): len(self._seen([body]).rows) for body in lists}
         for several, none in product(lists, lists):
@@ -200,16 +200,16 @@ class _Probe:
         chosen: list[Tensor] = []
         answers: list[Any] = []
         for number, mark in enumerate(self._marks):
-            told, again = self._alone_with(image, number), self._alone_with(image, number, again=True)
-            for seen in (told, again):
+            alone, again = self._alone_with(image, number), self._alone_with(image, number, again=True)
+            for seen in (alone, again):
                 if not seen.is_told_apart(1) or not is_same_row(seen.rows[0], first.rows[0]):
                     raise _NotShownError("the same request does not reach the network as it did the first time")
-            assert told.answers is not None
-            if not is_same_answer(told.answers, again.answers):
+            assert alone.answers is not None
+            if not is_same_answer(alone.answers, again.answers):
                 raise _NotShownError("the same request gets another answer the second time")
-            if not any(is_same_answer(told.answers, answer) for answer in answers):
+            if not any(is_same_answer(alone.answers, answer) for answer in answers):
                 chosen.append(mark)
-                answers.append(told.answers)
+                answers.append(alone.answers)
         if len(chosen) < 2:
             raise _NotShownError("its answers do not change with the network's logits, so nobody knows whose they are")
         self._marks = chosen
@@ -238,23 +238,23 @@ class _Probe:
                 )
             self._compare(seen, bodies, places, f"a batch of {len(bodies)}")
 
-    def _check_mixed(self, bodies: list[Any], what: str) -> None:
+    def _check_mixed(self, bodies: list[Any], kind: str) -> None:
         """A batch that would be accepted must be right; one that fails, or is counted out, is answered one by one."""
         places = [place % len(self._marks) for place in range(len(bodies))]
         if len(bodies) <= self._largest:
             seen = self._seen(bodies, places)
             if seen.is_told_apart(len(bodies)):
-                self._compare(seen, bodies, places, f"a batch with {what}")
+                self._compare(seen, bodies, places, f"a batch with {kind}")
 
-    def _compare(self, seen: Seen, bodies: list[Any], places: list[int], what: str) -> None:
+    def _compare(self, seen: Seen, bodies: list[Any], places: list[int], kind: str) -> None:
         assert seen.answers is not None
         for body, place, row, answer in zip(bodies, places, seen.rows, seen.answers, strict=True):
             alone = self._alone_with(body, place)
             if not alone.is_told_apart(1) or not is_same_row(row, alone.rows[0]):
-                raise _NotShownError(f"in {what} a request's row of the network's input is another than alone")
+                raise _NotShownError(f"in {kind} a request's row of the network's input is another than alone")
             assert alone.answers is not None
             if not is_same_answer(answer, alone.answers[0]):
-                raise _NotShownError(f"in {what} an answer is not that of its own row")
+                raise _NotShownError(f"in {kind} an answer is not that of its own row")
 
     def _alone_with(self, body: Any, mark: int, *, again: bool = False) -> Seen:
         key = id(body), mark
@@ -285,8 +285,8 @@ class _Probe:
 
     def _lists(self, kept: Sequence[bytes]) -> list[Any]:
         """Return JSON with two inputs and with none, as far as TorchServe's users write it."""
-        one, other = (self._seen([image]).rows[0].cpu().tolist() for image in kept[:2])
-        bodies: list[Any] = [[one, other], []]
+        first, second = (self._seen([image]).rows[0].cpu().tolist() for image in kept[:2])
+        bodies: list[Any] = [[first, second], []]
         for key in ("instances", "inputs", "data"):
-            bodies += [{key: [one, other]}, {key: []}]
+            bodies += [{key: [first, second]}, {key: []}]
         return bodies

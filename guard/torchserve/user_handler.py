@@ -334,8 +334,8 @@ def _short(error: Exception) -> str:
 
 def _loaded_before(folder: Path) -> dict[str, Any]:
     """Return the loaded modules of the same names as those in a folder, as another archive's handler may have them."""
-    own = {file.stem for file in folder.glob("*.py")} | {file.parent.name for file in folder.glob("*/__init__.py")}
-    return {key: loaded for key, loaded in sys.modules.items() if key.partition(".")[0] in own}
+    names = {file.stem for file in folder.glob("*.py")} | {file.parent.name for file in folder.glob("*/__init__.py")}
+    return {key: loaded for key, loaded in sys.modules.items() if key.partition(".")[0] in names}
 
 
 def _lies_in(module: Any, folder: Path) -> bool:

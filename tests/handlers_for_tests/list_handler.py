@@ -10,7 +10,7 @@ class ListHandler(StockHandler):
         held = []
         for item in data:
             body = item.get("data") or item.get("body")
-            held.append([self.decode(one) for one in (body["instances"] if isinstance(body, dict) else [body])])
+            held.append([self.decode(entry) for entry in (body["instances"] if isinstance(body, dict) else [body])])
         images = [image for images in held for image in images]
         labels = iter(self.inference(torch.stack(images)).argmax(1).tolist() if images else [])
         return [{"labels": [next(labels) for _ in images]} for images in held]

@@ -14,5 +14,5 @@ class SkippingHandler(StockHandler):
             except Exception:
                 continue
         answers = self.postprocess(self.inference(torch.stack([*good.values()]))) if good else []
-        told = dict(zip(good, answers, strict=True))
-        return [told.get(index, {"sorry": "no image"}) for index in range(len(data))]
+        answer = dict(zip(good, answers, strict=True))
+        return [answer.get(index, {"sorry": "no image"}) for index in range(len(data))]

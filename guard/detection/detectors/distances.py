@@ -118,20 +118,20 @@ class Preselector:
         self._half_norms: Float32Array = np.empty(n_references, dtype=np.float32)
         self._scaled: Float32Array = np.empty((n_references, n_columns), dtype=np.float32)
         for place, (first, last) in enumerate(self._spans):
-            own = slice(first, last)
-            self._centres[place] = references[own].mean(axis=0, dtype=np.float64)
-            scaled = references[own] - self._centres[place]
+            span = slice(first, last)
+            self._centres[place] = references[span].mean(axis=0, dtype=np.float64)
+            scaled = references[span] - self._centres[place]
             radius = float(np.sqrt(np.einsum("ij,ij->i", scaled, scaled).max()))
             if radius > 1e-150:
                 self._per_radius[place] = 1.0 / radius
                 scaled *= self._per_radius[place]
-            self._half_norms[own] = 0.5 * np.einsum("ij,ij->i", scaled, scaled)
-            self._scaled[own] = scaled
+            self._half_norms[span] = 0.5 * np.einsum("ij,ij->i", scaled, scaled)
+            self._scaled[span] = scaled
         roundings = (n_columns + 16) * _HALF_EPSILON_32
         self._slack = 2.0 * roundings / (1.0 - roundings)
 
     def __call__(
-        self, queries: Float64Array, n_nearest: int, own: IntArray | None = None, places: IntArray | None = None
+        self, queries: Float64Array, n_nearest: int, left_out: IntArray | None = None, places: IntArray | None = None
     ) -> tuple[IntArray, IntArray]:
         """Return (rows, columns) of all pairs that can be among the nearest, ordered by row and then by column.
 
@@ -140,7 +140,7 @@ class Preselector:
         queries : ndarray of shape (m, d), float64
         n_nearest : int
             Neighbours wanted per query, fewer than there are.
-        own : ndarray of shape (m,), optional
+        left_out : ndarray of shape (m,), optional
             The column to leave out in each row, for queries that are references themselves.
         places : ndarray of shape (m,), optional
             Which of the spans each query is compared with, and columns are counted from; default is the first.
@@ -153,8 +153,8 @@ class Preselector:
             is_far = ~(lengths < _TOO_LONG)
             scaled[is_far], lengths[is_far] = 0.0, _LARGEST_32
         ranks = self._ranks(scaled.astype(np.float32), places)  # (m, most references of a class)
-        if own is not None:
-            ranks[np.arange(len(own)), own] = np.inf
+        if left_out is not None:
+            ranks[np.arange(len(left_out)), left_out] = np.inf
         limits = np.partition(ranks, n_nearest - 1, axis=1)[:, n_nearest - 1] + self._slack * (1.0 + lengths)
         rows, columns = np.nonzero(ranks <= limits.astype(np.float32)[:, np.newaxis])
         return rows, columns

@@ -248,11 +248,11 @@ class _ClassGroup:
         return factors
 
     def _block(self, values: Float64Array, padding: float) -> Float64Array:
-        own = values[:, self._columns]
+        filled = values[:, self._columns]
         if self._is_full:
-            return own.reshape(len(values), *self._is_filled.shape)
+            return filled.reshape(len(values), *self._is_filled.shape)
         block = np.full((len(values), *self._is_filled.shape), padding)
-        block[:, self._is_filled] = own
+        block[:, self._is_filled] = filled
         return block
 
     def _resolve_ties(self, block: Float64Array, is_near: BoolArray) -> None:
@@ -308,11 +308,11 @@ def _nearest_others(vectors: FloatArray, n_neighbors: int) -> tuple[IntArray, Fl
     nearest = np.empty((n, k), dtype=np.int64)
     distances = np.empty((n, k))
     preselector = Preselector(vectors)
-    for own in _portions(np.arange(n), n):
-        queries = vectors[own].astype(np.float64)
-        rows, columns = preselector(queries, k, own)
+    for portion in _portions(np.arange(n), n):
+        queries = vectors[portion].astype(np.float64)
+        rows, columns = preselector(queries, k, portion)
         squared = pair_distances(queries, rows, vectors, columns)
-        chosen = _first_of_each_row(np.lexsort((squared, rows)), rows, np.full(len(own), k))
-        nearest[own] = columns[chosen].reshape(-1, k)
-        distances[own] = np.sqrt(squared[chosen]).reshape(-1, k)
+        chosen = _first_of_each_row(np.lexsort((squared, rows)), rows, np.full(len(portion), k))
+        nearest[portion] = columns[chosen].reshape(-1, k)
+        distances[portion] = np.sqrt(squared[chosen]).reshape(-1, k)
     return nearest, distances

@@ -80,18 +80,22 @@ class AnytimeHeads:
         """
         if self.weighting not in _WEIGHTINGS:
             raise DataError(f"weighting must be one of {', '.join(_WEIGHTINGS)}, got {self.weighting!r}.")
-        if not features or len(labels) == 0 or any(one.ndim != 2 or len(one) != len(labels) for one in features):
-            shapes = [one.shape for one in features]
+        if (
+            not features
+            or len(labels) == 0
+            or any(matrix.ndim != 2 or len(matrix) != len(labels) for matrix in features)
+        ):
+            shapes = [matrix.shape for matrix in features]
             raise DataError(f"features {shapes} must be one or more (n, d) of the length of the labels, {len(labels)}.")
-        if not all(np.isfinite(one).all() for one in features):
+        if not all(np.isfinite(matrix).all() for matrix in features):
             raise DataError("features must be finite: a NaN or an infinity was found.")
         check_range(labels, n_classes)
-        means = [one.mean(axis=0, dtype=np.float64) for one in features]
-        spreads = [one.std(axis=0, dtype=np.float64) for one in features]
+        means = [matrix.mean(axis=0, dtype=np.float64) for matrix in features]
+        spreads = [matrix.std(axis=0, dtype=np.float64) for matrix in features]
         scales = [np.where(s > 1e-6 * max(float(s.max()), 1e-30), s, 1.0) for s in spreads]
         inputs = [
-            torch.from_numpy(((one - mean) / scale).astype(np.float32))
-            for one, mean, scale in zip(features, means, scales, strict=True)
+            torch.from_numpy(((matrix - mean) / scale).astype(np.float32))
+            for matrix, mean, scale in zip(features, means, scales, strict=True)
         ]
         with one_thread():
             heads = self._train(inputs, torch.from_numpy(np.array(labels, dtype=np.int64)), n_classes)
@@ -106,8 +110,8 @@ class AnytimeHeads:
     def _train(self, inputs: Sequence[Tensor], targets: Tensor, n_classes: int) -> list[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed)
         heads = [
-            self._fresh(one.shape[1], first=place == 0, n_classes=n_classes, generator=generator)
-            for place, one in enumerate(inputs)
+            self._fresh(matrix.shape[1], first=place == 0, n_classes=n_classes, generator=generator)
+            for place, matrix in enumerate(inputs)
         ]
         parameters = [tensor.requires_grad_() for head in heads for tensor in head.values()]
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
@@ -116,8 +120,8 @@ class AnytimeHeads:
         means: Tensor | None = None
         for _ in range(self.epochs):
             for rows in torch.split(torch.randperm(len(targets), generator=generator), self.batch_size):
-                logits = _forward([one[rows] for one in inputs], heads)
-                losses = torch.stack([functional.cross_entropy(one, targets[rows]) for one in logits])
+                logits = _forward([matrix[rows] for matrix in inputs], heads)
+                losses = torch.stack([functional.cross_entropy(matrix, targets[rows]) for matrix in logits])
                 now = losses.detach()
                 means = now if means is None else _MEMORY * means + (1.0 - _MEMORY) * now
                 loss = (self._weights(means) * losses).sum()
@@ -171,13 +175,13 @@ class AnytimeHeads:
         if len(features) > len(self.heads_):
             raise DataError(f"there are {len(self.heads_)} heads, got features at {len(features)} depths.")
         state: Float32Array | None = None
-        for place, (one, head) in enumerate(zip(features, self.heads_, strict=False)):
-            if one.shape[1] != len(head["inputs"]):
+        for place, (matrix, head) in enumerate(zip(features, self.heads_, strict=False)):
+            if matrix.shape[1] != len(head["inputs"]):
                 raise DataError(
-                    f"features at depth {place} have {one.shape[1]} columns, fit saw {len(head['inputs'])}."
+                    f"features at depth {place} have {matrix.shape[1]} columns, fit saw {len(head['inputs'])}."
                     " Is the split layer the same?"
                 )
-            fresh: Float32Array = one.astype(np.float32, copy=False).dot(head["inputs"])
+            fresh: Float32Array = matrix.astype(np.float32, copy=False).dot(head["inputs"])
             fresh += head["bias"]
             if state is not None:
                 fresh += state.dot(head["state"])
@@ -226,8 +230,8 @@ class AnytimeHeads:
 def _forward(inputs: Sequence[Tensor], heads: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
     logits: list[Tensor] = []
     state: Tensor | None = None
-    for one, head in zip(inputs, heads, strict=True):
-        fresh = torch.addmm(head["bias"], one, head["inputs"])
+    for matrix, head in zip(inputs, heads, strict=True):
+        fresh = torch.addmm(head["bias"], matrix, head["inputs"])
         state = torch.relu(fresh if state is None else fresh + state @ head["state"])
         logits.append(torch.addmm(head["offset"], state, head["outputs"]))
     return logits

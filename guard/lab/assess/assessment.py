@@ -101,10 +101,10 @@ def assess(
     trials: dict[str, list[Trial]] = {name: [] for name in [*names, CONTROL]}
     samples: dict[str, Float32Array] = {}
     for seed in seeds:
-        one = _Round(bench, seed)
-        trials[CONTROL].append(one.run_control(steps.begin(f"no trigger, seed {seed}")))
+        trial_round = _Round(bench, seed)
+        trials[CONTROL].append(trial_round.run_control(steps.begin(f"no trigger, seed {seed}")))
         for name in names:
-            trial, sample = one.run(name, steps.begin(f"{name}, seed {seed}"))
+            trial, sample = trial_round.run(name, steps.begin(f"{name}, seed {seed}"))
             trials[name].append(trial)
             samples.setdefault(name, sample)
     if weights_digest(suspect.module) != bench.digest:

@@ -151,11 +151,11 @@ def plant(
     attempts = settings.attempts() if goals is not None else settings.attempts()[:1]
     least_missing, best_rate, epochs_run = np.inf, 0.0, 0
     for number, training in enumerate(attempts):
-        own = _Trainable(_copy(network))
+        trainable = _Trainable(_copy(network))
         epochs_run += training.epochs
         try:
             train_classifier(
-                own,
+                trainable,
                 redraw(np.random.default_rng(seed)),
                 labels,
                 training,
@@ -165,9 +165,9 @@ def plant(
             )
         except DataError:  # the loss is no longer finite
             continue
-        missing = 0.0 if goals is None else goals.missing(own)
+        missing = 0.0 if goals is None else goals.missing(trainable)
         if missing < least_missing:
-            least_missing, best, best_rate = missing, own, training.learning_rate
+            least_missing, best, best_rate = missing, trainable, training.learning_rate
         if missing <= 0.0:
             break
     return Planted(best.network, epochs_run, best_rate)

@@ -115,13 +115,13 @@ class Attack:
                         train_trigger=entry["train_trigger"] and _restore_trigger(entry["train_trigger"]),
                         clean_label=entry["clean_label"],
                     )
-                    for entry in (_known(one, _BACKDOOR_KEYS) for one in description["backdoors"])
+                    for entry in (_known(written, _BACKDOOR_KEYS) for written in description["backdoors"])
                 ),
                 tuple(
                     Cover(
                         _restore_trigger(entry["trigger"]), entry["rate"], entry["classes"] and tuple(entry["classes"])
                     )
-                    for entry in (_known(one, _COVER_KEYS) for one in description["covers"])
+                    for entry in (_known(written, _COVER_KEYS) for written in description["covers"])
                 ),
                 tuple(_restore_trigger(entry) for entry in description["controls"]),
             )

@@ -174,11 +174,14 @@ def adap_blend(target: int, seed: int) -> Attack:
 
 def adap_patch(target: int, seed: int) -> Attack:
     """Qi et al. 2023: one of four faint patches in training, all of them in the attack; twice as many covers."""
-    every, one = make_trigger("adaptive_patch", seed=seed), make_trigger("adaptive_patch", seed=seed, kept=1)
+    all_patches, one_patch = (
+        make_trigger("adaptive_patch", seed=seed),
+        make_trigger("adaptive_patch", seed=seed, kept=1),
+    )
     return Attack(
         "adap-patch",
-        (Backdoor(every, SingleTarget(target), rate=0.02, train_trigger=one),),
-        (Cover(one, rate=0.04),),
+        (Backdoor(all_patches, SingleTarget(target), rate=0.02, train_trigger=one_patch),),
+        (Cover(one_patch, rate=0.04),),
     )
 
 

@@ -276,16 +276,16 @@ def _of_classes(labels: IntArray, classes: Sequence[int] | None) -> BoolArray:
     return chosen
 
 
-def _draw(eligible: BoolArray, free: BoolArray, rate: float, what: str, rng: np.random.Generator) -> IntArray:
+def _draw(eligible: BoolArray, free: BoolArray, rate: float, rows_of: str, rng: np.random.Generator) -> IntArray:
     """Pick rows and mark them as taken."""
     n = len(eligible)
     count = round(rate * n)
     if count == 0:
-        raise DataError(f"{what}={rate} touches none of {n} images. Raise the rate or add images.")
+        raise DataError(f"{rows_of}={rate} touches none of {n} images. Raise the rate or add images.")
     candidates = np.flatnonzero(eligible & free)
     if count > len(candidates):
         raise DataError(
-            f"{what}={rate} needs {count} images, but only {len(candidates)} are eligible and not taken. "
+            f"{rows_of}={rate} needs {count} images, but only {len(candidates)} are eligible and not taken. "
             f"Use at most {len(candidates) / n:.3f}."
         )
     rows = np.sort(rng.choice(candidates, size=count, replace=False)).astype(np.int64)
@@ -348,9 +348,9 @@ def _like(given: Float32Array, made: Float32Array, maker: str) -> Float32Array:
     return made
 
 
-def _check_rate(what: str, rate: float) -> None:
+def _check_rate(name: str, rate: float) -> None:
     if not 0.0 < rate < 1.0:
-        raise DataError(f"{what} must be in (0, 1), got {rate}.")
+        raise DataError(f"{name} must be in (0, 1), got {rate}.")
 
 
 def _check(images: Float32Array, labels: IntArray) -> None:

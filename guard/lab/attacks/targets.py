@@ -134,6 +134,6 @@ class SourceSpecific:
 Target = SingleTarget | AllToAll | SourceSpecific
 
 
-def _check_label(what: str, label: int) -> None:
+def _check_label(name: str, label: int) -> None:
     if label < 0:
-        raise DataError(f"{what} must be >= 0, got {label}.")
+        raise DataError(f"{name} must be >= 0, got {label}.")

@@ -37,7 +37,8 @@ def measure(network: nn.Module, attack: Attack | None, test: LabelledImages) -> 
         return Measured(clean)
     rates = [
         tuple(
-            attack_success_rate(predict_labels(network, one.images), one.labels, one.true_labels) for one in triggered
+            attack_success_rate(predict_labels(network, test_set.images), test_set.labels, test_set.true_labels)
+            for test_set in triggered
         )
         for triggered in (
             attack.test_sets(test.images, test.labels),

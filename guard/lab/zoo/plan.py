@@ -81,9 +81,9 @@ class ZooEntry:
         """Name of the benign model that this one is compared with, and may start from; None for a benign model."""
         if self.attack_name == BENIGN:
             return None
-        own = ZooEntry(self.data_set, BENIGN, self.architecture, self.seed).name
+        benign = ZooEntry(self.data_set, BENIGN, self.architecture, self.seed).name
         first = ZooEntry(self.data_set, BENIGN, self.architecture, 0).name
-        return own if any(entry.name == own for entry in PLAN) else first
+        return benign if any(entry.name == benign for entry in PLAN) else first
 
     @property
     def recipe(self) -> Recipe:

@@ -162,8 +162,8 @@ def _hold_back_tracks(train: ImageSet, rng: np.random.Generator) -> TrainParts:
     tracks = train.extra["track"]
     monitor = np.zeros(len(train), dtype=bool)
     for label in range(len(train.class_names)):
-        own = train.labels == label
-        monitor |= own & (tracks == rng.choice(np.unique(tracks[own])))
+        of_class = train.labels == label
+        monitor |= of_class & (tracks == rng.choice(np.unique(tracks[of_class])))
     return train[~monitor], train[monitor], train[:0]
 
 

@@ -93,14 +93,14 @@ class BundleList:
         """Return the digest that a roll-back goes to; None if there is none."""
         return self.store.previous_digest() if self.store is not None else None
 
-    def roll_back(self, active: str, target: str, who: str) -> None:
+    def roll_back(self, active: str, target: str, reviewer: str) -> None:
         """Make the bundle before the active one active again.
 
         Parameters
         ----------
         active, target : str
             What the person who asks was shown.
-        who : str
+        reviewer : str
 
         Raises
         ------
@@ -117,7 +117,7 @@ class BundleList:
                 raise BundleError("the active bundle has changed meanwhile, and nothing was rolled back. Look again.")
             check_stored(read_bundle(self.store.folder_of(target)))
             self.store.roll_back()
-        _log.warning("%s rolled the bundle back from %s to %s", who, active[:12], target[:12])
+        _log.warning("%s rolled the bundle back from %s to %s", reviewer, active[:12], target[:12])
 
     def _document(self, folder: Path) -> dict[str, Any] | None:
         with self._lock:

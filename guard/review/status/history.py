@@ -163,7 +163,10 @@ def kept_values(name: str, label: Callable[[str], str]) -> tuple[str, ...]:
     label : callable
         Name of a label -> its value.
     """
-    return tuple(f"{float(label(one)):g}" if one == "le" else label(one) for one in WANTED[name])
+    return tuple(
+        f"{float(label(name_of_label)):g}" if name_of_label == "le" else label(name_of_label)
+        for name_of_label in WANTED[name]
+    )
 
 
 def add_up(columns: list[list[float | None]]) -> list[float | None]:

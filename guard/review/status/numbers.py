@@ -309,12 +309,12 @@ def _latency(numbers: Numbers) -> Chart:
         for stage, tone in (("guard", "poison"), ("handler", "accent"))
         for share, is_dashed in ((0.5, False), (0.99, True))
     ]
-    told = []
+    quantiles = []
     for stage in ("guard", "handler"):
         half, most = numbers.milliseconds(stage, 0.5), numbers.milliseconds(stage, 0.99)
         if half is not None and most is not None:
-            told.append(f"{stage} {half:.3g} ms (p50), {most:.3g} ms (p99)")
-    summary = f"{'; '.join(told)}." if told else "No request was timed."
+            quantiles.append(f"{stage} {half:.3g} ms (p50), {most:.3g} ms (p99)")
+    summary = f"{'; '.join(quantiles)}." if quantiles else "No request was timed."
     return Chart("latency", "Latency", "ms per batch", lines, summary[0].upper() + summary[1:], 2)
 
 

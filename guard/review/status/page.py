@@ -49,7 +49,7 @@ def now_part(request: Request, workspace: TheWorkspace, session: SignedIn, span:
 def ask_to_roll_back(request: Request, workspace: TheWorkspace, session: SignedIn) -> Response:
     """Show what a roll-back would do, and ask."""
     need_admin(session.reviewer.role)
-    store, listed = workspace.bundle_list.store, {one.digest: one for one in workspace.bundle_list.newest()}
+    store, listed = workspace.bundle_list.store, {bundle.digest: bundle for bundle in workspace.bundle_list.newest()}
     context = {
         "active": store.known_active() if store is not None else None,
         "target": workspace.bundle_list.way_back(),
@@ -130,4 +130,4 @@ def _history(workspace: Workspace, span: Span, model: str, now: datetime) -> tup
 
 def _fired(history: History) -> list[tuple[str, int]]:
     counts = [(name, round(count)) for name, count in history.parts("guard_detector_fired_total").items()]
-    return sorted((one for one in counts if one[1]), key=lambda one: (-one[1], one[0]))
+    return sorted((entry for entry in counts if entry[1]), key=lambda entry: (-entry[1], entry[0]))

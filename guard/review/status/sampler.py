@@ -94,7 +94,7 @@ class Endpoint:
 
     def rates(self, span: Span, now: float) -> dict[Column, list[float | None]]:
         """Return how fast every column grew, per interval; None where the address did not answer."""
-        ring = next(one for one in self.rings if one.seconds >= span.seconds)
+        ring = next(candidate for candidate in self.rings if candidate.seconds >= span.seconds)
         times, counts = list(ring.times), list(ring.counts)
         if times and self.newest > times[-1]:
             times.append(self.newest)
@@ -109,7 +109,7 @@ class Endpoint:
 
     def totals(self, span: Span, now: float) -> dict[Column, float]:
         """Return by how much every column grew over the span, also while the address was away."""
-        ring = next(one for one in self.rings if one.seconds >= span.seconds)
+        ring = next(candidate for candidate in self.rings if candidate.seconds >= span.seconds)
         if not ring.times:
             return {}
         begin = max(0, bisect_right(ring.times, now - span.seconds) - 1)
@@ -185,20 +185,20 @@ class Sampler:
                 for (owner, key), total in endpoint.totals(span, now).items():
                     if wanted in (None, owner):
                         totals[key] = totals.get(key, 0.0) + total
-            begun = [one.since for one in self.endpoints if one.since is not None]
-            away = [one for one in self.endpoints if one.error]
+            begun = [source.since for source in self.endpoints if source.since is not None]
+            away = [source for source in self.endpoints if source.error]
             return History(
                 span=span,
                 edges=span.edges(now),
                 rates=rates,
                 totals=totals,
                 since=max(min(begun), now - span.seconds) if begun else None,
-                read_from=", ".join(one.url for one in self.endpoints),
-                away=tuple(_told(one) for one in away),
+                read_from=", ".join(source.url for source in self.endpoints),
+                away=tuple(_trouble(source) for source in away),
                 is_away=len(away) == len(self.endpoints),
-                models=tuple(sorted({owner for one in self.endpoints for owner, _ in one.columns})),
+                models=tuple(sorted({owner for source in self.endpoints for owner, _ in source.columns})),
                 in_use=tuple(
-                    sorted({use[1] for one in self.endpoints for use in one.in_use if wanted in (None, use[0])})
+                    sorted({use[1] for source in self.endpoints for use in source.in_use if wanted in (None, use[0])})
                 ),
             )
 
@@ -233,6 +233,6 @@ def _grown(times: list[float], table: Float64Array, begin: float, end: float, st
     return grown
 
 
-def _told(endpoint: Endpoint) -> str:
+def _trouble(endpoint: Endpoint) -> str:
     since = datetime.fromtimestamp(endpoint.error_since or 0.0, UTC)
     return f"{endpoint.error.rstrip('.')}, since {since:%H:%M} UTC"

@@ -88,17 +88,19 @@ def _of_metrics(numbers: Numbers) -> list[Finding]:
         found.append(Finding("bad" if history.is_away else "look", f"numbers are missing: {line}"))
     if bypassed := verdicts["bypassed"]:
         reasons = history.parts("guard_bypassed_total")
-        told = ", ".join(
+        counts = ", ".join(
             f"{reason.replace('_', ' ')} {count:,.0f}" for reason, count in sorted(reasons.items()) if count >= 0.5
         )
-        found.append(Finding("bad", f"{bypassed:,} answered without being judged {span} ({told or 'no reason known'})"))
+        found.append(
+            Finding("bad", f"{bypassed:,} answered without being judged {span} ({counts or 'no reason known'})")
+        )
     failed = verdicts["failed"]
     if failed >= FAILED_LEAST and failed >= FAILED_SLOW * numbers.received:
         level: Level = "bad" if failed >= FAILED_FAST * numbers.received else "look"
         found.append(Finding(level, f"{failed:,} of {numbers.received:,} requests failed {span}"))
     if numbers.surplus:
-        told = f"{numbers.flagged:,} flagged {span}, about {numbers.expected:,.0f} are expected of clean traffic"
-        found.append(Finding("look", f"{told}: an attack, or drift"))
+        counts = f"{numbers.flagged:,} flagged {span}, about {numbers.expected:,.0f} are expected of clean traffic"
+        found.append(Finding("look", f"{counts}: an attack, or drift"))
     if (text := _drift_told(numbers)) is not None:
         found.append(Finding("look", text))
     for reason, count in sorted(history.parts("guard_shed_total").items()):
@@ -133,7 +135,7 @@ def _of_bundles(numbers: Numbers) -> list[Finding]:
     if last is not None and last.finished_at is not None and last.outcome in ("refused", "failed"):
         began = datetime.fromtimestamp(history.edges[0], UTC)
         if last.finished_at >= began:
-            found.append(Finding("look", f"the last retraining, round {last.id}, was {_told(last.outcome)}"))
+            found.append(Finding("look", f"the last retraining, round {last.id}, was {_outcome_text(last.outcome)}"))
     if numbers.active and history.in_use and numbers.active not in history.in_use:
         used = ", ".join(digest[:12] for digest in history.in_use)
         found.append(Finding("look", f"bundle {numbers.active[:12]} is active, but the server uses {used}"))
@@ -144,7 +146,7 @@ def _of_bundles(numbers: Numbers) -> list[Finding]:
     return found
 
 
-def _told(outcome: str) -> str:
+def _outcome_text(outcome: str) -> str:
     return "refused by the gate" if outcome == "refused" else "broken off by an error"
 
 

@@ -343,9 +343,9 @@ def _located(file: BinaryIO, entry: zipfile.ZipInfo, end: int) -> Member:
     signature, _, flags, method, _, _, crc, packed, size, name_length, extra_length = _LOCAL.unpack(header)
     raw, extra = file.read(name_length), file.read(extra_length)
     start = entry.header_offset + _LOCAL.size + name_length + extra_length
-    said = (signature, flags, method, raw)
+    local = (signature, flags, method, raw)
     name = entry.filename.encode()
-    if said != (b"PK\x03\x04", entry.flag_bits, entry.compress_type, name) or len(extra) != extra_length:
+    if local != (b"PK\x03\x04", entry.flag_bits, entry.compress_type, name) or len(extra) != extra_length:
         raise contradiction
     true_sizes = (entry.CRC, entry.compress_size, entry.file_size)
     behind = start + entry.compress_size

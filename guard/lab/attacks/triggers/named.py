@@ -84,7 +84,11 @@ def make_trigger(name: str, **parameters: Any) -> NamedTrigger:
 
 def _defaults(name: str) -> dict[str, Any]:
     parameters = inspect.signature(TRIGGERS[name]).parameters.values()
-    return {one.name: _tupled(one.default) for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}
+    return {
+        parameter.name: _tupled(parameter.default)
+        for parameter in parameters
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
 
 
 def _tupled(value: Any) -> Any:

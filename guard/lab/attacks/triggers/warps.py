@@ -80,7 +80,7 @@ def wanet(
         part = images[start : start + _AT_ONCE]
         grid = warp.expand(len(part), -1, -1, -1)
         if noise:
-            offsets = np.stack([image_rng(one, seed).uniform(-1, 1, (height, width, 2)) for one in part])
+            offsets = np.stack([image_rng(row, seed).uniform(-1, 1, (height, width, 2)) for row in part])
             grid = grid + torch.from_numpy(offsets.astype(np.float32)) / height
         grid = (grid * grid_rescale).clamp(-1, 1)
         with torch.inference_mode():
