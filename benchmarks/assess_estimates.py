@@ -94,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for trigger in TRIGGERS:
         of_trigger = [row for row in rows if row["trigger"] == trigger]
         print(
-            f"{trigger:14}{_cells(of_trigger, 'estimated_true_positive_rate')}{_cells(of_trigger, 'real_true_positive_rate')}"
+            f"{trigger:14}{_cells(of_trigger, 'estimated_true_positive_rate')}"
+            f"{_cells(of_trigger, 'real_true_positive_rate')}"
         )
 
 
