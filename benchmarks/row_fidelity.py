@@ -44,7 +44,7 @@ from ts.context import Context, RequestProcessor
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
 from guard.config import GuardConfig
-from guard.demo.loop import png
+from guard.data.image_files import encode_png
 from guard.detection.pipeline import Guard
 from guard.resources import resource_path
 from guard.suspect.model import SuspectModel
@@ -119,7 +119,7 @@ def make_archives(store: Path, material: Material) -> None:
 def bodies_of(case: str, material: Material) -> list[bytes]:
     """Return the bodies that are sent."""
     if case.startswith("png"):
-        return [png(image) for image in material.sent]
+        return [encode_png(image) for image in material.sent]
     return [json.dumps(np.rint(255 * image).astype(int).tolist()).encode() for image in material.sent]
 
 

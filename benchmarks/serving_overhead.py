@@ -38,7 +38,7 @@ from socket_client import SocketClient
 
 from guard.config import GuardConfig
 from guard.data.datasets import load_dataset, split_rows, to_tensor_images
-from guard.demo.loop import png
+from guard.data.image_files import encode_png
 from guard.demo.run import ARCHITECTURE, SPLIT
 from guard.detection.pipeline import Guard
 from guard.lab.attacks.recipes import DEMO_ATTACKS, train_badnet
@@ -146,7 +146,7 @@ def make_archives(store: Path, material: Material) -> list[bytes]:
     )
     make_plain_archive("unguarded", model, model_store=store)
     make_guarded_archive("guarded", model, bundle, model_store=store)
-    return [png(image) for image in material.sent]
+    return [encode_png(image) for image in material.sent]
 
 
 def send(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -85,11 +86,37 @@ def whole_file(path: Path, mode: int = PRIVATE_FILE) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(mode)
-        Path(temporary).replace(path)
+        put_in_place(Path(temporary), path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path, mode: int = PRIVATE_FOLDER) -> Iterator[Path]:
+    """Give a folder to fill that appears under its name, flushed to disk, when the block ends; not at all if it fails.
+
+    Raises
+    ------
+    OSError
+        If there is something of that name, but for an empty folder (`EEXIST`, `ENOTEMPTY`, `ENOTDIR`), or it cannot be
+        written.
+    """
+    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(mode)
+        for folder in (*(below for below in list_plain(temporary) if below.is_dir()), temporary):
+            sync_folder(folder)
+        put_in_place(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(source: Path, target: Path) -> None:
+    """Give a file or a folder beside its place the name that it is read by, for good; a file of that name goes."""
+    source.replace(target)
+    sync_folder(target.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -79,32 +80,60 @@ class Activations:
         labels: IntArray = self.logits.argmax(axis=1).astype(np.int64, copy=False)
         return labels
 
+    @cached_property
     def finite_rows(self) -> BoolArray:
-        """Return which rows hold only finite numbers, shape (n,)."""
+        """Which rows hold only finite numbers, shape (n,); looked at once, and inherited by parts and stacks."""
+        arrays = [array for _, array in self.items()]
         finite = np.ones(len(self), dtype=bool)
-        for _, array in self.items():
-            finite &= np.isfinite(array).all(axis=1)
+        if not all(math.isfinite(np.add.reduce(array, axis=None)) for array in arrays):  # cheap: both survive a sum
+            for array in arrays:
+                finite &= np.isfinite(array).all(axis=1)
         return finite
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all rows hold only finite numbers."""
+        return bool(self.finite_rows.all())
+
+    def require_finite(self, depth: str) -> FloatArray:
+        """Return the features at one depth, as `at`.
+
+        Raises
+        ------
+        DataError
+            If there is no such depth, or a value is not finite.
+        """
+        features = self.at(depth)
+        n_bad = 0 if self.is_finite else int((~np.isfinite(features).all(axis=1)).sum())
+        if n_bad:
+            raise DataError(f"{depth} must be finite, got {n_bad} of {len(features)} rows with NaN or infinity.")
+        return features
 
     def __len__(self) -> int:
         return len(self.logits)
 
     def __getitem__(self, rows: slice | AnyArray) -> Activations:
         """Return the chosen rows (a slice, an index array or a boolean mask) as new activations."""
-        return Activations(
+        part = Activations(
             self.logits[rows], self.features[rows], {name: array[rows] for name, array in self.depths.items()}
         )
+        if "finite_rows" in self.__dict__:
+            part.__dict__["finite_rows"] = self.finite_rows[rows]
+        return part
 
     @classmethod
     def concatenate(cls, parts: list[Activations]) -> Activations:
         """Stack several activations of the same model, in order."""
         if not parts:
             raise DataError("nothing to concatenate: give at least one Activations.")
-        return cls(
+        whole = cls(
             np.concatenate([part.logits for part in parts]),
             np.concatenate([part.features for part in parts]),
             {name: np.concatenate([part.at(name) for part in parts]) for name in parts[0].depths},
         )
+        if all("finite_rows" in part.__dict__ for part in parts):
+            whole.__dict__["finite_rows"] = np.concatenate([part.finite_rows for part in parts])
+        return whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -306,14 +306,26 @@ def test_with_backup_measures_and_leaves_the_given_guard_alone(detecting, fitted
     assert (fitted_guard.backup, fitted_guard.recovery) == (None, {})
 
 
-def test_auto_takes_the_best_and_may_take_the_head(fitted_guard, clean_split, monkeypatch):
-    monkeypatch.setattr("guard.lab.assess.backups.CANDIDATES", ("rtll",))
-    request = BackupRequest(floor=0.0, triggers=["pattern"], settings=QUICK, planting=PLANTING)
-    for recovery, kind in (({HEAD: 0.4, "rtll": 0.6}, "rtll"), ({HEAD: 0.7, "rtll": 0.6}, None)):
-        monkeypatch.setattr("guard.lab.assess.backups._Bench.recovery", lambda _self, found=recovery: found)
-        guard = with_backup(fitted_guard, *clean_split.validation, request)
-        assert (guard.backup.kind if guard.backup else None) == kind
-        assert guard.relabels
+@pytest.mark.parametrize(
+    ("kind", "recovery", "chosen"),
+    [
+        ("auto", {HEAD: 0.4, "rtll": 0.6}, "rtll"),
+        ("auto", {HEAD: 0.7, "rtll": 0.6}, HEAD),
+        ("auto", {HEAD: 0.1, "rtll": 0.6, "anp": 0.8}, "anp"),
+        ("rtll", {HEAD: 0.7, "rtll": 0.6}, "rtll"),
+    ],
+)
+def test_auto_takes_the_best_and_may_take_the_head(kind, recovery, chosen):
+    assert BackupRequest(kind).choose(recovery) == chosen
+
+
+def test_auto_leaves_the_second_opinion_to_a_head_that_recovers_most(fitted_guard, clean_split, monkeypatch):
+    monkeypatch.setattr("guard.lab.assess.backups.CANDIDATES", ())  # nothing beside the head
+    request = BackupRequest(floor=0.0, triggers=["pattern"], planting=PLANTING)
+    guard = with_backup(fitted_guard, *clean_split.validation, request)
+    assert guard.backup is None
+    assert [*guard.recovery] == [HEAD]
+    assert guard.relabels
 
 
 def test_backup_as_a_detector_keeps_the_rate_and_costs_a_pass_for_every_input(

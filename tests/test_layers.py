@@ -179,3 +179,15 @@ def test_every_room_and_path_of_the_architecture_page_is_there():
     assert rooms <= paths
     listed = [frozenset(re.findall(r"`(\w+)`", line)) for line in re.findall(r"^\d+\. (.+)$", page, re.MULTILINE)]
     assert tuple(listed) == ORDER
+
+
+def test_every_statement_of_the_queue_stands_in_one_file() -> None:
+    outside = [
+        f"{file.name}:{node.lineno}"
+        for file in sorted((PACKAGE / "relabel").glob("*.py"))
+        if file.name not in ("statements.py", "schema.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("select", "insert", "update", "delete", "text", "func")
+        if isinstance(node.value, ast.Name) and node.value.id == "sa"
+    ]
+    assert not outside

@@ -342,20 +342,11 @@ def test_reviewers_who_contradict_each_other_stop_the_round(place, quick):
     assert place.step(leave_out_reviewers=("mallory",)).outcome in ("promoted", "refused")
 
 
-def test_a_worse_candidate_is_refused_with_the_reason_and_kept(place, quick, monkeypatch):
+def test_a_worse_candidate_is_refused_with_the_reason_and_kept(place, pair, monkeypatch):
     place.review()
-    real = Guard.scores
-
-    def scores(guard, activations):
-        found = real(guard, activations)
-        flags = found.is_poisoned & (np.arange(len(found.combined)) % 2 == 0)
-        return (
-            dataclasses.replace(found, is_poisoned=flags)
-            if guard.retrained_with and sum(guard.retrained_with)
-            else found
-        )
-
-    monkeypatch.setattr(Guard, "scores", scores)
+    calls_all_clean = dataclasses.replace(pair.candidate, clean_scores=pair.candidate.clean_scores + 1e6)
+    worse = pair._replace(candidate=calls_all_clean)
+    monkeypatch.setattr("guard.retrainer.worker.fit_candidate", lambda *_, **__: worse)
     finished = place.step()
     assert finished.outcome == "refused"
     assert "held-out poisoned inputs of" in finished.report["reasons"][0]

@@ -83,7 +83,7 @@ def test_activations_of_each_family_agree_for_batch_and_single_images(build, sha
     assert_equal(one_by_one, together)
     with torch.no_grad():
         np.testing.assert_allclose(together.logits, suspect.module(torch.from_numpy(data)), atol=1e-5)
-    assert together.finite_rows().all()
+    assert together.finite_rows.all()
     assert not suspect.module.training
     assert not hooks_of(suspect.module)
 

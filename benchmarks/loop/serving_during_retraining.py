@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 from guard.config import GuardConfig
 from guard.data.datasets import load_dataset, split_rows, to_tensor_images
-from guard.demo.loop import png
+from guard.data.image_files import encode_png
 from guard.demo.run import ARCHITECTURE, SPLIT
 from guard.detection.pipeline import Guard
 from guard.lab.attacks.poisoning import poisoned_test_set
@@ -104,9 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             bundles=folder / "bundles",
         )
         triggered = poisoned_test_set(images[test], labels[test], recipe.apply_trigger, recipe.target)
-        clean = [(png(image), (int(label), False)) for image, label in zip(images[test], labels[test], strict=True)]
+        clean = [
+            (encode_png(image), (int(label), False)) for image, label in zip(images[test], labels[test], strict=True)
+        ]
         bad = [
-            (png(image), (int(label), True))
+            (encode_png(image), (int(label), True))
             for image, label in zip(triggered.images, triggered.true_labels, strict=True)
         ]
         truth = dict([*clean, *bad])

@@ -14,12 +14,12 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from guard.backups.augmentation import Augmentation
-from guard.backups.backup_training import Report, device_of
+from guard.backups.backup_training import Report
 from guard.backups.clean_set import CleanSet
 from guard.backups.purification import CurvePoint, Measure, Purification
 from guard.backups.units import find_unit_layers
 from guard.errors import DataError
-from guard.suspect.recording import logits_of
+from guard.suspect.recording import device_of, logits_of
 from guard.types import Float32Array
 
 #: Thresholds of the curve.

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from guard.backups.backup_training import Report, copy_network, device_of, predict_logits
+from guard.backups.backup_training import Report, copy_network, predict_logits
 from guard.backups.clean_set import CleanSet, check_images
 from guard.backups.defective import DefectiveSettings, make_defective, train_defective
 from guard.backups.network import backup_cnn
 from guard.backups.purified_twin import METHODS, purify
 from guard.errors import BundleError, ConfigError, did_you_mean
 from guard.statistics.calibration import stratified_folds
+from guard.suspect.recording import device_of
 from guard.types import AnyArray, Float32Array, IntArray
 
 DEFECTIVE = "defective"

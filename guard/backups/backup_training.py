@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from guard.backups.augmentation import Augmentation
 from guard.backups.clean_set import CleanSet, check_images
 from guard.errors import DataError, SuspectModelError
-from guard.suspect.recording import logits_of
+from guard.suspect.recording import device_of, logits_of
 from guard.types import Float32Array, FloatArray, IntArray
 
 #: Called with the share done, in [0, 1].
@@ -225,11 +225,6 @@ def predict_logits(module: nn.Module, images: Float32Array | Tensor, batch_size:
 def accuracy_of(module: nn.Module, images: Float32Array, labels: IntArray) -> float:
     """Return the share of images that get their label, a fraction."""
     return float((predict_logits(module, images).argmax(axis=1) == labels).mean())
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Return where a module is; the CPU for one without parameters."""
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
 def copy_network(module: nn.Module) -> nn.Module:

@@ -9,10 +9,10 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from guard.backups.backup_training import FitReport, FitSettings, Report, Traffic, copy_network, device_of, fit_network
+from guard.backups.backup_training import FitReport, FitSettings, Report, Traffic, copy_network, fit_network
 from guard.backups.clean_set import CleanSet
 from guard.errors import DataError, SuspectModelError
-from guard.suspect.recording import logits_of
+from guard.suspect.recording import device_of, logits_of
 
 #: `neuron`: every place of every channel for itself. `channel`: whole channels. `shared`: the same places in all.
 Variant = Literal["neuron", "channel", "shared"]

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from guard.backups.backup_training import Report, device_of
+from guard.backups.backup_training import Report
 from guard.backups.clean_set import CleanSet
 from guard.backups.purification import Measure, Purification
 from guard.backups.units import find_unit_layers
 from guard.errors import DataError, SuspectModelError
+from guard.suspect.recording import device_of
 
 _BATCH = 256
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from guard.backups.augmentation import Augmentation
-from guard.backups.backup_training import FitSettings, Report, device_of, fit_network
+from guard.backups.backup_training import FitSettings, Report, fit_network
 from guard.backups.clean_set import CleanSet
 from guard.backups.purification import CurvePoint, Measure, Purification
 from guard.backups.units import UnitLayer, find_unit_layers, silence
 from guard.errors import DataError
+from guard.suspect.recording import device_of
 from guard.types import Float32Array, Float64Array
 
 #: Shares of the curve.

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from guard.backups.backup_training import device_of
 from guard.errors import SuspectModelError
-from guard.suspect.recording import logits_of
+from guard.suspect.recording import device_of, logits_of
 from guard.types import Float32Array
 
 

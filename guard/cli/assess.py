@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from guard.cli.model import class_list, open_model, read_pixels, tell_passed_over, try_once
-from guard.cli.options import Architecture, Device, ExtraFile, Handler, ModelFile, Preprocess, Rate, Settings, Weights
+from guard.cli.options import (
+    Architecture,
+    ClassNames,
+    Device,
+    ExtraFile,
+    Handler,
+    LabelledImages,
+    Mode,
+    ModelFile,
+    Preprocess,
+    Rate,
+    Settings,
+    Weights,
+)
 from guard.cli.output import plain_table, print_table, print_warning, progress_bar, say, tell
 from guard.errors import ConfigError, DataError, GuardError
 
@@ -28,21 +41,16 @@ _TRIGGER_HELP = (
 
 def assess(
     weights: Weights,
-    images: Annotated[
-        Path, typer.Option(help="Clean labelled images: a .npz, or a folder with one sub-folder per class.")
-    ],
+    images: LabelledImages,
     architecture: Architecture = None,
     preprocess: Preprocess = None,
     handler: Handler = None,
     model_file: ModelFile = None,
     extra_file: ExtraFile = None,
     device: Device = "cpu",
-    class_names: Annotated[
-        str | None,
-        typer.Option(help="Class list in the model's order: names with commas, or a file with one per line."),
-    ] = None,
+    class_names: ClassNames = None,
     false_positive_rate: Rate = None,
-    mode: Annotated[str | None, typer.Option(help="calibrated or paper.")] = None,
+    mode: Mode = None,
     trigger: Annotated[
         list[str] | None,
         typer.Option(metavar="<str>", help=_TRIGGER_HELP),

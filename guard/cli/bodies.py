@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from guard.cli.images import NamedImages, find_images
-from guard.data.image_files import load_images
+from guard.data.image_files import encode_png, load_images
 from guard.errors import DataError
 from guard.types import Float32Array
 
@@ -42,7 +40,7 @@ def find_bodies(path: Path, class_names: list[str] | None = None) -> NamedImages
     if path.suffix.lower() == ".npz" and path.is_file():
         loaded = load_images(path)
         _check_pixels(path, loaded.images)
-        return NamedImages(loaded.names, lambda row: _png(loaded.images[row]), loaded.labels, class_names)
+        return NamedImages(loaded.names, lambda row: encode_png(loaded.images[row]), loaded.labels, class_names)
     found = find_images(path, as_bytes=True, class_names=class_names)
     return replace(found, read=lambda row: _parsed(found.read(row), found.names[row]))
 
@@ -57,13 +55,6 @@ def _check_pixels(path: Path, images: Float32Array) -> None:
                 f"{path}: float32 images must be 8-bit pixels divided by 255 to be sent to a handler, and these are "
                 "not. Give the pixels before any preprocessing, as uint8: the handler preprocesses them."
             )
-
-
-def _png(image: Float32Array) -> bytes:
-    pixels = np.rint(image * 255).astype(np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def _parsed(body: bytes, name: str) -> Any:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image
-
 from guard.cli.options import handler_argument
 from guard.cli.output import print_warning, what_failed
+from guard.data.image_files import encode_png
 from guard.errors import ConfigError, DataError, GuardError, SuspectModelError
 
 if TYPE_CHECKING:
@@ -39,8 +36,6 @@ def open_model(
     depths: list[str] | None = None,
 ) -> Iterator[tuple[SuspectModel, Convert]]:
     """Load the suspect model, and yield it with what turns images into its inputs; the user's prints go to stderr."""
-    import torch
-
     from guard.cli.images import preprocessing
     from guard.suspect.model import SuspectModel
     from guard.torchserve.user_handler import open_user_handler
@@ -51,10 +46,7 @@ def open_model(
         raise ConfigError("--preprocess does not go with --handler: the handler preprocesses. Leave one out.")
     if handler is None and (model_file is not None or extra_file):
         raise ConfigError("--model-file and --extra-file go with --handler only. Leave them out, or name the handler.")
-    try:
-        torch.empty(0, device=device)
-    except Exception as error:
-        raise ConfigError(f"--device {device!r} cannot be used: {error}. Name cpu, cuda or cuda:N.") from error
+    gpu = gpu_number(device)
     with contextlib.redirect_stdout(sys.stderr):
         if handler is None:
             assert architecture is not None
@@ -67,9 +59,26 @@ def open_model(
             model_file=model_file,
             extra_files=tuple(extra_file or ()),
             model_attribute=model_attribute,
-            gpu=None if device == "cpu" else torch.device(device).index or 0,
+            gpu=gpu,
         ) as user:
             yield SuspectModel(user.module, split=split, depths=depths or None, device=device), user.model_inputs
+
+
+def gpu_number(device: str) -> int | None:
+    """Return the number of the GPU that a handler is told to use; None means the CPU.
+
+    Raises
+    ------
+    ConfigError
+        If the device cannot be used.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:
+        raise ConfigError(f"--device {device!r} cannot be used: {error}. Name cpu, cuda or cuda:N.") from error
+    return None if device == "cpu" else torch.device(device).index or 0
 
 
 def class_list(text: str | None) -> list[str] | None:
@@ -111,7 +120,7 @@ def read_pixels(
     _check_pixels(path, pixels)
     if handler is None:
         return pixels, lambda images: convert(list(images))
-    return pixels, lambda images: convert([_png(image) for image in images])  # what a client would send
+    return pixels, lambda images: convert([encode_png(image) for image in images])  # what a client would send
 
 
 def _check_pixels(path: Path, pixels: Float32Array) -> None:
@@ -121,10 +130,3 @@ def _check_pixels(path: Path, pixels: Float32Array) -> None:
             f"{path}: images must lie in [0, 1], got {pixels.min():g} to {pixels.max():g}. A trigger goes on pixels: "
             "give them as uint8, and name what normalises them with --preprocess."
         )
-
-
-def _png(image: Float32Array) -> bytes:
-    values = np.rint(image * 255).astype(np.uint8)  # (channels, height, width)
-    buffer = io.BytesIO()
-    Image.fromarray(values[0] if len(values) == 1 else values.transpose(1, 2, 0)).save(buffer, "PNG")
-    return buffer.getvalue()

@@ -10,15 +10,23 @@ import typer
 
 from guard.cli.model import class_list, open_model, read_pixels, tell_passed_over, try_once
 from guard.cli.options import (
+    ActionName,
     Architecture,
     Bundles,
+    ClassNames,
+    Depths,
     Device,
     ExtraFile,
     Handler,
+    ImageNoise,
+    LabelledImages,
+    Mode,
     ModelFile,
     Preprocess,
     Rate,
+    Seed,
     Settings,
+    Split,
     Weights,
 )
 from guard.cli.output import (
@@ -42,31 +50,21 @@ _BACKUPS = (_NO_BACKUP, "auto", "defective", "anp", "norm-pruning")
 
 def fit(
     weights: Weights,
-    images: Annotated[
-        Path, typer.Option(help="Clean labelled images: a .npz, or a folder with one sub-folder per class.")
-    ],
+    images: LabelledImages,
     architecture: Architecture = None,
     preprocess: Preprocess = None,
     handler: Handler = None,
     model_file: ModelFile = None,
     extra_file: ExtraFile = None,
     device: Device = "cpu",
-    class_names: Annotated[
-        str | None,
-        typer.Option(help="Class list in the model's order: names with commas, or a file with one per line."),
-    ] = None,
+    class_names: ClassNames = None,
     false_positive_rate: Rate = None,
-    mode: Annotated[str | None, typer.Option(help="calibrated or paper.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of folds and training.")] = None,
-    action: Annotated[str | None, typer.Option(help="observe, flag, relabel or block.")] = None,
-    image_noise_std: Annotated[float | None, typer.Option(help="Also learn from copies with this much noise.")] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Layer whose input is the split; found by itself if left out.")
-    ] = None,
-    depth: Annotated[
-        list[str] | None,
-        typer.Option(metavar="<str>", help="Earlier layer to watch as well; may be repeated, up to 3."),
-    ] = None,
+    mode: Mode = None,
+    seed: Seed = None,
+    action: ActionName = None,
+    image_noise_std: ImageNoise = None,
+    split: Split = None,
+    depth: Depths = None,
     backup: Annotated[
         str,
         typer.Option(help="Second opinion: defective, anp, norm-pruning, auto (the best of these), or none."),

@@ -21,6 +21,23 @@ Bundles = Annotated[Path, typer.Option(help="Folder of bundles.")]
 Settings = Annotated[
     Path | None, typer.Option("--settings", help="Settings file; default is ./guard.toml if there is one.")
 ]
+LabelledImages = Annotated[
+    Path, typer.Option("--images", help="Clean labelled images: a .npz, or a folder with one sub-folder per class.")
+]
+ClassNames = Annotated[
+    str | None,
+    typer.Option(help="Class list in the model's order: names with commas, or a file with one per line."),
+]
+Mode = Annotated[str | None, typer.Option(help="calibrated or paper.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of folds and training.")]
+ActionName = Annotated[str | None, typer.Option("--action", help="observe, flag, relabel or block.")]
+FailureMode = Annotated[str | None, typer.Option(help="closed or open.")]
+ImageNoise = Annotated[float | None, typer.Option(help="Also learn from copies with this much noise.")]
+Split = Annotated[str | None, typer.Option(help="Layer whose input is the split; found by itself if left out.")]
+Depths = Annotated[
+    list[str] | None,
+    typer.Option("--depth", metavar="<str>", help="Earlier layer to watch as well; may be repeated, up to 3."),
+]
 Rate = Annotated[float | None, typer.Option(help="Share of clean inputs that may be flagged.")]
 
 

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from guard.cli.model import class_list, open_model, tell_passed_over, try_once
-from guard.cli.options import Architecture, Device, ExtraFile, Handler, ModelFile, Preprocess, Settings, Weights
+from guard.cli.options import (
+    Architecture,
+    ClassNames,
+    Device,
+    ExtraFile,
+    Handler,
+    LabelledImages,
+    ModelFile,
+    Preprocess,
+    Settings,
+    Weights,
+)
 from guard.cli.output import print_warning, progress_bar, say
 from guard.errors import ConfigError, DataError, GuardError
+from guard.files import READABLE_FILE, replace_file
 
 if TYPE_CHECKING:
     from guard.backups.purified_twin import Purified
@@ -36,19 +47,14 @@ _LARGE_LOSS = 0.02
 
 def purify(
     weights: Weights,
-    images: Annotated[
-        Path, typer.Option(help="Clean labelled images: a .npz, or a folder with one sub-folder per class.")
-    ],
+    images: LabelledImages,
     architecture: Architecture = None,
     preprocess: Preprocess = None,
     handler: Handler = None,
     model_file: ModelFile = None,
     extra_file: ExtraFile = None,
     device: Device = "cpu",
-    class_names: Annotated[
-        str | None,
-        typer.Option(help="Class list in the model's order: names with commas, or a file with one per line."),
-    ] = None,
+    class_names: ClassNames = None,
     method: Annotated[str, typer.Option(help="anp, norm-pruning, fine-pruning or rtll.")] = "anp",
     iterations: Annotated[int | None, typer.Option(help="anp: steps of the masks; default 2000.")] = None,
     epsilon: Annotated[
@@ -162,10 +168,10 @@ def _check_folder(folder: Path) -> None:
 
 
 def _write(purified: Purified, output: Path, architecture: str | None, class_names: list[str] | None) -> None:
-    """Write all three files beside their place first, so that none is left half-written."""
+    """Write the three files, each as a whole."""
     from importlib.metadata import version
 
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from guard.cli.purify_picture import draw
 
@@ -176,17 +182,17 @@ def _write(purified: Purified, output: Path, architecture: str | None, class_nam
         "version": version("backdoor-guard"),
     }
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in purified.twin.state_dict().items()}
+    picture = io.BytesIO()
+    draw(purified.report, class_names, picture)
+    files = {
+        WEIGHTS: save(state),
+        CARD: json.dumps(card, indent=2, allow_nan=False).encode() + b"\n",
+        PICTURE: picture.getvalue(),
+    }
     try:
         output.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=output))
-        try:
-            save_file(state, temporary / WEIGHTS)
-            (temporary / CARD).write_text(json.dumps(card, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            draw(purified.report, class_names, temporary / PICTURE)
-            for name in (WEIGHTS, CARD, PICTURE):
-                (temporary / name).replace(output / name)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        for name, data in files.items():
+            replace_file(output / name, data, READABLE_FILE)
     except OSError as error:
         raise GuardError(
             f"the twin cannot be written to {output}: {error}. Is there room, and may you write?"

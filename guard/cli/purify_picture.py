@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ _BEFORE, _AFTER, _INK, _FAINT = "#9ecae1", "#08519c", "#222222", "#767676"
 _ROW_INCHES, _REST_INCHES, _MOST_INCHES = 0.26, 2.2, 30.0
 
 
-def draw(report: PurifyReport, class_names: list[str] | None, file: Path) -> None:
+def draw(report: PurifyReport, class_names: list[str] | None, file: IO[bytes]) -> None:
     """Save one pair of bars per class, before and after, and the curve of the method where it has one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

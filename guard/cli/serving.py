@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from guard.cli.options import (
+    ActionName,
     Architecture,
     Bundles,
     ExtraFile,
+    FailureMode,
     ModelFile,
     QueueUrl,
     Rate,
@@ -50,9 +52,9 @@ def archive(
     bundles: Bundles = Path("bundles"),
     model_store: Annotated[Path, typer.Option(help="Folder that archives go to.")] = Path("model_store"),
     version: Annotated[str, typer.Option(help="Version of the model.")] = "1.0",
-    action: Annotated[str | None, typer.Option(help="observe, flag, relabel or block.")] = None,
+    action: ActionName = None,
     false_positive_rate: Rate = None,
-    failure_mode: Annotated[str | None, typer.Option(help="closed or open.")] = None,
+    failure_mode: FailureMode = None,
     rows_per_request: Annotated[str | None, typer.Option(help="1 or any.")] = None,
     verdict_in_body: Annotated[bool | None, typer.Option(help="Also put the verdict into JSON answers.")] = None,
     example: Annotated[

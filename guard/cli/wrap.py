@@ -13,8 +13,21 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from guard.cli.model import class_list
-from guard.cli.options import Device, QueueUrl, Rate, Settings
+from guard.cli.model import class_list, gpu_number
+from guard.cli.options import (
+    ActionName,
+    Depths,
+    Device,
+    FailureMode,
+    ImageNoise,
+    LabelledImages,
+    Mode,
+    QueueUrl,
+    Rate,
+    Seed,
+    Settings,
+    Split,
+)
 from guard.cli.output import print_warning, progress_bar, say, what_failed
 from guard.errors import ConfigError, DataError, GuardError, SuspectModelError
 
@@ -39,9 +52,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace that file if it is
 
 def wrap(
     archive: Archive,
-    images: Annotated[
-        Path, typer.Option(help="Clean labelled images: a .npz, or a folder with one sub-folder per class.")
-    ],
+    images: LabelledImages,
     output: Output = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do everything, print what would change, and write nothing.")
@@ -53,18 +64,13 @@ def wrap(
         ),
     ] = None,
     false_positive_rate: Rate = None,
-    mode: Annotated[str | None, typer.Option(help="calibrated or paper.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of folds and training.")] = None,
-    action: Annotated[str | None, typer.Option(help="observe, flag, relabel or block.")] = None,
-    failure_mode: Annotated[str | None, typer.Option(help="closed or open.")] = None,
-    image_noise_std: Annotated[float | None, typer.Option(help="Also learn from copies with this much noise.")] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Layer whose input is the split; found by itself if left out.")
-    ] = None,
-    depth: Annotated[
-        list[str] | None,
-        typer.Option(metavar="<str>", help="Earlier layer to watch as well; may be repeated, up to 3."),
-    ] = None,
+    mode: Mode = None,
+    seed: Seed = None,
+    action: ActionName = None,
+    failure_mode: FailureMode = None,
+    image_noise_std: ImageNoise = None,
+    split: Split = None,
+    depth: Depths = None,
     device: Device = "cpu",
     bundles: Annotated[
         Path | None,
@@ -99,7 +105,7 @@ def wrap(
     config = GuardConfig(**chosen)
     if config.rows_per_request != 1:
         raise ConfigError("guard wrap fits on one row per request: rows_per_request must be 1. See `guard archive`.")
-    gpu = _gpu(device)
+    gpu = gpu_number(device)
     with open_archive(archive) as opened, tempfile.TemporaryDirectory(prefix="guard-wrap-") as scratch:
         check_output(target, archive, force or dry_run)
         with (
@@ -151,17 +157,6 @@ def unwrap(archive: Archive, output: Output = None, force: Force = False) -> Non
 
 def _stem(archive: Path) -> str:
     return archive.name.removesuffix(".mar")
-
-
-def _gpu(device: str) -> int | None:
-    """Return the number of the GPU that a handler is told to use; None means the CPU."""
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except Exception as error:
-        raise ConfigError(f"--device {device!r} cannot be used: {error}. Name cpu, cuda or cuda:N.") from error
-    return None if device == "cpu" else torch.device(device).index or 0
 
 
 def _labelled(opened: OpenedArchive, images: Path, names: list[str] | None) -> NamedImages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -184,3 +185,11 @@ def _decode_file(file: Path) -> UInt8Array:
         raise
     except Exception as error:  # decoders let through what they stumble over
         raise DataError(f"{file} is not a readable PNG or JPEG image ({error}).") from error
+
+
+def encode_png(image: Float32Array) -> bytes:
+    """Return one image of shape (1 or 3, height, width), float32 in [0, 1], as a grey or a colour PNG of 8 bits."""
+    pixels = np.rint(image * 255).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(stream, "PNG")
+    return stream.getvalue()

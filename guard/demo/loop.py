@@ -18,6 +18,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from guard.data.image_files import encode_png
 from guard.errors import ServerError
 from guard.statistics.evaluation import attack_success_rate, clean_accuracy, false_positive_rate, true_positive_rate
 from guard.storage.bundle import BundleStore
@@ -158,14 +159,6 @@ def run_loop(
 _JSON = {"Content-Type": "application/json"}
 
 
-def png(image: Float32Array) -> bytes:
-    """Return one image of shape (1 or 3, h, w), float32 in [0, 1], as the bytes of a grey or a colour PNG."""
-    buffer = io.BytesIO()
-    pixels = np.rint(image * 255).astype(np.uint8)
-    Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def print_loop(report: LoopReport, console: Console) -> None:
     """Print what was answered, what came of it, and the table before and after."""
     table = Table(title=f"{report.model}: new inputs over HTTP, before and after the reviewer's answers")
@@ -229,7 +222,7 @@ def _parsed(reply: Reply) -> dict[str, Any]:
 def _measure(server: TorchServeInstance, model: str, traffic: Sequence[Traffic]) -> Rates:
     labels, flagged = [], []
     for part in traffic:
-        bodies = [png(image) for image in part.images]
+        bodies = [encode_png(image) for image in part.images]
         replies = run_load(
             server.inference_url,
             [model] * len(bodies),
@@ -269,7 +262,7 @@ def _wait_for_bundle(server: TorchServeInstance, model: str, image: Float32Array
     """Wait until a server with one worker per model answers with that bundle."""
     deadline = time.monotonic() + _SWAP_SECONDS
     with server.client() as client:
-        while client.predict(model, png(image), content_type="image/png").headers.get("guard-bundle") != digest:
+        while client.predict(model, encode_png(image), content_type="image/png").headers.get("guard-bundle") != digest:
             if time.monotonic() > deadline:
                 raise ServerError(f"the server did not take bundle {digest[:12]} within {_SWAP_SECONDS:g} s.")
             time.sleep(0.1)

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from guard.config import GuardConfig
 from guard.data.datasets import load_dataset, split_rows, to_tensor_images
-from guard.demo.loop import Traffic, png, print_loop, run_loop
+from guard.data.image_files import encode_png
+from guard.demo.loop import Traffic, print_loop, run_loop
 from guard.detection.pipeline import Guard
 from guard.errors import ServerError
 from guard.lab.attacks.poisoning import poisoned_test_set
@@ -226,7 +227,7 @@ def _send(case: _Case, server: TorchServeInstance) -> tuple[CaseReport, list[_Ju
     name, plain = case.recipe.name, _plain(case.recipe)
     judged: dict[str, list[_Judged]] = {name: [], plain: []}
     for kind, images in (("clean", case.clean_images), ("triggered", case.triggered_images)):
-        bodies = [png(image) for image in images]
+        bodies = [encode_png(image) for image in images]
         replies = run_load(
             server.inference_url,
             [model for _ in bodies for model in (plain, name)],
@@ -268,7 +269,7 @@ def _bodies_identical(case: _Case, server: TorchServeInstance, n: int = 20) -> b
     """Compare answers byte for byte, one request at a time: in batches of other sizes PyTorch rounds otherwise."""
     with server.client() as client:
         for image in (*case.clean_images[:n], *case.triggered_images[:n]):
-            body = png(image)
+            body = encode_png(image)
             unguarded, guarded = (client.predict(name, body) for name in (_plain(case.recipe), case.recipe.name))
             if unguarded.body != guarded.body or unguarded.status != guarded.status:
                 return False
@@ -369,7 +370,7 @@ def _keep(server: TorchServeInstance, cases: Sequence[_Case], output: Path, cons
     for case in cases:
         for kind, images in (("clean", case.clean_images), ("triggered", case.triggered_images)):
             file = output / case.recipe.name / f"{kind}.png"
-            file.write_bytes(png(images[0]))
+            file.write_bytes(encode_png(images[0]))
             line = curl_line(server.inference_url, case.recipe.name, server.token(), str(file))
             console.print(line, soft_wrap=True, highlight=False)
     console.print(f"metrics: curl {server.metrics_url}\nCtrl-C stops the server.", soft_wrap=True, highlight=False)

@@ -82,8 +82,7 @@ class Guard(FittedGuard):
         activations = suspect.activations(images)
         noisy = None
         if config.image_noise_std > 0:
-            noise = np.random.default_rng(config.seed).normal(0, config.image_noise_std, images.shape)
-            noisy = suspect.activations((images + noise).astype(np.float32))
+            noisy = suspect.activations(_with_noise(images, config.image_noise_std, config.seed))
         guard = cls.fit_activations(
             activations, clean_labels, config, noisy=noisy, class_names=class_names, progress=progress
         )
@@ -326,8 +325,17 @@ class Guard(FittedGuard):
         )
 
 
+def _with_noise(images: Float32Array, std: float, seed: int) -> Float32Array:
+    """Return images with Gaussian noise, float32; drawn image by image, so that no array of all is held in float64."""
+    rng = np.random.default_rng(seed)
+    noisy = np.empty(images.shape, dtype=np.float32)
+    for image, row in zip(images, noisy, strict=True):
+        row[...] = image + rng.normal(0, std, image.shape)
+    return noisy
+
+
 def _scorable(activations: Activations) -> Activations:
-    finite = activations.finite_rows()
+    finite = activations.finite_rows
     if not finite.all():
         raise DataError(f"activations of input {int(np.argmin(finite))} are not finite; it cannot be scored.")
     return activations

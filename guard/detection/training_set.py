@@ -51,7 +51,7 @@ class Labelled:
             raise DataError(f"is_poisoned must have shape ({n},), one per labelled input, got {is_poisoned.shape}.")
         if is_poisoned.dtype != np.bool_:
             raise DataError(f"is_poisoned must be bool, got {is_poisoned.dtype}.")
-        finite = self.activations.finite_rows()
+        finite = self.activations.finite_rows
         if not finite.all():
             raise DataError(f"activations of labelled input {int(np.argmin(finite))} are not finite. Leave it out.")
         object.__setattr__(self, "true_labels", labels)
@@ -133,7 +133,7 @@ class TrainingSet:
         object.__setattr__(self, "labels", labels)
         if self.noisy is not None and len(self.noisy) != n:
             raise DataError(f"noisy activations must have {n} rows, one per image, got {len(self.noisy)}.")
-        finite = self.clean.finite_rows()
+        finite = self.clean.finite_rows
         if not finite.all():
             raise DataError(
                 f"activations of clean image {int(np.argmin(finite))} are not finite. Is the model damaged?"

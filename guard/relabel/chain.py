@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from guard.relabel import statements
 
 #: What the first row calls the hash of the row before.
 GENESIS = "0" * 64
-#: Any number, the same in every process: who holds it in PostgreSQL may add to the chain.
 _ADVISORY_LOCK = 5_140_702
 _SIGNED = ("id", "item_id", "kind", "reviewer", "is_poisoned", "true_label", "note", "supersedes", "previous_hash")
 #: Problems that are reported; more of them say nothing new.
@@ -44,7 +42,7 @@ def row_hash(row: Mapping[Any, Any]) -> str:
 def append(connection: Connection, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add rows to the chain in the caller's transaction, and return them with number and hashes."""
     if connection.dialect.name == "postgresql":  # on SQLite the transaction itself is the lock
-        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_ADVISORY_LOCK)))
+        connection.execute(statements.advisory_lock(_ADVISORY_LOCK))
     last = connection.execute(statements.LAST_DECISION).one_or_none()
     number, previous = (last.id, last.hash) if last is not None else (0, GENESIS)
     chained = []

@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from guard.errors import TooManyHeld
@@ -69,7 +68,7 @@ def lock_holder(connection: Connection, reviewer: str) -> None:
     """Let nobody else change how many items a reviewer holds, until the transaction ends; before any item is locked."""
     if connection.dialect.name == "postgresql":  # on SQLite the transaction itself is the lock
         key = zlib.crc32(reviewer.encode("utf-8", "surrogatepass")) - 2**31
-        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_ADVISORY_LOCK, key)))
+        connection.execute(statements.advisory_lock(_ADVISORY_LOCK, with_key=True), {"key": key})
 
 
 def held_by(connection: Connection, reviewer: str, now: datetime) -> list[int]:

@@ -8,13 +8,11 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from guard.errors import QueueError
+from guard.relabel import statements
 from guard.relabel.database import Database
 from guard.relabel.schema import REVISION
 
-#: Any number, the same in every process: who holds it in PostgreSQL migrates, and the others wait.
 _ADVISORY_LOCK = 5_140_701
-#: Alembic's own table: one row, the revision of the schema.
-_version = sa.table("alembic_version", sa.column("version_num"))
 
 
 def migrate(database: Database) -> None:
@@ -32,16 +30,16 @@ def migrate(database: Database) -> None:
             return
     with database.writing(durable=True) as connection:
         if not database.is_sqlite:
-            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_ADVISORY_LOCK)))
+            connection.execute(statements.advisory_lock(_ADVISORY_LOCK))
         if (revision := revision_of(connection)) != REVISION:
             _upgrade(connection, revision)
 
 
 def revision_of(connection: Connection) -> str | None:
     """Return the revision of the schema; None for an empty database."""
-    if not sa.inspect(connection).has_table(_version.name):
+    if not sa.inspect(connection).has_table(statements.VERSION_TABLE.name):
         return None
-    return connection.execute(sa.select(_version.c.version_num)).scalar()
+    return connection.execute(statements.REVISION_OF_SCHEMA).scalar()
 
 
 def _upgrade(connection: Connection, revision: str | None) -> None:

@@ -8,7 +8,6 @@ from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any
 
-import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from guard.errors import ConfigError, QueueKeyError
@@ -36,7 +35,6 @@ from guard.relabel.items import (
 )
 from guard.relabel.migrating import migrate
 from guard.relabel.rows import Codec
-from guard.relabel.schema import ledger
 from guard.relabel.settings import QueueSettings, QueueWaits
 from guard.relabel.statements import Order
 from guard.types import Float32Array, IntArray
@@ -499,7 +497,7 @@ class Queue:
 
 def _check_key(database: Database, cipher: Cipher | None) -> None:
     with database.reading() as connection:
-        check = connection.execute(sa.select(ledger.c.key_check)).scalar()
+        check = connection.execute(statements.KEY_CHECK).scalar()
     if cipher is None:
         if check is not None:
             raise QueueKeyError(f"the queue is encrypted. Set {KEY_VARIABLE} to the key that it was written with.")
@@ -507,4 +505,4 @@ def _check_key(database: Database, cipher: Cipher | None) -> None:
     if check is not None:
         cipher.verify_check(bytes(check))
     with database.writing(durable=True) as connection:  # with the first key: it may be newer than the one before
-        connection.execute(sa.update(ledger).values(key_check=cipher.make_check()))
+        connection.execute(statements.SET_KEY_CHECK, {"new_check": cipher.make_check()})

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from guard.errors import ItemGone
@@ -15,7 +14,6 @@ from guard.relabel import statements
 from guard.relabel.deciding import gone
 from guard.relabel.items import Counts, Decision, GoldResult, Group, QueueItem, Settled, State
 from guard.relabel.rows import Codec, decision_of
-from guard.relabel.schema import decisions, items
 from guard.relabel.settings import QueueSettings
 from guard.types import Float32Array, IntArray
 
@@ -58,7 +56,7 @@ def read_item(connection: Connection, codec: Codec, item_id: int) -> QueueItem:
     """
     found = read_items(connection, codec, [item_id])
     if not found:
-        state = connection.execute(sa.select(items.c.state).where(items.c.id == item_id)).scalar()
+        state = connection.execute(statements.STATE_OF_ITEM, {"item_id": item_id}).scalar()
         if state is None:
             raise ItemGone(f"there is no item {item_id}. It may have been removed long ago.")
         raise ItemGone(gone(item_id, State(state)))
@@ -69,12 +67,9 @@ def list_items(
     connection: Connection, *, state: State | None, model: str | None, limit: int, after_id: int
 ) -> list[int]:
     """Return numbers of items that still have their images, ascending."""
-    statement = sa.select(items.c.id).where(items.c.id > after_id).order_by(items.c.id).limit(limit)
-    whole = (State.PENDING, State.CLAIMED, State.DECIDED, State.TRAINED) if state is None else (state,)
-    statement = statement.where(sa.or_(*map(statements.is_in, whole)))
-    if model is not None:
-        statement = statement.where(items.c.model == model)
-    return list(connection.execute(statement).scalars())
+    states = (State.PENDING, State.CLAIMED, State.DECIDED, State.TRAINED) if state is None else (state,)
+    values = {"after_id": after_id, "n": limit, "model": model}
+    return list(connection.execute(statements.whole_items(states, model is not None), values).scalars())
 
 
 def list_settled(connection: Connection, model: str) -> list[Settled]:
@@ -85,10 +80,9 @@ def list_settled(connection: Connection, model: str) -> list[Settled]:
 
 def list_decisions(connection: Connection, *, after_id: int, reviewer: str | None, limit: int) -> list[Decision]:
     """Return answers, oldest first, also those that were superseded or withdrawn."""
-    statement = statements.ANSWERS.where(decisions.c.id > after_id).order_by(decisions.c.id).limit(limit)
-    if reviewer is not None:
-        statement = statement.where(decisions.c.reviewer == reviewer)
-    return [decision_of(row) for row in connection.execute(statement).mappings()]
+    statement = statements.ANSWERS_AFTER if reviewer is None else statements.ANSWERS_OF_REVIEWER_AFTER
+    values = {"after_id": after_id, "n": limit, "reviewer": reviewer}
+    return [decision_of(row) for row in connection.execute(statement, values).mappings()]
 
 
 def read_settings(connection: Connection) -> QueueSettings:

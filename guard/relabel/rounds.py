@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-import sqlalchemy as sa
-
 from guard.errors import QueueError
+from guard.relabel import statements
 from guard.relabel.queue import Queue
-from guard.relabel.schema import retrain_requests, rounds
 
 RoundOutcome = Literal["promoted", "refused", "failed", "canary"]
 
@@ -55,7 +53,7 @@ class Rounds:
         """Note that a retraining begins, and return its number."""
         values = {"model": model, "n_decisions": n_decisions, "began_at": self._clock()}
         with self._database.writing(durable=True) as connection:
-            return int(connection.execute(sa.insert(rounds).values(**values).returning(rounds.c.id)).scalar_one())
+            return int(connection.execute(statements.INSERT_ROUND, values).scalar_one())
 
     def finish(
         self, round_id: int, outcome: RoundOutcome, report: Mapping[str, Any], candidate_digest: str | None = None
@@ -67,15 +65,15 @@ class Rounds:
         QueueError
             If there is no such round, or it is finished.
         """
-        is_open = sa.and_(rounds.c.id == round_id, rounds.c.outcome.is_(None) | (rounds.c.outcome == "canary"))
         values = {
-            "outcome": outcome,
-            "report": json.dumps(dict(report)),
-            "candidate_digest": candidate_digest,
-            "finished_at": self._clock(),
+            "round_id": round_id,
+            "new_outcome": outcome,
+            "new_report": json.dumps(dict(report)),
+            "new_digest": candidate_digest,
+            "now": self._clock(),
         }
         with self._database.writing(durable=True) as connection:
-            if connection.execute(sa.update(rounds).where(is_open).values(**values)).rowcount == 0:
+            if connection.execute(statements.FINISH_ROUND, values).rowcount == 0:
                 raise QueueError(f"there is no round {round_id}, or it is finished.")
 
     def last(self, model: str) -> Round | None:
@@ -85,33 +83,29 @@ class Rounds:
 
     def all(self, limit: int = 100, *, model: str | None = None) -> list[Round]:
         """Return up to `limit` retrainings, newest first."""
-        statement = sa.select(rounds).order_by(rounds.c.id.desc()).limit(limit)
-        if model is not None:
-            statement = statement.where(rounds.c.model == model)
+        statement = statements.ROUNDS if model is None else statements.ROUNDS_OF_MODEL
         with self._database.reading() as connection:
-            rows = connection.execute(statement).mappings().all()
+            rows = connection.execute(statement, {"n": limit, "model": model}).mappings().all()
         return [Round(**{**row, "report": json.loads(row["report"] or "{}")}) for row in rows]
 
     def models(self) -> list[str]:
         """Return the names of the models that were retrained, sorted."""
         with self._database.reading() as connection:
-            return sorted(connection.execute(sa.select(rounds.c.model).distinct()).scalars())
+            return sorted(connection.execute(statements.RETRAINED_MODELS).scalars())
 
     def unfinished(self, model: str) -> list[int]:
         """Return the numbers of the retrainings of a model that have no outcome, ascending."""
-        statement = sa.select(rounds.c.id).where(rounds.c.model == model, rounds.c.outcome.is_(None))
         with self._database.reading() as connection:
-            return sorted(connection.execute(statement).scalars())
+            return sorted(connection.execute(statements.UNFINISHED_ROUNDS, {"model": model}).scalars())
 
     def request(self, model: str, reviewer: str) -> None:
         """Ask for a retraining now; asking twice is asking once."""
         values = {"model": model, "reviewer": reviewer, "requested_at": self._clock()}
         with self._database.writing(durable=True) as connection:
-            connection.execute(sa.delete(retrain_requests).where(retrain_requests.c.model == model))
-            connection.execute(sa.insert(retrain_requests).values(**values))
+            connection.execute(statements.TAKE_RETRAIN_REQUEST, {"of_model": model})
+            connection.execute(statements.INSERT_RETRAIN_REQUEST, values)
 
     def take_request(self, model: str) -> str | None:
         """Return who asked for a retraining of this model, None if nobody did; the request is gone then."""
-        request = sa.delete(retrain_requests).where(retrain_requests.c.model == model)
         with self._database.writing(durable=True) as connection:
-            return connection.execute(request.returning(retrain_requests.c.reviewer)).scalar()
+            return connection.execute(statements.TAKE_RETRAIN_REQUEST, {"of_model": model}).scalar()

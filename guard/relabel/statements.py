@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
 from functools import cache
 from typing import Any, Literal
 
@@ -9,7 +10,19 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from guard.relabel.items import State
-from guard.relabel.schema import blobs, decisions, drops, gold, items, ledger, skips
+from guard.relabel.schema import (
+    blobs,
+    decisions,
+    drops,
+    gold,
+    items,
+    ledger,
+    retrain_requests,
+    reviewers,
+    rounds,
+    sessions,
+    skips,
+)
 
 Order = Literal["suspicion", "age", "group"]
 
@@ -20,6 +33,17 @@ GOLD_TICKET = 2.0
 def is_in(state: State) -> sa.ColumnElement[bool]:
     """Say that an item is in a state; written into the statement, not bound: only then may a partial index be used."""
     return items.c.state == sa.literal_column(f"'{state.value}'")
+
+
+@cache
+def advisory_lock(number: int, with_key: bool = False) -> sa.Select[Any]:
+    """Wait until nobody else holds a lock, and hold it until the transaction ends; PostgreSQL only.
+
+    Numbers are the same in every process: 5140701 migrates, 5140702 adds to the chain of decisions, 5140703 changes how
+    many items the reviewer `key` holds. On SQLite the transaction itself is the lock.
+    """
+    key: tuple[sa.BindParameter[Any], ...] = (sa.bindparam("key"),) if with_key else ()
+    return sa.select(sa.func.pg_advisory_xact_lock(number, *key))
 
 
 _IS_PENDING = is_in(State.PENDING)
@@ -277,6 +301,11 @@ ANSWERS = (
     .where(decisions.c.kind == "answer")
 )
 ANSWER = ANSWERS.where(decisions.c.id == sa.bindparam("decision_id"))
+#: Answers above a number, by number; all, or one reviewer's.
+ANSWERS_AFTER = (
+    ANSWERS.where(decisions.c.id > sa.bindparam("after_id")).order_by(decisions.c.id).limit(sa.bindparam("n"))
+)
+ANSWERS_OF_REVIEWER_AFTER = ANSWERS_AFTER.where(decisions.c.reviewer == sa.bindparam("reviewer"))
 ANSWERS_BY_ID = ANSWERS.where(decisions.c.id.in_(sa.bindparam("ids", expanding=True)))
 #: Answers about one item that stand, oldest first.
 STANDING = ANSWERS.where(decisions.c.item_id == sa.bindparam("item_id"), _later.c.id.is_(None)).order_by(decisions.c.id)
@@ -339,6 +368,18 @@ COUNT_PENDING_AFTER = (
     sa.select(sa.func.count()).select_from(items).where(*_PENDING_OF, items.c.id > sa.bindparam("after_id"))
 )
 NEWEST_PENDING = sa.select(sa.func.coalesce(sa.func.max(items.c.id), 0)).where(*_PENDING_OF)
+STATE_OF_ITEM = sa.select(items.c.state).where(items.c.id == sa.bindparam("item_id"))
+
+
+@cache
+def whole_items(states: tuple[State, ...], of_model: bool) -> sa.Select[Any]:
+    """List items in some states above a number, of one model or of all."""
+    statement = sa.select(items.c.id).where(items.c.id > sa.bindparam("after_id"), sa.or_(*map(is_in, states)))
+    if of_model:
+        statement = statement.where(items.c.model == sa.bindparam("model"))
+    return statement.order_by(items.c.id).limit(sa.bindparam("n"))
+
+
 ITEMS_BY_ID = WHOLE_ITEMS.where(items.c.id.in_(sa.bindparam("ids", expanding=True)))
 #: Every state's size.
 COUNT_BY_STATE = sa.union_all(
@@ -502,3 +543,159 @@ def unanswered(state: State) -> sa.Select[Any]:
 
 
 DELETE_ITEM = sa.delete(items).where(items.c.id == sa.bindparam("item_id"))
+
+# --- activity: what came and was answered over time ---
+
+#: Of an answer that was replaced: `taken_back`, or `overturned` if the later one says something else.
+_became = sa.case(
+    (_later.c.kind == "withdrawal", "taken_back"),
+    (
+        sa.and_(
+            _later.c.kind == "answer",
+            sa.or_(
+                _later.c.is_poisoned != decisions.c.is_poisoned,
+                _later.c.true_label.is_distinct_from(decisions.c.true_label),
+            ),
+        ),
+        "overturned",
+    ),
+    else_="",
+)
+
+
+def _interval(column: sa.Column[Any], start: datetime, width: timedelta) -> sa.ColumnElement[int]:
+    """Return the number of the interval that a time is in; times are whole microseconds in the database."""
+    since = sa.type_coerce(column, sa.BigInteger) - sa.bindparam(None, start, type_=column.type)
+    return sa.type_coerce(since, sa.BigInteger) // (width // timedelta(microseconds=1))
+
+
+def _between(
+    column: sa.Column[Any], start: datetime, end: datetime, model: str | None, with_gold: bool
+) -> list[sa.ColumnElement[bool]]:
+    found = [column >= start, column < end]
+    found += [] if with_gold else [_IS_ORDINARY]
+    return found if model is None else [*found, items.c.model == model]
+
+
+def arrivals_per(
+    width: timedelta, start: datetime, end: datetime, model: str | None, with_gold: bool
+) -> sa.Select[int, int]:
+    """Count flagged inputs by number of the interval since `start`."""
+    place = _interval(items.c.received_at, start, width)
+    within = _between(items.c.received_at, start, end, model, with_gold)
+    return sa.select(place, sa.func.count()).where(*within).group_by(place)
+
+
+def answers_per(
+    width: timedelta, start: datetime, end: datetime, model: str | None, with_gold: bool
+) -> sa.Select[int, int]:
+    """Count answers, as `arrivals_per`."""
+    place = _interval(decisions.c.decided_at, start, width)
+    within = _between(decisions.c.decided_at, start, end, model, with_gold)
+    return (
+        sa.select(place, sa.func.count())
+        .join_from(decisions, items, items.c.id == decisions.c.item_id)
+        .where(decisions.c.kind == "answer", *within)
+        .group_by(place)
+    )
+
+
+def answers_by_reviewer(start: datetime, end: datetime, model: str | None, with_gold: bool) -> sa.Select[Any]:
+    """Count answers by reviewer, by what they say, and by what became of them."""
+    kinds = (decisions.c.reviewer, decisions.c.is_poisoned, _became)
+    return (
+        sa.select(*kinds, sa.func.count())
+        .join_from(decisions, items, items.c.id == decisions.c.item_id)
+        .join(_later, _later.c.supersedes == decisions.c.id, isouter=True)
+        .where(decisions.c.kind == "answer", *_between(decisions.c.decided_at, start, end, model, with_gold))
+        .group_by(*kinds)
+    )
+
+
+def arrivals(start: datetime, end: datetime, model: str | None) -> sa.Select[Any]:
+    """List ordinary items that came between two times, oldest first."""
+    return (
+        sa.select(items.c.request_id, items.c.model, items.c.received_at, items.c.state)
+        .where(*_between(items.c.received_at, start, end, model, with_gold=False))
+        .order_by(items.c.id)
+    )
+
+
+def turned_away(model: str | None) -> tuple[sa.Select[Any], sa.Select[Any]]:
+    """Count inputs that found no room, and of these the ones that have a row: they gave way later."""
+    dropped = sa.select(sa.func.coalesce(sa.func.sum(drops.c.dropped), 0))
+    gave_way = sa.select(sa.func.count()).select_from(items).where(is_in(State.DISCARDED))
+    if model is None:
+        return dropped, gave_way
+    return dropped.where(drops.c.model == model), gave_way.where(items.c.model == model)
+
+
+MODELS = sa.select(items.c.model).distinct()
+
+# --- rounds of retraining ---
+
+INSERT_ROUND = sa.insert(rounds).returning(rounds.c.id)
+#: What came of a round that has no outcome yet, or is a canary.
+FINISH_ROUND = (
+    sa.update(rounds)
+    .where(rounds.c.id == sa.bindparam("round_id"), rounds.c.outcome.is_(None) | (rounds.c.outcome == "canary"))
+    .values(
+        outcome=sa.bindparam("new_outcome"),
+        report=sa.bindparam("new_report"),
+        candidate_digest=sa.bindparam("new_digest"),
+        finished_at=sa.bindparam("now"),
+    )
+)
+#: Rounds, newest first.
+ROUNDS = sa.select(rounds).order_by(rounds.c.id.desc()).limit(sa.bindparam("n"))
+ROUNDS_OF_MODEL = ROUNDS.where(rounds.c.model == sa.bindparam("model"))
+RETRAINED_MODELS = sa.select(rounds.c.model).distinct()
+UNFINISHED_ROUNDS = sa.select(rounds.c.id).where(rounds.c.model == sa.bindparam("model"), rounds.c.outcome.is_(None))
+INSERT_RETRAIN_REQUEST = sa.insert(retrain_requests)
+#: The request for a retraining of a model is gone; tells who made it.
+TAKE_RETRAIN_REQUEST = (
+    sa.delete(retrain_requests)
+    .where(retrain_requests.c.model == sa.bindparam("of_model"))
+    .returning(retrain_requests.c.reviewer)
+)
+
+# --- reviewers and their sessions ---
+
+_IS_ENABLED = reviewers.c.disabled_at.is_(None)
+LOCK_REVIEWER = sa.select(reviewers.c.disabled_at).where(reviewers.c.name == sa.bindparam("reviewer")).with_for_update()
+INSERT_REVIEWER = sa.insert(reviewers)
+#: A reviewer that was disabled may answer again, with a new token.
+ENABLE_REVIEWER = (
+    sa.update(reviewers)
+    .where(reviewers.c.name == sa.bindparam("reviewer"))
+    .values(
+        role=sa.bindparam("new_role"),
+        token_hash=sa.bindparam("new_token_hash"),
+        added_at=sa.bindparam("now"),
+        disabled_at=None,
+    )
+)
+DISABLE_REVIEWER = (
+    sa.update(reviewers)
+    .where(reviewers.c.name == sa.bindparam("reviewer"), _IS_ENABLED)
+    .values(disabled_at=sa.bindparam("now"))
+)
+#: Reviewers who may answer; one by name; one by the hash of a token; one by the hash of a session's token.
+REVIEWERS = sa.select(reviewers.c.name, reviewers.c.role).where(_IS_ENABLED)
+REVIEWER_BY_NAME = REVIEWERS.where(reviewers.c.name == sa.bindparam("reviewer"))
+REVIEWER_BY_TOKEN = REVIEWERS.where(reviewers.c.token_hash == sa.bindparam("token_hash"))
+REVIEWER_BY_SESSION = REVIEWERS.join(sessions, sessions.c.reviewer == reviewers.c.name).where(
+    sessions.c.token_hash == sa.bindparam("token_hash"), sessions.c.expires_at > sa.bindparam("now")
+)
+INSERT_SESSION = sa.insert(sessions)
+DELETE_SESSION = sa.delete(sessions).where(sessions.c.token_hash == sa.bindparam("of_token_hash"))
+DELETE_SESSIONS_OF = sa.delete(sessions).where(sessions.c.reviewer == sa.bindparam("of_reviewer"))
+DELETE_ENDED_SESSIONS = sa.delete(sessions).where(sessions.c.expires_at <= sa.bindparam("now"))
+
+# --- the key, and the schema ---
+
+KEY_CHECK = sa.select(ledger.c.key_check)
+SET_KEY_CHECK = sa.update(ledger).values(key_check=sa.bindparam("new_check"))
+#: Alembic's own table: one row, the revision of the schema.
+VERSION_TABLE = sa.table("alembic_version", sa.column("version_num"))
+REVISION_OF_SCHEMA = sa.select(VERSION_TABLE.c.version_num)

@@ -282,7 +282,7 @@ def fits(guard: Guard, activations: Activations) -> bool:
         len(activations) == 1
         and given.keys() == dict(guard.reference.items()).keys()
         and all(given[name].shape[1] == array.shape[1] for name, array in guard.reference.items())
-        and bool(activations.finite_rows().all())
+        and bool(activations.finite_rows.all())
     )
 
 

@@ -200,7 +200,7 @@ class GuardRuntime:
             if message:
                 return [unscored(guard, "shape", 422, message)] * len(activations)
             # Infinity in the input may be gone from the activations: ReLU, pooling and clamping swallow it.
-            if _surely_finite(activations) and math.isfinite(inputs.sum().item()):
+            if activations.is_finite and math.isfinite(inputs.sum().item()):
                 return self._judge_rows(guard, activations, inputs)
             return self._judge_finite_rows(guard, activations, inputs)
         except Exception as error:
@@ -227,7 +227,7 @@ class GuardRuntime:
         input_finite = torch.isfinite(inputs).flatten(1).all(dim=1).cpu().numpy()
         if len(input_finite) != len(activations):
             raise SuspectModelError(f"the model made {len(activations)} rows of {len(input_finite)} inputs.")
-        finite = activations.finite_rows()
+        finite = activations.finite_rows
         scored = finite & input_finite
         rows = torch.from_numpy(np.flatnonzero(scored)).to(inputs.device)
         judged = iter(self._judge_rows(guard, activations[scored], inputs[rows]) if scored.any() else [])
@@ -351,8 +351,3 @@ def _wrong_shape(guard: Guard, inputs: torch.Tensor) -> str:
     if guard.input_shape is None or inputs.shape[1:] == guard.input_shape:
         return ""
     return f"the model's input has shape {tuple(inputs.shape[1:])}, the guard was fitted on {guard.input_shape}."
-
-
-def _surely_finite(activations: Activations) -> bool:
-    """Return False if a value is, or may be, not finite: a sum is cheap, and NaN and infinity survive it."""
-    return all(math.isfinite(np.add.reduce(array, axis=None)) for _, array in activations.items())

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from guard.errors import BundleError
-from guard.files import READABLE_FILE, READABLE_FOLDER, read_plain, replace_file, sync_folder
+from guard.files import READABLE_FILE, READABLE_FOLDER, read_plain, replace_file, whole_folder
 from guard.types import AnyArray
 
 SCHEMA_VERSION = 2
@@ -90,21 +89,14 @@ def write_bundle(root: str | os.PathLike[str], document: Mapping[str, Any], arra
                 read_bundle(target)
                 return target
             _remove(target)  # damaged: the same contents, whole, take its place
-        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=root))
-        try:
+        with whole_folder(target, READABLE_FOLDER) as writing:
             for name, data in {**files, SUMS: sums}.items():
-                _write_durably(temporary / name, data)
-            temporary.chmod(READABLE_FOLDER)
-            sync_folder(temporary)
-            try:
-                temporary.rename(target)
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another process wrote the same bundle first
-                    raise
-            sync_folder(root)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+                _write_durably(writing / name, data)
     except OSError as error:
+        if (
+            error.errno in (errno.EEXIST, errno.ENOTEMPTY) and target.is_dir()
+        ):  # another process wrote the same bundle first
+            return target
         raise BundleError(
             f"bundle cannot be written to {root}: {error}. Is it a folder that can be written to, and is there room?"
         ) from error

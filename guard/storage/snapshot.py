@@ -16,8 +16,9 @@ from guard.files import (
     list_plain,
     make_private_file,
     make_private_folder,
+    put_in_place,
     read_plain,
-    sync_folder,
+    whole_folder,
     write_private,
 )
 from guard.relabel.queue import Queue
@@ -80,19 +81,13 @@ def save_snapshot(folder: Path, *, queue_url: str | None, bundles: Path | None) 
         raise SnapshotError(f"{folder} exists already. Name another folder.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-            writing = Path(scratch) / "snapshot"
-            make_private_folder(writing)
+        with whole_folder(folder) as writing:
             if source is not None:
                 _copy_database(source, writing / QUEUE)
             if bundles is not None:
                 _copy_bundles(bundles, writing / BUNDLES)
             about = _look_at(writing, folder)
             write_private(writing / SUMS, _sums(writing))
-            for path in (*list_plain(writing), writing):
-                sync_folder(path)
-            writing.rename(folder)
-            sync_folder(folder.parent)
     except OSError as error:
         raise SnapshotError(f"{folder} cannot be written: {error}. Is there room?") from error
     return about
@@ -140,8 +135,7 @@ def restore_snapshot(folder: Path, *, queue_url: str | None, bundles: Path | Non
                 copy_private(folder / name, copy)
                 if _sums(Path(scratch)) != "".join(line for line in sums if _below(line, name)):
                     raise SnapshotError(f"{folder} was changed while it was restored. Look who writes to it.")
-                copy.rename(place)
-                sync_folder(place.parent)
+                put_in_place(copy, place)
     except OSError as error:
         raise SnapshotError(f"{folder} cannot be restored: {error}.") from error
     return about

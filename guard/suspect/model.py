@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from guard.errors import DataError, SuspectModelError
-from guard.suspect.recording import OnForward, Turn, record
+from guard.suspect.recording import OnForward, Turn, device_of, record
 from guard.suspect.split_points import OUTPUT_SUFFIX, SplitPoints, find_split_points, model_input, module_named
 from guard.suspect.weights import load_state_dict, weights_digest
 from guard.types import Activations, Float32Array
@@ -109,7 +109,7 @@ class SuspectModel:
     @property
     def device(self) -> torch.device:
         """Where the module is; the CPU for one without parameters."""
-        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        return device_of(self.module)
 
     @property
     def split_points(self) -> SplitPoints | None:

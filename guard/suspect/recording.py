@@ -157,3 +157,8 @@ def with_logits(output: Any, logits: Tensor) -> Any:
     else:
         changed.logits = logits
     return changed
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return where a module is; the CPU for one without parameters."""
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))

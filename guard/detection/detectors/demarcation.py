@@ -61,9 +61,7 @@ class Demarcation:
         if n_anomalies in (0, len(is_anomaly)):
             n_clean = len(is_anomaly) - n_anomalies
             raise DataError(f"a line needs inputs on both sides, got {n_clean} clean, {n_anomalies} anomalies.")
-        features = activations.at(self.depth).astype(np.float64)
-        if not np.isfinite(features).all():
-            raise DataError(f"{self.depth} must be finite: a NaN or an infinity was found.")
+        features = activations.require_finite(self.depth).astype(np.float64)
         mean, spread = features[~is_anomaly].mean(axis=0), features[~is_anomaly].std(axis=0)
         # A feature that is constant on clean inputs may be the trigger's own: it keeps its unit, the mean spread.
         usual = float(spread.mean()) or 1.0

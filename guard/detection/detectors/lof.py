@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -94,10 +93,9 @@ class PerClassLof:
             If labels do not fit, a feature is not finite, or no class has two images.
         """
         self._check_settings()
-        features = activations.at(self.depth)
+        features = activations.require_finite(self.depth)
         n_classes = activations.logits.shape[1]
         labels = _checked_labels(labels, len(activations), n_classes)
-        self._check_finite(features)
         if np.bincount(labels, minlength=1).max() < 2:
             raise DataError(
                 f"no class has 2 clean images, got {len(labels)} images of {len(set(labels.tolist()))} classes."
@@ -208,7 +206,7 @@ class PerClassLof:
 
     def _vectors(self, activations: Activations) -> FloatArray:
         self._check_fitted()
-        features = activations.at(self.depth)
+        features = activations.require_finite(self.depth)
         if features.shape[1] != self.n_features_in_:
             raise DataError(
                 f"{self.depth} have {features.shape[1]} columns, fit saw {self.n_features_in_}."
@@ -219,11 +217,10 @@ class PerClassLof:
                 f"logits have {activations.logits.shape[1]} columns, fit saw {self.references_.n_classes}."
                 " Is it the same suspect model?"
             )
-        self._check_finite(features)
         return self._summarise(features)
 
     def _predicted_labels(self, activations: Activations) -> IntArray:
-        if not _all_finite(activations.logits):
+        if not activations.is_finite and not np.isfinite(activations.logits).all():
             raise DataError("logits hold values that are not finite: such rows have no predicted class.")
         return activations.predicted_labels
 
@@ -231,11 +228,6 @@ class PerClassLof:
         if self.summary is None:
             return features
         return norm_summary(features, self.summary, self.l0_tolerance)
-
-    def _check_finite(self, features: FloatArray) -> None:
-        if not _all_finite(features):
-            n_bad = int((~np.isfinite(features).all(axis=1)).sum())
-            raise DataError(f"{self.depth} must be finite, got {n_bad} of {len(features)} rows with NaN or infinity.")
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "references_"):
@@ -248,11 +240,6 @@ class PerClassLof:
             raise ConfigError(f"compare must be one of {list(get_args(Compare))}, got {self.compare!r}.")
         if self.summary is not None:
             check_orders(self.summary, self.l0_tolerance)
-
-
-def _all_finite(array: FloatArray) -> bool:
-    """NaN and infinity survive a sum of squares, which is cheap; one that overflows is looked at closely."""
-    return math.isfinite(np.vdot(array, array)) or bool(np.isfinite(array).all())
 
 
 def _checked_labels(labels: IntArray, n_rows: int, n_classes: int) -> IntArray:

@@ -87,11 +87,12 @@ class AnytimeHeads:
         ):
             shapes = [matrix.shape for matrix in features]
             raise DataError(f"features {shapes} must be one or more (n, d) of the length of the labels, {len(labels)}.")
-        if not all(np.isfinite(matrix).all() for matrix in features):
-            raise DataError("features must be finite: a NaN or an infinity was found.")
         check_range(labels, n_classes)
-        means = [matrix.mean(axis=0, dtype=np.float64) for matrix in features]
-        spreads = [matrix.std(axis=0, dtype=np.float64) for matrix in features]
+        with np.errstate(invalid="ignore"):
+            means = [matrix.mean(axis=0, dtype=np.float64) for matrix in features]
+            spreads = [matrix.std(axis=0, dtype=np.float64) for matrix in features]
+        if not all(np.isfinite(mean).all() for mean in means):  # both survive a mean
+            raise DataError("features must be finite: a NaN or an infinity was found.")
         scales = [np.where(s > 1e-6 * max(float(s.max()), 1e-30), s, 1.0) for s in spreads]
         inputs = [
             torch.from_numpy(((matrix - mean) / scale).astype(np.float32))

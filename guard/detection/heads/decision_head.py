@@ -83,11 +83,11 @@ class DecisionHead:
             raise DataError(
                 f"features {features.shape} and labels {np.shape(labels)} must have the same, non-zero length."
             )
-        if not np.isfinite(features).all():
-            raise DataError("features must be finite: a NaN or an infinity was found.")
         check_range(labels, n_classes)
-        mean = features.mean(axis=0)
-        spread = features.std(axis=0)
+        with np.errstate(invalid="ignore"):
+            mean, spread = features.mean(axis=0), features.std(axis=0)
+        if not np.isfinite(mean).all():  # both survive a mean
+            raise DataError("features must be finite: a NaN or an infinity was found.")
         scale = np.where(spread > 1e-6 * max(float(spread.max()), 1e-30), spread, 1.0).astype(np.float32)
         inputs = torch.from_numpy((features - mean) / scale)
         targets = torch.from_numpy(np.array(labels, dtype=np.int64))

@@ -69,6 +69,10 @@ class BackupRequest:
         """The backups to measure."""
         return CANDIDATES if self.kind == AUTO else (self.kind,)
 
+    def choose(self, recovery: Mapping[str, float]) -> str:
+        """Return the backup that was asked for, or the one that recovers most, `HEAD` among them."""
+        return max(recovery, key=recovery.__getitem__) if self.kind == AUTO else self.kind
+
 
 def with_backup(
     guard: Guard,
@@ -115,7 +119,7 @@ def with_backup(
         )
     bench = _Bench(guard, guard.suspect, pixels, labels, in_batches(preprocess), request, progress or _silent)
     recovery = bench.recovery()
-    best = max(recovery, key=recovery.__getitem__) if request.kind == AUTO else request.kind
+    best = request.choose(recovery)
     backup = None if best == HEAD else bench.make(best, guard.suspect, np.arange(len(labels)))
     changed = replace(guard, recovery=recovery, relabels=recovery[best] >= request.floor, backup=backup, digest=None)
     return bench.as_detector(changed, best) if request.detects and best != HEAD else changed
@@ -151,16 +155,16 @@ class _Bench:
 
     def recovery(self) -> dict[str, float]:
         """Return the share of triggered images that head and candidates give their true label; mean over triggers."""
-        own = {}
+        independent = {}
         if DEFECTIVE in self.request.kinds:  # takes nothing from the suspect, so one will do for all
-            own[DEFECTIVE] = self.make(DEFECTIVE, self.suspect, self.to_fit)
+            independent[DEFECTIVE] = self.make(DEFECTIVE, self.suspect, self.to_fit)
         found: dict[str, list[float]] = {kind: [] for kind in (HEAD, *self.request.kinds)}
         for copied, poisoned, true_labels in self._planted():
             clean, triggered = copied.activations(self.inputs[self.to_fit]), copied.activations(poisoned)
             head = DecisionHead(seed=self.seed).fit(clean.features, self.labels[self.to_fit], self.n_classes)
             answers = {HEAD: head.logits(triggered.features)}
             for kind in self.request.kinds:
-                backup = own.get(kind) or self.make(kind, copied, self.to_fit)
+                backup = independent.get(kind) or self.make(kind, copied, self.to_fit)
                 answers[kind] = backup.logits(poisoned)
             for kind, logits in answers.items():
                 found[kind].append(recovery_accuracy(logits.argmax(axis=1), true_labels))

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from guard.errors import DataError
+from guard.files import whole_file
+from guard.suspect.recording import device_of
 from guard.types import AnyArray, Float32Array, IntArray
 
 
@@ -207,7 +209,7 @@ def train_classifier(
         raise DataError(f"checkpoint {checkpoint} has no folder to be in. Make {checkpoint.parent}.")
     goals = dict(goals or {})
     started = time.perf_counter()
-    device = _device(module)
+    device = device_of(module)
     x = _tensor(images).to(device, memory_format=torch.channels_last)
     y = _tensor(labels).to(device)
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter less time on CPU
@@ -249,7 +251,7 @@ class _Run:
 
     def __init__(self, module: nn.Module, settings: TrainingSettings, steps_per_epoch: int, seed: int) -> None:
         self.module = module
-        self.device = _device(module)
+        self.device = device_of(module)
         self.settings = settings
         self.optimizer = _optimizer(module, settings)
         self.schedule = _schedule(self.optimizer, settings, settings.epochs * steps_per_epoch)
@@ -280,9 +282,8 @@ class _Run:
             "gpu_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "counts": [self.epoch, self.seconds, self.losses, self.history],
         }
-        unfinished = path.with_name(path.name + ".writing")
-        torch.save(state, unfinished)
-        unfinished.replace(path)
+        with whole_file(path) as file:
+            torch.save(state, file)
 
     def restore(self, path: Path, fingerprint: list[Any]) -> None:
         try:
@@ -337,7 +338,7 @@ def accuracy(module: nn.Module, images: Float32Array, labels: IntArray, batch_si
 
 def predict_labels(module: nn.Module, images: Float32Array, batch_size: int = 500) -> IntArray:
     """Return the module's most likely label per image, shape (n,), int64; the module's mode is left as it is."""
-    device = _device(module)
+    device = device_of(module)
     with torch.inference_mode():
         batches = torch.split(_tensor(images), batch_size)
         parts = [module(batch.to(device)).argmax(dim=1).cpu() for batch in batches]
@@ -354,10 +355,6 @@ def _threads(n_threads: int | None) -> Iterator[None]:
     finally:
         if n_threads is not None:
             torch.set_num_threads(before)
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
 def _tensor(array: AnyArray) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from guard.errors import DataError
+from guard.suspect.recording import device_of
 from guard.types import Float32Array, IntArray
 
 
@@ -67,7 +68,7 @@ class PgdPerturbation:
 
     def __call__(self, images: Float32Array, labels: IntArray) -> Float32Array:
         """Return new images in [0, 1]; DataError if a label is none of the network's."""
-        device = next((parameter.device for parameter in self.network.parameters()), torch.device("cpu"))
+        device = device_of(self.network)
         rng = np.random.default_rng(self.seed)
         modes = {module: module.training for module in self.network.modules()}
         self.network.eval()

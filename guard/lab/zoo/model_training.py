@@ -11,9 +11,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as save_safetensors
 from torch import nn
 
+from guard.files import READABLE_FILE, replace_file
 from guard.lab.attacks.attack import Attack
 from guard.lab.attacks.augmentation import CropAndFlip
 from guard.lab.attacks.network_training import EpochReport, Goal, Redraw, train_classifier
@@ -168,8 +169,6 @@ def _store(network: nn.Module, path: Path) -> str:
         name: (value.half() if value.is_floating_point() else value).contiguous()
         for name, value in network.state_dict().items()
     }
-    unfinished = path.with_suffix(".writing")
-    save_file(state, unfinished)
-    unfinished.chmod(0o644)  # safetensors writes for the owner alone
-    unfinished.replace(path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    data = save_safetensors(state)
+    replace_file(path, data, READABLE_FILE)
+    return hashlib.sha256(data).hexdigest()
