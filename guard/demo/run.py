@@ -37,6 +37,8 @@ ARCHITECTURE = "guard.lab.attacks.networks:mnist_cnn"
 #: Of the 10,000 shipped images: to train the suspect model, to fit the guard, to test both.
 SPLIT = (6000, 2000, 2000)
 CLEAN_REQUESTS, TRIGGERED_REQUESTS, CLIENTS = 1000, 500, 4
+#: Folder of the archives, below the output.
+STORE = "model_store"
 #: The attack whose flagged inputs are reviewed: the one that the guard has most to learn about.
 REVIEWED = DEMO_ATTACKS[-1]
 _SHOWN = 5  # images of each kind per attack in the picture
@@ -98,83 +100,39 @@ def run_demo(
     data = load_dataset("mnist", "test")
     train, validate, test = split_rows(len(data), SPLIT, np.random.default_rng(seed))
     images, labels = to_tensor_images(data.images), data.labels
-    store, queue = output / "model_store", output / "queue.db"
+    queue = output / "queue.db"
     for file in (queue, queue.with_name("queue.db-wal"), queue.with_name("queue.db-shm")):
         file.unlink(missing_ok=True)  # of an earlier demo
-    url = queue_url(str(queue))
     config = GuardConfig(false_positive_rate=false_positive_rate, seed=seed)
-    cases: list[_Case] = []
     console.print(
         f"seed {seed}; real images: MNIST, {SPLIT[0]} to train, {SPLIT[1]} to fit the guard, {SPLIT[2]} to test"
     )
     with _bar(console) as bar:
         for recipe in DEMO_ATTACKS:
-            folder = output / recipe.name
-            task = bar.add_task(f"{recipe.name}: training the backdoored network", total=1.0)
-            network, _, _ = train_badnet(
-                recipe,
-                images[train],
-                labels[train],
-                seed=seed,
-                progress=lambda epoch: bar.update(task, completed=0.6 * epoch.epoch / epoch.epochs),  # noqa: B023
-            )
-            folder.mkdir(exist_ok=True)
-            weights = folder / "weights.safetensors"
-            save_file(network.state_dict(), weights)
-            suspect = SuspectModel.load(weights, ARCHITECTURE)
-            guard = Guard.fit(
-                suspect,
-                images[validate],
-                labels[validate],
-                config,
-                class_names=data.class_names,
-                progress=lambda text, share: bar.update(
-                    task,  # noqa: B023
-                    completed=0.6 + 0.35 * share,
-                    description=f"{recipe.name}: {text}",  # noqa: B023
-                ),
-            )
-            bundle = guard.save(folder / "bundles")
-            BundleStore(folder / "bundles").activate(bundle.name)
-            settings = {"class_names": list(data.class_names)}
-            model = ServedModel(weights, None, ARCHITECTURE, (1, 28, 28), settings)
-            make_plain_archive(_plain(recipe), model, model_store=store, force=True)
-            make_guarded_archive(
-                recipe.name,
-                model,
-                bundle,
-                model_store=store,
-                bundles=folder / "bundles",
-                settings={"verdict_detail": "full", "review": recipe is REVIEWED},
-                force=True,
-            )
-            bar.update(task, completed=1.0, description=f"{recipe.name}: ready")
-            cases.append(_case(recipe, images[test][:CLEAN_REQUESTS], labels[test][:CLEAN_REQUESTS]))
-    names = [name for case in cases for name in (case.recipe.name, _plain(case.recipe))]
-    environment = {"GUARD_QUEUE_URL": url}
+            to_train, to_fit = (images[train], labels[train]), (images[validate], labels[validate])
+            _make_archives(recipe, to_train, to_fit, config, data.class_names, output, bar)
+    sent, later = test[:CLEAN_REQUESTS], test[CLEAN_REQUESTS:]
+    cases = [_case(recipe, images[sent], labels[sent]) for recipe in DEMO_ATTACKS]
+    names = [name for recipe in DEMO_ATTACKS for name in (recipe.name, _plain(recipe))]
+    url = queue_url(str(queue))
     with TorchServeInstance(
-        store, {name: f"{name}.mar" for name in names}, batch_size=8, environment=environment
+        output / STORE,
+        {name: f"{name}.mar" for name in names},
+        batch_size=8,
+        environment={"GUARD_QUEUE_URL": url},
     ) as server:
         with console.status("starting TorchServe with three models, each without and with the guard"):
             server.wait_ready(180)
-        with _bar(console) as bar:
-            task = bar.add_task("sending requests", total=len(cases))
-            reports, shown = [], []
-            for case in cases:
-                report, judged = _send(case, server)
-                reports.append(report)
-                shown.append(judged)
-                bar.advance(task)
+        reports, shown = _send_all(cases, server, console)
         _print(reports, false_positive_rate, console)
         _draw(cases, shown, output / "verdicts.png")
-        later = _case(REVIEWED, images[test][CLEAN_REQUESTS:], labels[test][CLEAN_REQUESTS:])
         loop = run_loop(
             server,
             REVIEWED.name,
             queue_url=url,
             bundles=output / REVIEWED.name / "bundles",
             seen=_traffic(cases[DEMO_ATTACKS.index(REVIEWED)]),
-            fresh=_traffic(later),
+            fresh=_traffic(_case(REVIEWED, images[later], labels[later])),
             console=console,
         )
         print_loop(loop, console)
@@ -194,6 +152,64 @@ def run_demo(
     return reports
 
 
+def _make_archives(
+    recipe: AttackRecipe,
+    train: tuple[Float32Array, IntArray],
+    validate: tuple[Float32Array, IntArray],
+    config: GuardConfig,
+    class_names: Sequence[str],
+    output: Path,
+    bar: Progress,
+) -> None:
+    """Plant a backdoor in a network, fit a guard to it, and write an archive without and one with the guard."""
+    task = bar.add_task(f"{recipe.name}: training the backdoored network", total=1.0)
+    network, _, _ = train_badnet(
+        recipe,
+        *train,
+        seed=config.seed,
+        progress=lambda epoch: bar.update(task, completed=0.6 * epoch.epoch / epoch.epochs),
+    )
+    folder = output / recipe.name
+    folder.mkdir(exist_ok=True)
+    weights = folder / "weights.safetensors"
+    save_file(network.state_dict(), weights)
+    guard = Guard.fit(
+        SuspectModel.load(weights, ARCHITECTURE),
+        *validate,
+        config,
+        class_names=class_names,
+        progress=lambda text, share: bar.update(
+            task, completed=0.6 + 0.35 * share, description=f"{recipe.name}: {text}"
+        ),
+    )
+    bundle = guard.save(folder / "bundles")
+    BundleStore(folder / "bundles").activate(bundle.name)
+    model = ServedModel(weights, None, ARCHITECTURE, (1, 28, 28), {"class_names": list(class_names)})
+    make_plain_archive(_plain(recipe), model, model_store=output / STORE, force=True)
+    make_guarded_archive(
+        recipe.name,
+        model,
+        bundle,
+        model_store=output / STORE,
+        bundles=folder / "bundles",
+        settings={"verdict_detail": "full", "review": recipe is REVIEWED},
+        force=True,
+    )
+    bar.update(task, completed=1.0, description=f"{recipe.name}: ready")
+
+
+def _send_all(
+    cases: Sequence[_Case], server: TorchServeInstance, console: Console
+) -> tuple[list[CaseReport], list[list[_Judged]]]:
+    with _bar(console) as bar:
+        task = bar.add_task("sending requests", total=len(cases))
+        sent = []
+        for case in cases:
+            sent.append(_send(case, server))
+            bar.advance(task)
+    return [report for report, _ in sent], [judged for _, judged in sent]
+
+
 def _plain(recipe: AttackRecipe) -> str:
     return f"{recipe.name}-unguarded"
 
@@ -207,8 +223,8 @@ def _case(recipe: AttackRecipe, images: Float32Array, labels: IntArray) -> _Case
     rows = slice(0, TRIGGERED_REQUESTS)
     return _Case(
         recipe,
-        images[:CLEAN_REQUESTS],
-        labels[:CLEAN_REQUESTS],
+        images,
+        labels,
         poisoned.images[rows],
         poisoned.true_labels[rows],
         poisoned.labels[rows],
