@@ -1,4 +1,4 @@
-"""The user's own handler outside a server: its preprocess runs on raw bytes; every way to fail is a clear error."""
+"""The user's own handler outside a server: it answers raw bytes, and what reaches its network is taken from there."""
 
 from __future__ import annotations
 
@@ -34,10 +34,20 @@ class Mine(BaseHandler):
             rows = [row[:1] for row in rows]
         return {RESULT}
 """
-NETWORK = "from torch import nn\n\nclass Net(nn.Linear):\n    def __init__(self):\n        super().__init__(4, 3)\n"
+NETWORK = """
+from torch import nn
+
+class Net(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 3)
+
+    def forward(self, images):
+        return super().forward(images.flatten(1))
+"""
+ROWS = "torch.stack(rows).reshape(len(rows), 1, 2, 2)"
 
 
-def write(folder: Path, result: str = "torch.stack(rows).reshape(len(rows), 1, 2, 2)", handler: str = HANDLER) -> None:
+def write(folder: Path, result: str = ROWS, handler: str = HANDLER) -> None:
     (folder / "mine.py").write_text(handler.replace("{RESULT}", result))
     (folder / "network.py").write_text(NETWORK)
     (folder / "helper.py").write_text("SCALE = 2.0\n")
@@ -68,18 +78,69 @@ def test_user_handler_preprocesses_raw_bytes_and_leaves_nothing_behind(tmp_path:
     assert not scratch.exists()
 
 
+def methods(**bodies: str) -> str:
+    """Return the handler with further methods, `name="(arguments): body"`."""
+    return HANDLER + "".join(f"\n    def {name}{body}\n" for name, body in bodies.items())
+
+
 @pytest.mark.parametrize(
-    ("result", "message"),
+    "more",
     [
-        ("rows", "got list"),
-        ("(torch.stack(rows).reshape(len(rows), 1, 2, 2), None)", "got tuple"),
-        ("torch.stack(rows)", r"got torch.float32 \(2, 4\)"),
-        ("torch.stack(rows).reshape(len(rows), 1, 2, 2).double()", "got torch.float64"),
-        ("torch.stack(rows * 5).reshape(-1, 1, 2, 2)", "one row per request here, got 10 for 2"),
+        {"inference": "(self, data): return self.model(data / 4 - 1)"},
+        {"inference": "(self, data): return torch.cat([self.model(row[None] / 4 - 1) for row in data])"},
+        {"inference": "(self, data): return self.model(images=data / 4 - 1)"},
+        {"preprocess": "(self, data): return [item['body'] for item in data]"}
+        | {
+            "inference": "(self, data): return self.model("
+            "torch.tensor([list(body) for body in data]).reshape(-1, 1, 2, 2) * 2 / 4 - 1)"
+        },
+        {
+            "handle": "(self, data, context): return [int(self.model("
+            "torch.tensor(list(item['body'])).reshape(1, 1, 2, 2) * 2 / 4 - 1).argmax()) for item in data]"
+        },
+    ],
+    ids=["inference scales", "row by row", "by keyword", "inference decodes", "handle alone"],
+)
+def test_user_handler_gives_the_very_rows_that_reach_the_network(tmp_path: Path, more: dict[str, str]) -> None:
+    write(tmp_path, handler=methods(**more))
+    with open_mine(tmp_path) as user:
+        inputs = user.model_inputs([bytes([1, 2, 3, 4]), bytes([5, 6, 7, 8]), bytes([0, 0, 0, 9])])
+        assert user.rows_seen(bytes([1, 2, 3, 4])) == 1
+    assert inputs.dtype == np.float32
+    np.testing.assert_array_equal(inputs[:, 0, 1], [[0.5, 1], [2.5, 3], [-1, 3.5]])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"inference": "(self, data): return self.model(data - data.mean())"},
+        {"inference": "(self, data): return self.model(data.flip(0)).flip(0) if len(data) > 2 else self.model(data)"},
+        {"inference": "(self, data): return self.model(data if len(data) == 1 else torch.cat([data, data[:1] * 0]))"},
+        {"inference": "(self, data):\n        assert len(data) == 1\n        return self.model(data)"},
+    ],
+    ids=["normalised over the batch", "turned around", "padded", "takes no batches"],
+)
+def test_user_handler_that_treats_a_batch_otherwise_is_asked_one_by_one(tmp_path: Path, more: dict[str, str]) -> None:
+    write(tmp_path, handler=methods(**more))
+    bodies = [bytes([number, 2, 3, 4 * number]) for number in range(7)]
+    with open_mine(tmp_path) as user:
+        together = user.model_inputs(bodies)
+        alone = [user.model_inputs([body])[0] for body in bodies]
+    np.testing.assert_array_equal(together, np.stack(alone))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"preprocess": "(self, data): return torch.zeros(len(data), 4)"}, r"got torch.float32 \(4,\)"),
+        ({"inference": "(self, data): return self.model.double()(data.double())"}, r"got torch.float64 \(1, 2, 2\)"),
+        ({"inference": "(self, data): return self.model(torch.cat([data] * 5))"}, "5 rows reach the network for one"),
+        ({"inference": "(self, data): return self.model(data) + self.model(data + 1)"}, "2 rows reach the network for"),
+        ({"inference": "(self, data): return data"}, "without calling its network as a whole"),
     ],
 )
-def test_user_handler_refuses_what_is_no_batch_of_images(tmp_path: Path, result: str, message: str) -> None:
-    write(tmp_path, result)
+def test_user_handler_refuses_what_is_no_image_per_request(tmp_path: Path, more: dict[str, str], message: str) -> None:
+    write(tmp_path, handler=methods(**more))
     with open_mine(tmp_path) as user, pytest.raises(DataError, match=message):
         user.model_inputs([b"1234", b"5678"])
 
@@ -116,12 +177,12 @@ def test_user_handler_that_does_not_start_says_what_it_needs(
 
 
 @pytest.mark.parametrize(
-    "text", ["x = 1\n", "class A:\n    pass\n", "class A:\n    preprocess = None\nclass B:\n    pass\n"]
+    "text", ["x = 1\n", "class A:\n    pass\n", "class A:\n    handle = None\nclass B:\n    pass\n"]
 )
-def test_user_handler_must_be_one_class_with_preprocess(tmp_path: Path, text: str) -> None:
+def test_user_handler_must_be_one_class_with_handle(tmp_path: Path, text: str) -> None:
     write(tmp_path, handler=text)
     with (
-        pytest.raises(ArchiveError, match="must define exactly one class, with a preprocess method"),
+        pytest.raises(ArchiveError, match="must define exactly one class, with a handle method"),
         open_mine(tmp_path),
     ):
         pass

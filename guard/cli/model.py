@@ -94,6 +94,7 @@ def try_once(suspect: SuspectModel, inputs: Any) -> None:
     """Run the network on two images first, so that what does not fit is said in the user's words."""
     try:
         suspect.activations(inputs[:2])
+        suspect.check_given_mode(inputs)
     except GuardError:
         raise
     except Exception as error:

@@ -114,8 +114,8 @@ def wrap(
             opened.running(config.model_attribute, gpu) as user,
         ):
             found = _labelled(opened, images, class_list(class_names))
+            suspect = SuspectModel(user.module, split=split, depths=depth, device=device)  # first: in eval mode
             _try_handler(user, found, config)
-            suspect = SuspectModel(user.module, split=split, depths=depth, device=device)
             guard, accuracy = _fitted(suspect, user, found, config, report)
             examples = _examples(found)
             batches = told_batches(user, examples, guard.input_shape, config)
@@ -234,6 +234,7 @@ def _fitted(
     inputs = read_all(found, user.model_inputs, report, remedy=_AS_SENT)
     try:
         n_classes = suspect.activations(inputs[:2]).logits.shape[1]
+        suspect.check_given_mode(inputs)
     except GuardError:
         raise
     except Exception as error:

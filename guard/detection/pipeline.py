@@ -13,9 +13,10 @@ from guard.config import PLACES, SERVING_SETTINGS, GuardConfig
 from guard.detection.cross_fitting import Progress, cross_fit
 from guard.detection.fitted import FittedGuard
 from guard.detection.training_set import TrainingSet
-from guard.errors import ConfigError, DataError
+from guard.errors import ConfigError, DataError, SuspectModelError
 from guard.statistics.calibration import check_rate, conformal_p_values
-from guard.suspect.model import SuspectModel
+from guard.suspect.batch_dependence import batch_dependence
+from guard.suspect.model import BATCH_SIZE, SuspectModel
 from guard.types import (
     BACKUP,
     Action,
@@ -72,17 +73,19 @@ class Guard(FittedGuard):
         DataError
             If images or labels break a rule, or are too few for the requested rate.
         SuspectModelError
-            If the network cannot be split.
+            If the network cannot be split, or its answer to an image depends on the others of its batch and requests
+            are not answered one by one (setting `batching`).
         """
         config = config or GuardConfig()
         images = np.asarray(clean_images)
         check_rate(config.false_positive_rate, len(images))
         if progress is not None:
             progress("running the suspect model on the clean images", 0.0)
-        activations = suspect.activations(images)
+        size = _batch_size(suspect, images, config)
+        activations = suspect.activations(images, size)
         noisy = None
         if config.image_noise_std > 0:
-            noisy = suspect.activations(_with_noise(images, config.image_noise_std, config.seed))
+            noisy = suspect.activations(_with_noise(images, config.image_noise_std, config.seed), size)
         guard = cls.fit_activations(
             activations, clean_labels, config, noisy=noisy, class_names=class_names, progress=progress
         )
@@ -161,7 +164,8 @@ class Guard(FittedGuard):
             raise DataError(f"images must have shape (n, {wanted}) as in fit, got {images.shape}.")
         if len(images) == 0:
             return []
-        activations = _scorable(self.suspect.activations(images))
+        size = 1 if self.config.batching == "never" else BATCH_SIZE
+        activations = _scorable(self.suspect.activations(images, size))
         return self.decide(self.complete(activations, images), images)
 
     def inspect_activations(self, activations: Activations) -> list[Verdict]:
@@ -323,6 +327,18 @@ class Guard(FittedGuard):
             f"as suspicious as {100 * scores.p_values[row]:.2g} % of clean images; "
             f"strongest sign: {self.ensemble.names[top]} = {scores.raw[row, top]:.3g}"
         )
+
+
+def _batch_size(suspect: SuspectModel, images: Float32Array, config: GuardConfig) -> int:
+    """Return how many images the network is given at once: one, where its answers depend on the batch."""
+    finding = batch_dependence(suspect.module.eval(), images)
+    if not finding:
+        return BATCH_SIZE
+    if config.batching != "never":
+        raise SuspectModelError(
+            f"{finding}. Mend the network, or let its server answer one request after the other: batching = 'never'."
+        )
+    return 1
 
 
 def _with_noise(images: Float32Array, std: float, seed: int) -> Float32Array:

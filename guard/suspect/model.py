@@ -17,10 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from guard.errors import DataError, SuspectModelError
+from guard.suspect.batch_dependence import check_modes, modes_of
 from guard.suspect.recording import OnForward, Turn, device_of, record
 from guard.suspect.split_points import OUTPUT_SUFFIX, SplitPoints, find_split_points, model_input, module_named
 from guard.suspect.weights import load_state_dict, weights_digest
 from guard.types import Activations, Float32Array
+
+#: Images that the network is given at once, where nobody says otherwise.
+BATCH_SIZE = 256
 
 
 class SuspectModel:
@@ -58,6 +62,7 @@ class SuspectModel:
         device: str | torch.device | None = None,
     ) -> None:
         _check_watchable(module)
+        self._given_modes = modes_of(module)
         self.module = (module if device is None else module.to(device)).eval()
         self._points: SplitPoints | None = None
         self._layers: list[nn.Module] = []  # the split's and the depths' modules, in the order of the points
@@ -104,7 +109,14 @@ class SuspectModel:
         _check_watchable(module)
         _check_fit(module, state, f"weights file {path} does not fit {architecture}")
         module.load_state_dict(state)
-        return cls(module, split=split, depths=depths, device=device)
+        return cls(module.eval(), split=split, depths=depths, device=device)
+
+    def check_given_mode(self, images: Float32Array) -> None:
+        """Refuse a network that was given in train mode, and answers these images otherwise there than in eval mode.
+
+        Its server runs it as it was given, and a guard is fitted in eval mode. Raises SuspectModelError with numbers.
+        """
+        check_modes(self.module, self._given_modes, images)
 
     @property
     def device(self) -> torch.device:
@@ -159,7 +171,7 @@ class SuspectModel:
     def activations(
         self,
         images: Tensor | Float32Array,
-        batch_size: int = 256,
+        batch_size: int = BATCH_SIZE,
         progress: Callable[[int], None] | None = None,
     ) -> Activations:
         """Run the suspect model once over the images and return what it left behind.

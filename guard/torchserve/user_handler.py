@@ -1,4 +1,4 @@
-"""The user's own TorchServe handler outside a server: its network, and the tensors that its `preprocess` makes."""
+"""The user's own TorchServe handler outside a server: its network, and the very tensors that reach it."""
 
 from __future__ import annotations
 
@@ -10,52 +10,130 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from guard.errors import ArchiveError, DataError, SuspectModelError
 from guard.resources import resource_path
+from guard.serving.tap import is_same_row, tapped
 from guard.suspect.weights import check_weights_file
 from guard.torchserve.archives.archive import make_archive
 from guard.torchserve.row_fidelity import declares_one_row, why_one_by_one
 from guard.types import Float32Array
 
 _NAME = "offline"
+#: Requests that are compared alone and together.
+_TRIED_TOGETHER = 4
+_ONE_ROW = "Use --architecture and --preprocess instead."
 
 
-@dataclass(frozen=True, slots=True)
 class UserHandler:
-    """A handler that has been initialised.
+    """A handler that has been initialised, and is asked as TorchServe would ask it.
 
-    Attributes
+    Parameters
     ----------
+    inner : object
+        The handler.
+    context : ts.context.Context
+        What it was initialised with.
     module : Module
         The network that it serves.
-    model_inputs : callable (sequence of bytes) -> ndarray of shape (n, channels, height, width), float32
-        Feeds the bodies of n requests through `preprocess` as one batch. Raises DataError if that returns anything but
-        one finite row per request, and whatever `preprocess` raises. A body may also be what TorchServe makes of JSON
-        or text before a handler sees it.
-    rows_seen : callable (body) -> int
-        Answers one request with `handle`, and counts the rows of the forward passes that a hook sees meanwhile. Raises
-        DataError if it answers an error, and whatever `handle` raises.
-    why_one_by_one : callable (sequence of bytes, input shape) -> str
-        Tries whether it keeps the requests of a batch apart, with such bodies: "" if it does, else why not.
-    declares_one_row : bool
-        Whether its class declares that it does.
     """
 
-    module: nn.Module
-    model_inputs: Callable[[Sequence[Any]], Float32Array]
-    rows_seen: Callable[[Any], int]
-    why_one_by_one: Callable[[Sequence[bytes], Sequence[int] | None], str]
-    declares_one_row: bool
+    def __init__(self, inner: Any, context: Any, module: nn.Module) -> None:
+        self.module = module
+        self._inner = inner
+        self._context = context
+        #: Whether a batch was compared with its requests alone, and keeps them apart; None before the first batch.
+        self._keeps_apart: bool | None = None
+
+    @property
+    def declares_one_row(self) -> bool:
+        """Whether its class declares that it keeps the requests of a batch apart."""
+        return declares_one_row(self._inner)
+
+    def model_inputs(self, bodies: Sequence[Any]) -> Float32Array:
+        """Let the handler answer requests, and return what reached its network: a row per request.
+
+        All requests are one batch, unless a batch of this handler gives a request another row than it has alone: then
+        they are answered one by one, as the guard does it in the server.
+
+        Parameters
+        ----------
+        bodies : sequence
+            Bytes, or what TorchServe makes of JSON or text before a handler sees it.
+
+        Returns
+        -------
+        inputs : ndarray of shape (n, channels, height, width), float32
+
+        Raises
+        ------
+        DataError
+            If the handler answers an error, or anything but one such row reaches the network for a request. Whatever
+            the handler raises comes through.
+        """
+        if len(bodies) == 1:
+            return self._row(bodies[0])
+        if self._keeps_apart is None:
+            self._keeps_apart = self._is_same_together(bodies[:_TRIED_TOGETHER])
+        if not self._keeps_apart:
+            return np.concatenate([self._row(body) for body in bodies])
+        rows = self._seen(bodies)
+        if len(rows) != len(bodies):
+            raise DataError(f"{len(rows)} rows reach the network for {len(bodies)} requests together.")
+        return _as_images(rows)
+
+    def rows_seen(self, body: Any) -> int:
+        """Let the handler answer one request, and return how many rows reached its network.
+
+        Raises
+        ------
+        DataError
+            If it answers an error, and whatever the handler raises.
+        """
+        return len(self._seen([body]))
+
+    def why_one_by_one(self, examples: Sequence[bytes], input_shape: Sequence[int] | None) -> str:
+        """Try whether it keeps the requests of a batch apart, with such bodies: "" if it does, else why not."""
+        return why_one_by_one(partial(asked_in_probe, self._inner, self._context), self.module, examples, input_shape)
+
+    def _row(self, body: Any) -> Float32Array:
+        rows = self._seen([body])
+        if len(rows) == 1:
+            return _as_images(rows)
+        if not rows:
+            raise DataError("the handler answers without calling its network as a whole, so a guard would see nothing.")
+        raise DataError(f"{len(rows)} rows reach the network for one request, and a guard is fitted on one. {_ONE_ROW}")
+
+    def _is_same_together(self, bodies: Sequence[Any]) -> bool:
+        alone = [self._row(body)[0] for body in bodies]
+        try:
+            together = self._seen(bodies)
+        except Exception:  # it runs the user's code, which may take no batches
+            return False
+        return len(together) == len(alone) and all(
+            is_same_row(row, torch.from_numpy(other)) for row, other in zip(together, alone, strict=True)
+        )
+
+    def _seen(self, bodies: Sequence[Any]) -> list[Tensor]:
+        """Return the rows that reach the network while the handler answers requests as one batch."""
+        context = self._context
+        with tapped(self.module) as tap:
+            self._inner.handle(_requests(context, bodies), context)
+        for index in range(len(bodies)):
+            if (status := context.get_response_status(index)[0]) >= 400:
+                raise DataError(f"the handler refused the input with status {status}.")
+        if any(inputs is None for inputs in tap.inputs):
+            raise DataError("what the handler gives its network must be one tensor, and is none.")
+        return [row for inputs in tap.inputs if inputs is not None for row in inputs.cpu()]
 
 
 class Remedy(NamedTuple):
@@ -153,13 +231,7 @@ def open_unpacked_handler(
                 f"handler {handler}: its attribute {model_attribute!r} must be a torch.nn.Module, "
                 f"got {type(module).__name__}. Name the right one with the setting model_attribute."
             )
-        yield UserHandler(
-            module,
-            lambda bodies: _model_inputs(inner, context, bodies),
-            lambda body: _rows_seen(inner, context, module, body),
-            lambda examples, shape: why_one_by_one(partial(asked_in_probe, inner, context), module, examples, shape),
-            declares_one_row(inner),
-        )
+        yield UserHandler(inner, context, module)
     finally:
         sys.path.remove(str(folder))
         for key in [key for key, loaded in sys.modules.items() if _lies_in(loaded, folder)]:
@@ -211,7 +283,7 @@ def _initialised(
     context = Context(
         served, str(folder), manifest, 1, gpu, "0.12.0", metrics=metrics, model_yaml_config=model_settings
     )
-    handler = handler_class(name, "preprocess", remedy.imports)
+    handler = handler_class(name, "handle", remedy.imports)
     try:
         inner = handler()
         inner.initialize(context)
@@ -291,41 +363,21 @@ def _requests(context: Any, bodies: Sequence[Any]) -> list[dict[str, Any]]:
     return [{"body": bytearray(body) if isinstance(body, bytes) else body} for body in bodies]
 
 
-def _rows_seen(inner: Any, context: Any, module: nn.Module, body: Any) -> int:
-    rows: list[int] = []
+def _as_images(rows: Sequence[Tensor]) -> Float32Array:
+    """Return rows as images of one size.
 
-    def count(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        rows.append(len(output) if isinstance(output, Tensor) else 1)
-
-    hook = module.register_forward_hook(count)
-    try:
-        inner.handle(_requests(context, [body]), context)
-    finally:
-        hook.remove()
-    if (status := context.get_response_status(0)[0]) >= 400:
-        raise DataError(f"the handler answered the input with status {status}.")
-    return sum(rows)
-
-
-def _model_inputs(inner: Any, context: Any, bodies: Sequence[Any]) -> Float32Array:
-    requests = _requests(context, bodies)
-    inner.context = context  # as BaseHandler.handle sets it
-    result = inner.preprocess(requests)
-    for index in range(len(bodies)):
-        if (status := context.get_response_status(index)[0]) >= 400:
-            raise DataError(f"the handler refused the input with status {status}.")
-    if not isinstance(result, Tensor) or str(result.dtype) != "torch.float32" or result.ndim != 4:
-        got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+    Raises
+    ------
+    DataError
+        If they are not.
+    """
+    shapes = dict.fromkeys(f"{row.dtype} {tuple(row.shape)}" for row in rows)
+    if len(shapes) > 1 or rows[0].dtype != torch.float32 or rows[0].ndim != 3:
         raise DataError(
-            "the handler's preprocess must return one float32 tensor of shape (n, channels, height, width) "
-            f"to be used here, got {got}. Use --architecture and --preprocess instead."
+            "what reaches the handler's network must be float32 images of one shape (channels, height, width), "
+            f"got {' and '.join(shapes)}. {_ONE_ROW}"
         )
-    if len(result) != len(bodies):
-        raise DataError(
-            f"the handler's preprocess must return one row per request here, got {len(result)} for {len(bodies)}. "
-            "Use --architecture and --preprocess instead."
-        )
-    return np.ascontiguousarray(result.detach().cpu().numpy())
+    return np.stack([row.numpy() for row in rows])
 
 
 def _short(error: Exception) -> str:
