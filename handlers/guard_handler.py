@@ -27,7 +27,7 @@ from guard.suspect.weights import check_weights_file
 from guard.telemetry import prometheus_names
 from guard.torchserve.answers import Requests, set_answer
 from guard.torchserve.archives.contents import read_guard_files
-from guard.torchserve.batches import SWITCHES, Batches, is_empty
+from guard.torchserve.batches import EXPLAIN, SWITCHES, Batches, is_empty
 from guard.torchserve.envelopes import handle_each
 from guard.torchserve.user_handler import handler_class, probe_context
 
@@ -68,12 +68,17 @@ class GuardHandler:
         guard = self._runtime.current  # once: no batch mixes two bundles
         context.cl_socket = None  # a handler that streams would answer before there is a verdict
         Image.MAX_IMAGE_PIXELS = guard.config.max_image_pixels
+        to_explain = []
         for index, item in enumerate(data):
             headers = context.get_all_request_header(index)
             if len(data) > 1 or not is_empty(item):  # alone and without input, it asks about the model
+                if headers.get(EXPLAIN) == "True" and not is_empty(item):
+                    to_explain.append(index)
                 for name in [name for name in headers if name.lower() in SWITCHES]:
                     del headers[name]
         answered = self._batches.answer(data, context, guard)
+        for index in to_explain:  # judged like any other; then the handler explains it
+            answered[index] = self._batches.explain(data[index], context, index, answered[index])
         requests = Requests(context)
         flagged = {
             index: flagged_request(requests, index, outcome, data[index])

@@ -382,9 +382,37 @@ def test_describe_and_explain_headers_neither_skip_the_guard_nor_hurt_a_neighbou
 ) -> None:
     for value in ("True", "False", {"content-type": "text/plain"}):
         (alone,) = workers[name].ask(bodies[1], headers=[{switch: value}])
-        assert alone.verdict == (offline[1][0], f"{offline[1][1]:.6g}")
         batch = workers[name].ask(*bodies[:4], headers=[{switch: value}, {}, {switch.title(): value}, {}])
-        assert [answer.verdict[0] for answer in batch] == [kind for kind, _ in offline[:4]]
+        verdicts = [(alone, offline[1]), *zip(batch, offline[:4], strict=True)]
+        for place, (answer, (kind, p_value)) in enumerate(verdicts):
+            if answer.status == 500:  # TorchServe's own explanation fails here, with the guard and without it
+                assert (switch, value) == ("explain", "True")
+                assert place in (0, 1)
+                assert name in ("stock", "text", "dropping", "in_place")
+            else:
+                assert answer.verdict == (kind, f"{p_value:.6g}")
+
+
+def test_explanation_is_the_handlers_own_and_goes_with_the_verdict_of_its_input(
+    workshop: Workshop, bodies: list[bytes], offline: list[tuple[str, float]]
+) -> None:
+    worker = workshop.guarded("stock")
+    inner = worker.handler._inner
+    inner.explain_handle = lambda inputs, raw: [{"weights": inputs.sum().item(), "bytes": len(raw[0]["body"])}]
+    plain = worker.ask(*bodies[:4])
+    answers = worker.ask(*bodies[:4], headers=[{}, {"explain": "True"}, {"explain": "True"}, {"explain": "False"}])
+    assert [answer.verdict for answer in answers] == [answer.verdict for answer in plain]
+    assert [answer.body for answer in answers[::3]] == [answer.body for answer in plain[::3]]
+    assert [answer.body["bytes"] for answer in answers[1:3]] == [len(body) for body in bodies[1:3]]
+    counts = worker.counts()
+    assert sum(value for key, value in counts.items() if key.startswith("guard_verdicts_total")) == 8
+    blocking = workshop.guarded("stock", action="block", false_positive_rate=0.5)
+    blocking.handler._inner.explain_handle = inner.explain_handle
+    explained = blocking.ask(*bodies, headers=[{"explain": "True"}] * len(bodies))
+    assert {answer.status for answer in explained} == {200, 422}
+    assert all(("weights" in answer.body) == (answer.verdict[0] == "clean") for answer in explained)
+    (broken,) = worker.ask(b"no image", headers=[{"explain": "True"}])
+    assert broken.status >= 400
 
 
 def test_describe_without_a_body_is_answered_by_the_users_handler_and_counts_as_no_input(workshop: Workshop) -> None:

@@ -30,6 +30,7 @@ from guard.cli.options import (
 )
 from guard.cli.output import print_warning, progress_bar, say, what_failed
 from guard.errors import ConfigError, DataError, GuardError, SuspectModelError
+from guard.files import put_in_place
 
 if TYPE_CHECKING:
     from guard.cli.images import NamedImages
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from guard.detection.pipeline import Guard
     from guard.suspect.model import SuspectModel
     from guard.torchserve.archives.wrapping import OpenedArchive
+    from guard.torchserve.check import CheckReport
     from guard.torchserve.user_handler import UserHandler
     from guard.types import IntArray
 
@@ -122,13 +124,20 @@ def wrap(
         guard = replace(guard, preprocessing=f"handler {opened.handler}")
         follows = bundles if not dry_run else None
         bundle = guard.save(follows or Path(scratch) / "bundles")
-        written = Path(scratch) / "dry-run.mar" if dry_run else target
-        write_guarded(opened, bundle, written, bundles=bundles, settings=chosen, examples=examples, force=force)
+        written = Path(scratch) / target.name if dry_run else target.with_name(f".{target.name}.unchecked")
+        try:
+            write_guarded(opened, bundle, written, bundles=bundles, settings=chosen, examples=examples, force=True)
+            checked = _checked(written, replace(guard, digest=bundle.name), found)
+            changes = _changes(opened, written, target)
+            if not dry_run:
+                put_in_place(written, target)
+        finally:
+            written.unlink(missing_ok=True)
         if follows is not None:
             BundleStore(follows).activate(bundle.name)
         if dry_run:
             say("dry run: nothing was written; this would be")
-        for line in _changes(opened, written, target):
+        for line in changes:
             say(line)
         say(f"clean images    {len(found.names)}, of which the model gets {100 * accuracy:.1f} % right")
         say(
@@ -136,6 +145,7 @@ def wrap(
             f"(asked for {config.false_positive_rate:g}, measured out of fold)"
         )
         say(f"batches         {batches}")
+        say(f"checked         {checked.line()}")
         say(f"serve it        guard serve {opened.manifest.name}={target.name} --model-store {target.parent}")
         if accuracy < 0.5:
             print_warning(
@@ -251,6 +261,24 @@ def _fitted(
 
 def _share_right(guard: Guard, labels: IntArray) -> float:
     return float((guard.reference.predicted_labels == labels).mean())
+
+
+def _checked(archive: Path, guard: Guard, found: NamedImages) -> CheckReport:
+    """Load the archive in another process, and compare its verdicts on the clean images with those of the guard."""
+    from guard.torchserve.check import check_archive, chosen_rows
+
+    rows = chosen_rows(len(found.names))
+    expected = guard.scores(guard.reference[np.array(rows)]).p_values
+    bodies = [found.read(row) for row in rows]
+    with progress_bar("loading the archive in another process", share_known=False):
+        return check_archive(
+            archive,
+            bodies,
+            guard.config.false_positive_rate,
+            expected=expected,
+            digest=guard.digest,
+            pinned=True,
+        )
 
 
 def _changes(opened: OpenedArchive, written: Path, target: Path) -> list[str]:

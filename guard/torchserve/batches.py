@@ -21,7 +21,8 @@ from guard.torchserve.row_fidelity import answers_of, declares_one_row, is_same_
 from guard.torchserve.user_handler import asked_in_probe, request_context
 
 #: Request headers that make a BaseHandler skip its model.
-SWITCHES = ("describe", "explain")
+EXPLAIN = "explain"
+SWITCHES = ("describe", EXPLAIN)
 #: Of so many batches that are answered together one is checked: about one request more in 256 batches.
 CHECK_ONE_IN = 256
 
@@ -112,6 +113,24 @@ class Batches:
                 answered[index] = self._answer_alone(item, alone, guard)
                 context.request_processor[index] = alone.request_processor[0]
         return [answered[index] for index in range(len(data))]
+
+    def explain(self, item: Any, context: Any, index: int, judged: Answered) -> Answered:
+        """Return the handler's explanation of a request in the place of its prediction; an error stays what it is.
+
+        The network's own passes meanwhile are not judged: the request was, and its verdict goes with the explanation.
+        """
+        _, outcome = judged
+        if outcome is None or outcome.kind in ("rejected", "failed") or context.get_response_status(index)[0] >= 400:
+            return judged
+        alone = part_of(context, [index])
+        alone.get_all_request_header(0)[EXPLAIN] = "True"
+        try:
+            with self._runtime.watching(None):
+                (explanation,) = self._handler.handle([copied(item)], alone)
+        except Exception as error:
+            return None, excuse(error, model_ran=True)
+        context.request_processor[index] = alone.request_processor[0]
+        return explanation, outcome
 
     def _why_not(self, guard: Guard) -> str:
         """Return why this handler's batches are answered one by one; "" if they are not."""

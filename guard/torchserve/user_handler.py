@@ -266,6 +266,33 @@ def _initialised(
     name: str, folder: Path, gpu: int | None, model_settings: dict[str, Any], remedy: Remedy
 ) -> tuple[Any, Any]:
     """Return an instance of the handler's class and the context that it was initialised with."""
+    importlib.invalidate_caches()
+    context = new_context(folder, gpu, model_settings)
+    handler = handler_class(name, "handle", remedy.imports)
+    try:
+        inner = handler()
+        inner.initialize(context)
+    except Exception as error:
+        raise SuspectModelError(f"handler {name} failed in initialize: {_short(error)}. {remedy.initialize}") from error
+    return inner, context
+
+
+def new_context(folder: Path, gpu: int | None, model_settings: dict[str, Any]) -> Any:
+    """Return TorchServe's context for an unpacked archive, as a worker gives it to `initialize`.
+
+    Parameters
+    ----------
+    folder : Path
+        The unpacked archive, with its manifest.
+    gpu : int or None
+    model_settings : dict
+        What the archive's YAML file says.
+
+    Raises
+    ------
+    ArchiveError
+        If TorchServe is not installed.
+    """
     logging.getLogger("ts").setLevel(logging.ERROR)  # it warns of every accelerator that is not installed
     try:
         with warnings.catch_warnings():
@@ -277,19 +304,9 @@ def _initialised(
             metrics.initialize_cache()
     except ImportError as error:
         raise ArchiveError("TorchServe is not installed. Install the torchserve package, version 0.12.") from error
-    importlib.invalidate_caches()
     manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())
     served = manifest["model"]["modelName"]
-    context = Context(
-        served, str(folder), manifest, 1, gpu, "0.12.0", metrics=metrics, model_yaml_config=model_settings
-    )
-    handler = handler_class(name, "handle", remedy.imports)
-    try:
-        inner = handler()
-        inner.initialize(context)
-    except Exception as error:
-        raise SuspectModelError(f"handler {name} failed in initialize: {_short(error)}. {remedy.initialize}") from error
-    return inner, context
+    return Context(served, str(folder), manifest, 1, gpu, "0.12.0", metrics=metrics, model_yaml_config=model_settings)
 
 
 def handler_class(name: str, method: str, remedy: str = ADD_FILES.imports) -> type:
