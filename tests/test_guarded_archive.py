@@ -15,7 +15,8 @@ from guard.errors import ArchiveError, BundleError
 from guard.lab.attacks import MnistCnn
 from guard.resources import resource_path
 from guard.storage.bundle import read_bundle
-from guard.torchserve.archives.guarded import ServedModel, architecture_files, make_guarded_archive, make_plain_archive
+from guard.torchserve.archives.guarded import ServedModel, make_guarded_archive, make_plain_archive
+from guard.torchserve.archives.sources import architecture_files
 
 
 @pytest.fixture(scope="module")

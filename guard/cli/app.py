@@ -12,6 +12,7 @@ import typer
 
 from guard.cli.assess import assess
 from guard.cli.audit import audit
+from guard.cli.check import check
 from guard.cli.observe import observe
 from guard.cli.offline import fit, inspect
 from guard.cli.options import Bundles, Digest
@@ -48,7 +49,7 @@ app = typer.Typer(
 bundle_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at bundles, and choose which one serves."
 )
-for command in (fit, inspect, assess, purify, archive, wrap, unwrap, serve, retrainer, observe, audit):
+for command in (fit, inspect, assess, purify, archive, check, wrap, unwrap, serve, retrainer, observe, audit):
     app.command()(command)
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(zoo_app, name="zoo")
@@ -241,11 +242,11 @@ def doctor() -> None:
     from guard.cli.doctor import checks
 
     bad = 0
-    for check in checks():
-        say(f"{'ok ' if check.ok else 'BAD'} {check.name}: {check.detail}")
-        if not check.ok:
+    for found in checks():
+        say(f"{'ok ' if found.ok else 'BAD'} {found.name}: {found.detail}")
+        if not found.ok:
             bad += 1
-            say(f"    -> {check.remedy}")
+            say(f"    -> {found.remedy}")
     if bad:
         print_error(f"{bad} things are not in order: mend what is marked BAD.")
         raise typer.Exit(1)

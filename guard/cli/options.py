@@ -38,6 +38,9 @@ Depths = Annotated[
     list[str] | None,
     typer.Option("--depth", metavar="<str>", help="Earlier layer to watch as well; may be repeated, up to 3."),
 ]
+Check = Annotated[
+    bool, typer.Option(help="Load the archive in another process and try it before it gets its name; takes seconds.")
+]
 Rate = Annotated[float | None, typer.Option(help="Share of clean inputs that may be flagged.")]
 
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import tempfile
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from guard.cli.check import check_written
 from guard.cli.options import (
     ActionName,
     Architecture,
     Bundles,
+    Check,
     ExtraFile,
     FailureMode,
     ModelFile,
@@ -27,6 +31,10 @@ from guard.cli.options import (
 )
 from guard.cli.output import print_warning, progress_bar, say, tell
 from guard.errors import ConfigError, GuardError, ServerError
+from guard.files import READABLE_FOLDER, put_in_place
+
+#: Share of the range that rounding, resizing and compression may add to it.
+_RANGE_ROOM = 0.02
 
 if TYPE_CHECKING:
     from guard.config import GuardConfig
@@ -66,16 +74,25 @@ def archive(
     ] = None,
     pin: Annotated[bool, typer.Option("--pin", help="Serve the embedded bundle only; do not follow ACTIVE.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an archive of that name.")] = False,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Clean images as clients send them, to try the archive with before it is named."),
+    ] = None,
+    check: Check = True,
     queue: QueueUrl = None,
     settings: Settings = None,
 ) -> None:
-    """Put the model and its guard into a TorchServe archive."""
+    """Put the model and its guard into a TorchServe archive.
+
+    The archive is loaded in another process, as a server would load it, before it gets its name.
+    """
     from guard.config import GuardConfig, load_settings
     from guard.detection.pipeline import Guard
     from guard.relabel.address import queue_url
     from guard.storage.bundle import BundleStore, read_bundle
     from guard.suspect.model import SuspectModel
     from guard.suspect.weights import check_weights_file
+    from guard.torchserve.archives.archive import check_free
     from guard.torchserve.archives.guarded import ServedModel, make_guarded_archive
 
     rows: Any = int(rows_per_request) if rows_per_request and rows_per_request.isdigit() else rows_per_request
@@ -100,6 +117,8 @@ def archive(
             f"this bundle was fitted on images made by {document['preprocessing']}, and the image handler does not do "
             "that. Name a --handler that does, or give --mean and --std if they are all of it."
         )
+    if handler is None:
+        _check_fed_range(document, image_settings["mean"], image_settings["std"])
     if architecture is None:
         check_weights_file(weights)
     else:  # weights and bundle belong together: better said now than when the server starts
@@ -118,30 +137,37 @@ def archive(
         extra_files=tuple(extra_file or ()),
         version=version,
     )
-    batches = _told_batches(model, examples, GuardConfig(**{**document["settings"], **chosen}))
-    path = make_guarded_archive(
-        name,
-        model,
-        bundle,
-        model_store=model_store,
-        bundles=None if pin else bundles,
-        settings=chosen,
-        example=examples[0] if examples else None,
-        examples=examples[1:],
-        force=force,
-    )
-    say(str(path))
+    config = GuardConfig(**{**document["settings"], **chosen})
+    batches = _told_batches(model, examples, config)
+    target = model_store / f"{name}.mar"
+    check_free(target, force)
+    model_store.mkdir(mode=READABLE_FOLDER, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unchecked-", dir=model_store) as scratch:
+        path = make_guarded_archive(
+            name,
+            model,
+            bundle,
+            model_store=Path(scratch),
+            bundles=None if pin else bundles,
+            settings=chosen,
+            example=examples[0] if examples else None,
+            examples=examples[1:],
+        )
+        checked = check_written(path, images, config.false_positive_rate) if check else "no: it was not asked for"
+        put_in_place(path, target)
+    say(str(target))
     if chosen.get("queue_url"):
         tell(
             "the archive says that it wants a queue, not where: start the server with --queue, or with GUARD_QUEUE_URL"
         )
     tell(f"batches: {batches}")
+    tell(f"checked: {checked}")
 
 
 def _told_batches(model: ServedModel, examples: list[Path], config: GuardConfig) -> str:
     """Say how the requests of a batch will be answered; for a handler of the user's own, after trying it here."""
     from guard.cli.wrap import told_batches
-    from guard.torchserve.archives.guarded import architecture_files
+    from guard.torchserve.archives.sources import architecture_files
     from guard.torchserve.user_handler import open_user_handler
 
     if model.handler is None:
@@ -165,6 +191,31 @@ def _told_batches(model: ServedModel, examples: list[Path], config: GuardConfig)
         return f"each worker finds out when it starts, and logs it. The handler cannot be tried here: {error}"
 
 
+def _check_fed_range(document: Mapping[str, Any], mean: Any, std: Any) -> None:
+    """Compare what the guard was fitted on with what the image handler makes of pictures, channel by channel.
+
+    Raises
+    ------
+    ConfigError
+        If it was fitted on values that the handler cannot feed.
+    """
+    for channel, (low, high) in enumerate(document.get("input_range") or ()):
+        shift, unit = (value[channel % len(value)] if isinstance(value, list) else value for value in (mean, std))
+        least, most = sorted((pixel - (shift or 0.0)) / (unit or 1.0) for pixel in (0.0, 1.0))
+        room = _RANGE_ROOM * (most - least)
+        found = (
+            f"channel {channel}: the guard was fitted on images from {low:g} to {high:g}, and the image handler feeds "
+            f"the network {least:.4g} to {most:.4g}"
+        )
+        if low < least - room or high > most + room:
+            raise ConfigError(
+                f"{found}. If they were normalised, say how with --mean and --std; if they are pixels from 0 to 255, "
+                "fit again on uint8 images, or name a --handler that does not scale."
+            )
+        if high - low < (most - least) / 4:
+            print_warning(f"{found}. Look with `guard check` whether clean images pass.")
+
+
 def _numbers(flag: str, text: str | None) -> float | list[float] | None:
     if text is None:
         return None
@@ -176,7 +227,9 @@ def _numbers(flag: str, text: str | None) -> float | list[float] | None:
 
 
 def serve(
-    models: Annotated[list[str] | None, typer.Argument(help="Archives to serve, or NAME=FILE; default all.")] = None,
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Archives to serve: names, paths, or NAME=FILE; default all.")
+    ] = None,
     model_store: Annotated[Path, typer.Option(help="Folder of the archives.")] = Path("model_store"),
     port: Annotated[
         int, typer.Option(help="Inference port; management and metrics take the next two. 0 = any free ones.")
@@ -213,7 +266,7 @@ def serve(
     from guard.torchserve.server import TorchServeInstance
     from guard.torchserve.stack import Beside, ServingStack
 
-    named = dict(_name_and_file(text) for text in models or ())
+    model_store, named = _store_and_names(models or [], model_store)
     url = queue_url(queue) if queue else None
     if (review or retrain) and url is None:
         raise ConfigError("--review and --retrain need a queue. Name one with --queue.")
@@ -291,8 +344,22 @@ def _say_how_to_ask(server: TorchServeInstance, token: bool) -> None:
         say(curl_line(server.inference_url, name, server.token()))
 
 
-def _name_and_file(text: str) -> tuple[str, str]:
-    """Return the name that a model is served under, and its archive's file: of `mnist`, `mnist.mar`, or `NAME=FILE`."""
-    name, _, file = text.rpartition("=")
-    stem = file.removesuffix(".mar")
-    return name or stem, f"{stem}.mar"
+def _store_and_names(models: list[str], model_store: Path) -> tuple[Path, dict[str, str]]:
+    """Return the folder of the archives, and each one's file by the name that it is served under.
+
+    An archive is named by `mnist`, `mnist.mar`, `NAME=FILE`, or a path, whose folder is then the model store.
+    """
+    named: dict[str, str] = {}
+    folders = []
+    for text in models:
+        name, _, file = text.rpartition("=")
+        path = Path(file)
+        stem = path.name.removesuffix(".mar")
+        named[name or stem] = f"{stem}.mar"
+        folders.append(path.parent if path.name != file else model_store)
+    if len(set(folders)) > 1:
+        raise ConfigError(
+            f"all archives must lie in one folder, got {', '.join(sorted({str(folder) for folder in folders}))}. "
+            "Move them together, and name the folder with --model-store."
+        )
+    return (folders[0] if folders else model_store), named

@@ -16,6 +16,7 @@ import typer
 from guard.cli.model import class_list, gpu_number
 from guard.cli.options import (
     ActionName,
+    Check,
     Depths,
     Device,
     FailureMode,
@@ -79,6 +80,7 @@ def wrap(
         typer.Option(help="Also write the bundle to this folder, and let the server follow it, as to retrain."),
     ] = None,
     queue: QueueUrl = None,
+    check: Check = True,
     force: Force = False,
     settings: Settings = None,
 ) -> None:
@@ -127,7 +129,7 @@ def wrap(
         written = Path(scratch) / target.name if dry_run else target.with_name(f".{target.name}.unchecked")
         try:
             write_guarded(opened, bundle, written, bundles=bundles, settings=chosen, examples=examples, force=True)
-            checked = _checked(written, replace(guard, digest=bundle.name), found)
+            checked = _checked(written, replace(guard, digest=bundle.name), found) if check else None
             changes = _changes(opened, written, target)
             if not dry_run:
                 put_in_place(written, target)
@@ -145,7 +147,10 @@ def wrap(
             f"(asked for {config.false_positive_rate:g}, measured out of fold)"
         )
         say(f"batches         {batches}")
-        say(f"checked         {checked.line()}")
+        if checked is None:
+            print_warning(f"not checked: `guard check {target} --images {images}` does it.")
+        else:
+            say(f"checked         {checked.line()}")
         say(f"serve it        guard serve {opened.manifest.name}={target.name} --model-store {target.parent}")
         if accuracy < 0.5:
             print_warning(

@@ -73,6 +73,8 @@ class FittedGuard:
         The same.
     input_shape : tuple of int or None
         Shape of one image, as in `fit`.
+    input_range : tuple of (float, float) or None
+        Least and greatest value of each channel of the images of `fit`.
     preprocessing : str or None
         What made the images of `fit` out of files, in words, where that was not this package; kept in the bundle.
     retrained_with : LabelledCounts or None
@@ -103,6 +105,7 @@ class FittedGuard:
     weights_digest: str | None = None
     split_points: SplitPoints | None = None
     input_shape: tuple[int, ...] | None = None
+    input_range: tuple[tuple[float, float], ...] | None = None
     preprocessing: str | None = None
     retrained_with: LabelledCounts | None = None
     backup: Backup | None = None
@@ -137,6 +140,7 @@ class FittedGuard:
             "settings": self.config.portable(),
             "class_names": self.class_names,
             "input_shape": self.input_shape,
+            "input_range": self.input_range,
             "preprocessing": self.preprocessing,
             "n_classes": self.reference.logits.shape[1],
             "weights_digest": weights_digest,
@@ -229,6 +233,7 @@ class FittedGuard:
                 weights_digest=document["weights_digest"],
                 split_points=_split_points(points) if points is not None else None,
                 input_shape=tuple(document["input_shape"]) if document["input_shape"] else None,
+                input_range=tuple((low, high) for low, high in document.get("input_range") or ()) or None,
                 preprocessing=document["preprocessing"],
                 retrained_with=LabelledCounts(**retrained_with) if retrained_with is not None else None,
                 backup=Backup.restore(about, weights, suspect.module if suspect else None) if about else None,

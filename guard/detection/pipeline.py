@@ -89,7 +89,7 @@ class Guard(FittedGuard):
         guard = cls.fit_activations(
             activations, clean_labels, config, noisy=noisy, class_names=class_names, progress=progress
         )
-        return replace(guard, suspect=suspect, input_shape=tuple(images.shape[1:]))
+        return replace(guard, suspect=suspect, input_shape=tuple(images.shape[1:]), input_range=_range_of(images))
 
     @classmethod
     def fit_activations(
@@ -339,6 +339,12 @@ def _batch_size(suspect: SuspectModel, images: Float32Array, config: GuardConfig
             f"{finding}. Mend the network, or let its server answer one request after the other: batching = 'never'."
         )
     return 1
+
+
+def _range_of(images: Float32Array) -> tuple[tuple[float, float], ...]:
+    """Return the least and the greatest value of each channel."""
+    low, high = images.min(axis=(0, 2, 3)), images.max(axis=(0, 2, 3))
+    return tuple((round(float(least), 6), round(float(most), 6)) for least, most in zip(low, high, strict=True))
 
 
 def _with_noise(images: Float32Array, std: float, seed: int) -> Float32Array:

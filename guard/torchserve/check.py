@@ -154,6 +154,11 @@ def check_archive(
     return _report(archive.name, alone, requested, len(together), digest)
 
 
+def check_start(archive: Path) -> None:
+    """Load a guarded archive afresh in another process, as a server would; ArchiveError if it does not start."""
+    _answers_of(archive, [], pinned=False)
+
+
 def check_server(url: str, model: str, bodies: Sequence[Any], requested: float, *, token: str | None) -> CheckReport:
     """Send clean images to a running server, one by one.
 

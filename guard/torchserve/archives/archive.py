@@ -24,6 +24,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _RESERVED_MODULES = sys.stdlib_module_names | {
     "guard", "model_archiver", "numpy", "PIL", "psutil", "safetensors", "scipy", "sklearn", "torch", "ts", "yaml"
 }  # fmt: skip
+#: Of a model whose manifest names no version, as TorchServe has it.
+UNNAMED_VERSION = "1.0"
 _NEVER_PACKED = {"__pycache__", ".git", ".DS_Store"}
 _MOST_MANIFEST_BYTES = 2**20
 _EARLIEST_ZIP_TIME = (1980, 1, 1, 0, 0, 0)
@@ -97,8 +99,7 @@ def make_archive(
     if not _NAME.fullmatch(version):
         raise ArchiveError(f"archive version must match {_NAME.pattern}, got {version!r}. Write it like 1.0.")
     archive = Path(model_store) / f"{name}.mar"
-    if archive.exists() and not force:
-        raise ArchiveError(f"{archive} exists already. Name another model, or replace it with --force.")
+    check_free(archive, force)
     singles = [file for file in (handler, weights, model_file, config_yaml) if file is not None]
     members = _collect([Path(path) for path in singles], [Path(path) for path in extra_files])
     manifest = _manifest(name, version, handler, weights, model_file, config_yaml)
@@ -108,6 +109,12 @@ def make_archive(
     except OSError as error:
         raise ArchiveError(f"{archive} cannot be written: {error}. Check the folder and the disk.") from error
     return archive
+
+
+def check_free(archive: Path, force: bool) -> None:
+    """Refuse to replace an archive without `force`, with ArchiveError."""
+    if archive.exists() and not force:
+        raise ArchiveError(f"{archive} exists already. Name another model, or replace it with --force.")
 
 
 def find_archives(model_store: Path, models: Mapping[str, str] | Literal["all"] = "all") -> dict[str, Archive]:
@@ -148,7 +155,7 @@ def _read_manifest(file: Path) -> Archive:
     try:
         text = read_member(file, MANIFEST, _MOST_MANIFEST_BYTES)
         model = json.loads(text or b"{}")["model"]
-        return Archive(file.name, str(model["modelName"]), str(model["modelVersion"]))
+        return Archive(file.name, str(model["modelName"]), str(model.get("modelVersion") or UNNAMED_VERSION))
     except (ArchiveError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ServerError(f"archive {file} is damaged: {reason}. Make it again with `guard archive`.") from error

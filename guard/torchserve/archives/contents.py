@@ -7,13 +7,15 @@ import logging
 import shutil
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from guard.config import PLACES, SERVING_SETTINGS, load_settings
 from guard.errors import ArchiveError, BundleError
 from guard.files import read_plain
-from guard.storage.bundle import BundleStore
+from guard.storage.bundle import DOCUMENT, BundleStore
+from guard.torchserve.archives.manifest import MANIFEST
 from guard.torchserve.archives.strict_zip import read_member
 
 logger = logging.getLogger(__name__)
@@ -92,6 +94,47 @@ def read_guard_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             ", ".join(sorted(kept)),
         )
     return about, load_settings(folder / SETTINGS)
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What a guarded archive says that it will do.
+
+    Attributes
+    ----------
+    model : str
+        Name of the model in its manifest.
+    false_positive_rate : float
+        By its settings, or else those of the bundle that judges: the active one of the folder that it follows, where
+        that is there, or the one in the archive.
+    """
+
+    model: str
+    false_positive_rate: float
+
+
+def promise_of(archive: Path) -> Promise:
+    """Return what a guarded archive promises.
+
+    Raises
+    ------
+    ArchiveError
+        If it has no guard, or cannot be read.
+    """
+    try:
+        about, settings, manifest = (read_member(archive, name, _MOST_BYTES) for name in (ABOUT, SETTINGS, MANIFEST))
+        if about is None or settings is None or manifest is None:
+            raise ArchiveError(f"{archive.name} has no guard. Put one around it with `guard wrap`.")
+        known = json.loads(about)
+        bundle = BundleStore(Path(known["bundles"] or "")).known_active() if known["bundles"] else None
+        if bundle is not None:
+            document = BundleStore(Path(known["bundles"])).folder_of(bundle).joinpath(DOCUMENT).read_bytes()
+        else:
+            document = read_member(archive, f"{known['embedded']}/{DOCUMENT}", 2**26) or b""
+        rate = {**json.loads(document)["settings"], **tomllib.loads(settings.decode())}["false_positive_rate"]
+        return Promise(json.loads(manifest)["model"]["modelName"], float(rate))
+    except (ValueError, KeyError, TypeError, OSError, RecursionError, BundleError) as error:
+        raise ArchiveError(f"{archive.name} cannot be read ({type(error).__name__}). Make it again.") from error
 
 
 def _lies_inside(name: object) -> bool:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import site
-import sys
-import sysconfig
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +14,7 @@ from guard.resources import resource_path
 from guard.storage.bundle import read_bundle
 from guard.torchserve.archives.archive import make_archive
 from guard.torchserve.archives.contents import write_guard_files
+from guard.torchserve.archives.sources import architecture_files, imported_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +152,9 @@ def _handler_and_files(model: ServedModel, scratch: Path) -> tuple[Path | str, l
     if model.architecture is not None:
         extra += architecture_files(model.architecture)
     if model.handler is not None:
-        return model.handler, extra
+        files = [model.handler] if isinstance(model.handler, Path) else []
+        files += [model.model_file] if model.model_file is not None else []
+        return model.handler, [*extra, *imported_files([*files, *extra])]
     if model.architecture is None or model.input_shape is None:
         raise ArchiveError(
             "the image handler needs an architecture and an input shape. Name a handler of your own, or both."
@@ -165,27 +163,3 @@ def _handler_and_files(model: ServedModel, scratch: Path) -> tuple[Path | str, l
     about = {"architecture": model.architecture, "input_shape": list(model.input_shape), **known}
     (scratch / "image_handler.json").write_text(json.dumps(about, indent=2))
     return resource_path("image_handler.py"), [*extra, scratch / "image_handler.json"]
-
-
-def architecture_files(architecture: str) -> list[Path]:
-    """Return the file or package that defines an architecture; empty if it is installed with the serving Python.
-
-    Raises
-    ------
-    ArchiveError
-        If the module is not found.
-    """
-    top = architecture.partition(":")[0].partition(".")[0]
-    try:
-        spec = importlib.util.find_spec(top)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or spec.origin is None:
-        raise ArchiveError(
-            f"module {top!r} of architecture {architecture!r} is not found. Is its folder on PYTHONPATH?"
-        )
-    source = Path(spec.origin)
-    installed = [*site.getsitepackages(), sysconfig.get_path("stdlib"), sys.prefix]
-    if top == "guard" or any(source.is_relative_to(Path(os.path.realpath(place))) for place in installed):
-        return []
-    return [source.parent if source.name == "__init__.py" else source]

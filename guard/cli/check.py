@@ -1,0 +1,84 @@
+"""`guard check`: does a guarded archive, or the server that runs it, judge clean images as was promised?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from guard.cli.options import Rate
+from guard.cli.output import progress_bar, say
+from guard.errors import ConfigError
+
+
+def check(
+    archive: Annotated[Path, typer.Argument(help="The guarded archive, a .mar file.")],
+    images: Annotated[Path, typer.Option(help="Clean images as clients send them: a folder, or a .npz of pixels.")],
+    url: Annotated[
+        str | None, typer.Option(help="Ask the server that runs it instead: its inference address, on loopback.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Name under which that server serves it; default: the archive's own.")
+    ] = None,
+    key_file: Annotated[
+        Path | None, typer.Option(help="File with that server's keys, key_file.json of its work folder.")
+    ] = None,
+    false_positive_rate: Rate = None,
+) -> None:
+    """Send clean images through a guarded archive, and compare with what was promised.
+
+    The archive is loaded in another process, as a server would load it; every image is sent alone and in batches, and
+    the verdicts must agree. Status 1 says that more images are flagged than the rate explains, or how it fails. With
+    --url the images go to a running server instead.
+    """
+    from guard.cli.bodies import find_bodies
+    from guard.torchserve.archives.contents import promise_of
+    from guard.torchserve.check import check_archive, check_server, chosen_rows
+
+    promise = promise_of(archive)
+    rate = promise.false_positive_rate if false_positive_rate is None else false_positive_rate
+    found = find_bodies(images)
+    bodies = [found.read(row) for row in chosen_rows(len(found.names))]
+    if url is None:
+        if model is not None or key_file is not None:
+            raise ConfigError("--model and --key-file go with --url. Leave them out, or name the server.")
+        with progress_bar("loading the archive in another process", share_known=False):
+            report = check_archive(archive, bodies, rate)
+    else:
+        with progress_bar("asking the server", share_known=False):
+            report = check_server(url, model or promise.model, bodies, rate, token=_prediction_key(key_file))
+    say(report.line())
+    say(f"judged by bundle {report.bundle}")
+
+
+def check_written(archive: Path, images: Path | None, rate: float) -> str:
+    """Load an archive that was just written, send clean images through it if there are any, and say what was found.
+
+    Raises
+    ------
+    ArchiveError
+        If it does not start, or does not judge as was promised.
+    """
+    from guard.cli.bodies import find_bodies
+    from guard.torchserve.check import check_archive, check_start, chosen_rows
+
+    with progress_bar("loading the archive in another process", share_known=False):
+        if images is None:
+            check_start(archive)
+            return "it starts; no image was sent through it: `guard check` does, with --images"
+        found = find_bodies(images)
+        return check_archive(archive, [found.read(row) for row in chosen_rows(len(found.names))], rate).line()
+
+
+def _prediction_key(key_file: Path | None) -> str | None:
+    if key_file is None:
+        return None
+    try:
+        key: str = json.loads(key_file.read_text(encoding="utf-8"))["inference"]["key"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--key-file {key_file} holds no inference key ({type(error).__name__}). Name TorchServe's key_file.json."
+        ) from error
+    return key
