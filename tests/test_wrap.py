@@ -211,7 +211,7 @@ def test_wrap_takes_folders_by_class_name_and_other_bodies(
             (folder / f"{row}.b64").write_text(base64.b64encode(png(images[row])).decode())
         else:
             (folder / f"{row}.png").write_bytes(png(images[row]))
-    command = ("wrap", archive, "--images", tmp_path / "clean", *FIT)
+    command = ("wrap", archive, "--images", tmp_path / "clean", *FIT, "--no-check")
     status, _, err = guard_command(capfd, *command)
     assert status == 0, err
     fitted, fitted_labels, _ = quick_fit[0]

@@ -126,15 +126,13 @@ def wrap(
         guard = replace(guard, preprocessing=f"handler {opened.handler}")
         follows = bundles if not dry_run else None
         bundle = guard.save(follows or Path(scratch) / "bundles")
-        written = Path(scratch) / target.name if dry_run else target.with_name(f".{target.name}.unchecked")
-        try:
-            write_guarded(opened, bundle, written, bundles=bundles, settings=chosen, examples=examples, force=True)
+        with tempfile.TemporaryDirectory(prefix=".unchecked-", dir=None if dry_run else target.parent) as unchecked:
+            written = Path(unchecked) / target.name
+            write_guarded(opened, bundle, written, bundles=bundles, settings=chosen, examples=examples)
             checked = _checked(written, replace(guard, digest=bundle.name), found) if check else None
             changes = _changes(opened, written, target)
             if not dry_run:
                 put_in_place(written, target)
-        finally:
-            written.unlink(missing_ok=True)
         if follows is not None:
             BundleStore(follows).activate(bundle.name)
         if dry_run:
