@@ -23,6 +23,7 @@ from guard.cli.options import (
     Preprocess,
     Rate,
     Settings,
+    StateKey,
     Weights,
 )
 from guard.cli.output import plain_table, print_table, print_warning, progress_bar, say, tell
@@ -43,6 +44,7 @@ def assess(
     weights: Weights,
     images: LabelledImages,
     architecture: Architecture = None,
+    state_key: StateKey = None,
     preprocess: Preprocess = None,
     handler: Handler = None,
     model_file: ModelFile = None,
@@ -79,7 +81,15 @@ def assess(
     check_names(names)
     _check_folder(output)
     model = open_model(
-        weights, architecture, preprocess, handler, model_file, extra_file, device, config.model_attribute
+        weights,
+        architecture,
+        preprocess,
+        handler,
+        model_file,
+        extra_file,
+        device,
+        config.model_attribute,
+        state_key=state_key,
     )
     with model as (suspect, convert), progress_bar("reading images") as report:
         found = find_images(images, class_names=class_list(class_names))

@@ -34,6 +34,7 @@ def open_model(
     model_attribute: str,
     split: str | None = None,
     depths: list[str] | None = None,
+    state_key: str | None = None,
 ) -> Iterator[tuple[SuspectModel, Convert]]:
     """Load the suspect model, and yield it with what turns images into its inputs; the user's prints go to stderr."""
     from guard.cli.images import preprocessing
@@ -46,12 +47,19 @@ def open_model(
         raise ConfigError("--preprocess does not go with --handler: the handler preprocesses. Leave one out.")
     if handler is None and (model_file is not None or extra_file):
         raise ConfigError("--model-file and --extra-file go with --handler only. Leave them out, or name the handler.")
+    if handler is not None and state_key is not None:
+        raise ConfigError("--state-key does not go with --handler: the handler loads the weights. Leave one out.")
     gpu = gpu_number(device)
     with contextlib.redirect_stdout(sys.stderr):
         if handler is None:
             assert architecture is not None
             convert = preprocessing(preprocess)
-            yield SuspectModel.load(weights, architecture, split=split, depths=depths or None, device=device), convert
+            yield (
+                SuspectModel.load(
+                    weights, architecture, state_key=state_key, split=split, depths=depths or None, device=device
+                ),
+                convert,
+            )
             return
         with open_user_handler(
             handler_argument(handler),

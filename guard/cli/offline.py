@@ -27,6 +27,7 @@ from guard.cli.options import (
     Seed,
     Settings,
     Split,
+    StateKey,
     Weights,
 )
 from guard.cli.output import (
@@ -52,6 +53,7 @@ def fit(
     weights: Weights,
     images: LabelledImages,
     architecture: Architecture = None,
+    state_key: StateKey = None,
     preprocess: Preprocess = None,
     handler: Handler = None,
     model_file: ModelFile = None,
@@ -102,7 +104,7 @@ def fit(
         raise ConfigError("--backup-detects needs a backup. Name one with --backup.")
     attribute = config.model_attribute
     model = open_model(
-        weights, architecture, preprocess, handler, model_file, extra_file, device, attribute, split, depth
+        weights, architecture, preprocess, handler, model_file, extra_file, device, attribute, split, depth, state_key
     )
     with model as (suspect, convert), progress_bar("reading images") as report:
         found = find_images(images, as_bytes=handler is not None, class_names=class_list(class_names))
@@ -159,6 +161,7 @@ def inspect(
     images: Annotated[Path, typer.Argument(help="A .npz, an image, or a folder of images.")],
     weights: Weights,
     architecture: Architecture = None,
+    state_key: StateKey = None,
     preprocess: Preprocess = None,
     handler: Handler = None,
     model_file: ModelFile = None,
@@ -189,7 +192,9 @@ def inspect(
     attribute = load_config(settings).model_attribute
     store = BundleStore(bundles)
     bundle = store.resolve(digest) if digest else store.active_path()
-    model = open_model(weights, architecture, preprocess, handler, model_file, extra_file, device, attribute)
+    model = open_model(
+        weights, architecture, preprocess, handler, model_file, extra_file, device, attribute, state_key=state_key
+    )
     with model as (suspect, convert), progress_bar("reading images") as report:
         guard = Guard.load(bundle, suspect)
         guard = guard.with_config(**{name: value for name, value in chosen.items() if name in SERVING_SETTINGS})

@@ -7,7 +7,13 @@ from typing import Annotated
 
 import typer
 
-Weights = Annotated[Path, typer.Option(help="Weights of the suspect model: safetensors, or a state dict.")]
+Weights = Annotated[
+    Path, typer.Option(help="Weights of the suspect model: safetensors, a state dict, or a trainer's checkpoint.")
+]
+StateKey = Annotated[
+    str | None,
+    typer.Option(help="Where in the weights file the weights lie, if several sets fit, such as state_dict.ema."),
+]
 Architecture = Annotated[str | None, typer.Option(help="Function that builds the network, as package.module:factory.")]
 Handler = Annotated[
     str | None,

@@ -20,6 +20,7 @@ from guard.cli.options import (
     ModelFile,
     Preprocess,
     Settings,
+    StateKey,
     Weights,
 )
 from guard.cli.output import print_warning, progress_bar, say
@@ -49,6 +50,7 @@ def purify(
     weights: Weights,
     images: LabelledImages,
     architecture: Architecture = None,
+    state_key: StateKey = None,
     preprocess: Preprocess = None,
     handler: Handler = None,
     model_file: ModelFile = None,
@@ -105,7 +107,15 @@ def purify(
         raise ConfigError(f"--seed must be >= 0, got {seed}.")
     _check_folder(output)
     model = open_model(
-        weights, architecture, preprocess, handler, model_file, extra_file, device, config.model_attribute
+        weights,
+        architecture,
+        preprocess,
+        handler,
+        model_file,
+        extra_file,
+        device,
+        config.model_attribute,
+        state_key=state_key,
     )
     with model as (suspect, convert), progress_bar("reading images") as report:
         found = find_images(images, as_bytes=handler is not None, class_names=class_list(class_names))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from guard.cli.options import Architecture, Bundles, Device, MetricsPort, QueueUrl
+from guard.cli.options import Architecture, Bundles, Device, MetricsPort, QueueUrl, StateKey
 from guard.cli.output import plain_table, print_table, print_warning, progress_bar, say, tell, write
 from guard.errors import ConfigError, DataError
 
@@ -46,6 +46,7 @@ def review(
         Path | None, typer.Option(help="Weights of the suspect model, for maps of where it looks.")
     ] = None,
     architecture: Architecture = None,
+    state_key: StateKey = None,
     device: Device = "cpu",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 = any free one.")] = 8090,
@@ -100,6 +101,7 @@ def review(
             device,
             ReviewSettings(allowed_hosts=names),
             metrics=_metrics_source(metrics_url or [], prometheus),
+            state_key=state_key,
         )
         if not workspace.reviewers.names():
             tell("there is no reviewer yet: guard review --queue ... add-user NAME --role admin")
@@ -263,6 +265,7 @@ def open_workspace(
     device: str = "cpu",
     settings: Any = None,
     metrics: MetricsSource | None = None,
+    state_key: str | None = None,
 ) -> Workspace:
     """Return what the page works with, from what the command line names."""
     from guard.relabel.reviewers import Reviewers
@@ -285,7 +288,7 @@ def open_workspace(
     if weights is not None and architecture is not None:
         from guard.suspect.model import SuspectModel
 
-        occlusion = Occlusion(SuspectModel.load(weights, architecture, device=device))
+        occlusion = Occlusion(SuspectModel.load(weights, architecture, state_key=state_key, device=device))
     return Workspace(
         queue,
         Reviewers(queue),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from guard.errors import DataError, SuspectModelError
+from guard.suspect.checkpoints import load_weights
 from guard.suspect.recording import OnForward, Turn, device_of, record
 from guard.suspect.split_points import OUTPUT_SUFFIX, SplitPoints, find_split_points, model_input, module_named
-from guard.suspect.weights import load_state_dict, weights_digest
+from guard.suspect.weights import check_weights_file, weights_digest
 from guard.types import Activations, Float32Array
 
 
@@ -73,6 +74,7 @@ class SuspectModel:
         path: str | Path,
         architecture: str,
         *,
+        state_key: str | None = None,
         split: str | None = None,
         depths: Sequence[str] | None = None,
         device: str | torch.device | None = None,
@@ -82,9 +84,11 @@ class SuspectModel:
         Parameters
         ----------
         path : str or Path
-            safetensors, or a state dict saved by `torch.save`. Nothing of the file is executed.
+            safetensors, or a state dict or checkpoint saved by `torch.save`. Nothing of the file is executed.
         architecture : str
             `"package.module:factory"`; `factory()` returns the module without weights.
+        state_key : str, optional
+            Where in the file the weights lie, where several sets fit; see `guard.suspect.checkpoints.load_weights`.
         split, depths, device
             As for the class.
 
@@ -97,13 +101,12 @@ class SuspectModel:
         UnsafeWeightsError
             If loading the file could run code.
         SuspectModelError
-            If the architecture cannot be built, or the weights do not fit it.
+            If the architecture cannot be built, or no set of weights fits it, or several do.
         """
-        state = load_state_dict(path)
+        check_weights_file(path)
         module = build_architecture(architecture)
         _check_watchable(module)
-        _check_fit(module, state, f"weights file {path} does not fit {architecture}")
-        module.load_state_dict(state)
+        load_weights(module, path, state_key=state_key, architecture=architecture)
         return cls(module, split=split, depths=depths, device=device)
 
     @property
@@ -292,26 +295,6 @@ def _check_watchable(module: nn.Module) -> None:
         else:
             continue
         raise SuspectModelError(f"the suspect model is {kind}, and hooks on its layers do not work there. {instead}")
-
-
-def _check_fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    expected = module.state_dict()
-    # BatchNorm fills in its own counter, which old state dicts lack.
-    missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in state if name not in expected]
-    shapes = [
-        f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
-        for name, tensor in state.items()
-        if name in expected and tensor.shape != getattr(expected[name], "shape", tensor.shape)
-    ]
-    faults = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
-    lines = [
-        f"{len(names)} {fault} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for fault, names in faults
-        if names
-    ]
-    if lines:
-        raise SuspectModelError(f"{source}: {'; '.join(lines)}. Is it the same architecture and number of classes?")
 
 
 def _check_images(images: Tensor | Float32Array) -> None:

@@ -86,8 +86,9 @@ def check_weights_file(path: str | Path) -> None:
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Load a state dict onto the CPU from a safetensors file or from what `torch.save(model.state_dict(), ...)` wrote.
 
-    A state dict nested under `"state_dict"`, `"model_state_dict"` or `"model"` is taken out, and a prefix `"module."`
-    or `"_orig_mod."` that every key carries is removed.
+    For use without the architecture; with it, `guard.suspect.checkpoints.load_weights` finds more. A state dict nested
+    under `"state_dict"`, `"model_state_dict"` or `"model"` is taken out, and a prefix `"module."` or `"_orig_mod."`
+    that every key carries is removed.
 
     Parameters
     ----------
@@ -106,7 +107,37 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     SuspectModelError
         If it is missing, empty or truncated, or an entry is no dense tensor.
     """
-    return _plain_state_dict(_read(Path(path), map_only=False), str(path))
+    return _plain_state_dict(read_weights(path), str(path))
+
+
+def read_weights(path: str | Path) -> Any:
+    """Return all that a weights file holds: tensors on the CPU, numbers, text, and dictionaries and lists of these.
+
+    Raises
+    ------
+    UnsafeWeightsError, SuspectModelError
+        As `check_weights_file`.
+    """
+    return _read(Path(path), map_only=False)
+
+
+def check_dense(path: str, name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that is sparse, or larger than the bytes that are there.
+
+    Raises
+    ------
+    SuspectModelError
+    """
+    if tensor.layout is not torch.strided:
+        raise SuspectModelError(
+            f"weights file {path}: entry {name[:80]!r} must be a dense tensor, got {tensor.layout}. "
+            "Save model.state_dict() of dense weights."
+        )
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise SuspectModelError(
+            f"weights file {path}: entry {name[:80]!r} has shape {tuple(tensor.shape)}, more than the "
+            f"{tensor.untyped_storage().nbytes()} bytes that are there. Save contiguous tensors."
+        )
 
 
 def weights_digest(weights: nn.Module | Mapping[str, Tensor]) -> str:
@@ -265,16 +296,12 @@ def _plain_state_dict(content: Any, path: str) -> dict[str, Tensor]:
         )
     state: dict[str, Tensor] = {}
     for name, tensor in content.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise SuspectModelError(
                 f"weights file {path}: entry {str(name)[:80]!r} must be a dense tensor, got {type(tensor).__name__}. "
                 "Save model.state_dict() alone."
             )
-        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-            raise SuspectModelError(
-                f"weights file {path}: entry {name[:80]!r} has shape {tuple(tensor.shape)}, more than the "
-                f"{tensor.untyped_storage().nbytes()} bytes that are there. Save contiguous tensors."
-            )
+        check_dense(path, name, tensor)
         state[name] = tensor.detach()
     for prefix in WRAPPER_PREFIXES:
         if all(name.startswith(prefix) for name in state):
