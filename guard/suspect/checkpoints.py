@@ -182,8 +182,8 @@ def _mappings(content: Any, keys: tuple[str, ...], seen: set[int]) -> Iterator[t
 def _candidates(expected: _Architecture, keys: tuple[str, ...], mapping: dict[str, Any]) -> list[_Candidate]:
     """Return those that fit of the parts of one mapping, under the least renaming; the nearest one if none does."""
     tried: list[_Candidate] = []
-    same: tuple[_Rename, ...] = (str, _without(_WRAPPERS), _without(_ATTRIBUTES))
-    for rename_wanted, rename_found in [*zip(same, same, strict=True), (expected.without_shared_prefix, str)]:
+    same: list[_Rename] = [str, _without(_WRAPPERS), _without(_ATTRIBUTES)]
+    for rename_wanted, rename_found in zip([*same, expected.without_shared_prefix], [*same, same[0]], strict=True):
         wanted = {rename_wanted(name): name for name in expected.state}
         found = {rename_found(name): value for name, value in mapping.items()}
         if len(wanted) < len(expected.state) or len(found) < len(mapping):
