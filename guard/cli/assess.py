@@ -18,6 +18,7 @@ from guard.cli.options import (
     ExtraFile,
     Handler,
     LabelledImages,
+    Logits,
     Mode,
     ModelFile,
     Preprocess,
@@ -45,6 +46,7 @@ def assess(
     images: LabelledImages,
     architecture: Architecture = None,
     state_key: StateKey = None,
+    logits: Logits = None,
     preprocess: Preprocess = None,
     handler: Handler = None,
     model_file: ModelFile = None,
@@ -90,13 +92,15 @@ def assess(
         device,
         config.model_attribute,
         state_key=state_key,
+        logits=logits,
     )
     with model as (suspect, convert), progress_bar("reading images") as report:
         found = find_images(images, class_names=class_list(class_names))
         if found.labels is None:
             raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
         pixels, prepare = read_pixels(images, found, convert, handler, report)
-        try_once(suspect, prepare(pixels[:2]))
+        few = slice(None, None, max(1, len(pixels) // 100))
+        try_once(suspect, prepare(pixels[few]), found.labels[few])
         result = assess_model(
             suspect,
             pixels,

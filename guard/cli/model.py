@@ -35,6 +35,7 @@ def open_model(
     split: str | None = None,
     depths: list[str] | None = None,
     state_key: str | None = None,
+    logits: str | None = None,
 ) -> Iterator[tuple[SuspectModel, Convert]]:
     """Load the suspect model, and yield it with what turns images into its inputs; the user's prints go to stderr."""
     from guard.cli.images import preprocessing
@@ -56,7 +57,13 @@ def open_model(
             convert = preprocessing(preprocess)
             yield (
                 SuspectModel.load(
-                    weights, architecture, state_key=state_key, split=split, depths=depths or None, device=device
+                    weights,
+                    architecture,
+                    state_key=state_key,
+                    split=split,
+                    depths=depths or None,
+                    output=logits,
+                    device=device,
                 ),
                 convert,
             )
@@ -69,7 +76,8 @@ def open_model(
             model_attribute=model_attribute,
             gpu=gpu,
         ) as user:
-            yield SuspectModel(user.module, split=split, depths=depths or None, device=device), user.model_inputs
+            suspect = SuspectModel(user.module, split=split, depths=depths or None, output=logits, device=device)
+            yield suspect, user.model_inputs
 
 
 def gpu_number(device: str) -> int | None:
@@ -98,10 +106,10 @@ def class_list(text: str | None) -> list[str] | None:
     return [name.strip() for name in text.split(",")]
 
 
-def try_once(suspect: SuspectModel, inputs: Any) -> None:
-    """Run the network on two images first, so that what does not fit is said in the user's words."""
+def try_once(suspect: SuspectModel, inputs: Any, labels: Any = None) -> None:
+    """Locate the network's layers and logits first, so that what does not fit is said in the user's words."""
     try:
-        suspect.activations(inputs[:2])
+        suspect.locate(inputs, labels)
     except GuardError:
         raise
     except Exception as error:

@@ -10,6 +10,7 @@ import typer
 
 from guard.cli.model import class_list, open_model, read_pixels, tell_passed_over, try_once
 from guard.cli.options import (
+    LOGITS_HELP,
     ActionName,
     Architecture,
     Bundles,
@@ -67,6 +68,7 @@ def fit(
     image_noise_std: ImageNoise = None,
     split: Split = None,
     depth: Depths = None,
+    logits: Annotated[str | None, typer.Option("--output", "--logits", help=LOGITS_HELP)] = None,
     backup: Annotated[
         str,
         typer.Option(help="Second opinion: defective, anp, norm-pruning, auto (the best of these), or none."),
@@ -104,14 +106,25 @@ def fit(
         raise ConfigError("--backup-detects needs a backup. Name one with --backup.")
     attribute = config.model_attribute
     model = open_model(
-        weights, architecture, preprocess, handler, model_file, extra_file, device, attribute, split, depth, state_key
+        weights,
+        architecture,
+        preprocess,
+        handler,
+        model_file,
+        extra_file,
+        device,
+        attribute,
+        split,
+        depth,
+        state_key,
+        logits,
     )
     with model as (suspect, convert), progress_bar("reading images") as report:
         found = find_images(images, as_bytes=handler is not None, class_names=class_list(class_names))
         if found.labels is None:
             raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
         inputs = read_all(found, convert, report)
-        try_once(suspect, inputs)
+        try_once(suspect, inputs, found.labels)
         guard = Guard.fit(suspect, inputs, found.labels, config, class_names=found.class_names, progress=report)
         guard = replace(guard, preprocessing=f"handler {handler}" if handler is not None else preprocess)
         if backup != _NO_BACKUP:

@@ -44,6 +44,8 @@ Depths = Annotated[
     list[str] | None,
     typer.Option("--depth", metavar="<str>", help="Earlier layer to watch as well; may be repeated, up to 3."),
 ]
+LOGITS_HELP = "Where the logits are in what the network returns, such as 1 or out.logits; found by itself if left out."
+Logits = Annotated[str | None, typer.Option("--logits", help=LOGITS_HELP)]
 Rate = Annotated[float | None, typer.Option(help="Share of clean inputs that may be flagged.")]
 
 

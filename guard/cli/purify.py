@@ -17,6 +17,7 @@ from guard.cli.options import (
     ExtraFile,
     Handler,
     LabelledImages,
+    Logits,
     ModelFile,
     Preprocess,
     Settings,
@@ -51,6 +52,7 @@ def purify(
     images: LabelledImages,
     architecture: Architecture = None,
     state_key: StateKey = None,
+    logits: Logits = None,
     preprocess: Preprocess = None,
     handler: Handler = None,
     model_file: ModelFile = None,
@@ -116,13 +118,14 @@ def purify(
         device,
         config.model_attribute,
         state_key=state_key,
+        logits=logits,
     )
     with model as (suspect, convert), progress_bar("reading images") as report:
         found = find_images(images, as_bytes=handler is not None, class_names=class_list(class_names))
         if found.labels is None:
             raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
         inputs = read_all(found, convert, report)
-        try_once(suspect, inputs)
+        try_once(suspect, inputs, found.labels)
         purified = purify_model(
             suspect.module,
             inputs,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from guard.relabel.queue import Queue
     from guard.review.status.history import MetricsSource
     from guard.review.workspace import Workspace
+    from guard.suspect.model import SuspectModel
 
 Name = Annotated[str, typer.Argument(help="Name of the reviewer.")]
 Quorum = Annotated[int | None, typer.Option(help="Reviewers who must agree before 'poisoned' counts.")]
@@ -288,7 +289,9 @@ def open_workspace(
     if weights is not None and architecture is not None:
         from guard.suspect.model import SuspectModel
 
-        occlusion = Occlusion(SuspectModel.load(weights, architecture, state_key=state_key, device=device))
+        suspect = SuspectModel.load(weights, architecture, state_key=state_key, device=device)
+        _use_active_points(suspect, bundles)
+        occlusion = Occlusion(suspect)
     return Workspace(
         queue,
         Reviewers(queue),
@@ -299,6 +302,18 @@ def open_workspace(
         settings or ReviewSettings(),
         metrics,
     )
+
+
+def _use_active_points(suspect: SuspectModel, bundles: Path) -> None:
+    """Read the model's output as the active bundle does, if that was fitted for these weights."""
+    from guard.storage.bundle import BundleStore, read_bundle
+    from guard.suspect.split_points import SplitPoints
+
+    store = BundleStore(bundles)
+    digest = store.active_digest() if bundles.is_dir() else None
+    document = read_bundle(store.folder_of(digest)).document if digest else {}
+    if document.get("split_points") and document["weights_digest"] == suspect.digest:
+        suspect.use_split_points(SplitPoints.from_dict(document["split_points"]))
 
 
 def _metrics_source(urls: list[str], prometheus: str | None) -> MetricsSource | None:

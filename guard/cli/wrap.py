@@ -21,6 +21,7 @@ from guard.cli.options import (
     FailureMode,
     ImageNoise,
     LabelledImages,
+    Logits,
     Mode,
     QueueUrl,
     Rate,
@@ -71,6 +72,7 @@ def wrap(
     image_noise_std: ImageNoise = None,
     split: Split = None,
     depth: Depths = None,
+    logits: Logits = None,
     device: Device = "cpu",
     bundles: Annotated[
         Path | None,
@@ -115,7 +117,7 @@ def wrap(
         ):
             found = _labelled(opened, images, class_list(class_names))
             _try_handler(user, found, config)
-            suspect = SuspectModel(user.module, split=split, depths=depth, device=device)
+            suspect = SuspectModel(user.module, split=split, depths=depth, output=logits, device=device)
             guard, accuracy = _fitted(suspect, user, found, config, report)
             examples = _examples(found)
             batches = told_batches(user, examples, guard.input_shape, config)
@@ -233,6 +235,7 @@ def _fitted(
 
     inputs = read_all(found, user.model_inputs, report, remedy=_AS_SENT)
     try:
+        suspect.locate(inputs, found.labels)
         n_classes = suspect.activations(inputs[:2]).logits.shape[1]
     except GuardError:
         raise

@@ -79,6 +79,8 @@ class Guard(FittedGuard):
         check_rate(config.false_positive_rate, len(images))
         if progress is not None:
             progress("running the suspect model on the clean images", 0.0)
+        if suspect.split_points is None:
+            suspect.locate(images, clean_labels)
         activations = suspect.activations(images)
         noisy = None
         if config.image_noise_std > 0:

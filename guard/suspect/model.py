@@ -6,6 +6,7 @@ the split layer, and pooled features at earlier depths.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 
 from guard.errors import DataError, SuspectModelError
 from guard.suspect.checkpoints import load_weights
+from guard.suspect.outputs import find_output, set_output_place
 from guard.suspect.recording import OnForward, Turn, device_of, record
 from guard.suspect.split_points import OUTPUT_SUFFIX, SplitPoints, find_split_points, model_input, module_named
 from guard.suspect.weights import check_weights_file, weights_digest
-from guard.types import Activations, Float32Array
+from guard.types import Activations, Float32Array, IntArray
 
 
 class SuspectModel:
@@ -30,12 +32,16 @@ class SuspectModel:
     Parameters
     ----------
     module : Module
-        Takes float32 images (n, channels, height, width) and returns logits (n, n_classes): as a tensor, as the first
-        of a tuple or list, or under `logits`. It is put into eval mode.
+        Takes float32 images (n, channels, height, width) and returns logits (n, n_classes): as a tensor, or anywhere
+        in tuples, lists, dictionaries and named fields. One logit per image, (n, 1) or (n,), or its sigmoid, stands
+        for two classes. It is put into eval mode.
     split : str, optional
         Name of a module whose input is the features, or `"name:output"`; found by itself if None.
     depths : sequence of str, optional
         Names of modules whose outputs are the earlier depths; found by themselves if None.
+    output : str, optional
+        Where the logits are in what the module returns: keys, fields and positions joined by dots; found by itself if
+        None.
     device : str or torch.device, optional
         Where to move the module; None leaves it where it is.
 
@@ -56,6 +62,7 @@ class SuspectModel:
         *,
         split: str | None = None,
         depths: Sequence[str] | None = None,
+        output: str | None = None,
         device: str | torch.device | None = None,
     ) -> None:
         _check_watchable(module)
@@ -64,6 +71,7 @@ class SuspectModel:
         self._layers: list[nn.Module] = []  # the split's and the depths' modules, in the order of the points
         self._split = split
         self._depths = None if depths is None else tuple(depths)
+        self._output = output
         self._digest: str | None = None
         self._lock = threading.RLock()
         self._turn = Turn()
@@ -77,6 +85,7 @@ class SuspectModel:
         state_key: str | None = None,
         split: str | None = None,
         depths: Sequence[str] | None = None,
+        output: str | None = None,
         device: str | torch.device | None = None,
     ) -> SuspectModel:
         """Build the architecture from the user's code and fill in the weights of an untrusted file.
@@ -89,7 +98,7 @@ class SuspectModel:
             `"package.module:factory"`; `factory()` returns the module without weights.
         state_key : str, optional
             Where in the file the weights lie, where several sets fit; see `guard.suspect.checkpoints.load_weights`.
-        split, depths, device
+        split, depths, output, device
             As for the class.
 
         Returns
@@ -107,7 +116,7 @@ class SuspectModel:
         module = build_architecture(architecture)
         _check_watchable(module)
         load_weights(module, path, state_key=state_key, architecture=architecture)
-        return cls(module, split=split, depths=depths, device=device)
+        return cls(module, split=split, depths=depths, output=output, device=device)
 
     @property
     def device(self) -> torch.device:
@@ -126,24 +135,30 @@ class SuspectModel:
             self._digest = weights_digest(self.module)
         return self._digest
 
-    def locate(self, images: Tensor | Float32Array) -> SplitPoints:
-        """Find the split points from example images, keep to them, and return them.
+    def locate(self, images: Tensor | Float32Array, labels: IntArray | None = None) -> SplitPoints:
+        """Find the split points and the logits from example images, keep to them, and return them.
 
         Parameters
         ----------
         images : ndarray or Tensor of shape (n, channels, height, width), float32
-            At least one image; only the first two are used.
+            At least one image. Layers are found on the first two, logits in a container on up to 128.
+        labels : ndarray of shape (n,), int, optional
+            True labels, by which the logits are told from other outputs.
 
         Raises
         ------
         DataError
             If they are no such images.
         SuspectModelError
-            If a layer that was named does not exist or does not fit, or no split is found.
+            If a layer that was named does not exist or does not fit, no split is found, or it is not clear which of
+            the outputs are the logits; the message says what to name. Also for multi-label classifiers.
         """
         _check_images(images[:2])
         with self._lock, self._turn.taken_by(self):
+            self.module.eval()
+            output = find_output(self.module, images, labels, self._output)
             points = find_split_points(self.module, images, self._split, self._depths)
+        points = dataclasses.replace(points, output=output)
         self.use_split_points(points)
         return points
 
@@ -158,6 +173,7 @@ class SuspectModel:
         names = (points.split.removesuffix(OUTPUT_SUFFIX), *points.depths)
         self._layers = [module_named(self.module, name) for name in names]
         self._points = points
+        set_output_place(self.module, points.output)
 
     def activations(
         self,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from guard.errors import SuspectModelError
+from guard.suspect.outputs import logits_of, with_logits
 from guard.suspect.split_points import OUTPUT_SUFFIX, SplitPoints, first_tensor, pool_features
 from guard.types import Activations
 
@@ -82,13 +82,13 @@ def record(
         taken, slots.taken = slots.taken, None
         if taken is None:
             return None
-        activations = _activations(points, logits_of(output), taken)
+        activations = _activations(points, logits_of(output, points.output), taken)
         turn.owner, before = slots, turn.owner  # nobody's turn
         try:
             answer = on_forward(activations, args[0] if args else next(iter(kwargs.values()), None))
         finally:
             turn.owner = before
-        return None if answer is None else with_logits(output, answer)
+        return None if answer is None else with_logits(output, answer, points.output)
 
     handles = []
     try:
@@ -122,41 +122,6 @@ def _activations(points: SplitPoints, logits: Tensor, taken: Sequence[Tensor | N
         joined = torch.cat([tensor.to(logits.device) for tensor in tensors], 1).cpu()
         arrays = [part.contiguous().numpy() for part in torch.split(joined, [tensor.shape[1] for tensor in tensors], 1)]
     return Activations(arrays[0], arrays[1], dict(zip(points.depths, arrays[2:], strict=True)))
-
-
-def logits_of(output: Any) -> Tensor:
-    """Return the logits, (n, n_classes), of what a classifier returned: a tensor, a container's first, or `logits`.
-
-    Raises
-    ------
-    SuspectModelError
-        If there are none of that shape.
-    """
-    found = getattr(output, "logits", None)
-    if found is None:
-        found = output.get("logits") if isinstance(output, Mapping) else first_tensor(output)
-    if not isinstance(found, Tensor) or found.ndim != 2:
-        got = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
-        raise SuspectModelError(
-            f"the suspect model must return logits of shape (n, n_classes), got {got}. Wrap it in a module that does."
-        )
-    return found
-
-
-def with_logits(output: Any, logits: Tensor) -> Any:
-    """Return the output with other logits, in the same container."""
-    if isinstance(output, Tensor):
-        return logits
-    if hasattr(output, "_replace"):  # a named tuple
-        return output._replace(**{"logits" if hasattr(output, "logits") else output._fields[0]: logits})
-    if isinstance(output, tuple | list):
-        return type(output)([logits, *output[1:]])
-    changed = copy.copy(output)
-    if isinstance(changed, Mapping):
-        changed["logits"] = logits  # type: ignore[index]
-    else:
-        changed.logits = logits
-    return changed
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -11,11 +11,12 @@ References
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,10 +45,36 @@ class SplitPoints:
         `"name"`: the input of that module is the features. `"name:output"`: its output is.
     depths : tuple of str
         Modules whose outputs are the earlier depths, in the order of execution.
+    output : str
+        Where the logits are in what the model returns, see `guard.suspect.outputs`.
+    channels_last : tuple of str
+        Those of the layers whose maps are in the order (n, height, width, channels).
+    columns : int or None
+        Most features of the split, where it has so many that neighbours are averaged; None: all are kept.
     """
 
     split: str
     depths: tuple[str, ...]
+    output: str = ""
+    channels_last: tuple[str, ...] = ()
+    columns: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what a bundle keeps: JSON values, without fields that have their defaults."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        given = {name: value for name, value in values.items() if value or name in ("split", "depths")}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SplitPoints:
+        """Return the points of a bundle; `KeyError`, `TypeError` or `ValueError` where they are none."""
+        return cls(
+            values["split"],
+            tuple(values["depths"]),
+            str(values.get("output", "")),
+            tuple(values.get("channels_last", ())),
+            int(values["columns"]) if values.get("columns") is not None else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
