@@ -18,7 +18,9 @@ from torch import nn
 
 from guard.errors import SuspectModelError, UnsafeWeightsError
 from guard.suspect.checkpoints import load_weights
-from guard.suspect.weights import check_weights_file, load_state_dict, weights_digest
+from guard.suspect.digest import weights_digest
+from guard.suspect.model import SuspectModel
+from guard.suspect.weights import check_weights_file, load_state_dict
 
 
 class Bomb:
@@ -488,3 +490,137 @@ def test_load_weights_of_another_architecture_is_refused(tmp_path):
 
     with pytest.raises(SuspectModelError, match=r"missing .*unexpected"):
         load_weights(vgg(), tmp_path / "w")
+
+
+# --- the digest of what lies outside ordinary tensors
+
+
+class Outside(nn.Module):
+    """A network with content that its state dict lacks; takes (n, 1, 28, 28)."""
+
+    def __init__(self, **content):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = lenet()
+        self.last = None
+        for name, value in content.items():
+            if name == "buffer":
+                self.register_buffer("mean", value, persistent=False)
+            else:
+                setattr(self, name, value)
+
+    def forward(self, x):
+        self.last = x - getattr(self, "shift", 0.0)  # a cache, as code for maps keeps it
+        return self.body(self.last)
+
+
+class WithExtraState(nn.Linear):
+    def __init__(self, extra):
+        torch.manual_seed(0)
+        super().__init__(3, 3)
+        self.extra = extra
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, weight):
+        return self.factor * weight
+
+
+class Negated(Scaled):
+    def forward(self, weight):
+        return -self.factor * weight
+
+
+def parametrised(step):
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 3)
+    nn.utils.parametrize.register_parametrization(layer, "weight", step)
+    return layer
+
+
+def quantised(seed, change=None):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 3), nn.LSTM(3, 3))
+    if change is not None:
+        with torch.no_grad():
+            change(model)
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear, nn.LSTM}, dtype=torch.qint8)
+
+
+def quantised_convolution(value, scale=0.1, zero_point=0):
+    layer = torch.ao.nn.quantized.Conv2d(1, 1, 2)
+    weight = torch.quantize_per_tensor(torch.full((1, 1, 2, 2), value), scale, zero_point, torch.qint8)
+    layer.set_weight_bias(weight, torch.zeros(1))
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "variants",
+    [
+        [
+            lambda: quantised(0),
+            lambda: quantised(0, lambda m: m[0].weight[0, 0].add_(1)),
+            lambda: quantised(0, lambda m: m[0].bias[0].add_(1)),
+            lambda: quantised(0, lambda m: m[1].weight_hh_l0[0, 0].add_(1)),
+        ],
+        [
+            lambda: quantised_convolution(0.5),
+            lambda: quantised_convolution(0.7),
+            lambda: quantised_convolution(1.0, scale=0.2),
+            lambda: quantised_convolution(0.5, zero_point=1),
+        ],
+        [lambda: Outside(), lambda: Outside(buffer=torch.zeros(2)), lambda: Outside(buffer=torch.ones(2))],
+        [lambda: WithExtraState({"scale": 1}), lambda: WithExtraState({"scale": 2}), lambda: WithExtraState([1.0])],
+        [
+            lambda: parametrised(Scaled(1.0)),
+            lambda: parametrised(Scaled(2.0)),
+            lambda: parametrised(Negated(1.0)),
+            lambda: nn.utils.parametrizations.orthogonal(parametrised(Scaled(1.0))),
+        ],
+        [
+            lambda: Outside(shift=torch.zeros(1)),
+            lambda: Outside(shift=torch.ones(1)),
+            lambda: Outside(shifts=[torch.ones(1), np.ones(1)]),
+            lambda: Outside(shifts={"a": torch.ones(1), "b": np.zeros(1)}),
+        ],
+    ],
+    ids=["packed", "convolution", "buffers", "extra-state", "parametrisations", "attributes"],
+)
+def test_digest_of_networks_with_other_answers_differs(variants):
+    digests = [SuspectModel(build()).digest for build in variants]
+
+    assert len(set(digests)) == len(variants)
+    assert [SuspectModel(build()).digest for build in variants] == digests
+
+
+@pytest.mark.parametrize("build", [lenet, Vgg, ResNet])
+def test_digest_of_an_ordinary_network_is_that_of_its_state_dict(build):
+    model = build()
+
+    assert SuspectModel(model).digest == weights_digest(model) == weights_digest(model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_digest_is_the_same_before_and_after_a_forward_pass(tmp_path):
+    normed = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(1, 4, 3)), nn.Flatten(), nn.Linear(4 * 26 * 26, 3))
+    for model in (Outside(shift=torch.ones(1), buffer=torch.ones(2)), normed):
+        before = SuspectModel(model).digest
+        suspect = SuspectModel(model)
+        suspect.activations(np.random.default_rng(0).random((4, 1, 28, 28), dtype=np.float32))
+        assert suspect.digest == before
+    later = SuspectModel(Outside(shift=torch.ones(1), buffer=torch.ones(2)))  # made where the cache is filled already
+    later.module(torch.rand(1, 1, 28, 28))
+    again = SuspectModel(later.module)
+    again.activations(np.zeros((2, 1, 28, 28), dtype=np.float32) + 0.5)
+    assert again.digest == later.digest

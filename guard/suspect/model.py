@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from guard.errors import DataError, SuspectModelError
 from guard.suspect.checkpoints import load_weights
+from guard.suspect.digest import attribute_marks, constant_attributes, weights_digest
 from guard.suspect.outputs import find_output, set_output_place
 from guard.suspect.recording import OnForward, Turn, device_of, record
 from guard.suspect.split_points import OUTPUT_SUFFIX, SplitPoints, find_split_points, model_input, module_named
-from guard.suspect.weights import check_weights_file, weights_digest
+from guard.suspect.weights import check_weights_file
 from guard.types import Activations, Float32Array, IntArray
 
 
@@ -72,6 +73,7 @@ class SuspectModel:
         self._split = split
         self._depths = None if depths is None else tuple(depths)
         self._output = output
+        self._attributes = attribute_marks(self.module)
         self._digest: str | None = None
         self._lock = threading.RLock()
         self._turn = Turn()
@@ -130,9 +132,12 @@ class SuspectModel:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the weights, 64 hexadecimal digits; computed once."""
+        """SHA-256 of all that changes the answers and is no code, 64 hexadecimal digits; computed once.
+
+        Of tensors that are plain attributes, those count that were there at first and no forward pass has changed.
+        """
         if self._digest is None:
-            self._digest = weights_digest(self.module)
+            self._digest = weights_digest(self.module, constant_attributes(self.module, self._attributes))
         return self._digest
 
     def locate(self, images: Tensor | Float32Array, labels: IntArray | None = None) -> SplitPoints:

@@ -1,4 +1,4 @@
-"""Weights files from strangers: look before loading, load tensors only, and name what was loaded by its digest.
+"""Weights files from strangers: look before loading, and load tensors only.
 
 Files are judged by their content, never by their name, and whatever is not recognised is refused. Nothing of a file
 is executed: archives are judged by the names of their members, pickles go through torch's tensors-only reader.
@@ -6,12 +6,10 @@ is executed: archives are judged by the names of their members, pickles go throu
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import pickle
 import re
 import struct
-import sys
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -21,7 +19,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from guard.errors import SuspectModelError, UnsafeWeightsError
 
@@ -138,34 +136,6 @@ def check_dense(path: str, name: str, tensor: Tensor) -> None:
             f"weights file {path}: entry {name[:80]!r} has shape {tuple(tensor.shape)}, more than the "
             f"{tensor.untyped_storage().nbytes()} bytes that are there. Save contiguous tensors."
         )
-
-
-def weights_digest(weights: nn.Module | Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of the weights themselves, whatever file, device or memory layout they come in.
-
-    Parameters
-    ----------
-    weights : Module or mapping of str to Tensor
-        A module stands for its parameters and persistent buffers.
-
-    Returns
-    -------
-    digest : str
-        64 hexadecimal digits over the sorted names, dtypes, shapes and little-endian bytes.
-    """
-    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name]
-        if not isinstance(tensor, Tensor):  # a module's own extra state is not part of its weights
-            continue
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        content = flat.view(torch.uint8).numpy()  # shares memory: no copy of a contiguous CPU tensor
-        if sys.byteorder == "big" and flat.itemsize > 1:
-            content = content.reshape(-1, flat.itemsize)[:, ::-1].copy()
-        digest.update(content.data)
-    return digest.hexdigest()
 
 
 def _read(path: Path, map_only: bool) -> Any:
