@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from guard.errors import DataError, SuspectModelError
 from guard.suspect.checkpoints import load_weights
+from guard.suspect.contents import MOST_ROWS, LayerContent, layer_contents, sample_rows
 from guard.suspect.digest import attribute_marks, constant_attributes, weights_digest
 from guard.suspect.outputs import find_output, set_output_place
 from guard.suspect.recording import OnForward, Turn, device_of, record
@@ -73,6 +74,7 @@ class SuspectModel:
         self._split = split
         self._depths = None if depths is None else tuple(depths)
         self._output = output
+        self._sample: Activations | None = None  # of the most images so far, for `contents`
         self._attributes = attribute_marks(self.module)
         self._digest: str | None = None
         self._lock = threading.RLock()
@@ -140,6 +142,11 @@ class SuspectModel:
             self._digest = weights_digest(self.module, constant_attributes(self.module, self._attributes))
         return self._digest
 
+    @property
+    def contents(self) -> tuple[LayerContent, ...]:
+        """What split and depths carry, by the largest `activations` so far; empty before the first."""
+        return () if self._sample is None else layer_contents(self._sample)
+
     def locate(self, images: Tensor | Float32Array, labels: IntArray | None = None) -> SplitPoints:
         """Find the split points and the logits from example images, keep to them, and return them.
 
@@ -178,6 +185,7 @@ class SuspectModel:
         names = (points.split.removesuffix(OUTPUT_SUFFIX), *points.depths)
         self._layers = [module_named(self.module, name) for name in names]
         self._points = points
+        self._sample = None
         set_output_place(self.module, points.output)
 
     def activations(
@@ -234,7 +242,10 @@ class SuspectModel:
                         )
                     if progress is not None:
                         progress(start + len(batch))
-        return Activations.concatenate(parts)
+        activations = Activations.concatenate(parts)
+        if self._sample is None or len(self._sample) < min(len(activations), MOST_ROWS):
+            self._sample = sample_rows(activations)
+        return activations
 
     @contextmanager
     def watch(self, on_forward: OnForward) -> Iterator[None]:

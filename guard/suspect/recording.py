@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from guard.errors import SuspectModelError
 from guard.suspect.outputs import logits_of, with_logits
-from guard.suspect.split_points import OUTPUT_SUFFIX, SplitPoints, first_tensor, pool_features
+from guard.suspect.split_points import OUTPUT_SUFFIX, POOL_LIMIT, SplitPoints, first_tensor, pool_features
 from guard.types import Activations
 
 #: Takes the activations and the module's first argument; a tensor that it returns replaces the logits.
@@ -65,6 +66,9 @@ def record(
         Record only while it is this owner's turn.
     """
     slots = _Slots()
+    last = set(points.channels_last)
+    copies = [partial(_copy_features, channels_last=name in last) for name in (points.split, *points.depths)]
+    copies[0] = partial(copies[0], whole=points.columns is None, limit=points.columns or POOL_LIMIT)
 
     def begin(_root: nn.Module, _args: Any) -> None:
         slots.taken = [None] * len(layers) if turn.owner is owner else None
@@ -74,7 +78,7 @@ def record(
             taken = slots.taken
             if taken is not None:
                 tensor = first_tensor(output[0] if output else args)
-                taken[index] = None if tensor is None else _copy_features(tensor.detach(), whole=index == 0)
+                taken[index] = None if tensor is None else copies[index](tensor.detach())
 
         return take
 
@@ -104,9 +108,10 @@ def record(
             handle.remove()
 
 
-def _copy_features(tensor: Tensor, whole: bool) -> Tensor:
-    """Return pooled features that nothing the model does later can change; 2-D ones of the split are kept whole."""
-    pooled = tensor.float() if whole and tensor.ndim == 2 else pool_features(tensor)
+def _copy_features(tensor: Tensor, whole: bool = False, limit: int = POOL_LIMIT, channels_last: bool = False) -> Tensor:
+    """Return pooled features that nothing the model does later can change; 2-D ones are kept `whole` if so wanted."""
+    keep = whole and tensor.ndim == 2
+    pooled = tensor.float() if keep else pool_features(tensor, limit, channels_last=channels_last)
     return pooled.clone() if pooled.data_ptr() == tensor.data_ptr() else pooled
 
 
