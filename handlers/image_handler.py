@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from ts.torch_handler.base_handler import BaseHandler
 
-DEFAULTS = {"mean": 0.0, "std": 1.0, "class_names": None, "scale": 255, "resize": False}
+DEFAULTS = {"mean": 0.0, "std": 1.0, "class_names": None, "scale": 255, "resize": False, "state_key": None}
 REQUIRED = ["architecture", "input_shape"]
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow mode
 READABLE_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"}  # the others have more than 8 bits per channel
@@ -28,15 +28,16 @@ class ImageHandler(BaseHandler):  # type: ignore[misc]  # ts is untyped
 
     Keys: `architecture` ("module:factory"), `input_shape` ([channels, height, width]); optional `mean` and `std` (one
     number, or one per channel), `scale` (pixel values are divided by it first, 255), `class_names`, `resize` (false:
-    an image of another size is refused). A request is PNG or JPEG bytes, their base64 text, or JSON: nested lists of
-    pixel values of the input shape, or {"data": ...} around any of these. What cannot be read gets status 422, alone.
+    an image of another size is refused), `state_key` (where the weights lie in their file). A request is PNG or JPEG
+    bytes, their base64 text, or JSON: nested lists of pixel values of the input shape, or {"data": ...} around any of
+    these. What cannot be read gets status 422, alone.
     """
 
     one_row_per_request = True  # declared to the guard: `preprocess` makes one row of every body, or raises
 
     def initialize(self, context: Any) -> None:
         """Read the settings, build the network, load its weights without running any code of the weights file."""
-        from guard.suspect.weights import load_state_dict
+        from guard.suspect.checkpoints import load_weights
 
         folder = Path(context.system_properties["model_dir"])
         self.settings = {**DEFAULTS, **json.loads((folder / "image_handler.json").read_text())}
@@ -47,7 +48,8 @@ class ImageHandler(BaseHandler):  # type: ignore[misc]  # ts is untyped
         sys.path.insert(0, str(folder))
         module, _, factory = self.settings["architecture"].partition(":")
         self.model = getattr(importlib.import_module(module), factory)()
-        self.model.load_state_dict(load_state_dict(folder / context.manifest["model"]["serializedFile"]))
+        weights = folder / context.manifest["model"]["serializedFile"]
+        load_weights(self.model, weights, state_key=self.settings["state_key"])
         self.model.to(self.device).eval()
         self.shape: tuple[int, int, int] = tuple(self.settings["input_shape"])
         self.scale = np.float32(self.settings["scale"])

@@ -329,3 +329,132 @@ class ConvNeXt(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.stages(self.stem(x)).mean((2, 3)))
+
+
+class SwinBlock(nn.Module):
+    """Maps of the order n, h, w, c throughout."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.mix = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(self.norm(x)).roll((1, 1), (1, 2))
+        return x + self.mlp(x)
+
+
+class Merging(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * width, 2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, h, w, c = x.shape
+        return self.reduction(x.view(n, h // 2, 2, w // 2, 2, c).transpose(2, 3).reshape(n, h // 2, w // 2, 4 * c))
+
+
+class Swin(nn.Module):
+    """Four stages with the channels last: (n, 16, 16, 12) to (n, 2, 2, 96)."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 2, 2)
+        self.norm0 = nn.LayerNorm(width)
+        self.stages = nn.Sequential()
+        for index in range(4):
+            layers = ([Merging(width * 2 ** (index - 1))] if index else []) + [SwinBlock(width * 2**index)] * 1
+            self.stages.append(nn.Sequential(*layers))
+        self.norm = nn.LayerNorm(8 * width)
+        self.head = nn.Linear(8 * width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm0(self.patches(x).permute(0, 2, 3, 1))
+        return self.head(self.norm(self.stages(x)).mean((1, 2)))
+
+
+class ClassAttention(nn.Module):
+    """The class token alone asks: its query is a fully connected layer over one row per image."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, token: Tensor, patches: Tensor) -> Tensor:
+        x = self.norm(torch.cat([token, patches], 1))
+        weights = (self.q(x[:, 0])[:, None] @ self.k(x).transpose(1, 2)).softmax(-1)
+        return token + self.proj(weights @ self.v(x))
+
+
+class Cait(nn.Module):
+    """Blocks over patches, then class attention, as CaiT and XCiT have it."""
+
+    def __init__(self, width: int = 16, n_class_blocks: int = 2) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 8, 8)
+        self.blocks = nn.Sequential(*(EncoderBlock(width) for _ in range(4)))
+        self.class_token = nn.Parameter(torch.randn(1, 1, width))
+        self.class_blocks = nn.ModuleList(ClassAttention(width) for _ in range(n_class_blocks))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.blocks(self.patches(x).flatten(2).transpose(1, 2))
+        token = self.class_token.expand(len(x), -1, -1)
+        for block in self.class_blocks:
+            token = block(token, patches)
+        return self.head(self.norm(torch.cat([token, patches], 1))[:, 0])
+
+
+class Recurrent(nn.Module):
+    """One block three times, and one fully connected layer twice: for the image and for its mirror image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.block = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 10)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for _ in range(3):
+            x = x + F.relu(self.block(x))
+        return x.mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x.flip(-1))) + self.fc(self.features(x))
+
+
+class CosineHead(nn.Module):
+    """Angles to one vector per class; a module of its own kind, or plain code of the network's."""
+
+    def __init__(self, as_module: bool, pooled: bool = True) -> None:
+        super().__init__()
+        self.stages = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(c, d, 3, 2, 1), nn.ReLU()) for c, d in ((3, 8), (8, 16), (16, 24)))
+        )
+        self.pool = nn.AdaptiveAvgPool2d(1) if pooled else nn.Identity()
+        head = nn.Module()
+        head.weight = nn.Parameter(torch.randn(10, 24))
+        if as_module:
+            head.forward = lambda x: F.linear(F.normalize(x), F.normalize(head.weight))  # type: ignore[method-assign]
+        self.head, self.as_module = head, as_module
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.stages(x)).mean((2, 3))
+        return self.head(x) if self.as_module else F.linear(F.normalize(x), F.normalize(self.head.weight))
+
+
+class WideMlp(nn.Module):
+    """So many features that they are averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 48, 3, padding=1)
+        self.fc = nn.Linear(48 * 32 * 32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv(x).flatten(1))

@@ -24,7 +24,7 @@ from guard.lab.assess.assessment import images_needed_to_assess
 from guard.lab.assess.known_triggers import attack_to_plant, why_unfit
 from guard.lab.assess.planting import Images, plant
 from guard.lab.attacks import MnistCnn, TrainingSettings, mnist_cnn, train_classifier
-from guard.suspect.weights import weights_digest
+from guard.suspect.digest import weights_digest
 from guard.types import Float32Array, IntArray
 
 RATE = 0.05

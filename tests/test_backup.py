@@ -14,7 +14,7 @@ from guard.backups.backup import BACKUP_KINDS, Backup
 from guard.backups.defective import DefectiveSettings
 from guard.backups.purified_twin import METHODS
 from guard.errors import BundleError, ConfigError, DataError
-from guard.suspect.weights import weights_digest
+from guard.suspect.digest import weights_digest
 
 SETTINGS = {**QUICK_SETTINGS, "defective": DefectiveSettings(fit=QUICK)}
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from guard import Guard, GuardConfig, SuspectModel
 from guard.errors import SuspectModelError
 from guard.suspect.batch_dependence import batch_dependence
-from guard.suspect.weights import weights_digest
+from guard.suspect.digest import weights_digest
 
 IMAGES = np.random.default_rng(0).normal(size=(40, 1, 8, 8)).astype(np.float32)
 

@@ -25,7 +25,7 @@ from guard.backups.network import backup_cnn
 from guard.errors import DataError, SuspectModelError
 from guard.lab.attacks.networks import NETWORKS
 from guard.lab.attacks.networks import ResNet as WideResNet
-from guard.suspect.weights import weights_digest
+from guard.suspect.digest import weights_digest
 
 GREY = (1, 8, 8)
 

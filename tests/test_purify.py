@@ -19,8 +19,8 @@ from guard.backups.pruning import FinePruningSettings, NormPruningSettings
 from guard.backups.purified_twin import METHODS, Probe, purify
 from guard.backups.units import find_unit_layers, silence
 from guard.errors import ConfigError, DataError, SuspectModelError
+from guard.suspect.digest import weights_digest
 from guard.suspect.model import SuspectModel
-from guard.suspect.weights import weights_digest
 
 N_CLASSES = 3
 QUICK = FitSettings(epochs=2, patience=2)

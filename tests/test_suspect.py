@@ -10,8 +10,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from guard.backups.backup_training import accuracy_of, copy_network
+from guard.config import GuardConfig
+from guard.detection.pipeline import Guard
 from guard.errors import DataError, SuspectModelError, UnsafeWeightsError
 from guard.suspect.model import SuspectModel
+from guard.suspect.outputs import logits_of
 from guard.suspect.split_points import SplitPoints
 
 
@@ -259,7 +263,7 @@ def test_watch_replaces_logits_in_every_kind_of_output(wrap, unwrap):
     np.testing.assert_array_equal(seen[0][1], data)
 
 
-@pytest.mark.parametrize("wrap", [lambda y: None, lambda y: {"scores": y}, lambda y: y.argmax(1), lambda y: "cat"])
+@pytest.mark.parametrize("wrap", [lambda y: None, lambda y: {"scores": y[0]}, lambda y: y.argmax(1), lambda y: "cat"])
 def test_activations_of_model_without_logits_are_refused(wrap):
     with pytest.raises(SuspectModelError, match=r"must return logits of shape \(n, n_classes\)"):
         SuspectModel(Wrapped(wrap)).activations(images())
@@ -481,3 +485,162 @@ def test_activations_on_cuda_equal_those_on_the_cpu(suspect):
     on_gpu = SuspectModel(suspect.module, device="cuda")
 
     assert_equal(on_gpu.activations(images()), wanted, atol=1e-3)
+
+
+# --- what the network returns
+
+
+class Returning(nn.Module):
+    """Class k of ten is the brightest of ten rows; `wrap` makes what it returns of hidden numbers and logits."""
+
+    def __init__(self, wrap, n_classes=10):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 1)
+        self.hidden = nn.Linear(28 * 28, 12)
+        self.fc = nn.Linear(28 * 28, n_classes)
+        self.wrap = wrap
+        with torch.no_grad():
+            self.conv.weight.fill_(1.0)
+            self.conv.bias.zero_()
+            self.fc.bias.zero_()
+            self.fc.weight.zero_()
+            for k in range(n_classes):
+                self.fc.weight.view(n_classes, 28, 28)[k, k] = 1.0
+
+    def forward(self, x):
+        flat = self.conv(x).flatten(1)
+        return self.wrap(self.hidden(flat), self.fc(flat))
+
+
+def labelled(n=60, n_classes=10):
+    labels = np.arange(n) % n_classes
+    data = 0.1 * images(n=n)
+    data[np.arange(n), 0, labels] += 1.0
+    return data, labels
+
+
+Named = namedtuple("Named", ["embedding", "scores"])
+
+
+@pytest.mark.parametrize(
+    ("wrap", "place"),
+    [
+        (lambda h, y: y, ""),
+        (lambda h, y: (y, h), ""),
+        (lambda h, y: (h, y), "1"),
+        (lambda h, y: [h, y, h], "1"),
+        (lambda h, y: {"features": h, "out": y}, "out"),
+        (lambda h, y: {"heads": {"class": y, "box": h[:, :4]}, "loss": h.sum()}, "heads.class"),
+        (lambda h, y: {"hidden": h, "logits": y}, ""),
+        (lambda h, y: Named(h, y), "scores"),
+        (lambda h, y: SimpleNamespace(embedding=h, scores=y), "scores"),
+        (lambda h, y: (h, [h, (h, y)]), "1.1.1"),
+        (lambda h, y: (y.softmax(1), y), ""),  # the usual place, and the same answers
+        (lambda h, y: {"probabilities": y.softmax(1), "raw": y}, "raw"),
+        (lambda h, y: (h, y.flip(1), y), "2"),
+        (lambda h, y: (h[:, :10], y, h), "1"),
+    ],
+)
+def test_locate_finds_the_logits_in_any_container(wrap, place):
+    torch.manual_seed(0)
+    suspect = SuspectModel(Returning(wrap))
+    data, labels = labelled()
+
+    points = suspect.locate(data, labels)
+    got = suspect.activations(data)
+
+    assert points.output == place
+    assert (got.predicted_labels == labels).mean() > 0.9 or "softmax" in str(place)
+    other = SuspectModel(suspect.module)
+    other.use_split_points(SplitPoints.from_dict(points.as_dict()))
+    np.testing.assert_array_equal(other.activations(data).logits, got.logits)
+    with suspect.watch(lambda *_: torch.full((60, 10), 7.0)), torch.no_grad():
+        changed = suspect.module(torch.from_numpy(data))
+    assert torch.equal(logits_of(changed, place), torch.full((60, 10), 7.0))
+
+
+def test_locate_of_two_heads_with_other_answers_asks_and_takes_the_one_named():
+    torch.manual_seed(0)
+
+    def wrap(h, y):
+        return {"a": y, "b": y + 0.9 * y.roll(1, 1) * (torch.arange(len(y)) % 20 == 0)[:, None]}
+
+    data, labels = labelled()
+    with pytest.raises(SuspectModelError, match=r"'a' \(10 numbers\), 100 % right, 'b' .*--output"):
+        SuspectModel(Returning(lambda h, y: {"a": y, "b": torch.cat([y[:1].roll(1, 1), y[1:]])})).locate(data, labels)
+    with pytest.raises(SuspectModelError, match="several tensors"):
+        SuspectModel(Returning(wrap)).locate(data)
+    for name in ("a", "b"):
+        assert SuspectModel(Returning(wrap), output=name).locate(data).output == name
+    with pytest.raises(SuspectModelError, match=r"no 'c' .*'a' \(10 numbers\)"):
+        SuspectModel(Returning(wrap), output="c").locate(data)
+
+
+def test_locate_of_outputs_narrower_than_the_labels_is_refused():
+    data, labels = labelled()
+
+    with pytest.raises(SuspectModelError, match="10 or more classes"):
+        SuspectModel(Returning(lambda h, y: {"a": y[:, :4], "b": h[:, :3]})).locate(data, labels)
+
+
+@pytest.mark.parametrize("shape", [lambda z: z, lambda z: z[:, 0], lambda z: (torch.zeros(len(z), 7), z)])
+@pytest.mark.parametrize("squash", [lambda z: z, torch.sigmoid])
+def test_one_logit_is_guarded_as_two_classes(shape, squash):
+    torch.manual_seed(0)
+    suspect = SuspectModel(Returning(lambda h, y: shape(squash(y[:, 1:] - y[:, :1])), n_classes=2))
+    data, labels = labelled(n_classes=2)
+    x = torch.from_numpy(data)
+
+    points = suspect.locate(data, labels)
+    got = suspect.activations(data)
+
+    assert got.logits.shape == (60, 2)
+    assert (got.predicted_labels == labels).all()
+    assert points.output.endswith(":one-logit" if squash(torch.tensor(3.0)) == 3 else ":one-probability")
+    plain = suspect.module(x)
+    flipped = torch.from_numpy(got.logits.copy())
+    flipped[3] = flipped[3].flip(0)
+    with suspect.watch(lambda *_: flipped), torch.no_grad():
+        changed = suspect.module(x)
+    before, after = (out[1] if isinstance(out, tuple) else out for out in (plain, changed))
+    assert before.shape == after.shape
+    assert [row for row in range(60) if not torch.equal(before[row], after[row])] == [3]
+    np.testing.assert_allclose(logits_of(changed, points.output)[3], flipped[3] - flipped[3, 0], atol=1e-4)
+
+
+def test_multi_label_classifiers_are_refused_by_name():
+    data, labels = labelled()
+    several = Returning(lambda h, y: (y / 14).sigmoid())
+    configured = Returning(lambda h, y: y)
+    configured.config = SimpleNamespace(problem_type="multi_label_classification")
+
+    for module, given in ((several, labels), (several, None), (configured, labels)):
+        with pytest.raises(SuspectModelError, match="multi-label"):
+            SuspectModel(module).locate(data, given)
+    with pytest.raises(SuspectModelError, match=r"multi-label .* labels have shape \(60, 10\)"):
+        SuspectModel(Returning(lambda h, y: y)).locate(data, np.eye(10)[labels])
+    single = SuspectModel(Returning(lambda h, y: (8 * (y - 14)).sigmoid()))
+    assert single.locate(data, labels).output == ""  # one sigmoid per class, and one class per image
+
+
+def test_copies_of_a_network_know_where_their_logits_are():
+    torch.manual_seed(0)
+    suspect = SuspectModel(Returning(lambda h, y: (h, y)))
+    data, labels = labelled()
+    suspect.locate(data, labels)
+
+    assert accuracy_of(copy_network(suspect.module), data, labels) > 0.9
+
+
+def test_guard_of_a_network_that_returns_features_first_keeps_its_place(tmp_path):
+    torch.manual_seed(0)
+    data, labels = labelled(n=100)
+    suspect = SuspectModel(Returning(lambda h, y: (h, y)))
+    config = GuardConfig(false_positive_rate=0.1, folds=2)
+
+    guard = Guard.fit(suspect, data, labels, config)
+    loaded = Guard.load(guard.save(tmp_path), SuspectModel(suspect.module))
+
+    assert guard.reference.logits.shape == (100, 10)
+    assert loaded.split_points.output == "1"
+    assert [v.label for v in loaded.inspect(data)] == labels.tolist()

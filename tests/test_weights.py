@@ -12,11 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from architectures import Vgg, lenet
-from safetensors.torch import save_file
+from architectures import ResNet, Vgg, lenet
+from safetensors.torch import save_file, save_model
+from torch import nn
 
 from guard.errors import SuspectModelError, UnsafeWeightsError
-from guard.suspect.weights import check_weights_file, load_state_dict, weights_digest
+from guard.suspect.checkpoints import load_weights
+from guard.suspect.digest import weights_digest
+from guard.suspect.model import SuspectModel
+from guard.suspect.weights import check_weights_file, load_state_dict
 
 
 class Bomb:
@@ -286,3 +290,337 @@ def test_safetensors_of_unusual_types_load_or_are_refused_in_words(tmp_path, kin
     for read in (check_weights_file, load_state_dict):
         with contextlib.suppress(SuspectModelError, UnsafeWeightsError):
             read(tmp_path / "w.safetensors")
+
+
+# --- checkpoints as trainers write them
+
+
+def vgg(seed=0):
+    torch.manual_seed(seed)
+    return Vgg().eval()
+
+
+def under(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def within(state, part, wrapper):
+    return {name.replace(part, f"{part}{wrapper}."): tensor for name, tensor in state.items()}
+
+
+CHECKPOINTS = {
+    "flat, with numbers": lambda s: {**s, "epoch": 3, "classes": ["a"], "best": None, "best_acc1": torch.tensor(0.9)},
+    "beside tensors": lambda s: {"state_dict": under("module.", s), "best_acc1": torch.tensor(97.1), "arch": "vgg"},
+    "beside an optimizer": lambda s: {
+        "net": s,
+        "optimizer": {"state": {0: {"step": torch.tensor(4.0), "exp_avg": torch.ones(8, 3, 3, 3)}}, "param_groups": []},
+        "history": [1, 2, {"loss": torch.ones(3)}],
+        "scheduler": None,
+    },
+    "unusual key": lambda s: {"run": {"weights_after_epoch_7": s}},
+    "list of dictionaries": lambda s: [{"epoch": 1}, {"network": s}],
+    "compiled and distributed": lambda s: under("_orig_mod.module.", s),
+    "distributed and compiled": lambda s: under("module._orig_mod.", s),
+    "averaged": lambda s: {"n_averaged": torch.tensor(3), **under("module.", s)},
+    "averaged in a Lightning module": lambda s: {"state_dict": {**under("ema.module.net.", s), "ema.n_averaged": 1}},
+    "Lightning with a loss": lambda s: {"state_dict": {**under("model.", s), "criterion.weight": torch.ones(10)}},
+    "one part compiled": lambda s: within(s, "classifier.", "_orig_mod"),
+    "one part distributed": lambda s: under("model.", within(s, "features.", "module")),
+    "one part behind a wrapper": lambda s: within(s, "classifier.", "net"),
+    "profiled": lambda s: {**s, "total_ops": torch.zeros(1), "features.0.total_params": torch.zeros(1)},
+    "same twice": lambda s: {"model": s, "state_dict": {name: tensor.clone() for name, tensor in s.items()}},
+    "old batch norm": lambda s: {name: tensor for name, tensor in s.items() if "num_batches" not in name},
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_load_weights_finds_the_one_set_that_fits(tmp_path, name, legacy):
+    saved, loaded = vgg(), vgg(seed=1)
+    torch.save(CHECKPOINTS[name](saved.state_dict()), tmp_path / "w", _use_new_zipfile_serialization=not legacy)
+
+    load_weights(loaded, tmp_path / "w")
+
+    assert weights_digest(loaded) == weights_digest(saved)
+
+
+def test_load_weights_of_an_architecture_with_names_like_wrappers_is_exact(tmp_path):
+    def build():
+        model = nn.Sequential()
+        model.add_module("module", nn.Linear(3, 3))
+        model.add_module("net", nn.Linear(3, 3))
+        return model
+
+    saved, loaded = build(), build()
+    for content in (saved.state_dict(), under("module.", saved.state_dict()), {"net": saved.state_dict()}):
+        torch.save(content, tmp_path / "w")
+        load_weights(loaded, tmp_path / "w")
+        assert weights_digest(loaded) == weights_digest(saved)
+
+
+def test_load_weights_of_a_wrapper_takes_the_weights_of_the_network_inside(tmp_path):
+    saved, wrapper = vgg(), nn.Sequential()
+    wrapper.add_module("backbone", vgg(seed=1))
+    torch.save(saved.state_dict(), tmp_path / "w")
+
+    load_weights(wrapper, tmp_path / "w")
+
+    assert weights_digest(wrapper.backbone) == weights_digest(saved)
+
+
+@pytest.mark.parametrize(
+    ("content", "keys"),
+    [
+        (lambda s, t: {"model": s, "model_ema": under("module.", t)}, ("model", "model_ema.module")),
+        (
+            lambda s, t: {"state_dict": {**under("model.", s), **under("ema.", t)}},
+            ("state_dict.model", "state_dict.ema"),
+        ),
+        (lambda s, t: {**s, "best": t}, (".", "best")),
+        (lambda s, t: [{"w": s}, {"w": t}], ("0.w", "1.w")),
+    ],
+)
+def test_load_weights_of_several_sets_asks_and_takes_the_one_named(tmp_path, content, keys):
+    saved = [vgg(1), vgg(2)]
+    torch.save(content(*(model.state_dict() for model in saved)), tmp_path / "w")
+
+    with pytest.raises(SuspectModelError, match="2 sets of tensors that fit") as caught:
+        load_weights(vgg(), tmp_path / "w")
+    assert all(repr(key) in str(caught.value) for key in keys)
+    assert "--state-key" in str(caught.value)
+    for key, model in zip(keys, saved, strict=True):
+        loaded = vgg()
+        load_weights(loaded, tmp_path / "w", state_key=key)
+        assert weights_digest(loaded) == weights_digest(model)
+    with pytest.raises(SuspectModelError, match=r"no tensors .* under the state key 'x'"):
+        load_weights(vgg(), tmp_path / "w", state_key="x")
+
+
+def test_load_weights_that_fit_nowhere_says_where_it_looked(tmp_path):
+    state = vgg().state_dict()
+    del state["classifier.3.bias"]
+    torch.save({"state_dict": under("module.", state), "ema": {"a": torch.ones(1)}}, tmp_path / "w")
+
+    with pytest.raises(SuspectModelError) as caught:
+        load_weights(vgg(), tmp_path / "w")
+
+    assert "nearest is 'state_dict.module'" in str(caught.value)
+    assert "1 missing (classifier.3.bias)." in str(caught.value)
+    assert "under 'state_dict.module', 'ema'" in str(caught.value)
+    torch.save({"epoch": 3}, tmp_path / "w")
+    with pytest.raises(SuspectModelError, match="must hold named tensors"):
+        load_weights(vgg(), tmp_path / "w")
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encode, self.decode, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.decode.weight = self.encode.weight
+
+
+@pytest.mark.parametrize("dropped", ["encode.weight", "decode.weight"])
+def test_load_weights_of_tied_layers_needs_them_once(tmp_path, dropped):
+    saved = Tied()
+    save_model(saved, str(tmp_path / "a"))
+    torch.save({name: tensor for name, tensor in saved.state_dict().items() if name != dropped}, tmp_path / "b")
+
+    for name in ("a", "b"):
+        loaded = Tied()
+        load_weights(loaded, tmp_path / name)
+        assert weights_digest(loaded) == weights_digest(saved)
+
+
+def test_load_weights_of_lazy_layers_takes_the_shapes_of_the_file(tmp_path):
+    def build():
+        return nn.Sequential(nn.Conv2d(1, 2, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(3)).eval()
+
+    saved, loaded, images = build(), build(), torch.rand(2, 1, 8, 8)
+    saved(images)
+    torch.save({"state_dict": under("module.", saved.state_dict())}, tmp_path / "w")
+
+    load_weights(loaded, tmp_path / "w")
+
+    assert torch.equal(loaded(images), saved(images))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_load_weights_of_quantised_layers(tmp_path):
+    def build(seed):
+        torch.manual_seed(seed)
+        return torch.ao.quantization.quantize_dynamic(lenet(), {nn.Linear}, dtype=torch.qint8)
+
+    saved, loaded, images = build(0), build(1), torch.rand(2, 1, 28, 28)
+    torch.save({"state_dict": saved.state_dict()}, tmp_path / "w")
+
+    load_weights(loaded, tmp_path / "w")
+
+    assert torch.equal(loaded(images), saved(images))
+
+
+def test_load_weights_of_a_file_that_holds_itself_ends(tmp_path):
+    content = {"state_dict": lenet().state_dict()}
+    content["again"] = content
+    torch.save(content, tmp_path / "w")
+
+    load_weights(lenet(), tmp_path / "w")
+
+
+def test_load_weights_of_hostile_checkpoint_is_refused_and_does_not_run(tmp_path):
+    torch.save({"state_dict": lenet().state_dict(), "x": Bomb(tmp_path / "trace")}, tmp_path / "w")
+
+    with pytest.raises(UnsafeWeightsError):
+        load_weights(lenet(), tmp_path / "w")
+    assert not (tmp_path / "trace").exists()
+
+
+def test_load_weights_larger_than_their_bytes_are_refused_where_they_are_taken(tmp_path):
+    state = lenet().state_dict()
+    torch.save({"net": state, "other": {"a": torch.zeros(1).expand(10**9)}}, tmp_path / "w")
+    load_weights(lenet(), tmp_path / "w")
+
+    state["9.bias"] = torch.zeros(1).expand(10)
+    torch.save(state, tmp_path / "w")
+    with pytest.raises(SuspectModelError, match="more than the 4 bytes"):
+        load_weights(lenet(), tmp_path / "w")
+
+
+def test_load_weights_of_another_architecture_is_refused(tmp_path):
+    torch.save(ResNet().state_dict(), tmp_path / "w")
+
+    with pytest.raises(SuspectModelError, match=r"missing .*unexpected"):
+        load_weights(vgg(), tmp_path / "w")
+
+
+# --- the digest of what lies outside ordinary tensors
+
+
+class Outside(nn.Module):
+    """A network with content that its state dict lacks; takes (n, 1, 28, 28)."""
+
+    def __init__(self, **content):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = lenet()
+        self.last = None
+        for name, value in content.items():
+            if name == "buffer":
+                self.register_buffer("mean", value, persistent=False)
+            else:
+                setattr(self, name, value)
+
+    def forward(self, x):
+        self.last = x - getattr(self, "shift", 0.0)  # a cache, as code for maps keeps it
+        return self.body(self.last)
+
+
+class WithExtraState(nn.Linear):
+    def __init__(self, extra):
+        torch.manual_seed(0)
+        super().__init__(3, 3)
+        self.extra = extra
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, weight):
+        return self.factor * weight
+
+
+class Negated(Scaled):
+    def forward(self, weight):
+        return -self.factor * weight
+
+
+def parametrised(step):
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 3)
+    nn.utils.parametrize.register_parametrization(layer, "weight", step)
+    return layer
+
+
+def quantised(seed, change=None):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 3), nn.LSTM(3, 3))
+    if change is not None:
+        with torch.no_grad():
+            change(model)
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear, nn.LSTM}, dtype=torch.qint8)
+
+
+def quantised_convolution(value, scale=0.1, zero_point=0):
+    layer = torch.ao.nn.quantized.Conv2d(1, 1, 2)
+    weight = torch.quantize_per_tensor(torch.full((1, 1, 2, 2), value), scale, zero_point, torch.qint8)
+    layer.set_weight_bias(weight, torch.zeros(1))
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "variants",
+    [
+        [
+            lambda: quantised(0),
+            lambda: quantised(0, lambda m: m[0].weight[0, 0].add_(1)),
+            lambda: quantised(0, lambda m: m[0].bias[0].add_(1)),
+            lambda: quantised(0, lambda m: m[1].weight_hh_l0[0, 0].add_(1)),
+        ],
+        [
+            lambda: quantised_convolution(0.5),
+            lambda: quantised_convolution(0.7),
+            lambda: quantised_convolution(1.0, scale=0.2),
+            lambda: quantised_convolution(0.5, zero_point=1),
+        ],
+        [lambda: Outside(), lambda: Outside(buffer=torch.zeros(2)), lambda: Outside(buffer=torch.ones(2))],
+        [lambda: WithExtraState({"scale": 1}), lambda: WithExtraState({"scale": 2}), lambda: WithExtraState([1.0])],
+        [
+            lambda: parametrised(Scaled(1.0)),
+            lambda: parametrised(Scaled(2.0)),
+            lambda: parametrised(Negated(1.0)),
+            lambda: nn.utils.parametrizations.orthogonal(parametrised(Scaled(1.0))),
+        ],
+        [
+            lambda: Outside(shift=torch.zeros(1)),
+            lambda: Outside(shift=torch.ones(1)),
+            lambda: Outside(shifts=[torch.ones(1), np.ones(1)]),
+            lambda: Outside(shifts={"a": torch.ones(1), "b": np.zeros(1)}),
+        ],
+    ],
+    ids=["packed", "convolution", "buffers", "extra-state", "parametrisations", "attributes"],
+)
+def test_digest_of_networks_with_other_answers_differs(variants):
+    digests = [SuspectModel(build()).digest for build in variants]
+
+    assert len(set(digests)) == len(variants)
+    assert [SuspectModel(build()).digest for build in variants] == digests
+
+
+@pytest.mark.parametrize("build", [lenet, Vgg, ResNet])
+def test_digest_of_an_ordinary_network_is_that_of_its_state_dict(build):
+    model = build()
+
+    assert SuspectModel(model).digest == weights_digest(model) == weights_digest(model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_digest_is_the_same_before_and_after_a_forward_pass(tmp_path):
+    normed = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(1, 4, 3)), nn.Flatten(), nn.Linear(4 * 26 * 26, 3))
+    for model in (Outside(shift=torch.ones(1), buffer=torch.ones(2)), normed):
+        before = SuspectModel(model).digest
+        suspect = SuspectModel(model)
+        suspect.activations(np.random.default_rng(0).random((4, 1, 28, 28), dtype=np.float32))
+        assert suspect.digest == before
+    later = SuspectModel(Outside(shift=torch.ones(1), buffer=torch.ones(2)))  # made where the cache is filled already
+    later.module(torch.rand(1, 1, 28, 28))
+    again = SuspectModel(later.module)
+    again.activations(np.zeros((2, 1, 28, 28), dtype=np.float32) + 0.5)
+    assert again.digest == later.digest

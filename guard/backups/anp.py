@@ -19,7 +19,8 @@ from guard.backups.clean_set import CleanSet
 from guard.backups.purification import CurvePoint, Measure, Purification
 from guard.backups.units import find_unit_layers
 from guard.errors import DataError
-from guard.suspect.recording import device_of, logits_of
+from guard.suspect.outputs import logits_of, output_place
+from guard.suspect.recording import device_of
 from guard.types import Float32Array
 
 #: Thresholds of the curve.
@@ -147,7 +148,7 @@ def learn_masks(
             changed[layer.weight] = weight * scales[place].reshape(-1, *[1] * (weight.ndim - 1))
             if shifts is not None and layer.bias:
                 changed[layer.bias] = fixed[layer.bias] * shifts[place]
-        return F.cross_entropy(logits_of(functional_call(twin, changed, (images,))), labels)
+        return F.cross_entropy(logits_of(functional_call(twin, changed, (images,)), output_place(twin)), labels)
 
     def start(layer: _Neurons) -> Tensor:
         drawn = torch.empty(layer.units).uniform_(-epsilon, epsilon, generator=generator)

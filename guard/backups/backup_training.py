@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from guard.backups.augmentation import Augmentation
 from guard.backups.clean_set import CleanSet, check_images
 from guard.errors import DataError, SuspectModelError
-from guard.suspect.recording import device_of, logits_of
+from guard.suspect.outputs import logits_of, output_place
+from guard.suspect.recording import device_of
 from guard.types import Float32Array, FloatArray, IntArray
 
 #: Called with the share done, in [0, 1].
@@ -173,7 +174,7 @@ def fit_network(
                     batch = _augmented(x[rows], settings, order).to(device)
                     if len(rows) == 1 and not freeze_statistics:
                         continue  # batch normalisation has no variance of one row
-                    loss = F.cross_entropy(logits_of(module(batch)), y[rows].to(device))
+                    loss = F.cross_entropy(logits_of(module(batch), output_place(module)), y[rows].to(device))
                     if soft is not None and traffic is not None:
                         loss = loss + traffic.weight * _distillation(module, soft, traffic, settings, order, device)
                     if not torch.isfinite(loss):
@@ -218,7 +219,7 @@ def predict_logits(module: nn.Module, images: Float32Array | Tensor, batch_size:
                 copied = batch.detach().to(device, torch.float32, copy=True)
             else:
                 copied = torch.tensor(np.asarray(batch, dtype=np.float32)).to(device)
-            parts.append(logits_of(module(copied)).float().cpu())
+            parts.append(logits_of(module(copied), output_place(module)).float().cpu())
     return torch.cat(parts).numpy()
 
 
@@ -269,7 +270,8 @@ def _distillation(
     device: torch.device,
 ) -> Tensor:
     rows = torch.randint(len(soft[0]), (settings.batch_size,), generator=generator)
-    logits = logits_of(module(_augmented(soft[0][rows], settings, generator).to(device))) / traffic.temperature
+    images = _augmented(soft[0][rows], settings, generator).to(device)
+    logits = logits_of(module(images), output_place(module)) / traffic.temperature
     wanted = F.softmax(soft[1][rows].to(device) / traffic.temperature, dim=1)
     return F.kl_div(F.log_softmax(logits, dim=1), wanted, reduction="batchmean") * traffic.temperature**2
 

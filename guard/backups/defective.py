@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from guard.backups.backup_training import FitReport, FitSettings, Report, Traffic, copy_network, fit_network
 from guard.backups.clean_set import CleanSet
 from guard.errors import DataError, SuspectModelError
-from guard.suspect.recording import device_of, logits_of
+from guard.suspect.outputs import logits_of, output_place
+from guard.suspect.recording import device_of
 
 #: `neuron`: every place of every channel for itself. `channel`: whole channels. `shared`: the same places in all.
 Variant = Literal["neuron", "channel", "shared"]
@@ -312,7 +313,7 @@ def _output_sizes(network: nn.Module, image_shape: tuple[int, int, int]) -> dict
             watch(name, layer)
     try:
         with torch.no_grad():
-            logits_of(network.eval()(torch.zeros(2, *image_shape, device=device_of(network))))
+            logits_of(network.eval()(torch.zeros(2, *image_shape, device=device_of(network))), output_place(network))
     except (RuntimeError, ValueError, TypeError) as error:
         raise SuspectModelError(
             f"the network cannot be run on images of shape {tuple(image_shape)}: {error}"

@@ -18,7 +18,7 @@ from guard.backups.last_layer import LastLayerSettings, retrain_last_layer
 from guard.backups.pruning import FinePruningSettings, NormPruningSettings, prune_by_activation, prune_by_norm
 from guard.backups.purification import CurvePoint, Purification
 from guard.errors import ConfigError, DataError, did_you_mean
-from guard.suspect.weights import weights_digest
+from guard.suspect.digest import weights_digest
 from guard.types import Float32Array, IntArray
 
 #: Name -> class of its settings, and what does it to a copy.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from guard.errors import SuspectModelError
-from guard.suspect.recording import device_of, logits_of
+from guard.suspect.outputs import logits_of, output_place
+from guard.suspect.recording import device_of
 from guard.types import Float32Array
 
 
@@ -73,7 +74,7 @@ def find_unit_layers(module: nn.Module, images: Float32Array) -> tuple[list[Unit
             elif isinstance(layer, _BatchNorm) and layer.affine:
                 handles.append(watch_norm(name, layer))
         with torch.no_grad():
-            logits_of(module(torch.tensor(images[:2]).to(device_of(module))))
+            logits_of(module(torch.tensor(images[:2]).to(device_of(module))), output_place(module))
     finally:
         for handle in handles:
             handle.remove()

@@ -18,11 +18,13 @@ from guard.cli.options import (
     ExtraFile,
     Handler,
     LabelledImages,
+    Logits,
     Mode,
     ModelFile,
     Preprocess,
     Rate,
     Settings,
+    StateKey,
     Weights,
 )
 from guard.cli.output import plain_table, print_table, print_warning, progress_bar, say, tell
@@ -43,6 +45,8 @@ def assess(
     weights: Weights,
     images: LabelledImages,
     architecture: Architecture = None,
+    state_key: StateKey = None,
+    logits: Logits = None,
     preprocess: Preprocess = None,
     handler: Handler = None,
     model_file: ModelFile = None,
@@ -79,14 +83,24 @@ def assess(
     check_names(names)
     _check_folder(output)
     model = open_model(
-        weights, architecture, preprocess, handler, model_file, extra_file, device, config.model_attribute
+        weights,
+        architecture,
+        preprocess,
+        handler,
+        model_file,
+        extra_file,
+        device,
+        config.model_attribute,
+        state_key=state_key,
+        logits=logits,
     )
     with model as (suspect, convert), progress_bar("reading images") as report:
         found = find_images(images, class_names=class_list(class_names))
         if found.labels is None:
             raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
         pixels, prepare = read_pixels(images, found, convert, handler, report)
-        try_once(suspect, prepare(pixels[:2]))
+        few = slice(None, None, max(1, len(pixels) // 100))
+        try_once(suspect, prepare(pixels[few]), found.labels[few])
         result = assess_model(
             suspect,
             pixels,

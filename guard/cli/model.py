@@ -34,6 +34,8 @@ def open_model(
     model_attribute: str,
     split: str | None = None,
     depths: list[str] | None = None,
+    state_key: str | None = None,
+    logits: str | None = None,
 ) -> Iterator[tuple[SuspectModel, Convert]]:
     """Load the suspect model, and yield it with what turns images into its inputs; the user's prints go to stderr."""
     from guard.cli.images import preprocessing
@@ -46,12 +48,25 @@ def open_model(
         raise ConfigError("--preprocess does not go with --handler: the handler preprocesses. Leave one out.")
     if handler is None and (model_file is not None or extra_file):
         raise ConfigError("--model-file and --extra-file go with --handler only. Leave them out, or name the handler.")
+    if handler is not None and state_key is not None:
+        raise ConfigError("--state-key does not go with --handler: the handler loads the weights. Leave one out.")
     gpu = gpu_number(device)
     with contextlib.redirect_stdout(sys.stderr):
         if handler is None:
             assert architecture is not None
             convert = preprocessing(preprocess)
-            yield SuspectModel.load(weights, architecture, split=split, depths=depths or None, device=device), convert
+            yield (
+                SuspectModel.load(
+                    weights,
+                    architecture,
+                    state_key=state_key,
+                    split=split,
+                    depths=depths or None,
+                    output=logits,
+                    device=device,
+                ),
+                convert,
+            )
             return
         with open_user_handler(
             handler_argument(handler),
@@ -61,7 +76,8 @@ def open_model(
             model_attribute=model_attribute,
             gpu=gpu,
         ) as user:
-            yield SuspectModel(user.module, split=split, depths=depths or None, device=device), user.model_inputs
+            suspect = SuspectModel(user.module, split=split, depths=depths or None, output=logits, device=device)
+            yield suspect, user.model_inputs
 
 
 def gpu_number(device: str) -> int | None:
@@ -90,10 +106,10 @@ def class_list(text: str | None) -> list[str] | None:
     return [name.strip() for name in text.split(",")]
 
 
-def try_once(suspect: SuspectModel, inputs: Any) -> None:
-    """Run the network on two images first, so that what does not fit is said in the user's words."""
+def try_once(suspect: SuspectModel, inputs: Any, labels: Any = None) -> None:
+    """Locate the network's layers and logits first, so that what does not fit is said in the user's words."""
     try:
-        suspect.activations(inputs[:2])
+        suspect.locate(inputs, labels)
         suspect.check_given_mode(inputs)
     except GuardError:
         raise

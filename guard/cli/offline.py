@@ -10,6 +10,7 @@ import typer
 
 from guard.cli.model import class_list, open_model, read_pixels, tell_passed_over, try_once
 from guard.cli.options import (
+    LOGITS_HELP,
     ActionName,
     Architecture,
     Bundles,
@@ -27,6 +28,7 @@ from guard.cli.options import (
     Seed,
     Settings,
     Split,
+    StateKey,
     Weights,
 )
 from guard.cli.output import (
@@ -52,6 +54,7 @@ def fit(
     weights: Weights,
     images: LabelledImages,
     architecture: Architecture = None,
+    state_key: StateKey = None,
     preprocess: Preprocess = None,
     handler: Handler = None,
     model_file: ModelFile = None,
@@ -65,6 +68,7 @@ def fit(
     image_noise_std: ImageNoise = None,
     split: Split = None,
     depth: Depths = None,
+    logits: Annotated[str | None, typer.Option("--output", "--logits", help=LOGITS_HELP)] = None,
     backup: Annotated[
         str,
         typer.Option(help="Second opinion: defective, anp, norm-pruning, auto (the best of these), or none."),
@@ -102,14 +106,25 @@ def fit(
         raise ConfigError("--backup-detects needs a backup. Name one with --backup.")
     attribute = config.model_attribute
     model = open_model(
-        weights, architecture, preprocess, handler, model_file, extra_file, device, attribute, split, depth
+        weights,
+        architecture,
+        preprocess,
+        handler,
+        model_file,
+        extra_file,
+        device,
+        attribute,
+        split,
+        depth,
+        state_key,
+        logits,
     )
     with model as (suspect, convert), progress_bar("reading images") as report:
         found = find_images(images, as_bytes=handler is not None, class_names=class_list(class_names))
         if found.labels is None:
             raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
         inputs = read_all(found, convert, report)
-        try_once(suspect, inputs)
+        try_once(suspect, inputs, found.labels)
         guard = Guard.fit(suspect, inputs, found.labels, config, class_names=found.class_names, progress=report)
         guard = replace(guard, preprocessing=f"handler {handler}" if handler is not None else preprocess)
         if backup != _NO_BACKUP:
@@ -159,6 +174,7 @@ def inspect(
     images: Annotated[Path, typer.Argument(help="A .npz, an image, or a folder of images.")],
     weights: Weights,
     architecture: Architecture = None,
+    state_key: StateKey = None,
     preprocess: Preprocess = None,
     handler: Handler = None,
     model_file: ModelFile = None,
@@ -189,7 +205,9 @@ def inspect(
     attribute = load_config(settings).model_attribute
     store = BundleStore(bundles)
     bundle = store.resolve(digest) if digest else store.active_path()
-    model = open_model(weights, architecture, preprocess, handler, model_file, extra_file, device, attribute)
+    model = open_model(
+        weights, architecture, preprocess, handler, model_file, extra_file, device, attribute, state_key=state_key
+    )
     with model as (suspect, convert), progress_bar("reading images") as report:
         guard = Guard.load(bundle, suspect)
         guard = guard.with_config(**{name: value for name, value in chosen.items() if name in SERVING_SETTINGS})

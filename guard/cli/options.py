@@ -7,7 +7,13 @@ from typing import Annotated
 
 import typer
 
-Weights = Annotated[Path, typer.Option(help="Weights of the suspect model: safetensors, or a state dict.")]
+Weights = Annotated[
+    Path, typer.Option(help="Weights of the suspect model: safetensors, a state dict, or a trainer's checkpoint.")
+]
+StateKey = Annotated[
+    str | None,
+    typer.Option(help="Where in the weights file the weights lie, if several sets fit, such as state_dict.ema."),
+]
 Architecture = Annotated[str | None, typer.Option(help="Function that builds the network, as package.module:factory.")]
 Handler = Annotated[
     str | None,
@@ -41,6 +47,8 @@ Depths = Annotated[
 Check = Annotated[
     bool, typer.Option(help="Load the archive in another process and try it before it gets its name; takes seconds.")
 ]
+LOGITS_HELP = "Where the logits are in what the network returns, such as 1 or out.logits; found by itself if left out."
+Logits = Annotated[str | None, typer.Option("--logits", help=LOGITS_HELP)]
 Rate = Annotated[float | None, typer.Option(help="Share of clean inputs that may be flagged.")]
 
 

@@ -17,9 +17,11 @@ from guard.cli.options import (
     ExtraFile,
     Handler,
     LabelledImages,
+    Logits,
     ModelFile,
     Preprocess,
     Settings,
+    StateKey,
     Weights,
 )
 from guard.cli.output import print_warning, progress_bar, say
@@ -49,6 +51,8 @@ def purify(
     weights: Weights,
     images: LabelledImages,
     architecture: Architecture = None,
+    state_key: StateKey = None,
+    logits: Logits = None,
     preprocess: Preprocess = None,
     handler: Handler = None,
     model_file: ModelFile = None,
@@ -105,14 +109,23 @@ def purify(
         raise ConfigError(f"--seed must be >= 0, got {seed}.")
     _check_folder(output)
     model = open_model(
-        weights, architecture, preprocess, handler, model_file, extra_file, device, config.model_attribute
+        weights,
+        architecture,
+        preprocess,
+        handler,
+        model_file,
+        extra_file,
+        device,
+        config.model_attribute,
+        state_key=state_key,
+        logits=logits,
     )
     with model as (suspect, convert), progress_bar("reading images") as report:
         found = find_images(images, as_bytes=handler is not None, class_names=class_list(class_names))
         if found.labels is None:
             raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
         inputs = read_all(found, convert, report)
-        try_once(suspect, inputs)
+        try_once(suspect, inputs, found.labels)
         purified = purify_model(
             suspect.module,
             inputs,

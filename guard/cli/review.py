@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from guard.cli.options import Architecture, Bundles, Device, MetricsPort, QueueUrl
+from guard.cli.options import Architecture, Bundles, Device, MetricsPort, QueueUrl, StateKey
 from guard.cli.output import plain_table, print_table, print_warning, progress_bar, say, tell, write
 from guard.errors import ConfigError, DataError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from guard.relabel.queue import Queue
     from guard.review.status.history import MetricsSource
     from guard.review.workspace import Workspace
+    from guard.suspect.model import SuspectModel
 
 Name = Annotated[str, typer.Argument(help="Name of the reviewer.")]
 Quorum = Annotated[int | None, typer.Option(help="Reviewers who must agree before 'poisoned' counts.")]
@@ -46,6 +47,7 @@ def review(
         Path | None, typer.Option(help="Weights of the suspect model, for maps of where it looks.")
     ] = None,
     architecture: Architecture = None,
+    state_key: StateKey = None,
     device: Device = "cpu",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 = any free one.")] = 8090,
@@ -100,6 +102,7 @@ def review(
             device,
             ReviewSettings(allowed_hosts=names),
             metrics=_metrics_source(metrics_url or [], prometheus),
+            state_key=state_key,
         )
         if not workspace.reviewers.names():
             tell("there is no reviewer yet: guard review --queue ... add-user NAME --role admin")
@@ -263,6 +266,7 @@ def open_workspace(
     device: str = "cpu",
     settings: Any = None,
     metrics: MetricsSource | None = None,
+    state_key: str | None = None,
 ) -> Workspace:
     """Return what the page works with, from what the command line names."""
     from guard.relabel.reviewers import Reviewers
@@ -285,7 +289,9 @@ def open_workspace(
     if weights is not None and architecture is not None:
         from guard.suspect.model import SuspectModel
 
-        occlusion = Occlusion(SuspectModel.load(weights, architecture, device=device))
+        suspect = SuspectModel.load(weights, architecture, state_key=state_key, device=device)
+        _use_active_points(suspect, bundles)
+        occlusion = Occlusion(suspect)
     return Workspace(
         queue,
         Reviewers(queue),
@@ -296,6 +302,18 @@ def open_workspace(
         settings or ReviewSettings(),
         metrics,
     )
+
+
+def _use_active_points(suspect: SuspectModel, bundles: Path) -> None:
+    """Read the model's output as the active bundle does, if that was fitted for these weights."""
+    from guard.storage.bundle import BundleStore, read_bundle
+    from guard.suspect.split_points import SplitPoints
+
+    store = BundleStore(bundles)
+    digest = store.active_digest() if bundles.is_dir() else None
+    document = read_bundle(store.folder_of(digest)).document if digest else {}
+    if document.get("split_points") and document["weights_digest"] == suspect.digest:
+        suspect.use_split_points(SplitPoints.from_dict(document["split_points"]))
 
 
 def _metrics_source(urls: list[str], prometheus: str | None) -> MetricsSource | None:

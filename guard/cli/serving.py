@@ -26,6 +26,7 @@ from guard.cli.options import (
     QueueUrl,
     Rate,
     Settings,
+    StateKey,
     Weights,
     handler_argument,
 )
@@ -46,6 +47,7 @@ def archive(
     name: Annotated[str, typer.Argument(help="Name under which the model will be served.")],
     weights: Weights,
     architecture: Architecture = None,
+    state_key: StateKey = None,
     mean: Annotated[
         str | None,
         typer.Option(help="Image handler: subtracted after scaling to [0, 1]; one number, or one per channel."),
@@ -108,6 +110,8 @@ def archive(
     if handler is None and architecture is None:
         raise ConfigError("give --architecture (for the image handler), or --handler with your own.")
     image_settings = {"mean": _numbers("--mean", mean), "std": _numbers("--std", std), "resize": resize or None}
+    if architecture is None and state_key is not None:
+        raise ConfigError("--state-key goes with --architecture: your handler loads the weights. Leave one out.")
     if handler is not None and any(value is not None for value in image_settings.values()):
         raise ConfigError("--mean, --std and --resize are for the image handler. Leave them out with --handler.")
     bundle = BundleStore(bundles).active_path()
@@ -123,7 +127,7 @@ def archive(
         check_weights_file(weights)
     else:  # weights and bundle belong together: better said now than when the server starts
         with contextlib.redirect_stdout(sys.stderr):
-            Guard.load(bundle, SuspectModel.load(weights, architecture))
+            Guard.load(bundle, SuspectModel.load(weights, architecture, state_key=state_key))
     examples = example or []
     if missing := [file for file in examples if not file.is_file()]:
         raise ConfigError(f"--example {missing[0]} does not exist. Name a file with the body of one request.")
@@ -132,7 +136,7 @@ def archive(
         handler=None if handler is None else handler_argument(handler),
         architecture=architecture,
         input_shape=tuple(document["input_shape"] or ()),
-        image_settings={**image_settings, "class_names": document["class_names"]},
+        image_settings={**image_settings, "class_names": document["class_names"], "state_key": state_key},
         model_file=model_file,
         extra_files=tuple(extra_file or ()),
         version=version,

@@ -22,6 +22,7 @@ from guard.cli.options import (
     FailureMode,
     ImageNoise,
     LabelledImages,
+    Logits,
     Mode,
     QueueUrl,
     Rate,
@@ -74,6 +75,7 @@ def wrap(
     image_noise_std: ImageNoise = None,
     split: Split = None,
     depth: Depths = None,
+    logits: Logits = None,
     device: Device = "cpu",
     bundles: Annotated[
         Path | None,
@@ -118,7 +120,7 @@ def wrap(
             opened.running(config.model_attribute, gpu) as user,
         ):
             found = _labelled(opened, images, class_list(class_names))
-            suspect = SuspectModel(user.module, split=split, depths=depth, device=device)  # first: in eval mode
+            suspect = SuspectModel(user.module, split=split, depths=depth, output=logits, device=device)  # in eval mode
             _try_handler(user, found, config)
             guard, accuracy = _fitted(suspect, user, found, config, report)
             examples = _examples(found)
@@ -246,6 +248,7 @@ def _fitted(
 
     inputs = read_all(found, user.model_inputs, report, remedy=_AS_SENT)
     try:
+        suspect.locate(inputs, found.labels)
         n_classes = suspect.activations(inputs[:2]).logits.shape[1]
         suspect.check_given_mode(inputs)
     except GuardError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -144,7 +143,7 @@ class FittedGuard:
             "preprocessing": self.preprocessing,
             "n_classes": self.reference.logits.shape[1],
             "weights_digest": weights_digest,
-            "split_points": dataclasses.asdict(points) if points is not None else None,
+            "split_points": points.as_dict() if points is not None else None,
             "depths": list(self.reference.depths),
             "detectors": self.ensemble.describe(),
             "clean_images": len(self.reference_labels),
@@ -231,7 +230,7 @@ class FittedGuard:
                 early=_early_fits(ensemble, config, layers, document.get("early", []), _below(stored.arrays, "early.")),
                 suspect=suspect,
                 weights_digest=document["weights_digest"],
-                split_points=_split_points(points) if points is not None else None,
+                split_points=SplitPoints.from_dict(points) if points is not None else None,
                 input_shape=tuple(document["input_shape"]) if document["input_shape"] else None,
                 input_range=tuple((low, high) for low, high in document.get("input_range") or ()) or None,
                 preprocessing=document["preprocessing"],
@@ -283,11 +282,7 @@ def _match(suspect: SuspectModel, document: Mapping[str, Any], digest: str) -> N
         )
     points = document["split_points"]
     if points is not None:
-        suspect.use_split_points(_split_points(points))
-
-
-def _split_points(points: Mapping[str, Any]) -> SplitPoints:
-    return SplitPoints(points["split"], tuple(points["depths"]))
+        suspect.use_split_points(SplitPoints.from_dict(points))
 
 
 def _early_fits(

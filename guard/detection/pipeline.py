@@ -81,6 +81,8 @@ class Guard(FittedGuard):
         check_rate(config.false_positive_rate, len(images))
         if progress is not None:
             progress("running the suspect model on the clean images", 0.0)
+        if suspect.split_points is None:
+            suspect.locate(images, clean_labels)
         size = _batch_size(suspect, images, config)
         activations = suspect.activations(images, size)
         noisy = None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from guard.suspect.recording import logits_of, with_logits
+from guard.suspect.outputs import logits_of, output_place, with_logits
 
 #: Two rows of the same input differ by no more than this times their largest value: copies are equal, and arithmetic
 #: on whole batches may round the last bit otherwise. A trigger of one pixel is thousands of times larger.
@@ -43,17 +43,17 @@ def tapped(module: nn.Module, replace: Callable[[Tensor], Tensor] | None = None)
     replace : callable (logits) -> logits, optional
         What the network's caller gets instead, of the same shape.
     """
-    tap = Tap()
+    tap, place = Tap(), output_place(module)
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else next(iter(kwargs.values()), None)
         tap.inputs.append(inputs.detach().clone() if isinstance(inputs, Tensor) else None)
 
     def after(_module: nn.Module, _args: Any, output: Any) -> Any:
-        logits = logits_of(output).detach()
+        logits = logits_of(output, place).detach()
         given = logits if replace is None else replace(logits)
         tap.logits.append(given.clone())
-        return None if replace is None else with_logits(output, given)
+        return None if replace is None else with_logits(output, given, place)
 
     hooks = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
     try:

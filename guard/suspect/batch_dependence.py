@@ -11,7 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from guard.errors import SuspectModelError
-from guard.suspect.recording import device_of, logits_of
+from guard.suspect.outputs import logits_of, output_place
+from guard.suspect.recording import device_of
+from guard.suspect.split_points import model_input
 from guard.types import Float32Array
 
 #: Batches that are compared: alone, in pairs, and all together.
@@ -110,7 +112,12 @@ def check_modes(module: nn.Module, served: Modes, images: Float32Array) -> None:
 
 
 def _logits(module: nn.Module, batch: Tensor, size: int) -> Tensor:
-    return torch.cat([logits_of(module(part)).float().cpu() for part in torch.split(batch, size)])
+    return torch.cat(
+        [
+            logits_of(module(model_input(module, part)), output_place(module)).float().cpu()
+            for part in torch.split(batch, size)
+        ]
+    )
 
 
 def _moved(first: Tensor, second: Tensor, spread: float) -> float:

@@ -6,9 +6,10 @@ the split layer, and pooled features at earlier depths.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,10 +19,14 @@ from torch import Tensor, nn
 
 from guard.errors import DataError, SuspectModelError
 from guard.suspect.batch_dependence import check_modes, modes_of
+from guard.suspect.checkpoints import load_weights
+from guard.suspect.contents import MOST_ROWS, LayerContent, layer_contents, sample_rows
+from guard.suspect.digest import attribute_marks, constant_attributes, weights_digest
+from guard.suspect.outputs import find_output, set_output_place
 from guard.suspect.recording import OnForward, Turn, device_of, record
 from guard.suspect.split_points import OUTPUT_SUFFIX, SplitPoints, find_split_points, model_input, module_named
-from guard.suspect.weights import load_state_dict, weights_digest
-from guard.types import Activations, Float32Array
+from guard.suspect.weights import check_weights_file
+from guard.types import Activations, Float32Array, IntArray
 
 #: Images that the network is given at once, where nobody says otherwise.
 BATCH_SIZE = 256
@@ -33,12 +38,16 @@ class SuspectModel:
     Parameters
     ----------
     module : Module
-        Takes float32 images (n, channels, height, width) and returns logits (n, n_classes): as a tensor, as the first
-        of a tuple or list, or under `logits`. It is put into eval mode.
+        Takes float32 images (n, channels, height, width) and returns logits (n, n_classes): as a tensor, or anywhere
+        in tuples, lists, dictionaries and named fields. One logit per image, (n, 1) or (n,), or its sigmoid, stands
+        for two classes. It is put into eval mode.
     split : str, optional
         Name of a module whose input is the features, or `"name:output"`; found by itself if None.
     depths : sequence of str, optional
         Names of modules whose outputs are the earlier depths; found by themselves if None.
+    output : str, optional
+        Where the logits are in what the module returns: keys, fields and positions joined by dots; found by itself if
+        None.
     device : str or torch.device, optional
         Where to move the module; None leaves it where it is.
 
@@ -59,6 +68,7 @@ class SuspectModel:
         *,
         split: str | None = None,
         depths: Sequence[str] | None = None,
+        output: str | None = None,
         device: str | torch.device | None = None,
     ) -> None:
         _check_watchable(module)
@@ -68,6 +78,9 @@ class SuspectModel:
         self._layers: list[nn.Module] = []  # the split's and the depths' modules, in the order of the points
         self._split = split
         self._depths = None if depths is None else tuple(depths)
+        self._output = output
+        self._sample: Activations | None = None  # of the most images so far, for `contents`
+        self._attributes = attribute_marks(self.module)
         self._digest: str | None = None
         self._lock = threading.RLock()
         self._turn = Turn()
@@ -78,8 +91,10 @@ class SuspectModel:
         path: str | Path,
         architecture: str,
         *,
+        state_key: str | None = None,
         split: str | None = None,
         depths: Sequence[str] | None = None,
+        output: str | None = None,
         device: str | torch.device | None = None,
     ) -> SuspectModel:
         """Build the architecture from the user's code and fill in the weights of an untrusted file.
@@ -87,10 +102,12 @@ class SuspectModel:
         Parameters
         ----------
         path : str or Path
-            safetensors, or a state dict saved by `torch.save`. Nothing of the file is executed.
+            safetensors, or a state dict or checkpoint saved by `torch.save`. Nothing of the file is executed.
         architecture : str
             `"package.module:factory"`; `factory()` returns the module without weights.
-        split, depths, device
+        state_key : str, optional
+            Where in the file the weights lie, where several sets fit; see `guard.suspect.checkpoints.load_weights`.
+        split, depths, output, device
             As for the class.
 
         Returns
@@ -102,14 +119,13 @@ class SuspectModel:
         UnsafeWeightsError
             If loading the file could run code.
         SuspectModelError
-            If the architecture cannot be built, or the weights do not fit it.
+            If the architecture cannot be built, or no set of weights fits it, or several do.
         """
-        state = load_state_dict(path)
+        check_weights_file(path)
         module = build_architecture(architecture)
         _check_watchable(module)
-        _check_fit(module, state, f"weights file {path} does not fit {architecture}")
-        module.load_state_dict(state)
-        return cls(module.eval(), split=split, depths=depths, device=device)
+        load_weights(module, path, state_key=state_key, architecture=architecture)
+        return cls(module.eval(), split=split, depths=depths, output=output, device=device)
 
     def check_given_mode(self, images: Float32Array) -> None:
         """Refuse a network that was given in train mode, and answers these images otherwise there than in eval mode.
@@ -130,29 +146,43 @@ class SuspectModel:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the weights, 64 hexadecimal digits; computed once."""
+        """SHA-256 of all that changes the answers and is no code, 64 hexadecimal digits; computed once.
+
+        Of tensors that are plain attributes, those count that were there at first and no forward pass has changed.
+        """
         if self._digest is None:
-            self._digest = weights_digest(self.module)
+            self._digest = weights_digest(self.module, constant_attributes(self.module, self._attributes))
         return self._digest
 
-    def locate(self, images: Tensor | Float32Array) -> SplitPoints:
-        """Find the split points from example images, keep to them, and return them.
+    @property
+    def contents(self) -> tuple[LayerContent, ...]:
+        """What split and depths carry, by the largest `activations` so far; empty before the first."""
+        return () if self._sample is None else layer_contents(self._sample)
+
+    def locate(self, images: Tensor | Float32Array, labels: IntArray | None = None) -> SplitPoints:
+        """Find the split points and the logits from example images, keep to them, and return them.
 
         Parameters
         ----------
         images : ndarray or Tensor of shape (n, channels, height, width), float32
-            At least one image; only the first two are used.
+            At least one image. Layers are found on the first two, logits in a container on up to 128.
+        labels : ndarray of shape (n,), int, optional
+            True labels, by which the logits are told from other outputs.
 
         Raises
         ------
         DataError
             If they are no such images.
         SuspectModelError
-            If a layer that was named does not exist or does not fit, or no split is found.
+            If a layer that was named does not exist or does not fit, no split is found, or it is not clear which of
+            the outputs are the logits; the message says what to name. Also for multi-label classifiers.
         """
         _check_images(images[:2])
         with self._lock, self._turn.taken_by(self):
+            self.module.eval()
+            output = find_output(self.module, images, labels, self._output)
             points = find_split_points(self.module, images, self._split, self._depths)
+        points = dataclasses.replace(points, output=output)
         self.use_split_points(points)
         return points
 
@@ -167,6 +197,8 @@ class SuspectModel:
         names = (points.split.removesuffix(OUTPUT_SUFFIX), *points.depths)
         self._layers = [module_named(self.module, name) for name in names]
         self._points = points
+        self._sample = None
+        set_output_place(self.module, points.output)
 
     def activations(
         self,
@@ -222,7 +254,10 @@ class SuspectModel:
                         )
                     if progress is not None:
                         progress(start + len(batch))
-        return Activations.concatenate(parts)
+        activations = Activations.concatenate(parts)
+        if self._sample is None or len(self._sample) < min(len(activations), MOST_ROWS):
+            self._sample = sample_rows(activations)
+        return activations
 
     @contextmanager
     def watch(self, on_forward: OnForward) -> Iterator[None]:
@@ -304,26 +339,6 @@ def _check_watchable(module: nn.Module) -> None:
         else:
             continue
         raise SuspectModelError(f"the suspect model is {kind}, and hooks on its layers do not work there. {instead}")
-
-
-def _check_fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    expected = module.state_dict()
-    # BatchNorm fills in its own counter, which old state dicts lack.
-    missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in state if name not in expected]
-    shapes = [
-        f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
-        for name, tensor in state.items()
-        if name in expected and tensor.shape != getattr(expected[name], "shape", tensor.shape)
-    ]
-    faults = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
-    lines = [
-        f"{len(names)} {fault} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for fault, names in faults
-        if names
-    ]
-    if lines:
-        raise SuspectModelError(f"{source}: {'; '.join(lines)}. Is it the same architecture and number of classes?")
 
 
 def _check_images(images: Tensor | Float32Array) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from guard.errors import SuspectModelError
-from guard.suspect.split_points import OUTPUT_SUFFIX, SplitPoints, first_tensor, pool_features
+from guard.suspect.outputs import logits_of, with_logits
+from guard.suspect.split_points import OUTPUT_SUFFIX, POOL_LIMIT, SplitPoints, first_tensor, pool_features
 from guard.types import Activations
 
 #: Takes the activations and the module's first argument; a tensor that it returns replaces the logits.
@@ -65,6 +66,9 @@ def record(
         Record only while it is this owner's turn.
     """
     slots = _Slots()
+    last = set(points.channels_last)
+    copies = [partial(_copy_features, channels_last=name in last) for name in (points.split, *points.depths)]
+    copies[0] = partial(copies[0], whole=points.columns is None, limit=points.columns or POOL_LIMIT)
 
     def begin(_root: nn.Module, _args: Any) -> None:
         slots.taken = [None] * len(layers) if turn.owner is owner else None
@@ -74,7 +78,7 @@ def record(
             taken = slots.taken
             if taken is not None:
                 tensor = first_tensor(output[0] if output else args)
-                taken[index] = None if tensor is None else _copy_features(tensor.detach(), whole=index == 0)
+                taken[index] = None if tensor is None else copies[index](tensor.detach())
 
         return take
 
@@ -82,13 +86,13 @@ def record(
         taken, slots.taken = slots.taken, None
         if taken is None:
             return None
-        activations = _activations(points, logits_of(output), taken)
+        activations = _activations(points, logits_of(output, points.output), taken)
         turn.owner, before = slots, turn.owner  # nobody's turn
         try:
             answer = on_forward(activations, args[0] if args else next(iter(kwargs.values()), None))
         finally:
             turn.owner = before
-        return None if answer is None else with_logits(output, answer)
+        return None if answer is None else with_logits(output, answer, points.output)
 
     handles = []
     try:
@@ -104,9 +108,10 @@ def record(
             handle.remove()
 
 
-def _copy_features(tensor: Tensor, whole: bool) -> Tensor:
-    """Return pooled features that nothing the model does later can change; 2-D ones of the split are kept whole."""
-    pooled = tensor.float() if whole and tensor.ndim == 2 else pool_features(tensor)
+def _copy_features(tensor: Tensor, whole: bool = False, limit: int = POOL_LIMIT, channels_last: bool = False) -> Tensor:
+    """Return pooled features that nothing the model does later can change; 2-D ones are kept `whole` if so wanted."""
+    keep = whole and tensor.ndim == 2
+    pooled = tensor.float() if keep else pool_features(tensor, limit, channels_last=channels_last)
     return pooled.clone() if pooled.data_ptr() == tensor.data_ptr() else pooled
 
 
@@ -122,41 +127,6 @@ def _activations(points: SplitPoints, logits: Tensor, taken: Sequence[Tensor | N
         joined = torch.cat([tensor.to(logits.device) for tensor in tensors], 1).cpu()
         arrays = [part.contiguous().numpy() for part in torch.split(joined, [tensor.shape[1] for tensor in tensors], 1)]
     return Activations(arrays[0], arrays[1], dict(zip(points.depths, arrays[2:], strict=True)))
-
-
-def logits_of(output: Any) -> Tensor:
-    """Return the logits, (n, n_classes), of what a classifier returned: a tensor, a container's first, or `logits`.
-
-    Raises
-    ------
-    SuspectModelError
-        If there are none of that shape.
-    """
-    found = getattr(output, "logits", None)
-    if found is None:
-        found = output.get("logits") if isinstance(output, Mapping) else first_tensor(output)
-    if not isinstance(found, Tensor) or found.ndim != 2:
-        got = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
-        raise SuspectModelError(
-            f"the suspect model must return logits of shape (n, n_classes), got {got}. Wrap it in a module that does."
-        )
-    return found
-
-
-def with_logits(output: Any, logits: Tensor) -> Any:
-    """Return the output with other logits, in the same container."""
-    if isinstance(output, Tensor):
-        return logits
-    if hasattr(output, "_replace"):  # a named tuple
-        return output._replace(**{"logits" if hasattr(output, "logits") else output._fields[0]: logits})
-    if isinstance(output, tuple | list):
-        return type(output)([logits, *output[1:]])
-    changed = copy.copy(output)
-    if isinstance(changed, Mapping):
-        changed["logits"] = logits  # type: ignore[index]
-    else:
-        changed.logits = logits
-    return changed
 
 
 def device_of(module: nn.Module) -> torch.device:

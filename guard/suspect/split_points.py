@@ -11,25 +11,41 @@ References
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
 from guard.errors import SuspectModelError
 from guard.types import FEATURES, Float32Array
 
 MAX_DEPTHS = 3
 POOL_LIMIT = 512
+#: A split of more numbers than this is averaged to so many columns.
+LARGEST_SPLIT, SPLIT_COLUMNS = 32768, 4096
 OUTPUT_SUFFIX = ":output"
+_ROWS = 2  # images of the probe
+_CHANNELS_FIRST = (
+    _ConvNd,
+    _BatchNorm,
+    _MaxPoolNd,
+    _AvgPoolNd,
+    _AdaptiveAvgPoolNd,
+    _AdaptiveMaxPoolNd,
+    nn.GroupNorm,
+    nn.InstanceNorm2d,
+)
 
 Shape = tuple[int, ...]
 
@@ -44,10 +60,36 @@ class SplitPoints:
         `"name"`: the input of that module is the features. `"name:output"`: its output is.
     depths : tuple of str
         Modules whose outputs are the earlier depths, in the order of execution.
+    output : str
+        Where the logits are in what the model returns, see `guard.suspect.outputs`.
+    channels_last : tuple of str
+        Those of the layers whose maps are in the order (n, height, width, channels).
+    columns : int or None
+        Most features of the split, where it has so many that neighbours are averaged; None: all are kept.
     """
 
     split: str
     depths: tuple[str, ...]
+    output: str = ""
+    channels_last: tuple[str, ...] = ()
+    columns: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what a bundle keeps: JSON values, without fields that have their defaults."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        given = {name: value for name, value in values.items() if value or name in ("split", "depths")}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SplitPoints:
+        """Return the points of a bundle; `KeyError`, `TypeError` or `ValueError` where they are none."""
+        return cls(
+            values["split"],
+            tuple(values["depths"]),
+            str(values.get("output", "")),
+            tuple(values.get("channels_last", ())),
+            int(values["columns"]) if values.get("columns") is not None else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +101,11 @@ class _Call:
     start: int
     end: int
     taken: Shape  # shape of the first positional input; () where that is no tensor
-    given: Shape  # shape of the output
+    given: Shape  # shape of the output; maps as (n, channels, height, width), whatever their order
     first: bool  # False where the module ran before in the same forward pass
+    takes_news: bool  # whether two images differ in the input, and in the output
+    gives_news: bool
+    channels_last: tuple[bool, bool] = (False, False)  # of input and output
 
 
 def find_split_points(
@@ -72,8 +117,10 @@ def find_split_points(
     """Find the split layer and up to three earlier depths by one forward pass, or check those that the user named.
 
     The split is the input of the first `Linear` with one row per image after the last module that returns a feature
-    map, so that gates between or after convolutions are not mistaken for it. A network without such a layer is split at
-    the input of its last convolution; one without convolutions at the input of its last `Linear`.
+    map, so that gates between or after convolutions are not mistaken for it, and whose input is not the same for every
+    image, as a class token is before it has seen one. A network without such a layer is split at the input of its last
+    convolution if that makes the logits, else at the last output before them; one without convolutions at the input of
+    its last `Linear`. Of a layer that runs several times, the last time counts.
 
     Parameters
     ----------
@@ -93,37 +140,41 @@ def find_split_points(
     Raises
     ------
     SuspectModelError
-        If a name is unknown, its module does not run exactly once or gives no tensor with one row per image, or no
-        split is found.
+        If a name is unknown, its module does not run or gives no tensor with one row per image, or no split is found.
     """
     for name in (*([split.removesuffix(OUTPUT_SUFFIX)] if split else []), *(depths or ())):
         module_named(module, name)
-    images = model_input(module, example_images[:2])
-    if len(images) == 1:
-        images = torch.cat([images, images])
-    calls = _probe(module, images)
+    calls = _probe(module, _two_images(model_input(module, example_images[:2])))
+    latest = {call.module: call for call in calls if call.name}  # the last call of each
     repeated = {call.name for call in calls if not call.first}
     usable = [call for call in calls if call.name and call.name not in repeated]
-    rows = len(images)
     if split is None:
-        chosen = _find_split(calls, usable, rows)
-        moment, split = chosen.start, chosen.name
+        chosen, at_output = _find_split(calls, usable, list(latest.values()))
+        split = chosen.name + OUTPUT_SUFFIX * at_output
     else:
-        chosen = _named_call(split.removesuffix(OUTPUT_SUFFIX), usable)
-        is_output = split.endswith(OUTPUT_SUFFIX)
-        moment = chosen.end if is_output else chosen.start
-        _check_shape(split, chosen.given if is_output else chosen.taken, rows)
+        at_output = split.endswith(OUTPUT_SUFFIX)
+        chosen = _named_call(module, split.removesuffix(OUTPUT_SUFFIX), latest)
+        _check_shape(split, chosen.given if at_output else chosen.taken)
+    moment = chosen.end if at_output else chosen.start
     if depths is None:
-        before = [call for call in usable if call.end < moment and _is_candidate(call, images)]
-        return SplitPoints(split, tuple(call.name for call in _find_depths(before, moment)))
-    for name in depths:
-        if name == FEATURES:
+        among = usable if any(_is_candidate(call, calls) and call.end < moment for call in usable) else latest.values()
+        before = [call for call in among if call.end < moment and _is_candidate(call, calls)]
+        layers = _find_depths(before, moment)
+        depths = tuple(call.name for call in layers)
+    else:
+        if FEATURES in depths:
             raise SuspectModelError(f"a depth must not be called {FEATURES!r}: name the last module inside it instead.")
-        _check_shape(name, _named_call(name, usable).given, rows)
-    return SplitPoints(split, tuple(depths))
+        layers = [_named_call(module, name, latest) for name in depths]
+        for name, layer in zip(depths, layers, strict=True):
+            _check_shape(name, layer.given)
+    shape = chosen.given if at_output else chosen.taken
+    last = [split] * chosen.channels_last[at_output]
+    last += [name for name, layer in zip(depths, layers, strict=True) if layer.channels_last[True]]
+    columns = SPLIT_COLUMNS if len(shape) == 2 and shape[1] > LARGEST_SPLIT else None
+    return SplitPoints(split, tuple(depths), channels_last=tuple(last), columns=columns)
 
 
-def pool_features(tensor: Tensor, limit: int = POOL_LIMIT) -> Tensor:
+def pool_features(tensor: Tensor, limit: int = POOL_LIMIT, *, channels_last: bool = False) -> Tensor:
     """Reduce a layer's output to at most `limit` float32 columns; the result may share memory with `tensor`.
 
     Parameters
@@ -133,6 +184,8 @@ def pool_features(tensor: Tensor, limit: int = POOL_LIMIT) -> Tensor:
         columns beyond the limit are averaged in groups of neighbours.
     limit : int, default=512
         Most columns of the result, at least 1.
+    channels_last : bool
+        Whether a feature map is in the order (n, height, width, channels).
 
     Returns
     -------
@@ -146,6 +199,8 @@ def pool_features(tensor: Tensor, limit: int = POOL_LIMIT) -> Tensor:
     if tensor.dtype is not torch.float32:
         tensor = tensor.float()
     if tensor.ndim == 4:
+        if channels_last:
+            tensor = tensor.permute(0, 3, 1, 2)
         _, channels, height, width = tensor.shape
         if channels * height * width <= limit:
             return tensor.flatten(1)
@@ -207,8 +262,16 @@ def module_named(module: nn.Module, name: str) -> nn.Module:
     )
 
 
+def _two_images(images: Tensor) -> Tensor:
+    """Return two images that differ: those given, or the first one with and without noise."""
+    if len(images) == 2 and not torch.equal(images[0], images[1]):
+        return images
+    noise = torch.rand(images[:1].shape, generator=torch.Generator().manual_seed(0)).to(images)
+    return torch.cat([images[:1], images[:1] + noise])
+
+
 def _probe(module: nn.Module, images: Tensor) -> list[_Call]:
-    """Run the module once and return every module's calls in the order in which they ended."""
+    """Run the module once and return every module's calls in the order in which they ended; the last is its own."""
     calls: list[_Call] = []
     clock = itertools.count()
     running: list[int] = []
@@ -222,7 +285,8 @@ def _probe(module: nn.Module, images: Tensor) -> list[_Call]:
         shape = tuple(given.shape) if given is not None and given.is_floating_point() else ()
         start = running.pop()
         taken_shape = tuple(taken.shape) if taken is not None else ()
-        calls.append(_Call(name, called, start, next(clock), taken_shape, shape, name not in seen))
+        news = (_differs(taken), _differs(given))
+        calls.append(_Call(name, called, start, next(clock), taken_shape, shape, name not in seen, *news))
         seen.add(name)
 
     training = [inner for inner in module.modules() if inner.training]
@@ -239,23 +303,85 @@ def _probe(module: nn.Module, images: Tensor) -> list[_Call]:
             handle.remove()
         for inner in training:
             inner.training = True
-    return calls
+    return _in_one_order(calls)
 
 
-def _find_split(calls: list[_Call], usable: list[_Call], rows: int) -> _Call:
+def _differs(tensor: Tensor | None) -> bool:
+    """Say whether the two rows of a tensor differ by more than rounding; NaN does."""
+    if tensor is None or tensor.ndim < 2 or len(tensor) != 2 or not tensor.is_floating_point():
+        return True
+    return not bool((tensor[0] - tensor[1]).abs().max() <= 1e-6 * tensor.abs().max())
+
+
+def _in_one_order(calls: list[_Call]) -> list[_Call]:
+    """Give the shapes of maps with the channels last in the order of the others.
+
+    A map's shape is one with the channels last if a `Linear` or a `LayerNorm` over one dimension made it, and no layer
+    that wants the channels first saw it.
+    """
+    last, first = set(), set()
+    for call in calls:
+        if isinstance(call.module, nn.Linear) or (
+            isinstance(call.module, nn.LayerNorm) and _normalises_last(call.module, call.given)
+        ):
+            last.add(call.given)
+        elif isinstance(call.module, _CHANNELS_FIRST):
+            first |= {call.taken, call.given}
+    last = {shape for shape in last - first if len(shape) == 4}
+
+    def turned(shape: Shape) -> Shape:
+        return (shape[0], shape[3], shape[1], shape[2]) if shape in last else shape
+
+    return [
+        dataclasses.replace(
+            call,
+            taken=turned(call.taken),
+            given=turned(call.given),
+            channels_last=(call.taken in last, call.given in last),
+        )
+        for call in calls
+    ]
+
+
+def _normalises_last(norm: nn.LayerNorm, shape: Shape) -> bool:
+    """Tell a `LayerNorm` over the last dimension from those of ConvNeXt, which turn a map, normalise and turn back."""
+    (size, *more) = norm.normalized_shape
+    return not more and shape[-1:] == (size,) and (type(norm) is nn.LayerNorm or shape[1:2] != (size,))
+
+
+def _find_split(calls: list[_Call], usable: list[_Call], latest: list[_Call]) -> tuple[_Call, bool]:
+    """Return the call to split at, and whether at its output."""
     maps = [call.end for call in calls if call.name and len(call.given) == 4]
-    linears = [call for call in usable if _is_row_linear(call, rows)]
-    convolutions = [call for call in usable if isinstance(call.module, _ConvNd) and call.taken[:1] == (rows,)]
-    if any(isinstance(call.module, _ConvNd) for call in calls):
-        found = [call for call in linears if call.start > max(maps, default=-1)][:1] or convolutions[-1:]
-    else:
-        found = linears[-1:]
-    if not found:
+    convolutions = [call for call in usable if isinstance(call.module, _ConvNd) and call.taken[:1] == (_ROWS,)]
+    is_convolutional = any(isinstance(call.module, _ConvNd) for call in calls)
+    after = max(maps, default=-1) if is_convolutional else -1
+    for among in (usable, latest):
+        if heads := [call for call in among if _is_row_linear(call) and call.start > after]:
+            return (_first_head(heads, calls) if is_convolutional else heads[-1]), False
+    output = calls[-1].given
+    if convolutions and (convolutions[-1].given[1:2] == output[1:] or len(output) != 2):
+        return convolutions[-1], False
+    before = [call for call in latest if _has_features(call, calls) and call.given != output]
+    if not before:
         raise SuspectModelError(
-            "no layer to split at: no Linear or convolution module ran once on one row per image. "
+            "no layer to split at: no Linear or convolution module ran on one row per image. "
             'Name a layer whose output is the features, such as split="backbone:output".'
         )
-    return found[0]
+    return max(before, key=lambda call: call.end), True
+
+
+def _first_head(heads: list[_Call], calls: list[_Call]) -> _Call:
+    """Return the first fully connected layer; where a class token reaches that before any image, the one after it."""
+    if heads[0].takes_news:
+        return heads[0]
+    later = [call for call in heads if call.takes_news]
+    tokens = _end_of_tokens([call for call in calls if call.name])
+    return next((call for call in later if call.start > tokens), later[-1] if later else heads[0])
+
+
+def _end_of_tokens(calls: list[_Call]) -> int:
+    """Return when the last tokens were given; a fully connected layer before that is a part of attention."""
+    return max((call.end for call in calls if len(call.given) == 3), default=-1)
 
 
 def _find_depths(before: list[_Call], moment: int) -> list[_Call]:
@@ -269,7 +395,9 @@ def _find_depths(before: list[_Call], moment: int) -> list[_Call]:
 
 def _without_last(points: list[_Call], before: list[_Call]) -> list[_Call]:
     """Drop the last point: the features are it, pooled or flattened, unless a fully connected layer lies between."""
-    if points and not any(_is_row_linear(call, call.given[0]) and points[-1].end < call.start for call in before):
+    if points and not any(
+        _is_row_linear(call) and max(points[-1].end, _end_of_tokens(before)) < call.start for call in before
+    ):
         return points[:-1]
     return points
 
@@ -328,14 +456,19 @@ def _evenly_spaced(points: list[_Call], count: int) -> list[_Call]:
     return [points[(i + 1) * (len(points) + 1) // (count + 1) - 1] for i in range(count)]
 
 
-def _is_candidate(call: _Call, images: Tensor) -> bool:
-    """Say whether a depth can be taken here: one row per image, and more than the images themselves."""
+def _is_candidate(call: _Call, calls: list[_Call]) -> bool:
+    """Say whether a depth can be taken here."""
+    return _has_features(call, calls) and call.name != FEATURES
+
+
+def _has_features(call: _Call, calls: list[_Call]) -> bool:
+    """Say whether an output has a row per image, differs between images, and is more than the images themselves."""
     shape = call.given
-    return len(shape) in (2, 3, 4) and shape[0] == len(images) and shape != images.shape and call.name != FEATURES
+    return len(shape) in (2, 3, 4) and shape[0] == _ROWS and call.gives_news and shape != calls[-1].taken
 
 
-def _is_row_linear(call: _Call, rows: int) -> bool:
-    return isinstance(call.module, nn.Linear) and len(call.taken) == 2 and call.taken[0] == rows
+def _is_row_linear(call: _Call) -> bool:
+    return isinstance(call.module, nn.Linear) and len(call.taken) == 2 and call.taken[0] == _ROWS
 
 
 def _contains(outer: _Call, inner: _Call) -> bool:
@@ -346,16 +479,16 @@ def _layout(shape: Shape) -> Shape:
     return shape[2:] if len(shape) == 4 else (-len(shape),)  # a resolution, or a mark for tokens and vectors
 
 
-def _named_call(name: str, usable: list[_Call]) -> _Call:
-    for call in usable:
-        if call.name == name:
-            return call
-    raise SuspectModelError(f"layer {name!r} must run exactly once in a forward pass. Name another layer.")
+def _named_call(module: nn.Module, name: str, latest: Mapping[nn.Module, _Call]) -> _Call:
+    found = latest.get(module_named(module, name))
+    if found is None:
+        raise SuspectModelError(f"layer {name!r} must run in a forward pass, it did not. Name another layer.")
+    return found
 
 
-def _check_shape(name: str, shape: Shape, rows: int) -> None:
-    if len(shape) not in (2, 3, 4) or shape[0] != rows:
+def _check_shape(name: str, shape: Shape) -> None:
+    if len(shape) not in (2, 3, 4) or shape[0] != _ROWS:
         raise SuspectModelError(
-            f"layer {name!r} must give one row of 2 to 4 dimensions per image, got shape {shape} for {rows} images. "
+            f"layer {name!r} must give one row of 2 to 4 dimensions per image, got shape {shape} for {_ROWS} images. "
             "Name another layer."
         )

@@ -1,4 +1,4 @@
-"""Weights files from strangers: look before loading, load tensors only, and name what was loaded by its digest.
+"""Weights files from strangers: look before loading, and load tensors only.
 
 Files are judged by their content, never by their name, and whatever is not recognised is refused. Nothing of a file
 is executed: archives are judged by the names of their members, pickles go through torch's tensors-only reader.
@@ -6,12 +6,10 @@ is executed: archives are judged by the names of their members, pickles go throu
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import pickle
 import re
 import struct
-import sys
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -21,7 +19,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from guard.errors import SuspectModelError, UnsafeWeightsError
 
@@ -86,8 +84,9 @@ def check_weights_file(path: str | Path) -> None:
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Load a state dict onto the CPU from a safetensors file or from what `torch.save(model.state_dict(), ...)` wrote.
 
-    A state dict nested under `"state_dict"`, `"model_state_dict"` or `"model"` is taken out, and a prefix `"module."`
-    or `"_orig_mod."` that every key carries is removed.
+    For use without the architecture; with it, `guard.suspect.checkpoints.load_weights` finds more. A state dict nested
+    under `"state_dict"`, `"model_state_dict"` or `"model"` is taken out, and a prefix `"module."` or `"_orig_mod."`
+    that every key carries is removed.
 
     Parameters
     ----------
@@ -106,35 +105,37 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     SuspectModelError
         If it is missing, empty or truncated, or an entry is no dense tensor.
     """
-    return _plain_state_dict(_read(Path(path), map_only=False), str(path))
+    return _plain_state_dict(read_weights(path), str(path))
 
 
-def weights_digest(weights: nn.Module | Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of the weights themselves, whatever file, device or memory layout they come in.
+def read_weights(path: str | Path) -> Any:
+    """Return all that a weights file holds: tensors on the CPU, numbers, text, and dictionaries and lists of these.
 
-    Parameters
-    ----------
-    weights : Module or mapping of str to Tensor
-        A module stands for its parameters and persistent buffers.
-
-    Returns
-    -------
-    digest : str
-        64 hexadecimal digits over the sorted names, dtypes, shapes and little-endian bytes.
+    Raises
+    ------
+    UnsafeWeightsError, SuspectModelError
+        As `check_weights_file`.
     """
-    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name]
-        if not isinstance(tensor, Tensor):  # a module's own extra state is not part of its weights
-            continue
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        content = flat.view(torch.uint8).numpy()  # shares memory: no copy of a contiguous CPU tensor
-        if sys.byteorder == "big" and flat.itemsize > 1:
-            content = content.reshape(-1, flat.itemsize)[:, ::-1].copy()
-        digest.update(content.data)
-    return digest.hexdigest()
+    return _read(Path(path), map_only=False)
+
+
+def check_dense(path: str, name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that is sparse, or larger than the bytes that are there.
+
+    Raises
+    ------
+    SuspectModelError
+    """
+    if tensor.layout is not torch.strided:
+        raise SuspectModelError(
+            f"weights file {path}: entry {name[:80]!r} must be a dense tensor, got {tensor.layout}. "
+            "Save model.state_dict() of dense weights."
+        )
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise SuspectModelError(
+            f"weights file {path}: entry {name[:80]!r} has shape {tuple(tensor.shape)}, more than the "
+            f"{tensor.untyped_storage().nbytes()} bytes that are there. Save contiguous tensors."
+        )
 
 
 def _read(path: Path, map_only: bool) -> Any:
@@ -265,16 +266,12 @@ def _plain_state_dict(content: Any, path: str) -> dict[str, Tensor]:
         )
     state: dict[str, Tensor] = {}
     for name, tensor in content.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise SuspectModelError(
                 f"weights file {path}: entry {str(name)[:80]!r} must be a dense tensor, got {type(tensor).__name__}. "
                 "Save model.state_dict() alone."
             )
-        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-            raise SuspectModelError(
-                f"weights file {path}: entry {name[:80]!r} has shape {tuple(tensor.shape)}, more than the "
-                f"{tensor.untyped_storage().nbytes()} bytes that are there. Save contiguous tensors."
-            )
+        check_dense(path, name, tensor)
         state[name] = tensor.detach()
     for prefix in WRAPPER_PREFIXES:
         if all(name.startswith(prefix) for name in state):

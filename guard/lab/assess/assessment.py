@@ -21,9 +21,9 @@ from guard.lab.attacks.attack import Attack
 from guard.lab.attacks.triggers import check_unit_images
 from guard.statistics.calibration import images_needed, stratified_folds
 from guard.statistics.evaluation import attack_success_rate, auroc, clean_accuracy, wilson_interval
+from guard.suspect.digest import weights_digest
 from guard.suspect.model import SuspectModel
 from guard.suspect.split_points import SplitPoints
-from guard.suspect.weights import weights_digest
 from guard.types import Activations, AnyArray, BoolArray, Float32Array, IntArray
 
 #: Tenths of the images: to plant with, to say when that may stop, to fit the guard, to test.

@@ -15,7 +15,7 @@ from guard.errors import DataError, SuspectModelError
 from guard.lab.attacks.attack import Attack
 from guard.lab.attacks.augmentation import CropAndFlip
 from guard.lab.attacks.network_training import Redraw, TrainingSettings, accuracy, train_classifier
-from guard.suspect.recording import logits_of
+from guard.suspect.outputs import logits_of, output_place
 from guard.types import Float32Array, IntArray
 
 _LATER_ATTEMPTS_LONGER = 3
@@ -261,7 +261,7 @@ class _Trainable(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        return logits_of(self.network(images.contiguous()))
+        return logits_of(self.network(images.contiguous()), output_place(self.network))
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
