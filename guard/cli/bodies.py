@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from guard.cli.images import NamedImages, find_images
+from guard.cli.images import NamedLabelledImages, find_labelled
 from guard.data.image_files import encode_png, load_images
 from guard.errors import DataError
 from guard.types import Float32Array
@@ -20,7 +20,7 @@ _TEXT = (".txt", ".b64", ".base64")
 _ROUNDING = 1e-3
 
 
-def find_bodies(path: Path, class_names: list[str] | None = None) -> NamedImages:
+def find_bodies(path: Path, class_names: list[str] | None = None) -> NamedLabelledImages:
     """Find the images of a .npz or a folder, each as what TorchServe would hand to a handler.
 
     Parameters
@@ -30,7 +30,7 @@ def find_bodies(path: Path, class_names: list[str] | None = None) -> NamedImages
           `.base64` become text, as TorchServe does it by their content types; all others are bytes.
         - A `.npz` of images with 8 bits per channel, as `load_images` reads it: each becomes a PNG, without a loss.
     class_names : list of str, optional
-        The class list, as for `find_images`.
+        The class list, as for `find_labelled`.
 
     Raises
     ------
@@ -40,8 +40,10 @@ def find_bodies(path: Path, class_names: list[str] | None = None) -> NamedImages
     if path.suffix.lower() == ".npz" and path.is_file():
         loaded = load_images(path)
         _check_pixels(path, loaded.images)
-        return NamedImages(loaded.names, lambda row: encode_png(loaded.images[row]), loaded.labels, class_names)
-    found = find_images(path, as_bytes=True, class_names=class_names)
+        if loaded.labels is None:
+            raise DataError(f"{path} has no labels: a .npz needs 'labels' beside its 'images'.")
+        return NamedLabelledImages(loaded.names, lambda row: encode_png(loaded.images[row]), loaded.labels, class_names)
+    found = find_labelled(path, as_bytes=True, class_names=class_names)
     return replace(found, read=lambda row: _parsed(found.read(row), found.names[row]))
 
 

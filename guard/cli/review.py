@@ -274,13 +274,13 @@ def open_workspace(
     if (weights is None) != (architecture is None):
         raise ConfigError("--weights and --architecture go together. Give both, or neither.")
     clean = occlusion = None
+    known = KnownBundles(bundles if bundles.is_dir() else None)
     if images is not None:
-        from guard.cli.images import find_images, preprocessing, read_all
+        from guard.cli.images import find_labelled, preprocessing, read_all
 
+        active = known.active()
         with progress_bar("reading images") as report:
-            found = find_images(images)
-            if found.labels is None:
-                raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
+            found = find_labelled(images, class_names=active.class_names if active else None)
             clean = CleanImages(read_all(found, preprocessing(None), report), found.labels)
     if weights is not None and architecture is not None:
         from guard.suspect.model import SuspectModel
@@ -290,7 +290,7 @@ def open_workspace(
         queue,
         Reviewers(queue),
         Rounds(queue),
-        KnownBundles(bundles if bundles.is_dir() else None),
+        known,
         clean,
         occlusion,
         settings or ReviewSettings(),

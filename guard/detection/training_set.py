@@ -9,7 +9,7 @@ import numpy as np
 
 from guard.arrays import check_range
 from guard.detection.detectors.base import NO_LABEL, Source
-from guard.errors import DataError
+from guard.errors import DataError, RowError
 from guard.types import Activations, AnyArray, BoolArray, IntArray
 
 
@@ -135,9 +135,8 @@ class TrainingSet:
             raise DataError(f"noisy activations must have {n} rows, one per image, got {len(self.noisy)}.")
         finite = self.clean.finite_rows
         if not finite.all():
-            raise DataError(
-                f"activations of clean image {int(np.argmin(finite))} are not finite. Is the model damaged?"
-            )
+            row = int(np.argmin(finite))
+            raise RowError(f"activations of clean image {row} are not finite. Is the model damaged?", row)
 
     @property
     def depths(self) -> tuple[str, ...]:
