@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from guard.cli.images import NamedLabelledImages, find_labelled
+from guard.cli.images import NamedLabelledImages, find_labelled, without_labels
 from guard.data.image_files import encode_png, load_images
 from guard.errors import DataError
 from guard.types import Float32Array
@@ -41,7 +41,7 @@ def find_bodies(path: Path, class_names: list[str] | None = None) -> NamedLabell
         loaded = load_images(path)
         _check_pixels(path, loaded.images)
         if loaded.labels is None:
-            raise DataError(f"{path} has no labels: a .npz needs 'labels' beside its 'images'.")
+            raise without_labels(path)
         return NamedLabelledImages(loaded.names, lambda row: encode_png(loaded.images[row]), loaded.labels, class_names)
     found = find_labelled(path, as_bytes=True, class_names=class_names)
     return replace(found, read=lambda row: _parsed(found.read(row), found.names[row]))

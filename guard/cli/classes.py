@@ -1,4 +1,4 @@
-"""How many clean images every class of the network has: compared, refused, and put in words."""
+"""How many clean images every class of the network has: what is refused, and what people are told."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from guard.arrays import check_range
 from guard.cli.images import NamedLabelledImages
 from guard.cli.output import print_warning
+from guard.detection.pipeline import Guard
+from guard.detection.unseen_classes import flagged_of_unseen_classes
 from guard.errors import DataError
-from guard.types import BoolArray, IntArray
+from guard.types import IntArray
 
 #: Clean images of a class with which its own false-alarm rate begins to be near the one asked for.
 FEW_IMAGES = 10
@@ -38,24 +41,28 @@ def check_classes(images: NamedLabelledImages, n_classes: int, *, allow_missing:
     Raises
     ------
     DataError
-        If a class has no image.
+        If a label is none of the network's classes, or a class has no image.
     """
     labels, names = images.labels, images.class_names
-    used = np.unique(labels)
-    if names is not None and len(names) > n_classes == len(used) and images.files:
-        return replace(images, labels=np.searchsorted(used, labels), class_names=[names[label] for label in used])
-    counts = np.bincount(labels[(labels >= 0) & (labels < n_classes)], minlength=n_classes)
-    if not allow_missing and not counts.all():
+    if names is not None and images.empty_folders and len(names) - len(images.empty_folders) == n_classes:
+        used, labels = np.unique(labels, return_inverse=True)
+        names = [names[label] for label in used]
+        images = replace(images, labels=labels, class_names=names, empty_folders=[])
+    check_range(labels, n_classes, "labels")
+    names = names if names is not None and len(names) == n_classes else None  # else `Guard.fit` refuses them
+    counts = np.bincount(labels, minlength=n_classes)
+    missing = np.flatnonzero(counts == 0)
+    if len(missing) and not allow_missing:
         raise DataError(
-            f"{(counts == 0).sum()} of the network's {n_classes} classes have no clean image: "
-            f"{_listed(counts == 0, names)}. Nearly all of their clean traffic would be flagged. "
+            f"{len(missing)} of the network's {n_classes} classes have no clean image: "
+            f"{_listed(missing, names)}. Nearly all of their clean traffic would be flagged. "
             "Add images of them (a sub-folder may be empty or a broken link, or hold other files), or give "
             "--allow-missing-classes."
         )
-    few = (counts > 0) & (counts < FEW_IMAGES)
-    if few.any():
+    few = np.flatnonzero((counts > 0) & (counts < FEW_IMAGES))
+    if len(few):
         print_warning(
-            f"{few.sum()} classes have fewer than {FEW_IMAGES} clean images: {_listed(few, names, counts)}. "
+            f"{len(few)} classes have fewer than {FEW_IMAGES} clean images: {_listed(few, names, counts)}. "
             "More of their clean traffic will be flagged than asked for. Add images of them."
         )
     return images
@@ -66,16 +73,31 @@ def images_per_class(labels: IntArray, n_classes: int, names: Sequence[str] | No
     counts = np.bincount(labels, minlength=n_classes)
     if counts.min() == counts.max():
         return f"{counts[0]} of each of {n_classes} classes"
-    fewest = np.zeros(n_classes, dtype=bool)
-    fewest[np.argsort(counts, kind="stable")[:3]] = True
+    fewest = np.argsort(counts, kind="stable")[:3]
     return f"{counts.min()} to {counts.max()} of each of {n_classes} classes; fewest: {_listed(fewest, names, counts)}"
 
 
-def _listed(chosen: BoolArray, names: Sequence[str] | None, counts: IntArray | None = None) -> str:
-    rows = np.flatnonzero(chosen).tolist()
+def tell_missing(guard: Guard) -> None:
+    """Warn of classes of the network that have no clean image, with the rate of false alarms to be expected."""
+    counts = np.bincount(guard.reference_labels, minlength=guard.reference.logits.shape[1])
+    missing = np.flatnonzero(counts == 0)
+    if len(missing) == 0:
+        return
+    unseen, asked = flagged_of_unseen_classes(guard), guard.realised_false_positive_rate
+    share = len(missing) / len(counts)
+    overall = share * unseen + (1 - share) * asked
+    print_warning(
+        f"{len(missing)} of the network's {len(counts)} classes have no clean image: "
+        f"{_listed(missing, guard.class_names)}. About {100 * unseen:.0f} % of their clean traffic will be flagged "
+        f"(measured on classes that were left out): {100 * overall:.1f} % of all traffic if every class is as frequent "
+        f"as any other, where {100 * guard.config.false_positive_rate:g} % were asked for."
+    )
+
+
+def _listed(labels: IntArray, names: Sequence[str] | None, counts: IntArray | None = None) -> str:
     words = [
-        (repr(names[row]) if names is not None and len(names) == len(chosen) else str(row))
-        + (f" ({counts[row]})" if counts is not None else "")
-        for row in rows[:_NAMED]
+        (repr(names[label]) if names is not None else str(label))
+        + (f" ({counts[label]})" if counts is not None else "")
+        for label in labels[:_NAMED].tolist()
     ]
-    return ", ".join(words) + (f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else "")
+    return ", ".join(words) + (f" and {len(labels) - _NAMED} more" if len(labels) > _NAMED else "")

@@ -76,9 +76,16 @@ class NamedImages:
 
 @dataclass(frozen=True, slots=True)
 class NamedLabelledImages(NamedImages):
-    """Images that were found, all with labels."""
+    """Images that were found, all with labels.
+
+    Attributes
+    ----------
+    empty_folders : list of str
+        Those of `class_names` that are sub-folders without an image; none where a class list was given.
+    """
 
     labels: IntArray
+    empty_folders: list[str] = field(default_factory=list)
 
 
 def find_images(path: Path, *, as_bytes: bool = False) -> NamedImages:
@@ -120,7 +127,7 @@ def find_labelled(
     DataError
         If there are none, or no labels, a .npz breaks its rules, or a sub-folder is not in the class list.
     """
-    found, labels, names = _arrays(path, as_bytes), None, class_names
+    found, labels, names, empty = _arrays(path, as_bytes), None, class_names, []
     if found is not None:
         labels = found.labels
     elif path.is_dir():
@@ -129,11 +136,13 @@ def find_labelled(
         if inside:
             found = _pictures(path, inside, as_bytes)
             folder_of = {file.name: file.folder for file in inside}
-            labels, names = labels_of([folder_of[name] for name in found.names], folders, class_names)
+            used = [folder_of[name] for name in found.names]
+            labels, names = labels_of(used, folders, class_names)
+            empty = sorted({*folders} - {*used}) if class_names is None and names is not None else []
             beside = [file.name for file in files if not file.folder]
             found = replace(found, passed_over=[*beside, *found.passed_over])
     if found is None or labels is None:
-        raise DataError(f"{path} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
+        raise without_labels(path)
     return NamedLabelledImages(
         names=found.names,
         read=found.read,
@@ -142,7 +151,13 @@ def find_labelled(
         passed_over=found.passed_over,
         files=found.files,
         modes=found.modes,
+        empty_folders=empty,
     )
+
+
+def without_labels(path: Path) -> DataError:
+    """Return the error about images that no class is given for."""
+    return DataError(f"{path} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
 
 
 def in_channels_taken(images: Found, run: Callable[[list[Any]], object], at_once: int = 1) -> Found:

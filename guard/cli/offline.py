@@ -82,7 +82,7 @@ def fit(
     settings: Settings = None,
 ) -> None:
     """Fit a guard on clean images and write it as a bundle."""
-    from guard.cli.classes import check_classes, images_per_class
+    from guard.cli.classes import check_classes, images_per_class, tell_missing
     from guard.cli.images import find_labelled, in_channels_taken, naming_rows, read_all
     from guard.config import load_config
     from guard.detection.pipeline import Guard
@@ -140,6 +140,7 @@ def fit(
     if guard.recovery:
         _tell_backup(guard, backup_floor)
     tell_passed_over(found.passed_over)
+    tell_missing(guard)
     if accuracy < 0.5:
         print_warning(
             f"the suspect model gets only {100 * accuracy:.1f} % of these labels right, so the guard will be poor. "

@@ -87,7 +87,7 @@ def wrap(
     The archive's own handler runs here on the clean images, as it does in the server. The archive itself stays as it
     is; the guarded one keeps its every file, its model's name and version, and answers old clients with the same bytes.
     """
-    from guard.cli.classes import images_per_class
+    from guard.cli.classes import images_per_class, tell_missing
     from guard.config import GuardConfig, load_settings
     from guard.relabel.address import queue_url
     from guard.storage.bundle import BundleStore
@@ -143,6 +143,7 @@ def wrap(
         say(f"batches         {batches}")
         say(f"serve it        guard serve {opened.manifest.name}={target.name} --model-store {target.parent}")
         tell_passed_over(found.passed_over)
+        tell_missing(guard)
         if accuracy < 0.5:
             print_warning(
                 f"the model gets only {100 * accuracy:.1f} % of these labels right, so the guard will be poor. "

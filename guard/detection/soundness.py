@@ -16,7 +16,7 @@ from guard.arrays import require
 from guard.detection.ensemble import Ensemble
 from guard.detection.fusion import CalibratedFusion, Fusion
 from guard.errors import BundleError, DataError
-from guard.statistics.calibration import SurpriseMap, conformal_p_values
+from guard.statistics.calibration import SurpriseMap, conformal_p_values, largest_surprises
 from guard.storage.bundle import StoredBundle
 from guard.types import FEATURES, Activations, AnyArray, Float64Array, IntArray
 
@@ -143,14 +143,10 @@ def _check_map(surprise_map: SurpriseMap | None, ensemble: Ensemble, clean_score
 
 
 def _check_tail(name: str, fusion: CalibratedFusion, raw: Float64Array, clean_scores: Float64Array) -> None:
-    """Refuse a calibration whose middle is right, and beyond whose tail nothing can be.
-
-    At most k of n clean images surprise any of d detectors by more than log(d * n / k), and none is combined to more;
-    twice that is allowed, as the tail is an estimate.
-    """
+    """Refuse a calibration whose middle is right, and beyond whose tail nothing can be; see `largest_surprises`."""
     assert fusion.surprise_map_ is not None
     knots, n = fusion.surprise_map_.knots, len(clean_scores)
-    most = 1.0 + 2.0 * np.log(len(knots) * n / np.arange(n, 0, -1))
+    most = largest_surprises(len(knots), n)
     if (clean_scores > most).any():
         row = int((clean_scores > most).argmax())
         raise DataError(

@@ -122,7 +122,7 @@ class SurpriseMap:
         scale, shape = np.empty(len(knots)), np.empty(len(knots))
         for detector, (first, *_, last) in enumerate(knots):
             excess = scores[:, detector] - last
-            excess = excess[excess > 0]
+            excess = excess[(excess > 0) & (scores[:, detector] < _HUGE)]  # infinite ones have no size to learn from
             mean_excess = excess.mean() if len(excess) else max((last - first) * 0.1, 1e-9)
             shape[detector] = _pareto_shape(excess / mean_excess)
             scale[detector] = mean_excess * (1 - shape[detector])
@@ -160,6 +160,16 @@ class SurpriseMap:
             raise DataError("array levels must rise from the first knot to the last, and is constant.")
         scale = require(arrays, "scale", (n_detectors,), low=_LEAST_SCALE, high=_HUGE)
         return cls(knots, levels, scale, require(arrays, "shape", (n_detectors,), low=0.0, high=_MAX_SHAPE))
+
+
+def largest_surprises(n_detectors: int, n: int) -> Float64Array:
+    """Return what the combined surprise of n clean inputs can be at most, ascending, shape (n,).
+
+    At most k of n clean inputs surprise any of d detectors by more than log(d * n / k), and none is combined to more;
+    twice that is allowed, as the tail is an estimate.
+    """
+    bounds: Float64Array = 1.0 + 2.0 * np.log(n_detectors * n / np.arange(n, 0, -1))
+    return bounds
 
 
 def _pareto_shape(relative_excess: Float64Array) -> float:
