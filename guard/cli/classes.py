@@ -77,6 +77,31 @@ def images_per_class(labels: IntArray, n_classes: int, names: Sequence[str] | No
     return f"{counts.min()} to {counts.max()} of each of {n_classes} classes; fewest: {_listed(fewest, names, counts)}"
 
 
+def copies_among(guard: Guard, names: Sequence[str]) -> str:
+    """Return in one line how many of the clean images are copies of others; warn of copies in several classes.
+
+    Parameters
+    ----------
+    guard : Guard
+    names : sequence of str
+        Of the clean images.
+    """
+    groups, labels = guard.reference_groups, guard.reference_labels
+    if groups is None:
+        return "none found"
+    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+    contradicting = np.flatnonzero(labels != labels[first][group])
+    if len(contradicting):
+        row = int(contradicting[0])
+        print_warning(
+            f"{len(contradicting)} clean images are copies of images of another class, the first {names[row]} of "
+            f"{names[first[group[row]]]}; the class of the earlier one counts. Which is right?"
+        )
+    return (
+        f"{len(labels) - len(first)} of {len(labels)} images; what is promised is promised of the {len(first)} others"
+    )
+
+
 def tell_missing(guard: Guard) -> None:
     """Warn of classes of the network that have no clean image, with the rate of false alarms to be expected."""
     counts = np.bincount(guard.reference_labels, minlength=guard.reference.logits.shape[1])

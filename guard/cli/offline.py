@@ -82,7 +82,7 @@ def fit(
     settings: Settings = None,
 ) -> None:
     """Fit a guard on clean images and write it as a bundle."""
-    from guard.cli.classes import check_classes, images_per_class, tell_missing
+    from guard.cli.classes import check_classes, copies_among, images_per_class, tell_missing
     from guard.cli.images import find_labelled, in_channels_taken, naming_rows, read_all
     from guard.config import load_config
     from guard.detection.pipeline import Guard
@@ -132,6 +132,7 @@ def fit(
     say(f"bundle          {folder}{' (active)' if activate else ''}")
     say(f"clean images    {len(inputs)}, of which the suspect model gets {100 * accuracy:.1f} % right")
     say(f"per class       {images_per_class(guard.reference_labels, n_classes, guard.class_names)}")
+    say(f"copies          {copies_among(guard, found.names)}")
     say(f"split           {points.split}; earlier depths: {', '.join(points.depths) or 'none'}")
     say(
         f"false positives {guard.realised_false_positive_rate:.4f} of clean images "

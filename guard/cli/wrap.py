@@ -87,7 +87,7 @@ def wrap(
     The archive's own handler runs here on the clean images, as it does in the server. The archive itself stays as it
     is; the guarded one keeps its every file, its model's name and version, and answers old clients with the same bytes.
     """
-    from guard.cli.classes import images_per_class, tell_missing
+    from guard.cli.classes import copies_among, images_per_class, tell_missing
     from guard.config import GuardConfig, load_settings
     from guard.relabel.address import queue_url
     from guard.storage.bundle import BundleStore
@@ -136,6 +136,7 @@ def wrap(
         say(f"clean images    {len(found.names)}, of which the model gets {100 * accuracy:.1f} % right")
         n_classes = guard.reference.logits.shape[1]
         say(f"per class       {images_per_class(guard.reference_labels, n_classes, guard.class_names)}")
+        say(f"copies          {copies_among(guard, found.names)}")
         say(
             f"false positives {guard.realised_false_positive_rate:.4f} of clean images "
             f"(asked for {config.false_positive_rate:g}, measured out of fold)"

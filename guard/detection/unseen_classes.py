@@ -28,9 +28,10 @@ def flagged_of_unseen_classes(guard: Guard) -> float:
     for label in present[np.unique(np.linspace(0, len(present) - 1, _TRIALS).astype(np.int64))]:
         seen = labels != label
         noisy = guard.noisy_reference[seen] if guard.noisy_reference is not None else None
+        groups = guard.reference_groups[seen] if guard.reference_groups is not None else None
         try:
             other = Guard.fit_activations(
-                reference[seen], labels[seen], guard.config.replace(anytime=False), noisy=noisy
+                reference[seen], labels[seen], guard.config.replace(anytime=False), noisy=noisy, groups=groups
             )
         except DataError:  # too few
             return 1.0

@@ -27,8 +27,16 @@ def images_needed(false_positive_rate: float) -> int:
     return math.ceil(1 / false_positive_rate - 1e-9) - 1
 
 
-def check_rate(false_positive_rate: float, n_clean: int) -> None:
+def check_rate(false_positive_rate: float, n_clean: int, n_copies: int = 0) -> None:
     """Refuse a rate that the clean sample cannot show.
+
+    Parameters
+    ----------
+    false_positive_rate : float
+    n_clean : int
+        Clean images, without copies of others.
+    n_copies : int
+        These copies; for the error.
 
     Raises
     ------
@@ -38,8 +46,8 @@ def check_rate(false_positive_rate: float, n_clean: int) -> None:
     needed = images_needed(false_positive_rate)
     if n_clean < needed:
         raise DataError(
-            f"false_positive_rate={false_positive_rate:g} needs at least {needed} clean images, got {n_clean}. "
-            "Raise the rate or add images."
+            f"false_positive_rate={false_positive_rate:g} needs at least {needed} clean images, got {n_clean}"
+            f"{f' and {n_copies} copies of them' if n_copies else ''}. Raise the rate or add images."
         )
 
 
@@ -67,8 +75,15 @@ def conformal_p_values(scores: Float64Array, sorted_clean_scores: Float64Array) 
     return np.asarray((1.0 + at_least) / (n + 1.0), dtype=np.float64)
 
 
-def stratified_folds(labels: IntArray, folds: int, seed: int) -> IntArray:
-    """Assign every row to one of `folds` parts, each class spread evenly; shape (n,), values in [0, folds)."""
+def stratified_folds(labels: IntArray, folds: int, seed: int, groups: IntArray | None = None) -> IntArray:
+    """Assign every row to one of `folds` parts, each class spread evenly; shape (n,), values in [0, folds).
+
+    Rows of one number in `groups`, shape (n,), fall into one part: that of the first of them.
+    """
+    if groups is not None:
+        _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+        order = np.sort(first)
+        return stratified_folds(labels[order], folds, seed)[np.searchsorted(order, first)[group]]
     rng = np.random.default_rng(seed)
     part = np.empty(len(labels), dtype=np.int64)
     offset = 0
