@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from pathlib import Path
 
@@ -236,3 +237,20 @@ def test_image_that_becomes_nan_is_named_by_its_file(tmp_path: Path, monkeypatch
         read_all(find_labelled(tmp_path), preprocessing("my_scaling:scale"), silent)
     with pytest.raises(DataError, match=r"^image cat/black\.png: it becomes NaN"), naming_rows(find_labelled(tmp_path)):
         raise RowError("it becomes NaN.", 1)
+
+
+def test_bodies_are_parsed_or_left_alone_as_the_handler_takes_them(tmp_path: Path) -> None:
+    for name, text in {"a.json": '{"data": 1}', "b.json": '{"data": 2}'}.items():
+        (tmp_path / "cat").mkdir(exist_ok=True)
+        (tmp_path / "cat" / name).write_text(text)
+
+    def answers_parsed(body: object) -> None:
+        body["data"]  # type: ignore[index]
+
+    def answers_bytes(body: object) -> None:
+        json.loads(bytes(body))  # type: ignore[call-overload]
+
+    assert find_bodies(tmp_path).read(1) == {"data": 2}
+    assert find_bodies(tmp_path, answers=answers_parsed).read(1) == {"data": 2}
+    assert find_bodies(tmp_path, answers=answers_bytes).read(1) == b'{"data": 2}'
+    assert find_bodies(tmp_path, answers=lambda body: 1 / 0).read(1) == {"data": 2}

@@ -238,13 +238,14 @@ def import_file(
     queue: QueueUrl = None,
 ) -> None:
     """Save the answers of a file: all of them, or none and say why."""
+    from guard.files import decoded
     from guard.relabel.reviewers import Reviewers
     from guard.review.admin import import_text
 
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as UTF-8 text: {error}.") from error
+        text = decoded(file.read_bytes())
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}. Check the path.") from error
     with _open(context, queue) as opened:
         if quorum not in (None, known := opened.settings.quorum):
             raise ConfigError(f"the queue's quorum is {known}, got --quorum {quorum}. Set it: guard review settings.")

@@ -116,7 +116,7 @@ def wrap(
             progress_bar("reading images") as report,
             opened.running(config.model_attribute, gpu) as user,
         ):
-            found = _labelled(opened, images, class_list(class_names))
+            found = _labelled(opened, user, images, class_list(class_names))
             _try_handler(user, found, config)
             suspect = SuspectModel(user.module, split=split, depths=depth, device=device)
             guard, accuracy = _fitted(suspect, user, found, config, report, allow_missing_classes)
@@ -167,12 +167,12 @@ def _stem(archive: Path) -> str:
     return archive.name.removesuffix(".mar")
 
 
-def _labelled(opened: OpenedArchive, images: Path, names: list[str] | None) -> NamedLabelledImages:
+def _labelled(opened: OpenedArchive, user: UserHandler, images: Path, names: list[str] | None) -> NamedLabelledImages:
     """Find the clean images; names of sub-folders are looked up in the archive's own class list."""
     from guard.cli.bodies import find_bodies
     from guard.torchserve.archives.class_list import CLASS_FILE, read_class_list
 
-    found = find_bodies(images, names)
+    found = find_bodies(images, names, user.rows_seen)
     classes = read_class_list(opened.folder) if names is None else None
     if classes is None:
         return found

@@ -129,4 +129,5 @@ def _standardised(images: Tensor) -> Tensor:
     """Return images as rows of mean 0 and length 1; those without a contour as zeros."""
     rows = images.flatten(1)
     rows = rows - rows.mean(1, keepdim=True)
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-6)
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / lengths.clamp_min(1e-6)

@@ -24,7 +24,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _RESERVED_MODULES = sys.stdlib_module_names | {
     "guard", "model_archiver", "numpy", "PIL", "psutil", "safetensors", "scipy", "sklearn", "torch", "ts", "yaml"
 }  # fmt: skip
-_NEVER_PACKED = {"__pycache__", ".git", ".DS_Store"}
+_NEVER_PACKED = {"__pycache__", "__MACOSX", ".git", ".DS_Store"}
 _MOST_MANIFEST_BYTES = 2**20
 _EARLIEST_ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
