@@ -206,11 +206,11 @@ def _missing_columns(reader: csv.DictReader[str]) -> list[str]:
 
 def _cell(text: str | None, place: str) -> str:
     """Return what a cell says; Label Studio writes several choices of one control as JSON."""
-    text = (text or "").strip()
-    if text.startswith('{"choices"'):
+    value: Any = (text or "").strip()
+    if value.startswith('{"choices"'):
         with suppress(ValueError, RecursionError):
-            return _text(json.loads(text), place)
-    return text
+            value = json.loads(value)
+    return _text(value, place)
 
 
 def import_answers(queue: Queue, reviewer: str, rows: Sequence[Row], names_of: NamesOf) -> Imported:
