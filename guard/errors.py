@@ -24,6 +24,14 @@ class DataError(GuardError, ValueError):
     """Images, labels or activations break a rule (shape, type, range, count)."""
 
 
+class RowError(DataError):
+    """One of several inputs breaks a rule; `row` is its position, so that who knows its name can say it."""
+
+    def __init__(self, text: str, row: int) -> None:
+        super().__init__(text)
+        self.row = row
+
+
 class NotFittedError(GuardError):
     """Something was asked to score before it was fitted."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import os
@@ -52,6 +53,21 @@ def write_private(path: Path, text: str) -> None:
     """Write a text in UTF-8 that only the owner of the file may read."""
     with open_private(path, encoding="utf-8", newline="") as file:
         file.write(text)
+
+
+def decoded(data: bytes) -> str:
+    """Return the text of a file that people made: UTF-8 or UTF-16, with a byte order mark or without, else Latin-1.
+
+    Bytes that Windows gives a meaning beyond Latin-1 (its quotation marks, the euro) have that meaning.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", "replace")
+    if data[:64].count(0) * 3 > len(data[:64]):  # UTF-16 without a mark: every other byte of a Latin letter is zero
+        return data.decode("utf-16-be" if data[0] == 0 else "utf-16-le", "replace")
+    for encoding in ("utf-8-sig", "cp1252"):
+        with suppress(UnicodeDecodeError):
+            return data.decode(encoding)
+    return data.decode("latin-1")
 
 
 def close_to_others(path: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import torch
@@ -29,8 +30,8 @@ class ImageHandler(BaseHandler):  # type: ignore[misc]  # ts is untyped
     Keys: `architecture` ("module:factory"), `input_shape` ([channels, height, width]); optional `mean` and `std` (one
     number, or one per channel), `scale` (pixel values are divided by it first, 255), `class_names`, `resize` (false:
     an image of another size is refused), `state_key` (where the weights lie in their file). A request is PNG or JPEG
-    bytes, their base64 text, or JSON: nested lists of pixel values of the input shape, or {"data": ...} around any of
-    these. What cannot be read gets status 422, alone.
+    bytes, their base64 text (or a data: URI), or JSON: nested lists of pixel values of the input shape, or
+    {"data": ...} around any of these. What cannot be read gets status 422, alone.
     """
 
     one_row_per_request = True  # declared to the guard: `preprocess` makes one row of every body, or raises
@@ -126,16 +127,20 @@ class ImageHandler(BaseHandler):  # type: ignore[misc]  # ts is untyped
 
 
 def parse(body: bytes | bytearray | str) -> Any:
-    """Return image bytes, or what the JSON in a body says."""
+    """Return image bytes, or what the JSON in a body says; base64 in lines, URL-safe, or as a data: URI as well."""
     raw = body.encode() if isinstance(body, str) else bytes(body)
     if raw.startswith((b"\x89PNG", b"\xff\xd8")):
         return raw
-    if not (raw := raw.strip()):
+    if not (raw := raw.removeprefix(b"\xef\xbb\xbf").strip()):
         raise ValueError("the request is empty: send an image.")
     try:
-        if raw[:1] in b"[{":
-            return json.loads(raw)
-        return base64.b64decode(raw.removeprefix(b'"').removesuffix(b'"'), validate=True)
+        if raw[:1] in b'[{"':
+            value = json.loads(raw, strict=False)  # a text may hold line breaks
+            return parse(value) if isinstance(value, str) else value
+        if raw[:5].lower() == b"data:":
+            raw = unquote_to_bytes(raw.partition(b",")[2])
+        text = b"".join(line.strip() for line in raw.splitlines()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
     except (ValueError, RecursionError) as error:
         raise ValueError("the request is no PNG, no JPEG, no base64 text of one, and no JSON.") from error
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from guard.errors import ArchiveError, ServerError
+from guard.errors import ArchiveError, GuardError, ServerError
 from guard.torchserve.archives.archive import Archive, find_archives, make_archive
+from guard.torchserve.archives.wrapping import open_archive
 
 
 @pytest.fixture
@@ -196,3 +199,41 @@ def test_find_archives_refuses_what_cannot_be_served(parts: dict[str, Any], tmp_
     archive.write_bytes(b"PK nonsense")
     with pytest.raises(ServerError, match=r"tiny\.mar is damaged"):
         find_archives(store, {"tiny": "tiny.mar"})
+
+
+def zipped_on_a_mac(archive: Path, target: Path, *, below: str = "") -> Path:
+    """Pack an archive's files again as a Mac does: its notes beside every file, and what its Finder leaves."""
+    notes = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        "
+    with zipfile.ZipFile(archive) as packed, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as again:
+        again.writestr(f"{below}.DS_Store", b"\x00\x00\x00\x01Bud1")
+        for name in packed.namelist():
+            folder, _, file = f"{below}{name}".rpartition("/")
+            again.writestr(f"{below}{name}", packed.read(name))
+            again.writestr("/".join(part for part in ("__MACOSX", folder, f"._{file}") if part), notes)
+    return target
+
+
+def test_archive_that_a_mac_packed_again_is_opened(parts: dict[str, Any], tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(1)}, parts["weights"])
+    again = zipped_on_a_mac(make_archive("mine", **parts), tmp_path / "again.mar")
+    with open_archive(again) as opened:
+        assert opened.manifest.name == "mine"
+        assert (opened.folder / "__MACOSX" / f"._{parts['weights'].name}").is_file()
+
+
+def test_archive_whose_notes_of_a_mac_are_something_else_is_refused(parts: dict[str, Any], tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(1)}, parts["weights"])
+    again = zipped_on_a_mac(make_archive("mine", **parts), tmp_path / "again.mar")
+    with zipfile.ZipFile(again, "a") as packed:
+        packed.writestr("__MACOSX/._more.pt", pickle.dumps(print))
+    with pytest.raises(GuardError, match=r"__MACOSX/\._more\.pt"), open_archive(again):
+        pass
+
+
+def test_archive_that_holds_the_folder_and_not_its_files_says_so(parts: dict[str, Any], tmp_path: Path) -> None:
+    again = zipped_on_a_mac(make_archive("mine", **parts), tmp_path / "again.mar", below="mine/")
+    with (
+        pytest.raises(ArchiveError, match=r"It has mine/MAR-INF/MANIFEST\.json: pack what is in that folder"),
+        open_archive(again),
+    ):
+        pass

@@ -265,7 +265,7 @@ def test_fit_on_npz_equals_fit_on_folders(fitted: Path, guard: Run) -> None:
     [
         (["--images", "nowhere"], "nowhere does not exist"),
         (["--images", "new"], "new has no labels: use one sub-folder per class"),
-        (["--class-names", "stop,yield"], "sub-folder 'forty [km]' is not in --class-names"),
+        (["--class-names", "stop,yield"], "sub-folder 'forty [km]' is not in the class list"),
         (["--class-names", "a,b", "--images", "clean.npz"], "has 4 classes, got 2 class names"),
         (["--false-positive-rate", "0.0001"], "needs at least 9999 clean images, got 240"),
         (["--weights", "classes.txt"], "neither safetensors nor a PyTorch state dict"),

@@ -19,6 +19,7 @@ from queue_helpers import N_CLASSES
 from review_helpers import picture
 
 from guard.errors import DataError
+from guard.files import decoded
 from guard.relabel.exchange import (
     Imported,
     import_answers,
@@ -143,6 +144,49 @@ def test_json_min_is_read_too(queue):
     rows = [{"item": 1, "image": "x", "verdict": "poisoned", "true_label": "4", "annotator": 1, "annotation_id": 9}]
     assert import_json(queue, rows).saved == 1
     assert queue.get(1).decision.true_label == 4
+
+
+@pytest.mark.parametrize("verdict", [{"choices": ["poisoned"]}, ["poisoned"], "poisoned"])
+def test_json_min_with_choices_is_read(queue, verdict):
+    rows = [
+        {"item": 1, "verdict": verdict, "true_label": {"choices": ["1 Give way"]}},
+        {"item": 2, "verdict": {"choices": []}},
+    ]
+    assert import_json(queue, rows) == Imported(saved=1, unanswered=1, known=0)
+    assert queue.get(1).decision.true_label == 1
+
+
+def test_several_choices_of_one_control_are_refused_and_not_taken_for_none(queue):
+    several = {"choices": ["poisoned", "false alarm"]}
+    with pytest.raises(
+        DataError, match=r"task 1: it holds 2 choices of one control, \"\['poisoned', 'false alarm'\]\"\."
+    ):
+        import_json(queue, [{"item": 1, "verdict": several, "true_label": "4"}])
+    task = annotated(exported(queue)[0], "poisoned", "4")
+    task["annotations"][0]["result"][0]["value"] = several
+    with pytest.raises(DataError, match="task 1: it holds 2 choices"):
+        import_json(queue, [task])
+    with pytest.raises(DataError, match="line 2: it holds 2 choices"):
+        read_csv(f"item\tverdict\ttrue_label\n1\t{json.dumps(several)}\t4\n")
+
+
+ANSWERS = [["item", "verdict", "true_label", "note"], ["1", "poisoned", "1 Give way", 'a;b,c\t"d"'], ["2", "", "", ""]]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp1252"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("first", ["", "sep={}\r\n"])
+def test_csv_of_any_spreadsheet_is_read(queue, encoding, delimiter, first):
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, delimiter=delimiter).writerows([[f" {cell}" for cell in ANSWERS[0]], *ANSWERS[1:]])
+    text = decoded((first.format(delimiter) + buffer.getvalue()).encode(encoding))
+    assert import_answers(queue, "ada", read_csv(text), names_of) == Imported(saved=1, unanswered=1, known=0)
+    assert queue.get(1).decision.true_label == 1
+
+
+def test_csv_of_label_studio_with_choices_as_json_is_read(queue):
+    text = 'item;verdict;true_label\n1;"{""choices"": [""poisoned""]}";"{""choices"": [""4""]}"\n'
+    assert import_answers(queue, "ada", read_csv(text), names_of).saved == 1
 
 
 def test_csv_goes_out_and_comes_back(queue):

@@ -1,9 +1,11 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from guard.data import image_files
-from guard.data.image_files import load_images
+from guard.data.image_files import is_picture, load_images, picture_mode, read_picture
 from guard.errors import DataError
 
 
@@ -74,109 +76,67 @@ def test_load_images_npz_that_unpacks_too_large_is_refused_unread(tmp_path, monk
     assert load_images(tmp_path / "c.npz")[0].shape == (1, 1, 10, 100)
 
 
-def test_load_images_flat_folder_reads_in_order_without_labels(tmp_path):
-    write_png(tmp_path / "b.png", np.full((4, 6), 255))
-    write_png(tmp_path / "a.PNG", np.zeros((4, 6)))
-    (tmp_path / "notes.txt").write_text("not an image")
-    (tmp_path / ".hidden.png").write_text("not an image either")
-    images, labels, _ = load_images(tmp_path)
-    assert images.shape == (2, 1, 4, 6)
-    assert images.max(axis=(1, 2, 3)).tolist() == [0.0, 1.0]
-    assert labels is None
+def test_load_images_that_is_no_npz_is_named(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((2, 4, 4), np.uint8))
+    (tmp_path / "a.npy").rename(tmp_path / "a.npz")
+    with pytest.raises(DataError, match=r"a\.npz.*cannot be read as \.npz"):
+        load_images(tmp_path / "a.npz")
 
 
-def test_load_images_named_sub_folders_are_classes_in_sorted_order(tmp_path):
-    write_png(tmp_path / "dog" / "1.png", np.zeros((4, 4)))
-    write_png(tmp_path / "cat" / "1.png", np.zeros((4, 4)))
-    write_png(tmp_path / "cat" / "2.png", np.zeros((4, 4)))
-    (tmp_path / "bird").mkdir()
-    (tmp_path / "__MACOSX").mkdir()
-    assert load_images(tmp_path)[1].tolist() == [1, 1, 2]
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp", "gif", "ppm"])
+def test_read_picture_reads_every_lossless_format_alike(tmp_path, suffix):
+    pixels = np.random.default_rng(0).integers(0, 4, (5, 4), dtype=np.uint8) * 80
+    picture = Image.fromarray(np.repeat(pixels[..., np.newaxis], 3, axis=2))
+    picture.save(tmp_path / f"a.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+    assert is_picture(tmp_path / f"a.{suffix.upper()}")
+    np.testing.assert_allclose(read_picture(tmp_path / f"a.{suffix}", 1)[0] * 255, pixels, atol=0.01)
 
 
-def test_load_images_numbered_sub_folders_are_the_labels_themselves(tmp_path):
-    for name in ("2", "10"):
-        write_png(tmp_path / name / "1.png", np.full((4, 4), int(name)))
-    images, labels, _ = load_images(tmp_path)
-    np.testing.assert_array_equal(images[:, 0, 0, 0] * 255, labels)
-    assert sorted(labels.tolist()) == [2, 10]
+def test_is_picture_refuses_what_pillow_gives_to_other_programs():
+    assert not any(is_picture(Path(name)) for name in ("a.eps", "a.ps", "a.pdf", "a.txt", "a.mpg", "a"))
 
 
-def test_load_images_any_colour_makes_all_rgb(tmp_path):
-    write_png(tmp_path / "a.png", np.full((4, 4), 51))
-    write_png(tmp_path / "b.png", np.full((4, 4, 3), [255, 0, 51]))
-    images, _, _ = load_images(tmp_path)
-    np.testing.assert_allclose(images[:, :, 0, 0], [[0.2, 0.2, 0.2], [1.0, 0.0, 0.2]], rtol=1e-6)
+def picture_in(mode):
+    """Two pixels: one red, one half-transparent white where the mode can say so."""
+    picture = Image.fromarray(np.array([[[255, 0, 0, 255], [255, 255, 255, 128]]], np.uint8), "RGBA")
+    return picture if mode == "RGBA" else picture.convert("RGB").convert(mode)
 
 
-def test_load_images_single_jpeg_is_one_image(tmp_path):
-    Image.fromarray(np.full((8, 8, 3), 128, np.uint8)).save(tmp_path / "a.jpg")
-    images, labels, _ = load_images(tmp_path / "a.jpg")
-    assert images.shape == (1, 3, 8, 8)
-    assert labels is None
+@pytest.mark.parametrize(
+    ("mode", "grey", "red"),
+    [("RGB", 76, [255, 0, 0]), ("RGBA", 76, [255, 0, 0]), ("P", 76, [255, 0, 0]), ("L", 76, [76, 76, 76])],
+)
+def test_read_picture_converts_to_the_channels_that_are_asked_for(tmp_path, mode, grey, red):
+    picture_in(mode).save(tmp_path / "a.png")
+    assert read_picture(tmp_path / "a.png", 1)[:, 0, 0] * 255 == pytest.approx([grey], abs=0.01)
+    assert read_picture(tmp_path / "a.png", 3)[:, 0, 0] * 255 == pytest.approx(red, abs=0.01)
+    assert read_picture(tmp_path / "a.png", 4)[:, 0, 0] * 255 == pytest.approx([*red, 255], abs=0.01)
+    assert read_picture(tmp_path / "a.png", 4)[3, 0, 1] * 255 == pytest.approx(128 if mode == "RGBA" else 255)
+    assert picture_mode(tmp_path / "a.png") == mode
 
 
-def test_load_images_file_that_is_no_image_is_named(tmp_path):
-    write_png(tmp_path / "a.png", np.zeros((4, 4)))
+def test_read_picture_that_is_no_image_is_named(tmp_path):
     (tmp_path / "b.png").write_text("GIF89a, says the file")
-    with pytest.raises(DataError, match=r"b\.png is not a readable PNG or JPEG"):
-        load_images(tmp_path)
+    with pytest.raises(DataError, match=r"b\.png is not a readable image"):
+        read_picture(tmp_path / "b.png", 1)
     write_png(tmp_path / "b.png", np.random.default_rng(0).integers(0, 256, (4, 4)))
     whole = (tmp_path / "b.png").read_bytes()
     (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2 + 10])
-    with pytest.raises(DataError, match=r"b\.png is not a readable PNG or JPEG"):
-        load_images(tmp_path)
+    with pytest.raises(DataError, match=r"b\.png is not a readable image"):
+        read_picture(tmp_path / "b.png", 1)
+    assert picture_mode(tmp_path / "nowhere.png") == ""
 
 
-def test_load_images_sixteen_bit_png_is_refused(tmp_path):
+def test_read_picture_of_sixteen_bits_is_refused(tmp_path):
     Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match="more than 8 bits"):
-        load_images(tmp_path)
+        read_picture(tmp_path / "a.png", 1)
 
 
-def test_load_images_differing_sizes_raise(tmp_path):
-    write_png(tmp_path / "a.png", np.zeros((4, 4)))
-    write_png(tmp_path / "b.png", np.zeros((4, 5)))
-    with pytest.raises(DataError, match=r"one size: .*b\.png is \(4, 5\)"):
-        load_images(tmp_path)
-
-
-def test_load_images_empty_folder_raises(tmp_path):
-    with pytest.raises(DataError, match="holds no images"):
-        load_images(tmp_path)
-    (tmp_path / "class").mkdir()
-    with pytest.raises(DataError, match="holds no images"):
-        load_images(tmp_path)
-
-
-def test_load_images_files_beside_and_inside_sub_folders_raise(tmp_path):
-    write_png(tmp_path / "a.png", np.zeros((4, 4)))
-    write_png(tmp_path / "cat" / "a.png", np.zeros((4, 4)))
-    with pytest.raises(DataError, match="both beside and inside"):
-        load_images(tmp_path)
-
-
-def test_load_images_pixel_limits_hold_on_both_sides(tmp_path, monkeypatch):
+def test_read_picture_pixel_limit_holds_on_both_sides(tmp_path, monkeypatch):
     write_png(tmp_path / "a.png", np.zeros((4, 5)))
-    write_png(tmp_path / "b.png", np.zeros((4, 5)))
     monkeypatch.setattr(image_files, "MAX_IMAGE_PIXELS", 20)
-    assert load_images(tmp_path)[0].shape == (2, 1, 4, 5)
+    assert read_picture(tmp_path / "a.png", 1).shape == (1, 4, 5)
     monkeypatch.setattr(image_files, "MAX_IMAGE_PIXELS", 19)
     with pytest.raises(DataError, match="5 x 4 pixels, more than 19"):
-        load_images(tmp_path)
-    monkeypatch.undo()
-    monkeypatch.setattr(image_files, "MAX_TOTAL_VALUES", 119)
-    with pytest.raises(DataError, match="2 images are more than 119 numbers"):
-        load_images(tmp_path)
-
-
-def test_load_images_missing_path_or_other_suffix_raises(tmp_path):
-    with pytest.raises(DataError, match="does not exist"):
-        load_images(tmp_path / "nowhere")
-    (tmp_path / "a.gif").write_bytes(b"GIF89a")
-    with pytest.raises(DataError, match=r"must be a \.npz file"):
-        load_images(tmp_path / "a.gif")
-    np.save(tmp_path / "a.npy", np.zeros((2, 4, 4), np.uint8))
-    (tmp_path / "a.npy").rename(tmp_path / "a.npz")
-    with pytest.raises(DataError, match=r"cannot be read as \.npz"):
-        load_images(tmp_path / "a.npz")
+        read_picture(tmp_path / "a.png", 1)

@@ -128,6 +128,31 @@ def test_handler_reads_png_json_and_base64_alike(served: Served) -> None:
     assert all(answer == answers[0][1] for _, answer in answers)
 
 
+def test_handler_reads_base64_in_every_usual_spelling(served: Served) -> None:
+    photo = np.random.default_rng(3).integers(0, 256, (6, 5), dtype=np.uint8)
+    png = encode(photo)
+    text = base64.b64encode(png).decode()
+    assert "+" in text or "/" in text  # or URL-safe would be the same
+    lines = base64.encodebytes(png).decode()
+    safe = base64.urlsafe_b64encode(png).decode()
+    bodies: list[Any] = [
+        lines,
+        lines.replace("\n", "\r\n").encode(),
+        safe,
+        safe.rstrip("=").encode(),
+        f"data:image/png;base64,{text}",
+        f"DATA:image/png;base64,{lines}",
+        f"data:image/png;base64,{text.replace('+', '%2B').replace('/', '%2F').replace('=', '%3D')}".encode(),
+        f'"{text}"',
+        json.dumps(lines),
+        json.dumps({"data": f"data:;base64,{lines}"}).encode(),
+        "\ufeff" + json.dumps({"data": safe}),
+        {"data": lines},
+    ]
+    for body in bodies:
+        np.testing.assert_array_equal(served.pixels(body) * np.float32(255), photo[None].astype(np.float32))
+
+
 def test_handler_reads_form_data_field(served: Served) -> None:
     assert served.handler.preprocess([{"data": bytearray(encode(grey()))}]).shape == (1, 1, 6, 5)
 
@@ -178,6 +203,10 @@ def test_handler_resizes_only_when_told(served: Served, tmp_path: Path) -> None:
         (b"[1, 2", "no PNG, no JPEG"),
         (b"[" * 100_000, "no PNG, no JPEG"),
         (base64.b64encode(b"GIF89a not an image"), "cannot be read"),
+        (b"data:image/png;base64", "the image cannot be read"),
+        (b"data:text/plain,hello%20there!", "no PNG, no JPEG"),
+        (b'"abc', "no PNG, no JPEG"),
+        (b'"' + b"\\u0022" * 5 + b'"', "no PNG, no JPEG"),
         (encode(grey())[:40], "cannot be read"),
         (encode(grey().astype(np.uint16)), "does not fit"),
         ([[1, 2], [3]], "unequal length"),
@@ -189,7 +218,7 @@ def test_handler_resizes_only_when_told(served: Served, tmp_path: Path) -> None:
         ([["1"] * 5] * 6, "finite numbers"),
         ([[True] * 5] * 6, "finite numbers"),
     ],
-    ids=range(18),  # bodies make unreadable names
+    ids=range(22),  # bodies make unreadable names
 )
 def test_handler_refuses_what_it_cannot_read_with_422(served: Served, body: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):

@@ -28,7 +28,7 @@ from guard.cli.options import (
     Weights,
 )
 from guard.cli.output import plain_table, print_table, print_warning, progress_bar, say, tell
-from guard.errors import ConfigError, DataError, GuardError
+from guard.errors import ConfigError, GuardError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,7 +73,7 @@ def assess(
     never changed. Real attackers may use other triggers: an estimate, not a promise.
     """
     from guard.cli.assess_picture import draw
-    from guard.cli.images import find_images
+    from guard.cli.images import find_labelled, in_channels_taken
     from guard.config import load_config
     from guard.lab.assess import CAVEAT, DEFAULT_ATTACKS, PlantingSettings, check_names
     from guard.lab.assess import assess as assess_model
@@ -95,9 +95,9 @@ def assess(
         logits=logits,
     )
     with model as (suspect, convert), progress_bar("reading images") as report:
-        found = find_images(images, class_names=class_list(class_names))
-        if found.labels is None:
-            raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
+        found = find_labelled(images, class_names=class_list(class_names))
+        if handler is None:
+            found = in_channels_taken(found, lambda some: suspect.activations(convert(some)), at_once=2)
         pixels, prepare = read_pixels(images, found, convert, handler, report)
         few = slice(None, None, max(1, len(pixels) // 100))
         try_once(suspect, prepare(pixels[few]), found.labels[few])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from guard.cli.images import NamedImages, find_images
+from guard.cli.images import NamedLabelledImages, find_labelled, without_labels
 from guard.data.image_files import encode_png, load_images
 from guard.errors import DataError
 from guard.types import Float32Array
@@ -20,17 +22,22 @@ _TEXT = (".txt", ".b64", ".base64")
 _ROUNDING = 1e-3
 
 
-def find_bodies(path: Path, class_names: list[str] | None = None) -> NamedImages:
+def find_bodies(
+    path: Path, class_names: list[str] | None = None, answers: Callable[[Any], object] | None = None
+) -> NamedLabelledImages:
     """Find the images of a .npz or a folder, each as what TorchServe would hand to a handler.
 
     Parameters
     ----------
     path : Path
         - A folder with one sub-folder per class: every file is a request's body. `.json` is parsed, `.txt`, `.b64` and
-          `.base64` become text, as TorchServe does it by their content types; all others are bytes.
+          `.base64` become text, as TorchServe does it by their content types; all others are bytes. Where the handler
+          fails at that and takes the bytes, they are bytes too: so clients send them without a content type.
         - A `.npz` of images with 8 bits per channel, as `load_images` reads it: each becomes a PNG, without a loss.
     class_names : list of str, optional
-        The class list, as for `find_images`.
+        The class list, as for `find_labelled`.
+    answers : callable (body) -> object, optional
+        The handler's answer to one request; raises where it fails.
 
     Raises
     ------
@@ -40,9 +47,20 @@ def find_bodies(path: Path, class_names: list[str] | None = None) -> NamedImages
     if path.suffix.lower() == ".npz" and path.is_file():
         loaded = load_images(path)
         _check_pixels(path, loaded.images)
-        return NamedImages(loaded.names, lambda row: encode_png(loaded.images[row]), loaded.labels, class_names)
-    found = find_images(path, as_bytes=True, class_names=class_names)
-    return replace(found, read=lambda row: _parsed(found.read(row), found.names[row]))
+        if loaded.labels is None:
+            raise without_labels(path)
+        return NamedLabelledImages(loaded.names, lambda row: encode_png(loaded.images[row]), loaded.labels, class_names)
+    found = find_labelled(path, as_bytes=True, class_names=class_names)
+    parsed = replace(found, read=lambda row: _parsed(found.read(row), found.names[row]))
+    if answers is None or Path(found.names[0]).suffix.lower() not in (*_JSON, *_TEXT):
+        return parsed
+    with suppress(Exception):  # the reason is given when the first is tried again
+        answers(parsed.read(0))
+        return parsed
+    with suppress(Exception):
+        answers(found.read(0))
+        return found
+    return parsed
 
 
 def _check_pixels(path: Path, images: Float32Array) -> None:

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
-from PIL import Image
 
-from guard.cli.output import Report, what_failed
+from guard.cli.output import Report, tell, what_failed
 from guard.data.datasets import read_npz
-from guard.data.image_files import MAX_TOTAL_VALUES, load_images
-from guard.errors import ConfigError, DataError
+from guard.data.image_files import MAX_TOTAL_VALUES, MODES, is_picture, load_images, picture_mode, read_picture
+from guard.data.labelled_folders import FoundFile, composed, find_files, labels_of
+from guard.errors import ConfigError, DataError, RowError
 from guard.types import Float32Array, IntArray
 
-if TYPE_CHECKING:
-    pass
-
 T = TypeVar("T")
+Found = TypeVar("Found", bound="NamedImages")
 
 #: Turns what was read (pixels, or a file's bytes) into what the model takes: float32 (n, channels, height, width).
 Convert = Callable[[list[Any]], Float32Array]
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 _PART = 64  # images that are read, converted and judged together
+_TRIED = 4  # images of which one should be readable, to see what the network takes
+_KINDS = {
+    "1": "black and white",
+    "L": "grey",
+    "LA": "grey with alpha",
+    "P": "palette",
+    "RGB": "colour",
+    "RGBA": "alpha",
+}
+_GREY_MODES = frozenset(("", "1", "L", "LA", "I", "I;16", "F"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,60 +50,151 @@ class NamedImages:
     labels : ndarray of shape (n,), int64, or None
     class_names : list of str or None
         Names of the classes, by label, where sub-folders or the user told them.
-    passed_over : int
-        Files that are no images by their suffix.
+    passed_over : list of str
+        Names of files that are no images, or lie beside the folders of the classes.
+    files, modes : list of Path, list of str
+        Of images on disk that are decoded here, with Pillow's mode each ("" = not readable); empty for others.
     """
 
     names: list[str]
     read: Callable[[int], Any]
     labels: IntArray | None = None
     class_names: list[str] | None = None
-    passed_over: int = 0
+    passed_over: list[str] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    modes: list[str] = field(default_factory=list)
+
+    @property
+    def usual_channels(self) -> int:
+        """Channels that images on disk are read in where no network asks for others: 1 if all are grey, else 3."""
+        return 1 if _GREY_MODES.issuperset(self.modes) else 3
+
+    def in_channels(self, channels: int) -> Self:
+        """Return images on disk so that they are read in 1, 3 or 4 channels."""
+        return replace(self, read=lambda row: read_picture(self.files[row], channels))
 
 
-def find_images(
-    path: Path, *, as_bytes: bool = False, channels: int | None = None, class_names: list[str] | None = None
-) -> NamedImages:
-    """Find the images of a .npz, of a folder and its sub-folders, or one file.
+@dataclass(frozen=True, slots=True)
+class NamedLabelledImages(NamedImages):
+    """Images that were found, all with labels.
+
+    Attributes
+    ----------
+    empty_folders : list of str
+        Those of `class_names` that are sub-folders without an image; none where a class list was given.
+    """
+
+    labels: IntArray
+    empty_folders: list[str] = field(default_factory=list)
+
+
+def find_images(path: Path, *, as_bytes: bool = False) -> NamedImages:
+    """Find the images of a .npz, of a folder and its sub-folders, or one file, whatever they show.
 
     Parameters
     ----------
     path : Path
     as_bytes : bool
         Read files as they are, of any suffix, for a handler that decodes them itself.
-    channels : int, optional
-        What the model takes; grey images become RGB for 3. None: RGB as soon as one image of the folder has colour.
-    class_names : list of str, optional
+
+    Raises
+    ------
+    DataError
+        If there are none, or a .npz breaks its rules.
+    """
+    if (arrays := _arrays(path, as_bytes)) is not None:
+        return arrays
+    found = find_files(path)[0] if path.is_dir() else [FoundFile(path, composed(path.name), "")]
+    return _pictures(path, found, as_bytes)
+
+
+def find_labelled(
+    path: Path, *, as_bytes: bool = False, class_names: Sequence[str] | None = None
+) -> NamedLabelledImages:
+    """Find the images of a .npz with labels, or of a folder with one sub-folder per class.
+
+    Parameters
+    ----------
+    path : Path
+    as_bytes : bool
+        As for `find_images`.
+    class_names : sequence of str, optional
         The class list: a sub-folder's label is its place there. Without it, whole numbers as names are the labels;
         other names are counted in sorted order.
 
     Raises
     ------
     DataError
-        If there are none, a .npz breaks its rules, or a sub-folder is not in the class list.
+        If there are none, or no labels, a .npz breaks its rules, or a sub-folder is not in the class list.
     """
-    if path.suffix.lower() == ".npz" and path.is_file():
-        if as_bytes:
-            raise DataError(f"{path}: a handler reads image files, got a .npz. Give a folder, or use --architecture.")
-        images, labels = _read_npz(path)
-        return NamedImages([str(row) for row in range(len(images))], images.__getitem__, labels, class_names)
-    if not path.exists():
-        raise DataError(f"{path} does not exist. Give a .npz file, an image, or a folder of PNG or JPEG files.")
-    root = path if path.is_dir() else path.parent
-    candidates = [path]
-    if path.is_dir():
-        below = (file for file in path.rglob("*") if file.is_file())
-        candidates = sorted(f for f in below if not any(part.startswith(".") for part in f.relative_to(path).parts))
-    files = [file for file in candidates if as_bytes or file.suffix.lower() in IMAGE_SUFFIXES]
-    if not files:
-        raise DataError(f"{path} holds no images: no {', '.join(IMAGE_SUFFIXES)} file in it or in its sub-folders.")
-    names = [file.relative_to(root).as_posix() for file in files]
-    labels, class_names = _labels(names, class_names)
-    passed_over = len(candidates) - len(files)
-    if as_bytes:
-        return NamedImages(names, lambda index: files[index].read_bytes(), labels, class_names, passed_over)
-    in_colour = channels == 3 if channels is not None else any(_has_colour(file) for file in files)
-    return NamedImages(names, lambda index: _read_image(files[index], in_colour), labels, class_names, passed_over)
+    found, labels, names, empty = _arrays(path, as_bytes), None, class_names, []
+    if found is not None:
+        labels = found.labels
+    elif path.is_dir():
+        files, folders = find_files(path)
+        inside = [file for file in files if file.folder]
+        if inside:
+            found = _pictures(path, inside, as_bytes)
+            folder_of = {file.name: file.folder for file in inside}
+            used = [folder_of[name] for name in found.names]
+            labels, names = labels_of(used, folders, class_names)
+            empty = sorted({*folders} - {*used}) if class_names is None and names is not None else []
+            beside = [file.name for file in files if not file.folder]
+            found = replace(found, passed_over=[*beside, *found.passed_over])
+    if found is None or labels is None:
+        raise without_labels(path)
+    return NamedLabelledImages(
+        names=found.names,
+        read=found.read,
+        labels=labels,
+        class_names=None if names is None else list(names),
+        passed_over=found.passed_over,
+        files=found.files,
+        modes=found.modes,
+        empty_folders=empty,
+    )
+
+
+def without_labels(path: Path) -> DataError:
+    """Return the error about images that no class is given for."""
+    return DataError(f"{path} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
+
+
+def in_channels_taken(images: Found, run: Callable[[list[Any]], object], at_once: int = 1) -> Found:
+    """Return images on disk so that they are read in the channels that the network takes, and say what is converted.
+
+    Without another need they are grey if all are, else RGB. Where the network does not take that, it is tried with RGB,
+    grey and RGBA. Files that a handler decodes itself, and the arrays of a .npz, stay as they are.
+
+    Parameters
+    ----------
+    images : NamedImages
+    run : callable (list of ndarray of shape (channels, height, width)) -> object
+        Does with a few images what will be done with all, and raises where they do not fit.
+    at_once : int
+        How many it is given.
+    """
+    n = len(images.files)
+    if n == 0:
+        return images
+    candidates = {channels: images.in_channels(channels) for channels in (images.usual_channels, 3, 1, 4)}
+    tried = [range(start, min(start + at_once, n)) for start in range(0, min(n, _TRIED * at_once), at_once)]
+    fitting = (channels for rows in tried for channels, read_so in candidates.items() if _fit(read_so, rows, run))
+    channels = next(fitting, images.usual_channels)
+    others = Counter(mode for mode in images.modes if mode not in ("", MODES[channels]))
+    if others:
+        kinds = ", ".join(f"{number} {_KINDS.get(mode, mode)}" for mode, number in others.most_common())
+        tell(f"read as {MODES[channels]}, as the image handler converts them: {kinds} of {n} images")
+    return candidates[channels]
+
+
+@contextmanager
+def naming_rows(images: NamedImages) -> Iterator[None]:
+    """While open, an error about one of these images by its number names its file."""
+    try:
+        yield
+    except RowError as error:
+        raise DataError(f"image {images.names[error.row]}: {error}") from error
 
 
 def read_all(
@@ -109,13 +209,18 @@ def read_all(
     Raises
     ------
     DataError
-        At the first one that cannot be read, or whose shape differs; names it.
+        At the first one that cannot be read, whose shape differs, or that becomes NaN or infinite; names it.
     """
     rows: list[Float32Array] = []
     for part in parts(len(images.names)):
         for index, row in zip(part, each(lambda some: list(converted(images, convert, some)), part), strict=True):
             if isinstance(row, Exception):
                 raise DataError(f"image {images.names[index]}: {what_failed(row)}") from row
+            if not np.isfinite(row).all():
+                raise DataError(
+                    f"image {images.names[index]}: what the network takes of it must be finite, and holds NaN or "
+                    "infinity. Look at its pixels, and at what the preprocessing divides by."
+                )
             if rows and row.shape != rows[0].shape:
                 raise DataError(
                     f"all images must have the same shape, got {rows[0].shape} and {row.shape} "
@@ -195,29 +300,38 @@ def _read_npz(path: Path) -> tuple[Float32Array, IntArray | None]:
     return loaded.images, loaded.labels
 
 
-def _read_image(file: Path, in_colour: bool) -> Float32Array:
-    image = load_images(file).images[0]
-    return np.repeat(image, 3, axis=0) if in_colour and len(image) == 1 else image
+def _arrays(path: Path, as_bytes: bool) -> NamedImages | None:
+    if not path.exists():
+        raise DataError(f"{path} does not exist. Give a .npz file, an image, or a folder of images.")
+    if path.suffix.lower() != ".npz" or path.is_dir():
+        return None
+    if as_bytes:
+        raise DataError(f"{path}: a handler reads image files, got a .npz. Give a folder, or use --architecture.")
+    images, labels = _read_npz(path)
+    return NamedImages([str(row) for row in range(len(images))], images.__getitem__, labels)
 
 
-def _has_colour(file: Path) -> bool:
+def _pictures(path: Path, found: Sequence[FoundFile], as_bytes: bool) -> NamedImages:
+    """Return those of some files that are images, to be read as they are or decoded."""
+    chosen = [file for file in found if as_bytes or is_picture(file.path)]
+    if not chosen:
+        raise DataError(
+            f"{path} holds no images: no file of its own or of its sub-folders has a suffix such as .png, .jpg, .webp, "
+            ".bmp or .tif. Name another folder."
+        )
+    names, files = [file.name for file in chosen], [file.path for file in chosen]
+    passed_over = [file.name for file in found if not as_bytes and not is_picture(file.path)]
+    if as_bytes:
+        return NamedImages(names, lambda row: files[row].read_bytes(), passed_over=passed_over)
+    modes = [picture_mode(file) for file in files]
+    found_images = NamedImages(names, files.__getitem__, passed_over=passed_over, files=files, modes=modes)
+    return found_images.in_channels(found_images.usual_channels)
+
+
+def _fit(images: NamedImages, rows: Sequence[int], run: Callable[[list[Any]], object]) -> bool:
+    """Whether some images that are read so can be run."""
     try:
-        with Image.open(file, formats=("PNG", "JPEG")) as image:  # reads the header only
-            return image.mode not in ("1", "L", "LA", "I", "I;16", "F")
-    except Exception:  # it is told when it is read
+        run([images.read(row) for row in rows])
+    except Exception:  # the reason is given when all are read
         return False
-
-
-def _labels(names: list[str], class_names: list[str] | None) -> tuple[IntArray | None, list[str] | None]:
-    folders = [name.rpartition("/")[0].partition("/")[0] for name in names]
-    if "" in folders:
-        return None, class_names
-    found = sorted(set(folders))
-    if class_names is not None and set(found) <= set(class_names):
-        return np.array([class_names.index(folder) for folder in folders]), class_names
-    if all(folder.isascii() and folder.isdigit() for folder in found):
-        return np.array([int(folder) for folder in folders]), class_names
-    if class_names is not None:
-        strange = next(folder for folder in found if folder not in class_names)
-        raise DataError(f"sub-folder {strange!r} is not in --class-names ({', '.join(class_names)}). Rename one.")
-    return np.array([found.index(folder) for folder in folders]), found
+    return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from guard.cli.options import handler_argument
 from guard.cli.output import print_warning, what_failed
 from guard.data.image_files import encode_png
+from guard.data.labelled_folders import composed
 from guard.errors import ConfigError, DataError, GuardError, SuspectModelError
+from guard.files import decoded
 
 if TYPE_CHECKING:
     from guard.cli.images import Convert, NamedImages
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from guard.lab.assess.planting import Prepare
     from guard.suspect.model import SuspectModel
     from guard.types import Float32Array
+
+_NAMED = 5  # files that a line names
 
 
 @contextmanager
@@ -98,12 +102,20 @@ def gpu_number(device: str) -> int | None:
 
 
 def class_list(text: str | None) -> list[str] | None:
-    """Return the names that --class-names gives, in a file or with commas."""
+    """Return the names that --class-names gives, with commas or in a file of whatever encoding, one per line.
+
+    Raises
+    ------
+    ConfigError
+        If a file is named that is not there.
+    """
     if text is None:
         return None
     if Path(text).is_file():
-        return [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [name.strip() for name in text.split(",")]
+        return [composed(line.strip()) for line in decoded(Path(text).read_bytes()).splitlines() if line.strip()]
+    if "," not in text and Path(text).suffix in (".txt", ".csv", ".names", ".json"):
+        raise ConfigError(f"--class-names {text}: there is no such file. Check the path, or give names with commas.")
+    return [composed(name.strip()) for name in text.split(",")]
 
 
 def try_once(suspect: SuspectModel, inputs: Any, labels: Any = None) -> None:
@@ -120,10 +132,14 @@ def try_once(suspect: SuspectModel, inputs: Any, labels: Any = None) -> None:
         ) from error
 
 
-def tell_passed_over(number: int) -> None:
-    """Warn of files that are no images by their suffix."""
-    if number:
-        print_warning(f"{number} file(s) passed over: their names do not end in .png, .jpg or .jpeg.")
+def tell_passed_over(names: Sequence[str]) -> None:
+    """Warn of files that were not read."""
+    if names:
+        shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+        print_warning(
+            f"{len(names)} file(s) passed over, as they are no images by their names or lie beside the folders of the "
+            f"classes: {shown}"
+        )
 
 
 def read_pixels(

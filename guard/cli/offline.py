@@ -12,6 +12,7 @@ from guard.cli.model import class_list, open_model, read_pixels, tell_passed_ove
 from guard.cli.options import (
     LOGITS_HELP,
     ActionName,
+    AllowMissingClasses,
     Architecture,
     Bundles,
     ClassNames,
@@ -41,7 +42,7 @@ from guard.cli.output import (
     tell,
     write,
 )
-from guard.errors import ConfigError, DataError
+from guard.errors import ConfigError
 
 if TYPE_CHECKING:
     from guard.detection.pipeline import Guard
@@ -61,6 +62,7 @@ def fit(
     extra_file: ExtraFile = None,
     device: Device = "cpu",
     class_names: ClassNames = None,
+    allow_missing_classes: AllowMissingClasses = False,
     false_positive_rate: Rate = None,
     mode: Mode = None,
     seed: Seed = None,
@@ -84,7 +86,8 @@ def fit(
     settings: Settings = None,
 ) -> None:
     """Fit a guard on clean images and write it as a bundle."""
-    from guard.cli.images import find_images, read_all
+    from guard.cli.classes import check_classes, copies_among, images_per_class, tell_missing
+    from guard.cli.images import find_labelled, in_channels_taken, naming_rows, read_all
     from guard.config import load_config
     from guard.detection.pipeline import Guard
     from guard.lab.assess.backups import BackupRequest, with_backup
@@ -120,27 +123,31 @@ def fit(
         logits,
     )
     with model as (suspect, convert), progress_bar("reading images") as report:
-        found = find_images(images, as_bytes=handler is not None, class_names=class_list(class_names))
-        if found.labels is None:
-            raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
+        names = class_list(class_names)
+        found = find_labelled(images, as_bytes=handler is not None, class_names=names)
+        found = in_channels_taken(found, lambda some: suspect.activations(convert(some)), at_once=2)
         inputs = read_all(found, convert, report)
         try_once(suspect, inputs, found.labels)
-        guard = Guard.fit(suspect, inputs, found.labels, config, class_names=found.class_names, progress=report)
+        n_classes = suspect.activations(inputs[:1]).logits.shape[1]
+        found = check_classes(found, n_classes, allow_missing=allow_missing_classes)
+        with naming_rows(found):
+            guard = Guard.fit(suspect, inputs, found.labels, config, class_names=found.class_names, progress=report)
         guard = replace(guard, preprocessing=f"handler {handler}" if handler is not None else preprocess)
         if backup != _NO_BACKUP:
-            pixels, prepare = read_pixels(
-                images, find_images(images, class_names=class_list(class_names)), convert, handler, report
-            )
+            pictures = found if handler is None else find_labelled(images, class_names=names)
+            pixels, prepare = read_pixels(images, pictures, convert, handler, report)
             request = BackupRequest(backup, backup_floor, backup_detects)
-            guard = with_backup(guard, pixels, found.labels, request, preprocess=prepare, progress=report)
+            guard = with_backup(guard, pixels, guard.reference_labels, request, preprocess=prepare, progress=report)
         folder = guard.save(bundles)
     if activate:
         BundleStore(bundles).activate(folder.name)
     points = suspect.split_points
     assert points is not None  # fit has located them
-    accuracy = float((guard.reference.predicted_labels == found.labels).mean())
+    accuracy = float((guard.reference.predicted_labels == guard.reference_labels).mean())
     say(f"bundle          {folder}{' (active)' if activate else ''}")
-    say(f"clean images    {len(found.labels)}, of which the suspect model gets {100 * accuracy:.1f} % right")
+    say(f"clean images    {len(inputs)}, of which the suspect model gets {100 * accuracy:.1f} % right")
+    say(f"per class       {images_per_class(guard.reference_labels, n_classes, guard.class_names)}")
+    say(f"copies          {copies_among(guard, found.names)}")
     say(f"split           {points.split}; earlier depths: {', '.join(points.depths) or 'none'}")
     say(
         f"false positives {guard.realised_false_positive_rate:.4f} of clean images "
@@ -149,6 +156,7 @@ def fit(
     if guard.recovery:
         _tell_backup(guard, backup_floor)
     tell_passed_over(found.passed_over)
+    tell_missing(guard)
     if accuracy < 0.5:
         print_warning(
             f"the suspect model gets only {100 * accuracy:.1f} % of these labels right, so the guard will be poor. "
@@ -193,7 +201,7 @@ def inspect(
 
     An image that cannot be read or scored is listed as failed, the others keep their verdicts, and the status is 1.
     """
-    from guard.cli.images import find_images
+    from guard.cli.images import find_images, in_channels_taken
     from guard.cli.judged import formatted, judge, verdict_table
     from guard.config import SERVING_SETTINGS, load_config, load_settings
     from guard.detection.pipeline import Guard
@@ -211,8 +219,8 @@ def inspect(
     with model as (suspect, convert), progress_bar("reading images") as report:
         guard = Guard.load(bundle, suspect)
         guard = guard.with_config(**{name: value for name, value in chosen.items() if name in SERVING_SETTINGS})
-        channels = guard.input_shape[0] if guard.input_shape else None
-        found = find_images(images, as_bytes=handler is not None, channels=channels)
+        found = find_images(images, as_bytes=handler is not None)
+        found = in_channels_taken(found, lambda some: guard.inspect(convert(some)))
         judged = judge(guard, found, convert, report)
     if output is not None:
         output.write_text(formatted(judged, output_format, guard.class_names), encoding="utf-8")

@@ -34,6 +34,12 @@ ClassNames = Annotated[
     str | None,
     typer.Option(help="Class list in the model's order: names with commas, or a file with one per line."),
 ]
+AllowMissingClasses = Annotated[
+    bool,
+    typer.Option(
+        "--allow-missing-classes", help="Fit although classes of the network have no clean image; says what it costs."
+    ),
+]
 Mode = Annotated[str | None, typer.Option(help="calibrated or paper.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of folds and training.")]
 ActionName = Annotated[str | None, typer.Option("--action", help="observe, flag, relabel or block.")]

@@ -88,7 +88,7 @@ def purify(
     """
     from guard.backups.purified_twin import METHODS
     from guard.backups.purified_twin import purify as purify_model
-    from guard.cli.images import find_images, read_all
+    from guard.cli.images import find_labelled, in_channels_taken, read_all
     from guard.config import load_config
 
     config = load_config(settings)
@@ -121,9 +121,8 @@ def purify(
         logits=logits,
     )
     with model as (suspect, convert), progress_bar("reading images") as report:
-        found = find_images(images, as_bytes=handler is not None, class_names=class_list(class_names))
-        if found.labels is None:
-            raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
+        found = find_labelled(images, as_bytes=handler is not None, class_names=class_list(class_names))
+        found = in_channels_taken(found, lambda some: suspect.activations(convert(some)), at_once=2)
         inputs = read_all(found, convert, report)
         try_once(suspect, inputs, found.labels)
         purified = purify_model(

@@ -241,13 +241,14 @@ def import_file(
     queue: QueueUrl = None,
 ) -> None:
     """Save the answers of a file: all of them, or none and say why."""
+    from guard.files import decoded
     from guard.relabel.reviewers import Reviewers
     from guard.review.admin import import_text
 
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as UTF-8 text: {error}.") from error
+        text = decoded(file.read_bytes())
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}. Check the path.") from error
     with _open(context, queue) as opened:
         if quorum not in (None, known := opened.settings.quorum):
             raise ConfigError(f"the queue's quorum is {known}, got --quorum {quorum}. Set it: guard review settings.")
@@ -278,13 +279,13 @@ def open_workspace(
     if (weights is None) != (architecture is None):
         raise ConfigError("--weights and --architecture go together. Give both, or neither.")
     clean = occlusion = None
+    known = KnownBundles(bundles if bundles.is_dir() else None)
     if images is not None:
-        from guard.cli.images import find_images, preprocessing, read_all
+        from guard.cli.images import find_labelled, preprocessing, read_all
 
+        active = known.active()
         with progress_bar("reading images") as report:
-            found = find_images(images)
-            if found.labels is None:
-                raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
+            found = find_labelled(images, class_names=active.class_names if active else None)
             clean = CleanImages(read_all(found, preprocessing(None), report), found.labels)
     if weights is not None and architecture is not None:
         from guard.suspect.model import SuspectModel
@@ -296,7 +297,7 @@ def open_workspace(
         queue,
         Reviewers(queue),
         Rounds(queue),
-        KnownBundles(bundles if bundles.is_dir() else None),
+        known,
         clean,
         occlusion,
         settings or ReviewSettings(),

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from guard.cli.model import class_list, gpu_number
+from guard.cli.model import class_list, gpu_number, tell_passed_over
 from guard.cli.options import (
     ActionName,
+    AllowMissingClasses,
     Check,
     Depths,
     Device,
@@ -35,7 +36,7 @@ from guard.errors import ConfigError, DataError, GuardError, SuspectModelError
 from guard.files import put_in_place
 
 if TYPE_CHECKING:
-    from guard.cli.images import NamedImages
+    from guard.cli.images import NamedLabelledImages
     from guard.cli.output import Report
     from guard.config import GuardConfig
     from guard.detection.pipeline import Guard
@@ -67,6 +68,7 @@ def wrap(
             help="Class list in the model's order: names with commas, or a file; default: its index_to_name.json."
         ),
     ] = None,
+    allow_missing_classes: AllowMissingClasses = False,
     false_positive_rate: Rate = None,
     mode: Mode = None,
     seed: Seed = None,
@@ -91,6 +93,7 @@ def wrap(
     The archive's own handler runs here on the clean images, as it does in the server. The archive itself stays as it
     is; the guarded one keeps its every file, its model's name and version, and answers old clients with the same bytes.
     """
+    from guard.cli.classes import copies_among, images_per_class, tell_missing
     from guard.config import GuardConfig, load_settings
     from guard.relabel.address import queue_url
     from guard.storage.bundle import BundleStore
@@ -119,10 +122,10 @@ def wrap(
             progress_bar("reading images") as report,
             opened.running(config.model_attribute, gpu) as user,
         ):
-            found = _labelled(opened, images, class_list(class_names))
             suspect = SuspectModel(user.module, split=split, depths=depth, output=logits, device=device)  # in eval mode
+            found = _labelled(opened, user, images, class_list(class_names))
             _try_handler(user, found, config)
-            guard, accuracy = _fitted(suspect, user, found, config, report)
+            guard, accuracy = _fitted(suspect, user, found, config, report, allow_missing_classes)
             examples = _examples(found)
             batches = told_batches(user, examples, guard.input_shape, config)
         guard = replace(guard, preprocessing=f"handler {opened.handler}")
@@ -142,6 +145,9 @@ def wrap(
         for line in changes:
             say(line)
         say(f"clean images    {len(found.names)}, of which the model gets {100 * accuracy:.1f} % right")
+        n_classes = guard.reference.logits.shape[1]
+        say(f"per class       {images_per_class(guard.reference_labels, n_classes, guard.class_names)}")
+        say(f"copies          {copies_among(guard, found.names)}")
         say(
             f"false positives {guard.realised_false_positive_rate:.4f} of clean images "
             f"(asked for {config.false_positive_rate:g}, measured out of fold)"
@@ -152,6 +158,8 @@ def wrap(
         else:
             say(f"checked         {checked.line()}")
         say(f"serve it        guard serve {opened.manifest.name}={target.name} --model-store {target.parent}")
+        tell_passed_over(found.passed_over)
+        tell_missing(guard)
         if accuracy < 0.5:
             print_warning(
                 f"the model gets only {100 * accuracy:.1f} % of these labels right, so the guard will be poor. "
@@ -174,26 +182,24 @@ def _stem(archive: Path) -> str:
     return archive.name.removesuffix(".mar")
 
 
-def _labelled(opened: OpenedArchive, images: Path, names: list[str] | None) -> NamedImages:
+def _labelled(opened: OpenedArchive, user: UserHandler, images: Path, names: list[str] | None) -> NamedLabelledImages:
     """Find the clean images; names of sub-folders are looked up in the archive's own class list."""
     from guard.cli.bodies import find_bodies
     from guard.torchserve.archives.class_list import CLASS_FILE, read_class_list
 
-    found = find_bodies(images, names)
-    if found.labels is None:
-        raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
+    found = find_bodies(images, names, user.rows_seen)
     classes = read_class_list(opened.folder) if names is None else None
     if classes is None:
         return found
     labels = found.labels
-    if found.class_names is not None:  # sub-folders with names, counted in sorted order
-        if strange := [name for name in found.class_names if name not in classes.labels]:
+    if (folders := found.class_names) is not None:  # sub-folders with names, counted in sorted order
+        if strange := [folders[label] for label in np.unique(labels) if folders[label] not in classes.labels]:
             raise DataError(f"sub-folder {strange[0]!r} is no class of the archive's {CLASS_FILE}. Rename it.")
-        labels = np.array([classes.labels[name] for name in found.class_names])[labels]
+        labels = np.array([classes.labels.get(name, -1) for name in folders])[labels]
     return replace(found, labels=labels, class_names=list(classes.names))
 
 
-def _try_handler(user: UserHandler, found: NamedImages, config: GuardConfig) -> None:
+def _try_handler(user: UserHandler, found: NamedLabelledImages, config: GuardConfig) -> None:
     """Let the handler answer one image as a whole: a guard is of no use where it does not see the network work."""
     from guard.statistics.calibration import check_rate
 
@@ -217,9 +223,8 @@ def _try_handler(user: UserHandler, found: NamedImages, config: GuardConfig) -> 
         )
 
 
-def _examples(found: NamedImages) -> list[bytes]:
+def _examples(found: NamedLabelledImages) -> list[bytes]:
     """Return the bodies of a few images for the archive, of classes as different as can be; none that are large."""
-    assert found.labels is not None  # `_labelled` refuses them
     firsts = {int(label): row for row, label in reversed(list(enumerate(found.labels.tolist())))}
     chosen = dict.fromkeys([*sorted(firsts.values()), *range(min(len(found.names), 4))])
     bodies = (found.read(row) for row in chosen)
@@ -240,10 +245,16 @@ def told_batches(
 
 
 def _fitted(
-    suspect: SuspectModel, user: UserHandler, found: NamedImages, config: GuardConfig, report: Report
+    suspect: SuspectModel,
+    user: UserHandler,
+    found: NamedLabelledImages,
+    config: GuardConfig,
+    report: Report,
+    allow_missing: bool,
 ) -> tuple[Guard, float]:
     """Return a guard fitted on what the handler makes of the images, and the share of labels that the model gets."""
-    from guard.cli.images import read_all
+    from guard.cli.classes import check_classes
+    from guard.cli.images import naming_rows, read_all
     from guard.detection.pipeline import Guard
 
     inputs = read_all(found, user.model_inputs, report, remedy=_AS_SENT)
@@ -257,19 +268,20 @@ def _fitted(
         raise SuspectModelError(
             f"the network fails on images of shape {inputs.shape[1:]}: {what_failed(error)} {_AS_SENT}"
         ) from error
-    labels, names = found.labels, found.class_names
-    assert labels is not None  # `_labelled` refuses them
+    found = check_classes(found, n_classes, allow_missing=allow_missing)
+    names = found.class_names
     if names is not None and len(names) != n_classes:
         raise DataError(f"the model has {n_classes} classes, and the class list has {len(names)}. Give --class-names.")
-    guard = Guard.fit(suspect, inputs, labels, config, class_names=names, progress=report)
-    return guard, _share_right(guard, labels)
+    with naming_rows(found):
+        guard = Guard.fit(suspect, inputs, found.labels, config, class_names=names, progress=report)
+    return guard, _share_right(guard, found.labels)
 
 
 def _share_right(guard: Guard, labels: IntArray) -> float:
     return float((guard.reference.predicted_labels == labels).mean())
 
 
-def _checked(archive: Path, guard: Guard, found: NamedImages) -> CheckReport:
+def _checked(archive: Path, guard: Guard, found: NamedLabelledImages) -> CheckReport:
     """Load the archive in another process, and compare its verdicts on the clean images with those of the guard."""
     from guard.torchserve.check import check_archive, chosen_rows
 

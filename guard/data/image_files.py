@@ -1,39 +1,43 @@
-"""Images from files that a user names: a .npz, one image, or a folder of them."""
+"""Images from files that a user names: a .npz, or one image in any format that Pillow decodes."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from guard.data.datasets import UInt8Array, read_npz, to_tensor_images
+from guard.data.datasets import read_npz, to_tensor_images
 from guard.errors import DataError
 from guard.types import AnyArray, Float32Array, IntArray
 
-#: Largest single image that `load_images` reads, in pixels (height * width).
+#: Largest single image that is read, in pixels (height * width).
 MAX_IMAGE_PIXELS = 2**24
 
 #: Most numbers that `load_images` returns (n * channels * height * width): 2 GiB as float32.
 MAX_TOTAL_VALUES = 2**29
 
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+#: What Pillow itself decodes and knows by its first bytes; not those for which it starts another program.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "PCX", "SGI", "DDS", "ICO")
+#: Number of channels -> Pillow's mode, as in the image handler.
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 class LoadedImages(NamedTuple):
-    """Images of a user, in order.
+    """Images of a .npz, in order.
 
     Attributes
     ----------
     images : ndarray of shape (n, channels, height, width), float32
     labels : ndarray of shape (n,), int64, or None
-        None if the files name none.
+        None if the file names none.
     names : list of str
-        File name of each image, or its position in a .npz.
+        Position of each image.
     """
 
     images: Float32Array
@@ -42,17 +46,13 @@ class LoadedImages(NamedTuple):
 
 
 def load_images(path: str | Path) -> LoadedImages:
-    """Read the images that a user names on the command line.
+    """Read a `.npz` with `images` or `x`, and optionally `labels` or `y`.
 
     Parameters
     ----------
     path : path
-        - A `.npz` with `images` or `x`, and optionally `labels` or `y`. uint8 (n, height, width), (n, height, width,
-          channels) or (n, channels, height, width), 1 or 3 channels, is scaled to [0, 1]; float32 (n, channels, height,
-          width) is taken as it is.
-        - A `.png`, `.jpg` or `.jpeg`, or a folder of such files, read in the order of their names. In a folder of
-          folders each sub-folder is a class: if all their names are whole numbers, these are the labels; else the
-          labels count the sorted names from 0. Other files are passed over. If any image has colour, all become RGB.
+        Its images: uint8 (n, height, width), (n, height, width, channels) or (n, channels, height, width), 1 or 3
+        channels, are scaled to [0, 1]; float32 (n, channels, height, width) are taken as they are.
 
     Returns
     -------
@@ -61,26 +61,10 @@ def load_images(path: str | Path) -> LoadedImages:
     Raises
     ------
     DataError
-        If there is no such file, nothing in it, a file is no image, sizes differ, or an image is over
-        `MAX_IMAGE_PIXELS` or all together over `MAX_TOTAL_VALUES`.
+        If the arrays are no such images and labels, or are more than `MAX_TOTAL_VALUES` numbers.
     """
-    path = Path(path)
-    if path.is_dir():
-        return _load_folder(path)
-    if not path.is_file():
-        raise DataError(f"{path} does not exist. Give a .npz file, an image, or a folder of PNG or JPEG files.")
-    if path.suffix.lower() == ".npz":
-        return _load_npz_images(path)
-    if path.suffix.lower() in _IMAGE_SUFFIXES:
-        return LoadedImages(_decode_files([path]), None, [path.name])
-    raise DataError(
-        f"{path} must be a .npz file, a .png or .jpg image, or a folder, got {path.suffix or 'no suffix'!r}."
-    )
-
-
-def _load_npz_images(path: Path) -> LoadedImages:
     try:
-        arrays = read_npz(path, MAX_TOTAL_VALUES)
+        arrays = read_npz(Path(path), MAX_TOTAL_VALUES)
         images = _first(arrays, "images", "x")
         labels = _first(arrays, "labels", "y")
         if images is None:
@@ -123,68 +107,73 @@ def _as_nchw(images: AnyArray) -> Float32Array:
     return to_tensor_images(images if last else images.transpose(0, 2, 3, 1))
 
 
-def _load_folder(folder: Path) -> LoadedImages:
-    loose = _image_files(folder)
-    classes = sorted(
-        entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith((".", "_"))
-    )
-    if loose and any(_image_files(folder / name) for name in classes):
-        raise DataError(f"{folder} has images both beside and inside its sub-folders. Keep one of the two.")
-    if loose:
-        return LoadedImages(_decode_files(loose), None, [file.name for file in loose])
-    numbered = all(name.isascii() and name.isdigit() for name in classes)
-    files: list[Path] = []
-    labels: list[int] = []
-    for position, name in enumerate(classes):
-        found = _image_files(folder / name)
-        files += found
-        labels += [int(name) if numbered else position] * len(found)
-    if not files:
-        raise DataError(f"{folder} holds no images: no {', '.join(_IMAGE_SUFFIXES)} file in it or in its sub-folders.")
-    names = [file.relative_to(folder).as_posix() for file in files]
-    return LoadedImages(_decode_files(files), np.array(labels, dtype=np.int64), names)
+def is_picture(path: Path) -> bool:
+    """Whether a file is an image by its name's suffix."""
+    return path.suffix.lower() in picture_suffixes()
 
 
-def _image_files(folder: Path) -> list[Path]:
-    entries = (entry for entry in folder.iterdir() if entry.suffix.lower() in _IMAGE_SUFFIXES and entry.is_file())
-    return sorted(entry for entry in entries if not entry.name.startswith("."))
+@cache
+def picture_suffixes() -> frozenset[str]:
+    """Return the suffixes of the files that are read as images, in small letters, with the dot."""
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _formats())
 
 
-def _decode_files(files: Sequence[Path]) -> Float32Array:
-    decoded: list[UInt8Array] = []
-    for file in files:
-        image = _decode_file(file)
-        if decoded and image.shape[:2] != decoded[0].shape[:2]:
-            size, expected = image.shape[:2], decoded[0].shape[:2]
-            raise DataError(f"images must have one size: {file} is {size}, {files[0]} is {expected} (height, width).")
-        if (len(decoded) + 1) * 3 * image.shape[0] * image.shape[1] > MAX_TOTAL_VALUES:
-            raise DataError(
-                f"{len(files)} images are more than {MAX_TOTAL_VALUES} numbers. Give fewer or smaller images."
-            )
-        decoded.append(image)
-    if any(image.ndim == 3 for image in decoded):
-        decoded = [image if image.ndim == 3 else np.repeat(image[..., np.newaxis], 3, axis=2) for image in decoded]
-    return to_tensor_images(np.stack(decoded))
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _decode_file(file: Path) -> UInt8Array:
-    """Return (height, width) for a grey image, (height, width, 3) for a coloured one."""
+def read_picture(file: Path, channels: int) -> Float32Array:
+    """Read one image file, in the channels that a network takes.
+
+    Parameters
+    ----------
+    file : Path
+        Grey, RGB, with a palette or with alpha, 8 bits per channel. Of several pictures in one file the first counts.
+    channels : int
+        1, 3 or 4: grey, RGB or RGBA. Pillow converts, as in the image handler.
+
+    Returns
+    -------
+    image : ndarray of shape (channels, height, width), float32 in [0, 1]
+
+    Raises
+    ------
+    DataError
+        If it cannot be read, has more than 8 bits per channel, or is over `MAX_IMAGE_PIXELS`.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            image = Image.open(file, formats=("PNG", "JPEG"))
-        with image:
+        with _opened(file) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise DataError(
-                    f"{file} has {image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS} allowed."
+                    f"{file} has {image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS} allowed. "
+                    "Make it smaller."
                 )
             if image.mode.startswith(("I", "F")):
                 raise DataError(f"{file} has more than 8 bits per channel. Convert it to 8 bits.")
-            return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+            pixels = np.asarray(image.convert(MODES[channels]))
     except DataError:
         raise
     except Exception as error:  # decoders let through what they stumble over
-        raise DataError(f"{file} is not a readable PNG or JPEG image ({error}).") from error
+        raise DataError(f"{file} is not a readable image ({' '.join(str(error).split())}).") from error
+    image_in_channels: Float32Array = to_tensor_images(pixels.reshape(1, *pixels.shape[:2], channels))[0]
+    return image_in_channels
+
+
+def picture_mode(file: Path) -> str:
+    """Return Pillow's mode of an image file from its header alone, such as "L" or "RGB"; "" if it cannot be read."""
+    try:
+        with _opened(file) as image:
+            return str(image.mode)
+    except Exception:  # the reason is given when it is read
+        return ""
+
+
+def _opened(file: Path) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+        return Image.open(file, formats=_formats())
 
 
 def encode_png(image: Float32Array) -> bytes:

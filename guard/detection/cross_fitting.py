@@ -12,7 +12,7 @@ from guard.detection.detectors.lof import PerClassLof
 from guard.detection.ensemble import Ensemble
 from guard.detection.fusion import Fusion, new_fusion
 from guard.detection.training_set import TrainingSet
-from guard.statistics.calibration import conformal_p_values, stratified_folds
+from guard.statistics.calibration import conformal_p_values, largest_surprises, stratified_folds
 from guard.types import BACKUP, BoolArray, Float64Array, IntArray
 
 #: Called with a line for a person and the share done, in [0, 1].
@@ -49,9 +49,9 @@ class CrossFit:
     fusion : Fusion
         Fitted on the out-of-fold scores of all clean rows.
     clean_scores : ndarray of shape (n,), float64, ascending
-        Combined scores of the clean rows, each under detectors and a fusion that had not seen it.
+        Combined scores of the distinct clean rows, each under detectors and a fusion that had not seen it.
     realised_false_positive_rate : float
-        Share of clean rows flagged when each fold is ranked among the others.
+        Share of distinct clean rows flagged when each fold is ranked among the others.
     early : tuple of EarlyFit
         Where the settings ask for verdicts at several depths, one per depth before the split layer, in order.
     """
@@ -71,32 +71,36 @@ def cross_fit(config: GuardConfig, training: TrainingSet, *, progress: Progress 
     config : GuardConfig
     training : TrainingSet
         Its clean inputs are learned from and scored, out of fold; all else is learned from in every fold, never scored.
+        Copies stay in one fold, and one of them is scored.
     progress : callable, optional
         Called with a line of text and the share done.
     """
     report = progress or _silent
     activations, labels, depths = training.clean, training.labels, training.depths
-    part = stratified_folds(labels, config.folds, config.seed)
+    part = stratified_folds(labels, config.folds, config.seed, training.groups)
+    scored = np.flatnonzero(training.is_distinct)
+    part_scored = part[scored]
     wanted = Ensemble.for_mode(config, depths, with_anomalies=training.has_anomalies)
-    raw = np.empty((len(labels), len(wanted.names)))
+    raw = np.empty((len(scored), len(wanted.names)))
     layers = [depth for depth in depths if depth != BACKUP] if config.anytime else []
-    early_raw = [np.empty((len(labels), len(wanted.up_to(layers[: k + 1]).names))) for k in range(len(layers))]
+    early_raw = [np.empty((len(scored), len(wanted.up_to(layers[: k + 1]).names))) for k in range(len(layers))]
     for fold in range(config.folds):
         report(f"cross-fitting, part {fold + 1} of {config.folds}", 0.1 + 0.7 * fold / config.folds)
-        learn, hold = part != fold, part == fold
-        fitted = _fitted_ensemble(config, training, learn)
-        raw[hold] = fitted.score(activations[hold])
+        hold = part_scored == fold
+        held_out = activations[scored[hold]]
+        fitted = _fitted_ensemble(config, training, training.teaches & (part != fold))
+        raw[hold] = fitted.score(held_out)
         for k, scores in enumerate(early_raw):
-            scores[hold] = fitted.up_to(layers[: k + 1]).score(activations[hold])
+            scores[hold] = fitted.up_to(layers[: k + 1]).score(held_out)
     report("fitting the detectors on all clean images", 0.8)
-    ensemble = _fitted_ensemble(config, training, np.ones(len(labels), dtype=bool))
+    ensemble = _fitted_ensemble(config, training, training.teaches)
     report("calibrating", 0.97)
     early = [
-        EarlyFit(layers[k], ensemble.up_to(layers[: k + 1]), *_calibrated(config, scores, part))
+        EarlyFit(layers[k], ensemble.up_to(layers[: k + 1]), *_calibrated(config, scores, part_scored))
         for k, scores in enumerate(early_raw)
     ]
     report("fitted", 1.0)
-    return CrossFit(ensemble, *_calibrated(config, raw, part), tuple(early))
+    return CrossFit(ensemble, *_calibrated(config, raw, part_scored), tuple(early))
 
 
 def _silent(_text: str, _share: float) -> None:
@@ -109,7 +113,7 @@ def _fitted_ensemble(config: GuardConfig, training: TrainingSet, rows: BoolArray
     # the final ones do (nearly all of a class are neighbours), and its scores would calibrate too low.
     chosen = training.examples(rows)
     n_seen = int(np.isin(chosen.sources, [*PerClassLof.learns_from]).sum())
-    share = n_seen / (n_seen + training.copies * int((~rows).sum()))
+    share = n_seen / (n_seen + training.copies * int((training.teaches & ~rows).sum()))
     scaled = config.replace(n_neighbors=max(1, round(config.n_neighbors * share)))
     return Ensemble.for_mode(scaled, training.depths, with_anomalies=training.has_anomalies).fit(*chosen)
 
@@ -118,7 +122,10 @@ def _calibrated(config: GuardConfig, raw: Float64Array, part: IntArray) -> tuple
     """Return fusion, ascending combined scores and realised rate of out-of-fold scores."""
     fusion = new_fusion(config.mode).fit(raw)
     combined = _cross_fitted_scores(config, raw, part)
-    return fusion, np.sort(combined), _realised_rate(config, fusion, combined, part)
+    ordered = np.sort(combined)
+    if config.mode == "calibrated" and not np.isfinite(raw).all():  # for want of images of a class: as large as can be
+        ordered = np.minimum(ordered, largest_surprises(raw.shape[1], len(raw)))
+    return fusion, ordered, _realised_rate(config, fusion, combined, part)
 
 
 def _cross_fitted_scores(config: GuardConfig, raw: Float64Array, part: IntArray) -> Float64Array:

@@ -16,6 +16,7 @@ from guard.detection.cross_fitting import EarlyFit
 from guard.detection.ensemble import Ensemble
 from guard.detection.fusion import Fusion, new_fusion
 from guard.detection.soundness import (
+    GROUPS,
     Calibration,
     check_backup,
     check_calibration,
@@ -50,11 +51,14 @@ class FittedGuard:
     fusion : Fusion
         Makes one score of theirs.
     clean_scores : ndarray of shape (n,), float64, ascending
-        Combined scores of the clean images, out of fold.
+        Combined scores of the distinct clean images, out of fold.
     reference, reference_labels : Activations, ndarray of shape (n,)
         The clean data it was fitted on.
+    reference_groups : ndarray of shape (n,), int64, or None
+        One number per clean input, the same for copies of each other; None = there are no copies.
     realised_false_positive_rate : float
-        Share of clean images flagged at the rate of `fit`, on folds that neither detectors nor calibration had seen.
+        Share of distinct clean images flagged at the rate of `fit`, on folds that neither detectors nor calibration
+        had seen.
     class_names : tuple of str or None
     noisy_reference : Activations or None
         Of the same inputs with noise added, if the detectors learned from such copies.
@@ -95,6 +99,7 @@ class FittedGuard:
     reference: Activations
     reference_labels: IntArray
     realised_false_positive_rate: float
+    reference_groups: IntArray | None = None
     class_names: tuple[str, ...] | None = None
     noisy_reference: Activations | None = None
     early: tuple[EarlyFit, ...] = ()
@@ -164,6 +169,8 @@ class FittedGuard:
             "labels": self.reference_labels,
             KEPT: reproduction(self._calibration(), sample),
         }
+        if self.reference_groups is not None:
+            arrays[GROUPS] = self.reference_groups
         for prefix, part in (
             ("reference", dict(self.reference.items())),
             ("noisy_reference", dict(self.noisy_reference.items()) if self.noisy_reference is not None else {}),
@@ -224,6 +231,7 @@ class FittedGuard:
                 clean_scores=stored.arrays["clean_scores"],
                 reference=_activations(_below(stored.arrays, "reference."), depths),
                 reference_labels=stored.arrays["labels"],
+                reference_groups=stored.arrays.get(GROUPS),
                 realised_false_positive_rate=document["realised_false_positive_rate"],
                 class_names=tuple(document["class_names"]) if document["class_names"] else None,
                 noisy_reference=_activations(noisy, depths) if noisy else None,

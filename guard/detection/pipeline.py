@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from guard.config import PLACES, SERVING_SETTINGS, GuardConfig
+from guard.detection.copies import copy_groups, equal_rows
 from guard.detection.cross_fitting import Progress, cross_fit
 from guard.detection.fitted import FittedGuard
-from guard.detection.training_set import TrainingSet
+from guard.detection.training_set import TrainingSet, check_labels
 from guard.errors import ConfigError, DataError, SuspectModelError
 from guard.statistics.calibration import check_rate, conformal_p_values
 from guard.suspect.batch_dependence import batch_dependence
@@ -88,8 +89,17 @@ class Guard(FittedGuard):
         noisy = None
         if config.image_noise_std > 0:
             noisy = suspect.activations(_with_noise(images, config.image_noise_std, config.seed), size)
+        labels = check_labels(clean_labels, len(images), activations.logits.shape[1], "labels", "per image")
+        if progress is not None:
+            progress("looking for copies among the clean images", 0.1)
         guard = cls.fit_activations(
-            activations, clean_labels, config, noisy=noisy, class_names=class_names, progress=progress
+            activations,
+            labels,
+            config,
+            noisy=noisy,
+            groups=copy_groups(images, labels),
+            class_names=class_names,
+            progress=progress,
         )
         return replace(guard, suspect=suspect, input_shape=tuple(images.shape[1:]), input_range=_range_of(images))
 
@@ -101,6 +111,7 @@ class Guard(FittedGuard):
         config: GuardConfig | None = None,
         *,
         noisy: Activations | None = None,
+        groups: IntArray | None = None,
         class_names: Sequence[str] | None = None,
         progress: Progress | None = None,
     ) -> Self:
@@ -114,6 +125,9 @@ class Guard(FittedGuard):
             True labels in [0, n_classes).
         noisy : Activations, optional
             Of the same inputs with noise added; detectors learn from them too, calibration does not.
+        groups : ndarray of shape (n,), int, optional
+            One number per input, the same for copies of each other, see `copy_groups`; what is promised is promised of
+            distinct inputs. Without it, those with equal activations are copies.
 
         Raises
         ------
@@ -121,9 +135,11 @@ class Guard(FittedGuard):
             If a value is not finite, shapes do not agree, or the images are too few for the requested rate.
         """
         config = config or GuardConfig()
-        training = TrainingSet(activations, labels, noisy=noisy)
-        n, n_classes = activations.logits.shape
-        check_rate(config.false_positive_rate, n)
+        if groups is None:
+            groups = equal_rows([array for _, array in activations.items()])
+        training = TrainingSet(activations, labels, noisy=noisy, groups=groups)
+        n_classes, n = activations.logits.shape[1], int(training.is_distinct.sum())
+        check_rate(config.false_positive_rate, n, len(activations) - n)
         if n < 2 * config.folds:
             raise DataError(f"folds={config.folds} needs at least {2 * config.folds} clean images, got {n}.")
         if config.anytime and config.mode == "paper":
@@ -141,6 +157,7 @@ class Guard(FittedGuard):
             reference_labels=training.labels,
             realised_false_positive_rate=fitted.realised_false_positive_rate,
             class_names=tuple(class_names) if class_names is not None else None,
+            reference_groups=training.groups if n < len(activations) else None,
             noisy_reference=noisy,
             early=fitted.early,
         )

@@ -74,7 +74,9 @@ def retrain(
     if anomalies is not None:
         _check_fits(guard, anomalies)
     labelled = _limited(labelled, guard.reference_labels, guard.config.seed)
-    training = TrainingSet(guard.reference, guard.reference_labels, guard.noisy_reference, labelled, anomalies)
+    training = TrainingSet(
+        guard.reference, guard.reference_labels, guard.noisy_reference, labelled, anomalies, guard.reference_groups
+    )
     fitted = cross_fit(guard.config, training, progress=progress)
     return replace(
         guard,

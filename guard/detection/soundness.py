@@ -16,7 +16,7 @@ from guard.arrays import require
 from guard.detection.ensemble import Ensemble
 from guard.detection.fusion import CalibratedFusion, Fusion
 from guard.errors import BundleError, DataError
-from guard.statistics.calibration import SurpriseMap, conformal_p_values
+from guard.statistics.calibration import SurpriseMap, check_rate, conformal_p_values, largest_surprises
 from guard.storage.bundle import StoredBundle
 from guard.types import FEATURES, Activations, AnyArray, Float64Array, IntArray
 
@@ -31,6 +31,8 @@ _MEDIAN_SCORE = (0.2, 3.0)
 #: p-values of 0.39 to 0.77, and 0.9 with 40 images and less.
 _LEAST_MEDIAN_P, _GREATEST_MEDIAN_P, _ENOUGH = 0.05, 0.97, 100
 _LARGEST_COUNT = 2**31
+#: Array that says which clean images are copies of each other, in a bundle of a set that has some.
+GROUPS = "groups"
 #: So far beyond the clean images, in units of their spread, must an input be flagged at a rate of half a percent.
 _FAR, _FAR_P = 100.0, 0.005
 
@@ -143,14 +145,10 @@ def _check_map(surprise_map: SurpriseMap | None, ensemble: Ensemble, clean_score
 
 
 def _check_tail(name: str, fusion: CalibratedFusion, raw: Float64Array, clean_scores: Float64Array) -> None:
-    """Refuse a calibration whose middle is right, and beyond whose tail nothing can be.
-
-    At most k of n clean images surprise any of d detectors by more than log(d * n / k), and none is combined to more;
-    twice that is allowed, as the tail is an estimate.
-    """
+    """Refuse a calibration whose middle is right, and beyond whose tail nothing can be; see `largest_surprises`."""
     assert fusion.surprise_map_ is not None
     knots, n = fusion.surprise_map_.knots, len(clean_scores)
-    most = 1.0 + 2.0 * np.log(len(knots) * n / np.arange(n, 0, -1))
+    most = largest_surprises(len(knots), n)
     if (clean_scores > most).any():
         row = int((clean_scores > most).argmax())
         raise DataError(
@@ -204,10 +202,14 @@ def _check_reference(document: Mapping[str, Any], arrays: Mapping[str, AnyArray]
     n, n_classes = document["clean_images"], document["n_classes"]
     labels = require(arrays, "labels", (n,), kind="i", low=0, high=n_classes - 1)
     calibrated = len(require(arrays, "clean_scores", (None,), ascending=True))
+    most = n
+    if GROUPS in arrays:
+        most = len(np.unique(require(arrays, GROUPS, (n,), kind="i", low=0, high=n - 1)))
+        check_rate(float(document["settings"]["false_positive_rate"]), calibrated)
     # A round of retraining holds out up to half of each class, and keeps it in the reference for the next one.
-    least = n - sum(math.ceil(size / 2) for size in np.bincount(labels).tolist())
-    if not max(1, least) <= calibrated <= n:
-        raise DataError(f"array clean_scores must have {max(1, least)} to {n} rows, got {calibrated}.")
+    least = max(1, most - sum(math.ceil(size / 2) for size in np.bincount(labels).tolist()))
+    if not least <= calibrated <= most:
+        raise DataError(f"array clean_scores must have {least} to {most} rows, got {calibrated}.")
     layers = (FEATURES, *document["depths"])
     require(arrays, "reference.logits", (n, n_classes))
     widths = {"logits": n_classes} | {

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from guard.arrays import check_range
 from guard.detection.detectors.base import NO_LABEL, Source
-from guard.errors import DataError
+from guard.errors import DataError, RowError
 from guard.types import Activations, AnyArray, BoolArray, IntArray
+
+#: One image twice in a batch gives features that differ by less, relative to the largest.
+_ROUNDING = 1e-4
 
 
 class LabelledCounts(NamedTuple):
@@ -114,6 +117,12 @@ class TrainingSet:
         What people have said. See `guard.detection.retraining.retrain`.
     anomalies : Activations or None
         Inputs of the traffic that are poisoned, or thought to be, whatever they show.
+    groups : ndarray of shape (n,), int64
+        One number per clean input, the same for copies of each other; None = all are distinct.
+    is_distinct : ndarray of shape (n,), bool
+        The first of every group. What is promised is promised of these.
+    teaches : ndarray of shape (n,), bool
+        All but inputs that are the same as the first of their group: those would only count several times.
 
     Raises
     ------
@@ -126,6 +135,9 @@ class TrainingSet:
     noisy: Activations | None = None
     labelled: Labelled | None = None
     anomalies: Activations | None = None
+    groups: IntArray | None = None
+    is_distinct: BoolArray = field(init=False)
+    teaches: BoolArray = field(init=False)
 
     def __post_init__(self) -> None:
         n = len(self.clean)
@@ -135,9 +147,21 @@ class TrainingSet:
             raise DataError(f"noisy activations must have {n} rows, one per image, got {len(self.noisy)}.")
         finite = self.clean.finite_rows
         if not finite.all():
-            raise DataError(
-                f"activations of clean image {int(np.argmin(finite))} are not finite. Is the model damaged?"
-            )
+            row = int(np.argmin(finite))
+            raise RowError(f"activations of clean image {row} are not finite. Is the model damaged?", row)
+        groups = self.groups
+        if groups is None:
+            groups = np.arange(n)
+        elif groups.shape != (n,):
+            raise DataError(f"groups must have shape ({n},), one number per image, got {groups.shape}.")
+        _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+        features, first_of = self.clean.features, first[group]
+        sizes = np.abs(features).max(axis=1, initial=0.0)
+        is_same = np.abs(features - features[first_of]).max(axis=1, initial=0.0) <= _ROUNDING * sizes
+        is_distinct = first_of == np.arange(n)
+        object.__setattr__(self, "groups", groups)
+        object.__setattr__(self, "is_distinct", is_distinct)
+        object.__setattr__(self, "teaches", is_distinct | ~is_same)
 
     @property
     def depths(self) -> tuple[str, ...]:

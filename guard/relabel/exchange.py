@@ -12,7 +12,9 @@ import base64
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import quoteattr
@@ -50,6 +52,9 @@ _MOST_BAD = 20
 #: Rows that a file may have.
 MOST_ROWS = 200_000
 _LONGEST_CELL = 2**27
+_NEEDED = ("item", VERDICT, TRUE_LABEL)
+#: First line by which spreadsheets are told what parts the cells.
+_SEPARATOR_LINE = re.compile(r"\A[\"']?sep=.[\"']?\r?\n", re.IGNORECASE)
 
 #: Returns one name per class of the model that an input was for.
 NamesOf = Callable[[FlaggedInput], Sequence[str]]
@@ -168,6 +173,8 @@ def read_label_studio(text: str) -> list[Row]:
 def read_csv(text: str) -> list[Row]:
     """Return the answers of a CSV file with the columns item, verdict and true_label; others are passed over.
 
+    Cells are parted by commas, semicolons or tabs, whichever gives these columns; a first line `sep=;` is understood.
+
     Raises
     ------
     DataError
@@ -175,20 +182,35 @@ def read_csv(text: str) -> list[Row]:
     """
     before = csv.field_size_limit(_LONGEST_CELL)  # a cell may hold a picture
     try:
-        reader = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
-        missing = {"item", VERDICT, TRUE_LABEL} - set(reader.fieldnames or ())
+        text = _SEPARATOR_LINE.sub("", text.removeprefix("\ufeff"))
+        readers = (csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter) for delimiter in ",;\t")
+        missing, reader = min(((_missing_columns(reader), reader) for reader in readers), key=lambda pair: len(pair[0]))
         if missing:
-            raise DataError(f"the file needs the columns item, {VERDICT} and {TRUE_LABEL}; missing: {sorted(missing)}.")
+            raise DataError(f"the file needs the columns item, {VERDICT} and {TRUE_LABEL}; missing: {missing}.")
         rows: list[Row] = []
         for row in reader:
-            cells = ((row[name] or "").strip() for name in ("item", VERDICT, TRUE_LABEL))
-            rows.append(Row(f"line {reader.line_num}", *cells))
+            place = f"line {reader.line_num}"
+            rows.append(Row(place, *(_cell(row[name], place) for name in _NEEDED)))
             _check_length(len(rows))
         return rows
     except csv.Error as error:
         raise DataError(f"this is no readable CSV file: {error}.") from error
     finally:
         csv.field_size_limit(before)
+
+
+def _missing_columns(reader: csv.DictReader[str]) -> list[str]:
+    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+    return sorted({*_NEEDED} - {*reader.fieldnames})
+
+
+def _cell(text: str | None, place: str) -> str:
+    """Return what a cell says; Label Studio writes several choices of one control as JSON."""
+    value: Any = (text or "").strip()
+    if value.startswith('{"choices"'):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    return _text(value, place)
 
 
 def import_answers(queue: Queue, reviewer: str, rows: Sequence[Row], names_of: NamesOf) -> Imported:
@@ -314,7 +336,7 @@ def _answer_cells(decision: Decision, names: Sequence[str]) -> dict[str, str]:
 def _row_of_task(task: Mapping[str, Any], place: str) -> Row:
     data = task.get("data")
     if data is None:  # JSON-MIN: everything on one level
-        return Row(place, *(_text(task.get(name)) for name in ("item", VERDICT, TRUE_LABEL)))
+        return Row(place, *(_text(task.get(name), place) for name in _NEEDED))
     if not isinstance(data, dict):
         raise DataError(f"{place}: data must be an object.")
     annotations = task.get("annotations") or []
@@ -323,25 +345,29 @@ def _row_of_task(task: Mapping[str, Any], place: str) -> Row:
     kept = [
         annotation for annotation in annotations if isinstance(annotation, dict) and not annotation.get("was_cancelled")
     ]
-    answers = {(_chosen(annotation, VERDICT), _chosen(annotation, TRUE_LABEL)) for annotation in kept}
+    answers = {tuple(_chosen(annotation, name, place) for name in (VERDICT, TRUE_LABEL)) for annotation in kept}
     if len(answers) > 1:
         raise DataError(f"{place}: its {len(kept)} annotations say different things. Keep one.")
     verdict, label = answers.pop() if answers else ("", "")
-    return Row(place, _text(data.get("item")), verdict, label)
+    return Row(place, _text(data.get("item"), place), verdict, label)
 
 
-def _chosen(annotation: Mapping[str, Any], control: str) -> str:
+def _chosen(annotation: Mapping[str, Any], control: str, place: str) -> str:
     results = annotation.get("result")
     for result in results if isinstance(results, list) else ():
         if isinstance(result, dict) and result.get("from_name") == control:
-            value = result.get("value")
-            choices = value.get("choices") if isinstance(value, dict) else None
-            if isinstance(choices, list) and len(choices) == 1:
-                return _text(choices[0])
+            return _text(result.get("value"), place)
     return ""
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, place: str) -> str:
+    """Return a value of a task as text: itself, or the one choice that it holds; "" for none."""
+    if isinstance(value, dict):
+        value = value.get("choices")
+    if isinstance(value, list):
+        if len(value) > 1:
+            raise DataError(f"{place}: it holds {len(value)} choices of one control, {_short(str(value))}. Keep one.")
+        value = value[0] if value else None
     return "" if value is None or isinstance(value, dict | list) else str(value).strip()
 
 

@@ -207,15 +207,17 @@ def _taught(guard: Guard, base: Guard, training: Labelled, anomalies: Activation
         retrain(base, training, anomalies=anomalies),
         reference=guard.reference,
         reference_labels=guard.reference_labels,
+        reference_groups=guard.reference_groups,
         noisy_reference=guard.noisy_reference,
     )
 
 
 def _without_rows(guard: Guard, held: BoolArray) -> Guard:
-    noisy = guard.noisy_reference
+    noisy, groups = guard.noisy_reference, guard.reference_groups
     return replace(
         guard,
         reference=guard.reference[~held],
         reference_labels=guard.reference_labels[~held],
+        reference_groups=groups[~held] if groups is not None else None,
         noisy_reference=noisy[~held] if noisy is not None else None,
     )

@@ -9,6 +9,7 @@ from starlette.datastructures import UploadFile
 from starlette.responses import PlainTextResponse, RedirectResponse, Response, StreamingResponse
 
 from guard.errors import DataError, GuardError
+from guard.files import decoded
 from guard.relabel import exchange
 from guard.relabel.items import State
 from guard.review.access import Form, Session, SignedIn, TheWorkspace, need_admin
@@ -111,7 +112,7 @@ def import_file(request: Request, workspace: TheWorkspace, posted: Form) -> Resp
             raise DataError("choose a file.")
         if reviewer not in workspace.reviewers.names():
             raise DataError(f"there is no reviewer {reviewer!r}.")
-        done = import_text(workspace, reviewer, _utf8(upload.file.read()))
+        done = import_text(workspace, reviewer, decoded(upload.file.read()))
     except GuardError as error:
         context = {**_context(workspace, posted.session), "text": str(error), "is_error": True}
         return render(request, "admin.html", context, status=422)
@@ -124,13 +125,6 @@ def import_text(workspace: Workspace, reviewer: str, text: str) -> exchange.Impo
     is_json = text.lstrip("\ufeff \t\r\n")[:1] in ("[", "{")
     rows = exchange.read_label_studio(text) if is_json else exchange.read_csv(text)
     return exchange.import_answers(workspace.queue, reviewer, rows, workspace.names)
-
-
-def _utf8(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"the file must be UTF-8 text: {error}.") from error
 
 
 def _context(workspace: Workspace, session: Session) -> dict[str, Any]:

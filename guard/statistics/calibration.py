@@ -27,8 +27,16 @@ def images_needed(false_positive_rate: float) -> int:
     return math.ceil(1 / false_positive_rate - 1e-9) - 1
 
 
-def check_rate(false_positive_rate: float, n_clean: int) -> None:
+def check_rate(false_positive_rate: float, n_clean: int, n_copies: int = 0) -> None:
     """Refuse a rate that the clean sample cannot show.
+
+    Parameters
+    ----------
+    false_positive_rate : float
+    n_clean : int
+        Clean images, without copies of others.
+    n_copies : int
+        These copies; for the error.
 
     Raises
     ------
@@ -38,8 +46,8 @@ def check_rate(false_positive_rate: float, n_clean: int) -> None:
     needed = images_needed(false_positive_rate)
     if n_clean < needed:
         raise DataError(
-            f"false_positive_rate={false_positive_rate:g} needs at least {needed} clean images, got {n_clean}. "
-            "Raise the rate or add images."
+            f"false_positive_rate={false_positive_rate:g} needs at least {needed} clean images, got {n_clean}"
+            f"{f' and {n_copies} copies of them' if n_copies else ''}. Raise the rate or add images."
         )
 
 
@@ -67,8 +75,15 @@ def conformal_p_values(scores: Float64Array, sorted_clean_scores: Float64Array) 
     return np.asarray((1.0 + at_least) / (n + 1.0), dtype=np.float64)
 
 
-def stratified_folds(labels: IntArray, folds: int, seed: int) -> IntArray:
-    """Assign every row to one of `folds` parts, each class spread evenly; shape (n,), values in [0, folds)."""
+def stratified_folds(labels: IntArray, folds: int, seed: int, groups: IntArray | None = None) -> IntArray:
+    """Assign every row to one of `folds` parts, each class spread evenly; shape (n,), values in [0, folds).
+
+    Rows of one number in `groups`, shape (n,), fall into one part: that of the first of them.
+    """
+    if groups is not None:
+        _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+        order = np.sort(first)
+        return stratified_folds(labels[order], folds, seed)[np.searchsorted(order, first)[group]]
     rng = np.random.default_rng(seed)
     part = np.empty(len(labels), dtype=np.int64)
     offset = 0
@@ -122,7 +137,7 @@ class SurpriseMap:
         scale, shape = np.empty(len(knots)), np.empty(len(knots))
         for detector, (first, *_, last) in enumerate(knots):
             excess = scores[:, detector] - last
-            excess = excess[excess > 0]
+            excess = excess[(excess > 0) & (scores[:, detector] < _HUGE)]  # infinite ones have no size to learn from
             mean_excess = excess.mean() if len(excess) else max((last - first) * 0.1, 1e-9)
             shape[detector] = _pareto_shape(excess / mean_excess)
             scale[detector] = mean_excess * (1 - shape[detector])
@@ -160,6 +175,16 @@ class SurpriseMap:
             raise DataError("array levels must rise from the first knot to the last, and is constant.")
         scale = require(arrays, "scale", (n_detectors,), low=_LEAST_SCALE, high=_HUGE)
         return cls(knots, levels, scale, require(arrays, "shape", (n_detectors,), low=0.0, high=_MAX_SHAPE))
+
+
+def largest_surprises(n_detectors: int, n: int) -> Float64Array:
+    """Return what the combined surprise of n clean inputs can be at most, ascending, shape (n,).
+
+    At most k of n clean inputs surprise any of d detectors by more than log(d * n / k), and none is combined to more;
+    twice that is allowed, as the tail is an estimate.
+    """
+    bounds: Float64Array = 1.0 + 2.0 * np.log(n_detectors * n / np.arange(n, 0, -1))
+    return bounds
 
 
 def _pareto_shape(relative_excess: Float64Array) -> float:

@@ -216,7 +216,12 @@ class _Bench:
         clean = guard.reference
         clean = Activations(clean.logits, clean.features, {**clean.depths, BACKUP: logits})
         again = Guard.fit_activations(
-            clean, self.labels, guard.config, class_names=guard.class_names, progress=self.progress
+            clean,
+            self.labels,
+            guard.config,
+            groups=guard.reference_groups,
+            class_names=guard.class_names,
+            progress=self.progress,
         )
         fitted = ("ensemble", "fusion", "clean_scores", "reference", "realised_false_positive_rate", "early")
         return replace(guard, **{name: getattr(again, name) for name in fitted})

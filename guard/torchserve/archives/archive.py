@@ -28,7 +28,7 @@ _RESERVED_MODULES = sys.stdlib_module_names | {
 UNNAMED_VERSION = "1.0"
 #: Numbers and pictures go in as they are: deflating takes a second per 30 MB, and saves a quarter at most.
 _STORED = (".safetensors", ".pt", ".pth", ".pkl", ".bin", ".npz", ".png", ".jpg", ".jpeg", ".webp")
-_NEVER_PACKED = {"__pycache__", ".git", ".DS_Store"}
+_NEVER_PACKED = {"__pycache__", "__MACOSX", ".git", ".DS_Store"}
 _MOST_MANIFEST_BYTES = 2**20
 _EARLIEST_ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 

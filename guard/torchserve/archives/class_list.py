@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from guard.data.labelled_folders import composed
 from guard.errors import ArchiveError
+from guard.files import decoded
 
 #: Where TorchServe's own handlers look for it.
 CLASS_FILE = "index_to_name.json"
@@ -20,7 +22,7 @@ class ClassList:
     Attributes
     ----------
     names : tuple of str
-        One per class, by label; what TorchServe answers with.
+        One per class, by label; what TorchServe answers with, in Unicode's composed form.
     labels : dict of str to int
         Label by name, and by every further name that the file gives (`["n02119789", "kit fox"]`); a name of several
         classes is left out.
@@ -47,7 +49,7 @@ def read_class_list(folder: Path) -> ClassList | None:
     if not file.is_file():
         return None
     try:
-        mapping: Any = json.loads(file.read_text(encoding="utf-8"))
+        mapping: Any = json.loads(composed(decoded(file.read_bytes())))
         if isinstance(mapping.get("object_type_names"), list):
             mapping = {str(label): name for label, name in enumerate(mapping["object_type_names"])}
         entries = {key: value if isinstance(value, list) else [value] for key, value in mapping.items()}

@@ -30,6 +30,7 @@ from guard.torchserve.user_handler import Remedy, UserHandler, open_unpacked_han
 WEIGHTS_SUFFIXES = (".pt", ".pth", ".pts", ".pt2", ".ckpt", ".pkl", ".pickle", ".safetensors")
 #: Names that a guarded archive needs for itself.
 _OURS = ("guard_handler.py", "guard_archive.json", "guard.toml", EXAMPLES, RECIPE)
+_APPLE_DOUBLE = b"\x00\x05\x16\x07"
 _MOST_YAML_BYTES = 2**18  # its reader takes a second for so much
 _REMEDY = Remedy(
     "Install here what the server has installed for it, such as the archive's requirements, then try again.",
@@ -116,7 +117,15 @@ def open_archive(path: Path) -> Iterator[OpenedArchive]:
         if "guard_archive.json" in original.members:
             raise ArchiveError(f"{path.name} is guarded already. Take the guard out first with `guard unwrap`.")
         if MANIFEST not in original.members:
-            raise ArchiveError(f"{path.name} holds no {MANIFEST}. Name an archive that torch-model-archiver made.")
+            deeper = next((name for name in original.members if name.endswith(f"/{MANIFEST}")), None)
+            raise ArchiveError(
+                f"{path.name} holds no {MANIFEST}. "
+                + (
+                    f"It has {deeper}: pack what is in that folder, not the folder."
+                    if deeper
+                    else "Name an archive that torch-model-archiver made."
+                )
+            )
         try:
             manifest = parse_manifest(original.read(MANIFEST), original.members)
             _check_names(original)
@@ -249,12 +258,21 @@ def _check_names(original: StrictZip) -> None:
 def _check_weights(folder: Path, manifest: Manifest, archive: str) -> None:
     """Look into the weights that the manifest names, and into every other file that looks like weights by its name."""
     others = sorted(file for file in folder.rglob("*") if file.suffix.lower() in WEIGHTS_SUFFIXES and file.is_file())
+    others = [file for file in others if not _is_apple_double(file)]
     first = [folder / manifest.weights] if manifest.weights is not None else []
     for file in dict.fromkeys([*first, *others]):
         try:
             check_weights_file(file)
         except (UnsafeWeightsError, SuspectModelError) as error:
             raise _without_folder(error, folder, archive) from None
+
+
+def _is_apple_double(file: Path) -> bool:
+    """Whether a file holds what a Mac keeps beside another one: nothing that begins so can be loaded as weights."""
+    if not file.name.startswith("._"):
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(_APPLE_DOUBLE)) == _APPLE_DOUBLE
 
 
 def _without_folder(error: GuardError, folder: Path, archive: str) -> GuardError:

@@ -1,0 +1,128 @@
+"""How many clean images every class of the network has: what is refused, and what people are told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from guard.arrays import check_range
+from guard.cli.images import NamedLabelledImages
+from guard.cli.output import print_warning
+from guard.detection.pipeline import Guard
+from guard.detection.unseen_classes import flagged_of_unseen_classes
+from guard.errors import DataError
+from guard.types import IntArray
+
+#: Clean images of a class with which its own false-alarm rate begins to be near the one asked for.
+FEW_IMAGES = 10
+_NAMED = 8  # classes that a line names
+
+
+def check_classes(images: NamedLabelledImages, n_classes: int, *, allow_missing: bool = False) -> NamedLabelledImages:
+    """Compare the labels with the classes of the network; name classes with few images, refuse those without.
+
+    A sub-folder without an image counts as a class unless the network has just as many classes as there are others.
+
+    Parameters
+    ----------
+    images : NamedLabelledImages
+    n_classes : int
+        Of the network.
+    allow_missing : bool
+        Do not refuse.
+
+    Returns
+    -------
+    images : NamedLabelledImages
+        With the labels that hold for this network.
+
+    Raises
+    ------
+    DataError
+        If a label is none of the network's classes, or a class has no image.
+    """
+    labels, names = images.labels, images.class_names
+    if names is not None and images.empty_folders and len(names) - len(images.empty_folders) == n_classes:
+        used, labels = np.unique(labels, return_inverse=True)
+        names = [names[label] for label in used]
+        images = replace(images, labels=labels, class_names=names, empty_folders=[])
+    check_range(labels, n_classes, "labels")
+    names = names if names is not None and len(names) == n_classes else None  # else `Guard.fit` refuses them
+    counts = np.bincount(labels, minlength=n_classes)
+    missing = np.flatnonzero(counts == 0)
+    if len(missing) and not allow_missing:
+        raise DataError(
+            f"{len(missing)} of the network's {n_classes} classes have no clean image: "
+            f"{_listed(missing, names)}. Nearly all of their clean traffic would be flagged. "
+            "Add images of them (a sub-folder may be empty or a broken link, or hold other files), or give "
+            "--allow-missing-classes."
+        )
+    few = np.flatnonzero((counts > 0) & (counts < FEW_IMAGES))
+    if len(few):
+        print_warning(
+            f"{len(few)} classes have fewer than {FEW_IMAGES} clean images: {_listed(few, names, counts)}. "
+            "More of their clean traffic will be flagged than asked for. Add images of them."
+        )
+    return images
+
+
+def images_per_class(labels: IntArray, n_classes: int, names: Sequence[str] | None) -> str:
+    """Return in one line how many images the classes have."""
+    counts = np.bincount(labels, minlength=n_classes)
+    if counts.min() == counts.max():
+        return f"{counts[0]} of each of {n_classes} classes"
+    fewest = np.argsort(counts, kind="stable")[:3]
+    return f"{counts.min()} to {counts.max()} of each of {n_classes} classes; fewest: {_listed(fewest, names, counts)}"
+
+
+def copies_among(guard: Guard, names: Sequence[str]) -> str:
+    """Return in one line how many of the clean images are copies of others; warn of copies in several classes.
+
+    Parameters
+    ----------
+    guard : Guard
+    names : sequence of str
+        Of the clean images.
+    """
+    groups, labels = guard.reference_groups, guard.reference_labels
+    if groups is None:
+        return "none found"
+    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+    contradicting = np.flatnonzero(labels != labels[first][group])
+    if len(contradicting):
+        row = int(contradicting[0])
+        print_warning(
+            f"{len(contradicting)} clean images are copies of images of another class, the first {names[row]} of "
+            f"{names[first[group[row]]]}; the class of the earlier one counts. Which is right?"
+        )
+    return (
+        f"{len(labels) - len(first)} of {len(labels)} images; what is promised is promised of the {len(first)} others"
+    )
+
+
+def tell_missing(guard: Guard) -> None:
+    """Warn of classes of the network that have no clean image, with the rate of false alarms to be expected."""
+    counts = np.bincount(guard.reference_labels, minlength=guard.reference.logits.shape[1])
+    missing = np.flatnonzero(counts == 0)
+    if len(missing) == 0:
+        return
+    unseen, asked = flagged_of_unseen_classes(guard), guard.realised_false_positive_rate
+    share = len(missing) / len(counts)
+    overall = share * unseen + (1 - share) * asked
+    print_warning(
+        f"{len(missing)} of the network's {len(counts)} classes have no clean image: "
+        f"{_listed(missing, guard.class_names)}. About {100 * unseen:.0f} % of their clean traffic will be flagged "
+        f"(measured on classes that were left out): {100 * overall:.1f} % of all traffic if every class is as frequent "
+        f"as any other, where {100 * guard.config.false_positive_rate:g} % were asked for."
+    )
+
+
+def _listed(labels: IntArray, names: Sequence[str] | None, counts: IntArray | None = None) -> str:
+    words = [
+        (repr(names[label]) if names is not None else str(label))
+        + (f" ({counts[label]})" if counts is not None else "")
+        for label in labels[:_NAMED].tolist()
+    ]
+    return ", ".join(words) + (f" and {len(labels) - _NAMED} more" if len(labels) > _NAMED else "")

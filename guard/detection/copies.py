@@ -1,0 +1,133 @@
+"""Copies among clean images: the same image again (oversampling), or the same one moved, turned or mirrored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+from torch.nn import functional
+
+from guard.types import AnyArray, Float32Array, IntArray
+
+#: Correlation of two images, the one moved, turned or mirrored as fits best, from which they are copies for certain.
+_CERTAIN = 0.995
+#: From here they are copies in a class where so large a share of the images has another one so near, and so many have.
+_LIKELY, _SHARE, _ENOUGH = 0.97, 0.5, 10
+_SIZE = 32  # pixels of the shorter side that are compared
+_REACH = 2  # pixels of these that an image is moved by, each way
+_DEGREES = (-8.0, -4.0, 4.0, 8.0)
+_CANDIDATES = 8  # images that each is compared with, nearest in what moving and mirroring do not change
+_ROWS = 512  # images that are compared at once
+
+
+def copy_groups(images: Float32Array, labels: IntArray) -> IntArray:
+    """Return one number per image, the same for an image and its copies.
+
+    Equal images are copies whatever their labels. Near copies are looked for within each class: grey, at most 32 pixels
+    wide, two images are correlated with each other under every shift by up to 2 pixels, under turns by 4 and 8 degrees,
+    and mirrored; brightness and contrast do not count. A correlation of 0.995 is a copy. One of 0.97 is one in a class
+    where at least half of the images have another so near them, as an augmented set has and a natural one has not.
+
+    Parameters
+    ----------
+    images : ndarray of shape (n, channels, height, width), float32
+    labels : ndarray of shape (n,), int64
+
+    Returns
+    -------
+    groups : ndarray of shape (n,), int64
+        From 0 to the number of distinct images, less 1.
+    """
+    groups = equal_rows([images])
+    first = np.unique(groups, return_index=True)[1]
+    pairs = [np.empty((2, 0), dtype=np.int64)]
+    if min(images.shape[2:]) > 4 * _REACH:
+        small, labels = _small(images[first]), labels[first]
+        for label in np.unique(labels):
+            rows = np.flatnonzero(labels == label)
+            pairs.append(rows[_near_pairs(small[rows])])
+    one, other = np.concatenate(pairs, axis=1)
+    links = coo_array((np.ones(len(one)), (one, other)), shape=(len(first), len(first)))
+    component: IntArray = connected_components(links, directed=False)[1].astype(np.int64)
+    return component[groups]
+
+
+def equal_rows(arrays: list[AnyArray]) -> IntArray:
+    """Return one number per row, the same for rows that are equal in all arrays, shape (n,)."""
+    numbers: dict[bytes, int] = {}
+    keys = (b"".join(np.ascontiguousarray(row).tobytes() for row in rows) for rows in zip(*arrays, strict=True))
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+
+
+def _small(images: Float32Array) -> Tensor:
+    """Return images of one channel whose shorter side has 32 pixels or a few more, shape (n, height, width)."""
+    step = max(1, min(images.shape[2:]) // _SIZE)
+    parts = (torch.from_numpy(images[start : start + _ROWS]) for start in range(0, len(images), _ROWS))
+    return torch.cat([functional.avg_pool2d(part.mean(1, keepdim=True), step)[:, 0] for part in parts])
+
+
+def _near_pairs(small: Tensor) -> IntArray:
+    """Return which of some images, shape (n, height, width), are near copies of another, shape (2, pairs)."""
+    n, height, width = small.shape
+    if n < 2:
+        return np.empty((2, 0), dtype=np.int64)
+    candidates = _candidates(small)
+    core = _standardised(small[:, _REACH : height - _REACH, _REACH : width - _REACH])
+    best = torch.full(candidates.shape, -1.0)
+    for start in range(0, n, _ROWS):
+        rows = slice(start, start + _ROWS)
+        compared = core[candidates[rows]]  # (rows, candidates, pixels)
+        for moved in _moved(small[rows]):
+            correlation = torch.einsum("np,ncp->nc", _standardised(moved), compared)
+            torch.maximum(best[rows], correlation, out=best[rows])
+    is_near = (best >= _LIKELY).any(1)
+    is_augmented = int(is_near.sum()) >= _ENOUGH and float(is_near.float().mean()) >= _SHARE
+    one, place = torch.nonzero(best >= (_LIKELY if is_augmented else _CERTAIN), as_tuple=True)
+    pairs: IntArray = torch.stack([one, candidates[one, place]]).numpy()
+    return pairs
+
+
+def _candidates(small: Tensor) -> Tensor:
+    """Return for each image the others most like it whatever their place and side, shape (n, at most 8)."""
+    spectrum = torch.fft.rfft2(small - small.mean((1, 2), keepdim=True)).abs()
+    spectrum = spectrum + spectrum.flip(1).roll(1, 1)  # that of the mirrored image as well
+    described = _standardised(spectrum.sqrt())
+    found = []
+    for start in range(0, len(small), _ROWS):
+        alike = described[start : start + _ROWS] @ described.T
+        rows = torch.arange(len(alike))
+        alike[rows, start + rows] = -2.0  # not itself
+        found.append(alike.topk(min(_CANDIDATES, len(small) - 1), dim=1).indices)
+    return torch.cat(found)
+
+
+def _moved(small: Tensor) -> Iterator[Tensor]:
+    """Yield the images shifted, turned and mirrored, without a margin."""
+    height, width = small.shape[1:]
+    versions = [(small, _REACH), *((_turned(small, degrees), 1) for degrees in _DEGREES)]
+    for version, reach in versions:
+        for down in range(_REACH - reach, _REACH + reach + 1):
+            for right in range(_REACH - reach, _REACH + reach + 1):
+                part = version[:, down : height - 2 * _REACH + down, right : width - 2 * _REACH + right]
+                yield part
+                yield part.flip(2)
+
+
+def _turned(small: Tensor, degrees: float) -> Tensor:
+    cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    matrix = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]], dtype=torch.float32).expand(len(small), 2, 3)
+    grid = functional.affine_grid(matrix, [len(small), 1, *small.shape[1:]], align_corners=False)
+    turned: Tensor = functional.grid_sample(small[:, None], grid, padding_mode="border", align_corners=False)
+    return turned.squeeze(1)
+
+
+def _standardised(images: Tensor) -> Tensor:
+    """Return images as rows of mean 0 and length 1; those without a contour as zeros."""
+    rows = images.flatten(1)
+    rows = rows - rows.mean(1, keepdim=True)
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / lengths.clamp_min(1e-6)

@@ -1,0 +1,256 @@
+"""The one reader of labelled folders: links, litter, names in two spellings, formats, channels, missing classes."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from guard.cli.bodies import find_bodies
+from guard.cli.classes import check_classes, images_per_class
+from guard.cli.images import (
+    NamedLabelledImages,
+    find_images,
+    find_labelled,
+    in_channels_taken,
+    naming_rows,
+    preprocessing,
+    read_all,
+)
+from guard.cli.model import class_list
+from guard.data.labelled_folders import find_files
+from guard.errors import ConfigError, DataError, RowError
+from guard.files import decoded
+from guard.torchserve.archives.class_list import read_class_list
+
+
+def picture(path: Path, colour: object = 80, mode: str = "L") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (4, 4), colour).save(path)
+
+
+def by_name(found: NamedLabelledImages) -> dict[str, int]:
+    return dict(zip(found.names, found.labels.tolist(), strict=True))
+
+
+def silent(_text: str, _share: float) -> None:
+    """Report nothing."""
+
+
+def test_classes_that_are_links_are_read_wherever_they_lead(tmp_path: Path) -> None:
+    picture(tmp_path / "clean" / "0" / "a.png")
+    picture(tmp_path / "elsewhere" / "deep" / "b.webp")
+    picture(tmp_path / "files" / "c.bmp")
+    (tmp_path / "clean" / "1").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "clean" / "2").mkdir()
+    (tmp_path / "clean" / "2" / "c.bmp").symlink_to("../../files/c.bmp")
+    (tmp_path / "all").symlink_to(tmp_path / "clean")
+    expected = {"0/a.png": 0, "1/deep/b.webp": 1, "2/c.bmp": 2}
+    assert by_name(find_labelled(tmp_path / "clean")) == expected
+    assert by_name(find_labelled(tmp_path / "all")) == expected
+    assert find_images(tmp_path / "all").names == list(expected)
+
+
+def test_links_within_the_folder_make_no_cycle(tmp_path: Path) -> None:
+    picture(tmp_path / "cat" / "a.png")
+    picture(tmp_path / "dog" / "b.png")
+    (tmp_path / "cat" / "up").symlink_to(tmp_path)
+    (tmp_path / "cat" / "self").symlink_to(tmp_path / "cat")
+    (tmp_path / "dog" / "again").symlink_to(tmp_path / "dog")
+    (tmp_path / "itself").symlink_to(tmp_path / "itself")
+    files, folders = find_files(tmp_path)
+    assert [file.name for file in files] == ["cat/a.png", "dog/b.png"]
+    assert folders == ["cat", "dog", "itself"]
+
+
+def test_class_whose_link_is_broken_or_that_is_empty_keeps_its_place(tmp_path: Path) -> None:
+    for name in ("ant", "cow"):
+        picture(tmp_path / name / "a.png")
+    (tmp_path / "bee").symlink_to(tmp_path / "unmounted")
+    found = find_labelled(tmp_path)
+    assert by_name(found) == {"ant/a.png": 0, "cow/a.png": 2}
+    with pytest.raises(DataError, match=r"1 of the network's 3 classes have no clean image: 'bee'\."):
+        check_classes(found, 3)
+    assert check_classes(found, 3, allow_missing=True) is found
+    two = check_classes(found, 2)  # a folder of notes, say, in a set of two classes
+    assert two.labels.tolist() == [0, 1]
+    assert two.class_names == ["ant", "cow"]
+
+
+def test_classes_with_few_images_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(10):
+        picture(tmp_path / "many" / f"{number}.png")
+        if number < 9:
+            picture(tmp_path / "few" / f"{number}.png")
+    found = check_classes(find_labelled(tmp_path), 2)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "1 classes have fewer than 10 clean images: 'few' (9)." in told
+    assert "many" not in told
+    assert (
+        images_per_class(found.labels, 2, found.class_names)
+        == "9 to 10 of each of 2 classes; fewest: 'few' (9), 'many' (10)"
+    )
+    assert images_per_class(np.array([0, 1, 1, 0]), 2, None) == "2 of each of 2 classes"
+
+
+def test_files_beside_the_class_folders_are_passed_over_and_named(tmp_path: Path) -> None:
+    picture(tmp_path / "cat" / "a.png")
+    picture(tmp_path / "overview.png")
+    for name in ("classes.txt", "cat/notes.md", "Thumbs.db", "cat/desktop.ini", ".DS_Store", "cat/._a.png"):
+        (tmp_path / name).write_bytes(b"x")
+    picture(tmp_path / "__MACOSX" / "cat" / "._a.png")
+    found = find_labelled(tmp_path)
+    assert found.names == ["cat/a.png"]
+    assert found.passed_over == ["classes.txt", "overview.png", "cat/notes.md"]
+    assert find_labelled(tmp_path, as_bytes=True).names == ["cat/a.png", "cat/notes.md"]
+    assert find_bodies(tmp_path).passed_over == ["classes.txt", "overview.png"]
+    assert find_images(tmp_path).names == ["cat/a.png", "overview.png"]
+
+
+def test_folder_without_classes_or_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no labels"):
+        find_labelled(tmp_path)
+    picture(tmp_path / "a.png")
+    with pytest.raises(DataError, match="has no labels"):
+        find_labelled(tmp_path)
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.txt").touch()
+    with pytest.raises(DataError, match="holds no images"):
+        find_labelled(tmp_path)
+    with pytest.raises(DataError, match="does not exist"):
+        find_images(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+@pytest.mark.parametrize("in_list", ["NFC", "NFD"])
+def test_names_in_composed_and_decomposed_form_are_one_name(tmp_path: Path, on_disk: str, in_list: str) -> None:
+    names = ["zèbre", "âne", "Über"]
+    for name in names:
+        picture(tmp_path / "clean" / unicodedata.normalize(on_disk, name) / "a.png")
+    (tmp_path / "classes.txt").write_text(unicodedata.normalize(in_list, "\n".join(names)), encoding="utf-8")
+    found = find_labelled(tmp_path / "clean", class_names=class_list(str(tmp_path / "classes.txt")))
+    assert found.class_names == names
+    assert by_name(found) == {f"{name}/a.png": label for label, name in enumerate(names)}
+
+
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "latin-1", "cp1252"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_class_list_is_read_in_every_encoding(tmp_path: Path, encoding: str, end: str) -> None:
+    names = ["zèbre", "âne", "Über, groß"]
+    (tmp_path / "classes").write_bytes((end.join(names) + end + end).encode(encoding))
+    assert class_list(str(tmp_path / "classes")) == names
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_class_list_of_an_archive_is_read_in_every_encoding(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "index_to_name.json").write_bytes(
+        '{"0": "âne", "1": "e\u0301tat"}'.replace("\u0301", "").encode(encoding)
+    )
+    classes = read_class_list(tmp_path)
+    assert classes is not None
+    assert classes.labels == {"âne": 0, "etat": 1}
+
+
+def test_class_list_of_an_archive_is_composed(tmp_path: Path) -> None:
+    (tmp_path / "index_to_name.json").write_text('{"0": "a\u0302ne", "1": ["n1", "e\u0301tat"]}', encoding="utf-8")
+    classes = read_class_list(tmp_path)
+    assert classes is not None
+    assert classes.labels == {"âne": 0, "n1": 1, "état": 1}
+
+
+def test_class_list_in_a_file_that_is_not_there_is_no_name() -> None:
+    with pytest.raises(ConfigError, match=r"--class-names clases\.txt: there is no such file"):
+        class_list("clases.txt")
+    assert class_list("cat,dog") == ["cat", "dog"]
+
+
+def test_decoded_keeps_what_only_windows_writes() -> None:
+    assert decoded(b"\x80 \x93x\x94") == "\u20ac \u201cx\u201d"
+    assert decoded(b"\x81\x80") == "\x81\x80"
+    assert decoded(b"") == ""
+
+
+def takes(channels: int):
+    """Return what runs images as a network with so many channels does."""
+
+    def run(images: list[np.ndarray]) -> None:
+        if any(len(image) != channels for image in images):
+            raise ValueError("other channels")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("modes", "channels", "told"),
+    [
+        (["L", "L"], 1, ""),
+        (["L", "L"], 3, "read as RGB, as the image handler converts them: 2 grey of 2 images"),
+        (["RGB", "RGB"], 3, ""),
+        (["RGB", "RGB"], 1, "read as L, as the image handler converts them: 2 colour of 2 images"),
+        (
+            ["P", "RGBA", "L", "RGB"],
+            3,
+            "read as RGB, as the image handler converts them: 1 palette, 1 alpha, 1 grey of 4",
+        ),
+        (["RGB", "RGBA"], 4, "read as RGBA, as the image handler converts them: 1 colour of 2 images"),
+        (
+            ["L", "1", "LA"],
+            1,
+            "read as L, as the image handler converts them: 1 black and white, 1 grey with alpha of 3",
+        ),
+    ],
+)
+def test_pictures_are_read_in_the_channels_of_the_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], modes: list[str], channels: int, told: str
+) -> None:
+    for row, mode in enumerate(modes):
+        picture(tmp_path / "cat" / f"{row}.png", None, mode)
+    found = in_channels_taken(find_labelled(tmp_path), takes(channels))
+    assert {found.read(row).shape for row in range(len(modes))} == {(channels, 4, 4)}
+    said = " ".join(capsys.readouterr().err.split())
+    assert (told in said) if told else (said == "")
+
+
+def test_first_picture_that_cannot_be_read_does_not_decide_the_channels(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(b"no picture")
+    picture(tmp_path / "1.png")
+    assert in_channels_taken(find_images(tmp_path), takes(3)).read(1).shape == (3, 4, 4)
+    assert in_channels_taken(find_images(tmp_path), takes(2)).read(1).shape == (1, 4, 4)
+
+
+def test_image_that_becomes_nan_is_named_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(tmp_path / "cat" / "a.png", 80)
+    picture(tmp_path / "cat" / "black.png", 0)
+    (tmp_path / "my_scaling.py").write_text(
+        "def scale(images):\n    return images / images.max(axis=(1, 2, 3), keepdims=True)"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with np.errstate(invalid="ignore"), pytest.raises(DataError, match=r"^image cat/black\.png: .* NaN"):
+        read_all(find_labelled(tmp_path), preprocessing("my_scaling:scale"), silent)
+    with pytest.raises(DataError, match=r"^image cat/black\.png: it becomes NaN"), naming_rows(find_labelled(tmp_path)):
+        raise RowError("it becomes NaN.", 1)
+
+
+def test_bodies_are_parsed_or_left_alone_as_the_handler_takes_them(tmp_path: Path) -> None:
+    for name, text in {"a.json": '{"data": 1}', "b.json": '{"data": 2}'}.items():
+        (tmp_path / "cat").mkdir(exist_ok=True)
+        (tmp_path / "cat" / name).write_text(text)
+
+    def answers_parsed(body: object) -> None:
+        body["data"]  # type: ignore[index]
+
+    def answers_bytes(body: object) -> None:
+        json.loads(bytes(body))  # type: ignore[call-overload]
+
+    assert find_bodies(tmp_path).read(1) == {"data": 2}
+    assert find_bodies(tmp_path, answers=answers_parsed).read(1) == {"data": 2}
+    assert find_bodies(tmp_path, answers=answers_bytes).read(1) == b'{"data": 2}'
+    assert find_bodies(tmp_path, answers=lambda body: 1 / 0).read(1) == {"data": 2}
