@@ -85,7 +85,9 @@ class Activations:
         """Which rows hold only finite numbers, shape (n,); looked at once, and inherited by parts and stacks."""
         arrays = [array for _, array in self.items()]
         finite = np.ones(len(self), dtype=bool)
-        if not all(math.isfinite(np.add.reduce(array, axis=None)) for array in arrays):  # cheap: both survive a sum
+        with np.errstate(over="ignore", invalid="ignore"):
+            is_finite = all(math.isfinite(np.add.reduce(array, axis=None)) for array in arrays)  # both survive a sum
+        if not is_finite:
             for array in arrays:
                 finite &= np.isfinite(array).all(axis=1)
         return finite

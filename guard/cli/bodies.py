@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from guard.cli.images import NamedLabelledImages, find_labelled, without_labels
+from guard.cli.images import NamedImages, NamedLabelledImages, find_images, find_labelled, without_labels
 from guard.data.image_files import encode_png, load_images
 from guard.errors import DataError
 from guard.types import Float32Array
@@ -61,6 +61,22 @@ def find_bodies(
         answers(found.read(0))
         return found
     return parsed
+
+
+def find_requests(path: Path) -> NamedImages:
+    """Find images with or without labels, as `find_bodies` reads them.
+
+    Raises
+    ------
+    DataError
+        As `find_bodies`, but for labels.
+    """
+    if path.suffix.lower() == ".npz" and path.is_file():
+        loaded = load_images(path)
+        _check_pixels(path, loaded.images)
+        return NamedImages(loaded.names, lambda row: encode_png(loaded.images[row]))
+    found = find_images(path, as_bytes=True)
+    return replace(found, read=lambda row: _parsed(found.read(row), found.names[row]))
 
 
 def _check_pixels(path: Path, images: Float32Array) -> None:

@@ -33,13 +33,13 @@ def check(
     the verdicts must agree. Status 1 says that more images are flagged than the rate explains, or how it fails. With
     --url the images go to a running server instead.
     """
-    from guard.cli.bodies import find_bodies
+    from guard.cli.bodies import find_requests
     from guard.torchserve.archives.contents import promise_of
     from guard.torchserve.check import check_archive, check_server, chosen_rows
 
     promise = promise_of(archive)
     rate = promise.false_positive_rate if false_positive_rate is None else false_positive_rate
-    found = find_bodies(images)
+    found = find_requests(images)
     bodies = [found.read(row) for row in chosen_rows(len(found.names))]
     if url is None:
         if model is not None or key_file is not None:
@@ -61,14 +61,14 @@ def check_written(archive: Path, images: Path | None, rate: float) -> str:
     ArchiveError
         If it does not start, or does not judge as was promised.
     """
-    from guard.cli.bodies import find_bodies
+    from guard.cli.bodies import find_requests
     from guard.torchserve.check import check_archive, check_start, chosen_rows
 
     with progress_bar("loading the archive in another process", share_known=False):
         if images is None:
             check_start(archive)
             return "it starts; no image was sent through it: `guard check` does, with --images"
-        found = find_bodies(images)
+        found = find_requests(images)
         return check_archive(archive, [found.read(row) for row in chosen_rows(len(found.names))], rate).line()
 
 
