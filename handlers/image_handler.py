@@ -16,7 +16,15 @@ import torch
 from PIL import Image
 from ts.torch_handler.base_handler import BaseHandler
 
-DEFAULTS = {"mean": 0.0, "std": 1.0, "class_names": None, "scale": 255, "resize": False, "state_key": None}
+DEFAULTS = {
+    "mean": 0.0,
+    "std": 1.0,
+    "class_names": None,
+    "scale": 255,
+    "resize": False,
+    "state_key": None,
+    "output": "",
+}
 REQUIRED = ["architecture", "input_shape"]
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow mode
 READABLE_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"}  # the others have more than 8 bits per channel
@@ -29,9 +37,10 @@ class ImageHandler(BaseHandler):  # type: ignore[misc]  # ts is untyped
 
     Keys: `architecture` ("module:factory"), `input_shape` ([channels, height, width]); optional `mean` and `std` (one
     number, or one per channel), `scale` (pixel values are divided by it first, 255), `class_names`, `resize` (false:
-    an image of another size is refused), `state_key` (where the weights lie in their file). A request is PNG or JPEG
-    bytes, their base64 text (or a data: URI), or JSON: nested lists of pixel values of the input shape, or
-    {"data": ...} around any of these. What cannot be read gets status 422, alone.
+    an image of another size is refused), `state_key` (where the weights lie in their file), `output` (where the logits
+    lie in what the network returns). A request is PNG or JPEG bytes, their base64 text (or a data: URI), or JSON:
+    nested lists of pixel values of the input shape, or {"data": ...} around any of these. What cannot be read gets
+    status 422, alone.
     """
 
     one_row_per_request = True  # declared to the guard: `preprocess` makes one row of every body, or raises
@@ -87,10 +96,12 @@ class ImageHandler(BaseHandler):  # type: ignore[misc]  # ts is untyped
         images /= self.std
         return torch.from_numpy(images)
 
-    def postprocess(self, data: torch.Tensor) -> list[dict[str, Any]]:
-        """Turn logits of shape (n, n_classes) into one answer per row."""
+    def postprocess(self, data: Any) -> list[dict[str, Any]]:
+        """Turn what the network returns, with logits of shape (n, n_classes) in it, into one answer per row."""
+        from guard.suspect.outputs import logits_of
+
         names = self.settings["class_names"]
-        probabilities = data.float().softmax(1)
+        probabilities = logits_of(data, self.settings["output"]).float().softmax(1)
         return [
             {"label": label, "class_name": names and names[label], "probabilities": [round(p, 6) for p in row]}
             for label, row in zip(probabilities.argmax(1).tolist(), probabilities.tolist(), strict=True)

@@ -69,7 +69,11 @@ class Served:
         folder.mkdir(exist_ok=True)
         (folder / f"{module}.py").write_text(NETWORK.format(inputs=int(np.prod(shape))))
         linear = torch.nn.Linear(int(np.prod(shape)), 4)
-        torch.save({"1.weight": linear.weight.detach(), "1.bias": linear.bias.detach()}, folder / "weights.pt")
+        state = {"1.weight": linear.weight.detach(), "1.bias": linear.bias.detach()}
+        key = settings.get("state_key")
+        torch.save(
+            {key: state, "last": {name: -w for name, w in state.items()}} if key else state, folder / "weights.pt"
+        )
         (folder / "image_handler.json").write_text(json.dumps({"architecture": f"{module}:make", **settings}))
         self.handler = load_handler_module().ImageHandler()
         self.context = make_context(folder)
@@ -256,3 +260,16 @@ def test_handler_refuses_weights_that_could_run_code(tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(2, 2), tmp_path / "unsafe" / "weights.pt")
     with pytest.raises(UnsafeWeightsError):
         load_handler_module().ImageHandler().initialize(served.context)
+
+
+def test_handler_answers_with_the_logits_wherever_the_network_returns_them(served: Served, tmp_path: Path) -> None:
+    other = Served(tmp_path / f"named_{abs(hash(tmp_path))}", output="out.0:one-logit", state_key="ema")
+    with torch.no_grad():
+        number = other.handler.model(other.handler.preprocess([{"body": encode(grey())}]))[:, :1]
+    other.handler.model = lambda _: {"features": None, "out": [number]}
+
+    (_, answer), *_ = other.ask(encode(grey()))
+
+    wanted = float(number.sigmoid())
+    assert answer["label"] == (wanted > 0.5)
+    assert answer["probabilities"] == pytest.approx([1 - wanted, wanted], abs=1e-6)

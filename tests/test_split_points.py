@@ -280,6 +280,7 @@ def test_huge_split_is_averaged_to_fewer_columns():
     got = suspect.activations(data.numpy())
 
     assert suspect.split_points.columns == 4096
+    assert "4096 numbers, averaged from many more" in str(suspect.contents[0])
     with torch.no_grad():
         whole = model.conv(data).flatten(1)
     np.testing.assert_allclose(got.features, whole.view(3, 4096, 12).mean(2), atol=1e-6)

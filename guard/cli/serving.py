@@ -136,7 +136,12 @@ def archive(
         handler=None if handler is None else handler_argument(handler),
         architecture=architecture,
         input_shape=tuple(document["input_shape"] or ()),
-        image_settings={**image_settings, "class_names": document["class_names"], "state_key": state_key},
+        image_settings={
+            **image_settings,
+            "class_names": document["class_names"],
+            "state_key": state_key,
+            "output": (document["split_points"] or {}).get("output"),
+        },
         model_file=model_file,
         extra_files=tuple(extra_file or ()),
         version=version,

@@ -31,6 +31,8 @@ class LayerContent:
         Largest standard deviation of one of the numbers.
     rows : int
         Images that were looked at.
+    is_averaged : bool
+        Whether the layer has so many numbers that neighbours were averaged to `width`.
     """
 
     name: str
@@ -38,6 +40,7 @@ class LayerContent:
     rank: int
     spread: float
     rows: int
+    is_averaged: bool = False
 
     @property
     def problem(self) -> str:
@@ -49,7 +52,11 @@ class LayerContent:
         return ""
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.width} numbers, rank {self.rank} in {self.rows} images, spread {self.spread:.2g}"
+        averaged = ", averaged from many more" if self.is_averaged else ""
+        return (
+            f"{self.name}: {self.width} numbers{averaged}, rank {self.rank} in {self.rows} images, "
+            f"spread {self.spread:.2g}"
+        )
 
 
 def sample_rows(activations: Activations) -> Activations:

@@ -157,7 +157,10 @@ class SuspectModel:
     @property
     def contents(self) -> tuple[LayerContent, ...]:
         """What split and depths carry, by the largest `activations` so far; empty before the first."""
-        return () if self._sample is None else layer_contents(self._sample)
+        if self._sample is None:
+            return ()
+        split, *depths = layer_contents(self._sample)
+        return (dataclasses.replace(split, is_averaged=self._located().columns is not None), *depths)
 
     def locate(self, images: Tensor | Float32Array, labels: IntArray | None = None) -> SplitPoints:
         """Find the split points and the logits from example images, keep to them, and return them.

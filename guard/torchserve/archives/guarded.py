@@ -33,7 +33,7 @@ class ServedModel:
     input_shape : tuple of int or None
         (channels, height, width).
     image_settings : mapping
-        More for the image handler: `mean`, `std`, `class_names`, `scale`, `resize`, `state_key`.
+        More for the image handler: `mean`, `std`, `class_names`, `scale`, `resize`, `state_key`, `output`.
     model_file : Path or None
         TorchServe's `--model-file`, for a handler of the user's own.
     extra_files : sequence of Path
