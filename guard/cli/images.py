@@ -156,7 +156,7 @@ def find_labelled(
 
 
 def as_fitted(images: NamedLabelledImages, fitted_labels: IntArray | None) -> NamedLabelledImages:
-    """Return images with the labels that a guard was fitted with, where every class of theirs is one class of the guard.
+    """Return images with the labels that a guard was fitted with, where every class of theirs is one of the guard's.
 
     So it does not matter whether its classes were named by a list, by an archive, or by the sub-folders themselves.
 
