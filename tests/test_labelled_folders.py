@@ -14,6 +14,7 @@ from guard.cli.bodies import find_bodies
 from guard.cli.classes import check_classes, images_per_class
 from guard.cli.images import (
     NamedLabelledImages,
+    as_fitted,
     find_images,
     find_labelled,
     in_channels_taken,
@@ -254,3 +255,14 @@ def test_bodies_are_parsed_or_left_alone_as_the_handler_takes_them(tmp_path: Pat
     assert find_bodies(tmp_path, answers=answers_parsed).read(1) == {"data": 2}
     assert find_bodies(tmp_path, answers=answers_bytes).read(1) == b'{"data": 2}'
     assert find_bodies(tmp_path, answers=lambda body: 1 / 0).read(1) == {"data": 2}
+
+
+def test_images_are_those_of_the_fit_whatever_the_classes_are_called(tmp_path: Path) -> None:
+    for name in ("n1", "n2", "n2/more"):
+        picture(tmp_path / name / "a.png")
+    found = find_labelled(tmp_path)
+    assert found.labels.tolist() == [0, 1, 1]
+    assert as_fitted(found, np.array([7, 3, 3])).labels.tolist() == [7, 3, 3]  # as a class list or an archive has them
+    for other in ([7, 3], [7, 3, 4], [3, 3, 3]):
+        assert as_fitted(found, np.array(other)) is found
+    assert as_fitted(found, None) is found

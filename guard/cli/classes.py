@@ -10,10 +10,12 @@ import numpy as np
 from guard.arrays import check_range
 from guard.cli.images import NamedLabelledImages
 from guard.cli.output import print_warning
+from guard.detection.membership import membership
 from guard.detection.pipeline import Guard
 from guard.detection.unseen_classes import flagged_of_unseen_classes
 from guard.errors import DataError
-from guard.types import IntArray
+from guard.suspect.model import SuspectModel
+from guard.types import Float32Array, IntArray
 
 #: Clean images of a class with which its own false-alarm rate begins to be near the one asked for.
 FEW_IMAGES = 10
@@ -117,6 +119,18 @@ def tell_missing(guard: Guard) -> None:
         f"(measured on classes that were left out): {100 * overall:.1f} % of all traffic if every class is as frequent "
         f"as any other, where {100 * guard.config.false_positive_rate:g} % were asked for."
     )
+
+
+def tell_membership(suspect: SuspectModel, inputs: Float32Array, guard: Guard) -> None:
+    """Warn of clean images that the network seems to have been trained on."""
+    found = membership(suspect, inputs, guard.reference_labels)
+    if found.is_noticed:
+        print_warning(
+            f"the network seems to have been trained on these images: it gets {100 * found.errors:.1f} % of them wrong "
+            f"(loss {found.loss:.2g}), and {100 * found.moved_errors:.1f} % when they are moved a little (loss "
+            f"{found.moved_loss:.2g}). More of the clean traffic will be flagged than asked for. Give images that it "
+            "was not trained on. See docs/detection.md, Clean images."
+        )
 
 
 def _listed(labels: IntArray, names: Sequence[str] | None, counts: IntArray | None = None) -> str:

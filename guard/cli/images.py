@@ -155,6 +155,25 @@ def find_labelled(
     )
 
 
+def as_fitted(images: NamedLabelledImages, fitted_labels: IntArray | None) -> NamedLabelledImages:
+    """Return images with the labels that a guard was fitted with, where every class of theirs is one of the guard's.
+
+    So it does not matter whether its classes were named by a list, by an archive, or by the sub-folders themselves.
+
+    Parameters
+    ----------
+    images : NamedLabelledImages
+    fitted_labels : ndarray of shape (m,), int64, or None
+        True labels of the guard's clean reference, in order.
+    """
+    if fitted_labels is None or len(fitted_labels) != len(images.labels):
+        return images
+    pairs = np.unique(np.stack([images.labels, fitted_labels]), axis=1)
+    if any(len(np.unique(side)) < pairs.shape[1] for side in pairs):
+        return images
+    return replace(images, labels=fitted_labels)
+
+
 def without_labels(path: Path) -> DataError:
     """Return the error about images that no class is given for."""
     return DataError(f"{path} has no labels: use one sub-folder per class, or a .npz with 'labels'.")

@@ -86,7 +86,7 @@ def fit(
     settings: Settings = None,
 ) -> None:
     """Fit a guard on clean images and write it as a bundle."""
-    from guard.cli.classes import check_classes, copies_among, images_per_class, tell_missing
+    from guard.cli.classes import check_classes, copies_among, images_per_class, tell_membership, tell_missing
     from guard.cli.images import find_labelled, in_channels_taken, naming_rows, read_all
     from guard.config import load_config
     from guard.detection.pipeline import Guard
@@ -132,6 +132,7 @@ def fit(
         found = check_classes(found, n_classes, allow_missing=allow_missing_classes)
         with naming_rows(found):
             guard = Guard.fit(suspect, inputs, found.labels, config, class_names=found.class_names, progress=report)
+        tell_membership(suspect, inputs, guard)
         guard = replace(guard, preprocessing=f"handler {handler}" if handler is not None else preprocess)
         if backup != _NO_BACKUP:
             pictures = found if handler is None else find_labelled(images, class_names=names)

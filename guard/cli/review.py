@@ -281,11 +281,11 @@ def open_workspace(
     clean = occlusion = None
     known = KnownBundles(bundles if bundles.is_dir() else None)
     if images is not None:
-        from guard.cli.images import find_labelled, preprocessing, read_all
+        from guard.cli.images import as_fitted, find_labelled, preprocessing, read_all
 
         active = known.active()
         with progress_bar("reading images") as report:
-            found = find_labelled(images, class_names=active.class_names if active else None)
+            found = as_fitted(find_labelled(images), active.labels if active is not None else None)
             clean = CleanImages(read_all(found, preprocessing(None), report), found.labels)
     if weights is not None and architecture is not None:
         from guard.suspect.model import SuspectModel

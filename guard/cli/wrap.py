@@ -253,7 +253,7 @@ def _fitted(
     allow_missing: bool,
 ) -> tuple[Guard, float]:
     """Return a guard fitted on what the handler makes of the images, and the share of labels that the model gets."""
-    from guard.cli.classes import check_classes
+    from guard.cli.classes import check_classes, tell_membership
     from guard.cli.images import naming_rows, read_all
     from guard.detection.pipeline import Guard
 
@@ -274,6 +274,7 @@ def _fitted(
         raise DataError(f"the model has {n_classes} classes, and the class list has {len(names)}. Give --class-names.")
     with naming_rows(found):
         guard = Guard.fit(suspect, inputs, found.labels, config, class_names=names, progress=report)
+    tell_membership(suspect, inputs, guard)
     return guard, _share_right(guard, found.labels)
 
 
