@@ -203,6 +203,41 @@ def status_of(together: Together, cookie: str) -> str:
     return together.page.request("GET", "/status", headers={"Cookie": cookie}).body.decode()
 
 
+def every_number_is_the_servers(together: Together, cookie: str) -> None:
+    """Compare every number that the status page has from the server with the server's metrics page, read as text."""
+
+    def counted(name: str, **labels: str) -> float:
+        with urllib.request.urlopen(together.metrics, timeout=30) as reply:
+            lines = re.findall(rf"^{name}{{(.*?),?}} (\S+)$", reply.read().decode(), re.MULTILINE)
+        wanted = {f'{label}="{value}"' for label, value in labels.items()}
+        return sum(float(value) for held, value in lines if wanted <= set(held.split(",")))
+
+    def tiles() -> dict[str, str]:
+        found = re.findall(r"<dt[^>]*>([^<]*)</dt><dd>([^<]*)</dd>", status_of(together, cookie))
+        return {name.partition(",")[0]: value.replace(",", "") for name, value in found} | dict(found)
+
+    wait_for(lambda: tiles()["requests"] == f"{counted('guard_verdicts_total'):.0f}", 30)
+    shown, page = tiles(), status_of(together, cookie)
+    for tile, verdict in (("flagged", "poisoned"), *((name, name) for name in ("bypassed", "rejected", "failed"))):
+        assert shown[tile] == f"{counted('guard_verdicts_total', verdict=verdict):.0f}", tile
+    for stage in ("guard", "handler"):
+        mean = 1000 * counted("guard_stage_duration_seconds_sum", stage=stage)
+        mean /= counted("guard_stage_duration_seconds_count", stage=stage)
+        (title,) = (name for name in shown if name.startswith(f"{stage} p50, p99 "))
+        p50, p99 = (
+            float(text.removesuffix(" ms")) for text in (shown[title], title.removeprefix(f"{stage} p50, p99 "))
+        )
+        assert p50 <= p99
+        assert p50 / 4 <= mean <= 4 * p99  # of one distribution: buckets are up to 2.5 times as wide as their lower end
+    assert "No request was timed" not in page
+    low, clean = counted("guard_unflagged_low_total"), counted("guard_verdicts_total", verdict="clean")
+    assert shown["drift"] == f"{low / (0.1 * clean):.2f}"
+    fired = dict(re.findall(r'<tr><th scope="row">([^<]+/[^<]+)</th><td class="num">([\d,]+)</td></tr>', page))
+    assert fired
+    for detector, count in fired.items():
+        assert int(count.replace(",", "")) == counted("guard_detector_fired_total", detector=detector)
+
+
 def test_flagged_requests_are_reviewed_and_the_server_takes_what_was_learned(
     together: Together, triggered: Poisoned, clean_split: Any
 ) -> None:
@@ -256,6 +291,7 @@ def test_flagged_requests_are_reviewed_and_the_server_takes_what_was_learned(
         assert judged is not None
         assert [int(number.replace(",", "")) for number in judged.groups()] >= [len(flagged), len(replies)]
         assert re.search(rf'ada</th><td class="num">{sum(entry["is_poisoned"] for entry in answers)}</td>', page)
+        every_number_is_the_servers(together, cookie)
     log = (together.logs / "retrainer_of_digits.log").read_text()
     assert "promoted" in log
 
