@@ -108,7 +108,8 @@ _CUT = """() => [...document.querySelectorAll("label, button, a, .button, summar
     const style = getComputedStyle(e), pen = new OffscreenCanvas(1, 1).getContext("2d"), arrow = 20;
     pen.font = style.font;
     const room = e.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight) - arrow;
-    return e.checkVisibility() && e.selectedOptions.length && pen.measureText(e.selectedOptions[0].text).width > room + 1;
+    const text = e.selectedOptions[0]?.text ?? "";
+    return e.checkVisibility() && pen.measureText(text).width > room + 1;
   }).map((e) => `${e.name}: ${e.selectedOptions[0].text}`))"""
 
 

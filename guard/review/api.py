@@ -139,6 +139,7 @@ def _item(workspace: Workspace, item: QueueItem) -> dict[str, Any]:
         "suspect_label": flagged.suspect_label,
         "backup_label": flagged.backup_label,
         "backup_confidence": flagged.backup_confidence,
+        "second_opinion": workspace.opinion(flagged),
         "class_names": workspace.names(flagged),
         "p_value": flagged.p_value,
         "score": flagged.combined,

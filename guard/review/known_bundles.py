@@ -37,6 +37,8 @@ class KnownBundle:
         Squared length of each row of `features`.
     labels : ndarray of shape (n,), int64
         True labels of the clean reference.
+    has_backup : bool
+        Whether second opinions are a backup's; else they are the replacement head's.
     """
 
     digest: str
@@ -46,6 +48,7 @@ class KnownBundle:
     features: Float32Array
     squares: Float64Array
     labels: IntArray
+    has_backup: bool
 
     def nearest(self, features: Float32Array, label: int, n: int) -> IntArray:
         """Return the rows of the n clean references of a class that are nearest to features of shape (d,)."""
@@ -93,6 +96,10 @@ class KnownBundles:
         digest = self.store.known_active() if self.store is not None else None
         return self.find(digest) if digest else None
 
+    def is_active(self, digest: str | None) -> bool:
+        """Return whether a bundle is the one that serves now, as far as the folder is known."""
+        return self.store is not None and digest is not None and self.store.known_active() == digest
+
     def class_names(self, digest: str) -> tuple[str, ...] | None:
         """Return the class names of a bundle, or of the active one if it is gone."""
         known = self.find(digest) or self.active()
@@ -118,4 +125,5 @@ def _known(stored: StoredBundle) -> KnownBundle:
         features,
         np.einsum("ij,ij->i", features, features, dtype=np.float64),
         stored.arrays["labels"],
+        bool(stored.document.get("backup")),
     )
