@@ -14,11 +14,12 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from safetensors.torch import save_file
@@ -80,6 +81,7 @@ def together(
     request: pytest.FixtureRequest,
     fitted_guard: Guard,
     badnet: MnistCnn,
+    clean_split: Any,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Together]:
     folder = tmp_path_factory.mktemp("together")
@@ -88,7 +90,9 @@ def together(
     else:
         url = request.getfixturevalue("postgresql_server").create_database()
     save_file(badnet.state_dict(), folder / "weights.safetensors")
-    bundle = fitted_guard.save(folder / "bundles")
+    images, labels = clean_split.validation
+    np.savez(folder / "clean.npz", images=images, labels=labels)
+    bundle = replace(fitted_guard, images_from=str(folder / "clean.npz")).save(folder / "bundles")
     BundleStore(folder / "bundles").activate(bundle.name)
     model = ServedModel(folder / "weights.safetensors", None, "guard.lab.attacks.networks:mnist_cnn", (1, 28, 28))
     make_guarded_archive(
@@ -283,8 +287,15 @@ def test_flagged_requests_are_reviewed_and_the_server_takes_what_was_learned(
         wait_for(lambda: request_page(together, "GET", "/api/v1/counts")["by_state"]["trained"])
         active = BundleStore(together.folder / "bundles").active_digest()
         assert served_bundle() == active
+        # The review page has the served model and the clean images without a word of them.
+        shown = together.page.request("GET", "/review", headers={"Cookie": (cookie := logged_in(together))})
+        assert "No map of where it looks" not in shown.body.decode()
+        (row, *_) = re.findall(r"/images/clean/(\d+)\.png", shown.body.decode())
+        (item,) = re.findall(r'data-item="(\d+)"', shown.body.decode())
+        for path in (f"/images/clean/{row}.png", f"/images/items/{item}/occlusion"):
+            together.page.close()
+            assert together.page.request("GET", path, headers={"Cookie": cookie}).status == 200, path
         # The status page has it from the metrics address and the queue.
-        cookie = logged_in(together)
         wait_for(lambda: re.search(rf'title="{active}".*\s.*active.*in use', status_of(together, cookie)))
         page = status_of(together, cookie)
         judged = re.search(r"([\d,]+) of ([\d,]+) requests flagged in the last hour, no bypass", page)

@@ -112,6 +112,7 @@ def fit(
         try_once(suspect, inputs)
         guard = Guard.fit(suspect, inputs, found.labels, config, class_names=found.class_names, progress=report)
         guard = replace(guard, preprocessing=f"handler {handler}" if handler is not None else preprocess)
+        guard = replace(guard, images_from=str(images.absolute()))
         if backup != _NO_BACKUP:
             pixels, prepare = read_pixels(
                 images, find_images(images, class_names=class_list(class_names)), convert, handler, report

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from guard.cli.options import Architecture, Bundles, Device, MetricsPort, QueueUrl
-from guard.cli.output import plain_table, print_table, print_warning, progress_bar, say, tell, write
-from guard.errors import ConfigError, DataError
+from guard.cli.output import plain_table, print_table, print_warning, say, tell, write
+from guard.errors import ConfigError, DataError, GuardError
 
 if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from guard.cli.images import NamedImages
     from guard.relabel.queue import Queue
+    from guard.review.known_bundles import KnownBundles
     from guard.review.status.history import MetricsSource
-    from guard.review.workspace import Workspace
+    from guard.review.workspace import CleanImages, Workspace
 
 Name = Annotated[str, typer.Argument(help="Name of the reviewer.")]
 Quorum = Annotated[int | None, typer.Option(help="Reviewers who must agree before 'poisoned' counts.")]
@@ -46,6 +52,9 @@ def review(
         Path | None, typer.Option(help="Weights of the suspect model, for maps of where it looks.")
     ] = None,
     architecture: Architecture = None,
+    archive: Annotated[
+        Path | None, typer.Option(help="Guarded archive that is served: its model, instead of --weights.")
+    ] = None,
     device: Device = "cpu",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 = any free one.")] = 8090,
@@ -87,7 +96,7 @@ def review(
     if host not in (*LOOPBACK_ADDRESSES, "0.0.0.0", "::"):
         names = (*names, host)
     changes = _changes(quorum=quorum, lease_minutes=lease_minutes, max_held=max_held, retention_days=retention_days)
-    with Queue.open(_named(queue)) as opened:
+    with Queue.open(_named(queue)) as opened, ExitStack() as beside:
         if changes:
             opened.change_settings(**changes)
             tell(f"{', '.join(changes)}: set for the whole queue, see guard review settings")
@@ -100,14 +109,14 @@ def review(
             device,
             ReviewSettings(allowed_hosts=names),
             metrics=_metrics_source(metrics_url or [], prometheus),
+            served=None if archive is None or weights is not None else _network_of(archive, beside),
         )
         if not workspace.reviewers.names():
             tell("there is no reviewer yet: guard review --queue ... add-user NAME --role admin")
         pem = {name: str(path) if path else None for name, path in (("certificate", certificate), ("key", key))}
-        with ExitStack() as beside:
-            if metrics_port is not None:
-                say(f"metrics on {beside.enter_context(exporting(metrics_port, QueueCollector(opened)))}")
-            serve_until_stopped(workspace, host, port, **pem, on_ready=_say_ready)
+        if metrics_port is not None:
+            say(f"metrics on {beside.enter_context(exporting(metrics_port, QueueCollector(opened)))}")
+        serve_until_stopped(workspace, host, port, **pem, on_ready=_say_ready)
     say("stopped")
 
 
@@ -263,25 +272,26 @@ def open_workspace(
     device: str = "cpu",
     settings: Any = None,
     metrics: MetricsSource | None = None,
+    served: Module | None = None,
 ) -> Workspace:
-    """Return what the page works with, from what the command line names."""
+    """Return what the page works with, from what the command line names, and what the active bundle remembers.
+
+    `served` is a network that is at hand already, instead of weights and architecture.
+    """
     from guard.relabel.reviewers import Reviewers
     from guard.relabel.rounds import Rounds
     from guard.review.known_bundles import KnownBundles
     from guard.review.occlusion import Occlusion
-    from guard.review.workspace import CleanImages, ReviewSettings, Workspace
+    from guard.review.workspace import ReviewSettings, Workspace
 
     if (weights is None) != (architecture is None):
         raise ConfigError("--weights and --architecture go together. Give both, or neither.")
-    clean = occlusion = None
-    if images is not None:
-        from guard.cli.images import find_images, preprocessing, read_all
+    known = KnownBundles(bundles if bundles.is_dir() else None)
+    clean, occlusion = _clean_images(images, known), None
+    if served is not None:
+        from guard.suspect.model import SuspectModel
 
-        with progress_bar("reading images") as report:
-            found = find_images(images)
-            if found.labels is None:
-                raise DataError(f"{images} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
-            clean = CleanImages(read_all(found, preprocessing(None), report), found.labels)
+        occlusion = Occlusion(SuspectModel(served, device=device))
     if weights is not None and architecture is not None:
         from guard.suspect.model import SuspectModel
 
@@ -290,12 +300,61 @@ def open_workspace(
         queue,
         Reviewers(queue),
         Rounds(queue),
-        KnownBundles(bundles if bundles.is_dir() else None),
+        known,
         clean,
         occlusion,
         settings or ReviewSettings(),
         metrics,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _OnDisk(Sequence[Any]):
+    """Images that are read when the page shows them: they may differ in size, and there may be many."""
+
+    found: NamedImages
+
+    def __len__(self) -> int:
+        return len(self.found.names)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self.found.read(row)
+
+
+def _clean_images(named: Path | None, bundles: KnownBundles) -> CleanImages | None:
+    """Return the clean images that were named, else those that the active bundle was fitted on, if they are there."""
+    from guard.cli.images import find_images
+    from guard.review.workspace import CleanImages
+
+    bundle = bundles.active()
+    path = named or (Path(bundle.images_from) if bundle is not None and bundle.images_from else None)
+    if path is None or (named is None and not path.exists()):
+        return None
+    try:
+        found = find_images(path, class_names=list(bundle.class_names) if bundle and bundle.class_names else None)
+        if found.labels is None:
+            raise DataError(f"{path} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
+    except DataError as error:
+        if named is not None:
+            raise
+        print_warning(f"the page shows no clean images. {error}")
+        return None
+    clean = CleanImages(_OnDisk(found), found.labels)
+    while bundle is not None and not clean.are_of(bundle):  # retrained on a part of them
+        bundle = bundles.find(bundle.parent)
+    return replace(clean, fitted=bundle)
+
+
+def _network_of(archive: Path, beside: ExitStack) -> Module | None:
+    """Return the network of a guarded archive; None, with a warning, where it does not start here."""
+    from guard.torchserve.archives.wrapping import open_guarded
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return beside.enter_context(open_guarded(archive)).module
+    except GuardError as error:
+        print_warning(f"the page shows no maps of where the model looks. {error}")
+        return None
 
 
 def _metrics_source(urls: list[str], prometheus: str | None) -> MetricsSource | None:

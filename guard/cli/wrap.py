@@ -119,7 +119,7 @@ def wrap(
             guard, accuracy = _fitted(suspect, user, found, config, report)
             examples = _examples(found)
             batches = told_batches(user, examples, guard.input_shape, config)
-        guard = replace(guard, preprocessing=f"handler {opened.handler}")
+        guard = replace(guard, preprocessing=f"handler {opened.handler}", images_from=str(images.absolute()))
         follows = bundles if not dry_run else None
         bundle = guard.save(follows or Path(scratch) / "bundles")
         written = Path(scratch) / "dry-run.mar" if dry_run else target

@@ -37,6 +37,10 @@ class KnownBundle:
         Squared length of each row of `features`.
     labels : ndarray of shape (n,), int64
         True labels of the clean reference.
+    images_from : str or None
+        Path of the clean images that it was fitted on.
+    parent : str
+        Digest of the bundle that it was retrained from; "" for a guard that was fitted.
     has_backup : bool
         Whether second opinions are a backup's; else they are the replacement head's.
     """
@@ -48,6 +52,8 @@ class KnownBundle:
     features: Float32Array
     squares: Float64Array
     labels: IntArray
+    images_from: str | None
+    parent: str
     has_backup: bool
 
     def nearest(self, features: Float32Array, label: int, n: int) -> IntArray:
@@ -125,5 +131,7 @@ def _known(stored: StoredBundle) -> KnownBundle:
         features,
         np.einsum("ij,ij->i", features, features, dtype=np.float64),
         stored.arrays["labels"],
+        stored.document.get("images_from"),
+        (stored.document.get("lineage") or {}).get("retrained_from", ""),
         bool(stored.document.get("backup")),
     )

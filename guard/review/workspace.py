@@ -64,12 +64,16 @@ class CleanImages:
 
     Attributes
     ----------
-    images : ndarray of shape (n, channels, height, width), float32
+    images : sequence of ndarray of shape (channels, height, width), float32
+        An array, or read from their files when they are asked for.
     labels : ndarray of shape (n,), int64
+    fitted : KnownBundle or None
+        The bundle that was fitted on all of them, where a guard was retrained on a part.
     """
 
-    images: Float32Array
+    images: Sequence[Float32Array] | Float32Array
     labels: IntArray
+    fitted: KnownBundle | None = None
 
     def are_of(self, bundle: KnownBundle) -> bool:
         """True if these are the images that the bundle was fitted on, in the same order, as far as labels tell."""
@@ -392,7 +396,12 @@ class Workspace:
         if known is None:
             return [], "The bundle that flagged this input is not in the folder of bundles."
         if not self.clean.are_of(known):
-            return [], "The images given with --images are not those that this guard was fitted on."
+            if self.clean.fitted is None:
+                return (
+                    [],
+                    "The clean images at hand are not those that this guard was fitted on: name them with --images.",
+                )
+            known = self.clean.fitted
         rival, why = wording.rival_label(flagged, self.opinion(flagged))
         labels = ((flagged.suspect_label, "what the suspect says"), (rival, why))
         features = flagged.activations.features[0]
