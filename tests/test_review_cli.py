@@ -192,7 +192,9 @@ def test_page_compares_with_the_images_that_the_bundle_remembers(database, tmp_p
     store = BundleStore(tmp_path / "bundles")
     with Queue.open(queue_url(database)) as queue:
         wide = Activations(np.eye(2, dtype=np.float32)[:1], np.zeros((1, 6), dtype=np.float32))
-        (item_id,) = queue.enqueue([picture(7, activations=wide, suspect_label=0, bundle_digest=retrained)]).ids
+        (item_id,) = queue.enqueue(
+            [picture(7, activations=wide, suspect_label=0, backup_label=1, bundle_digest=retrained)]
+        ).ids
         for digest in (fitted, retrained):
             store.activate(digest)
             workspace = open_workspace(queue, store.root)

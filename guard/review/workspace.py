@@ -397,10 +397,7 @@ class Workspace:
             return [], "The bundle that flagged this input is not in the folder of bundles."
         if not self.clean.are_of(known):
             if self.clean.fitted is None:
-                return (
-                    [],
-                    "The clean images at hand are not those that this guard was fitted on: name them with --images.",
-                )
+                return [], "The clean images at hand are not those of this guard. Name those with --images."
             known = self.clean.fitted
         rival, why = wording.rival_label(flagged, self.opinion(flagged))
         labels = ((flagged.suspect_label, "what the suspect says"), (rival, why))
