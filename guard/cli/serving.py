@@ -185,6 +185,13 @@ def serve(
     batch_size: Annotated[int, typer.Option(help="Largest batch.")] = 8,
     max_batch_delay_ms: Annotated[int, typer.Option(help="How long to wait for a batch to fill.")] = 1,
     token: Annotated[bool, typer.Option("--token/--no-token", help="Ask callers for a key.")] = True,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File, for you alone, that keeps the keys for the next start; default: keys.json in --work-dir."
+        ),
+    ] = None,
+    rotate_keys: Annotated[bool, typer.Option("--rotate-keys", help="Make new keys; the kept ones are void.")] = False,
     work_dir: Annotated[Path | None, typer.Option(help="Folder of logs and keys; default: a temporary one.")] = None,
     ready_timeout: Annotated[float, typer.Option(help="Seconds until the models must be ready.")] = 120.0,
     queue: QueueUrl = None,
@@ -215,6 +222,8 @@ def serve(
 
     named = dict(_name_and_file(text) for text in models or ())
     url = queue_url(queue) if queue else None
+    if rotate_keys and (key_file or work_dir) is None:
+        raise ConfigError("--rotate-keys needs keys that are kept. Name their --key-file, or a --work-dir.")
     if (review or retrain) and url is None:
         raise ConfigError("--review and --retrain need a queue. Name one with --queue.")
     if not any(model_store.glob("*.mar")):
@@ -230,6 +239,8 @@ def serve(
         batch_size=batch_size,
         max_batch_delay_ms=max_batch_delay_ms,
         token_authorization=token,
+        key_file=key_file or (work_dir and work_dir / "keys.json"),
+        rotate_keys=rotate_keys,
         environment={"GUARD_QUEUE_URL": url} if url else {},
     )
     beside = Beside(
@@ -287,6 +298,8 @@ def _say_how_to_ask(server: TorchServeInstance, token: bool) -> None:
         )
     if token:
         say(f"keys in {server.work_dir / 'key_file.json'}")
+        if server.key_file is not None:
+            tell(f"the next start has the same keys, kept in {server.key_file}; --rotate-keys makes new ones")
     for name in server.models_served:
         say(curl_line(server.inference_url, name, server.token()))
 
