@@ -26,6 +26,9 @@ from safetensors.torch import save_file
 from serving_helpers import png
 
 from guard import Guard
+from guard.cli import run
+from guard.cli.review import review_app
+from guard.cli.serving import _passed_on
 from guard.lab.attacks import MnistCnn, Poisoned
 from guard.observing.audit import AuditReport, audit
 from guard.processes.ports import choose_ports
@@ -387,3 +390,29 @@ def test_companions_without_a_queue_are_refused(option: str, tmp_path: Path, mon
     )
     assert done.returncode == 2
     assert done.stderr == "error: --review and --retrain need a queue. Name one with --queue.\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--review", "--review-option", "--imagse clean"], "guard review would not start with --imagse clean: "),
+        (["--review", "--review-option", "--port"], "guard review would not start with --port: "),
+        (
+            ["--retrain", "--retrain-option", "--interval soon"],
+            "guard retrainer would not start with --interval soon: ",
+        ),
+    ],
+)
+def test_options_that_a_companion_does_not_take_are_refused_before_anything_starts(
+    words: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "any.mar").touch()
+    assert run(["serve", "--model-store", str(tmp_path), "--queue", str(tmp_path / "queue.db"), *words]) == 2
+    assert complaint in " ".join(capsys.readouterr().err.split())
+
+
+def test_options_for_companions_may_be_given_as_one_text_or_as_words() -> None:
+    texts = ["--images my folder", "--quorum", "2", "--device=cpu", "--allowed-host", "a b"]
+    assert _passed_on("review", review_app, texts) == [
+        *("--images", "my folder", "--quorum", "2", "--device=cpu", "--allowed-host", "a b")
+    ]

@@ -216,10 +216,14 @@ def serve(
     With --queue, flagged inputs go to a queue; review page and retrainer run beside the server, are started again if
     they die, and stop with it. `guard observe` watches them all, with the file of targets that is named.
     """
+    from guard.cli.retrainer import retrainer
+    from guard.cli.review import review_app
     from guard.relabel.address import queue_url
     from guard.torchserve.server import TorchServeInstance
     from guard.torchserve.stack import Beside, ServingStack
 
+    retrainer_app = typer.Typer()
+    retrainer_app.command()(retrainer)
     named = dict(_name_and_file(text) for text in models or ())
     url = queue_url(queue) if queue else None
     if rotate_keys and (key_file or work_dir) is None:
@@ -249,8 +253,8 @@ def serve(
         retrains=retrain,
         exports_metrics=companion_metrics,
         first_metrics_port=port and port + 3,
-        review_options=review_option or (),
-        retrainer_options=retrain_option or (),
+        review_options=_passed_on("review", review_app, review_option),
+        retrainer_options=_passed_on("retrainer", retrainer_app, retrain_option, "--model", "any"),
     )
     is_ready = threading.Event()
     stopped = _stop_on_signal(is_ready)
@@ -269,6 +273,23 @@ def serve(
         while not stopped.wait(0.5):
             stack.keep_alive()
     say("stopped")
+
+
+def _passed_on(name: str, app: typer.Typer, texts: list[str] | None, *needed: str) -> list[str]:
+    """Return the words of options for a companion, one option a text; ConfigError if it would not start with them."""
+    from typer.main import get_command
+
+    words = []
+    for text in texts or ():
+        option, space, value = text.partition(" ")
+        words += [option, value] if space and option.startswith("--") and "=" not in option else [text]
+    try:
+        get_command(app).make_context(name, [*needed, *words])
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # no complaint of the parser
+            raise
+        raise ConfigError(f"guard {name} would not start with {' '.join(words)}: {error.format_message()}") from error
+    return words
 
 
 def _stop_on_signal(is_ready: threading.Event) -> threading.Event:
