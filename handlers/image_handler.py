@@ -71,6 +71,8 @@ class ImageHandler(BaseHandler):  # type: ignore[misc]  # ts is untyped
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[dict[str, Any]]:
         """Answer a batch in order; an item that cannot be read gets a 422 and spoils no other."""
         self.context = context
+        for index in range(len(data)):
+            context.set_response_content_type(index, "application/json")
         try:
             return self.postprocess(self.inference(self.preprocess(data)))
         except ValueError:
@@ -80,7 +82,7 @@ class ImageHandler(BaseHandler):  # type: ignore[misc]  # ts is untyped
                 image = self.preprocess([item])
             except ValueError as error:
                 context.set_response_status(code=422, phrase="Unprocessable Entity", idx=index)
-                answers.append({"error": str(error)})
+                answers.append({"code": 422, "type": "InputRejected", "message": str(error), "error": str(error)})
             else:
                 answers += self.postprocess(self.inference(image))
         return answers

@@ -6,6 +6,7 @@ import base64
 import importlib.util
 import io
 import json
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 
 from guard.errors import UnsafeWeightsError
 from guard.resources import resource_path
+from guard.torchserve.answers import excuse
 from guard.torchserve.launch import torchserve_home
 
 with warnings.catch_warnings():
@@ -229,8 +231,35 @@ def test_handler_refuses_what_it_cannot_read_with_422(served: Served, body: Any,
         served.pixels(body)
     (status, answer), (neighbour, _) = served.ask(body, encode(grey()))
     assert status == 422
-    assert set(answer) == {"error"}
+    assert set(answer) == {"code", "type", "message", "error"}
     assert neighbour == 200
+
+
+def test_every_answer_is_as_the_table_of_the_documentation_says(served: Served) -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / "serving.md").read_text()
+    rows = re.findall(r"^\| (\d{3}) \| `(\w+)` \| (.*) \|$", text.partition("## Errors")[2], re.MULTILINE)
+    (unreadable,) = [(int(code), kind) for code, kind, when in rows if "image handler" in when]
+    bodies = [b"a text file", b"", encode(grey())[:40], encode(grey().T), encode(grey())]
+    answers = served.ask(*bodies)
+    for index, (status, answer) in enumerate(answers):
+        assert served.context.get_response_headers(index) == {"content-type": "application/json"}
+        if index < len(bodies) - 1:
+            assert (status, answer["type"]) == (answer["code"], answer["type"]) == unreadable
+            assert answer["message"] == answer["error"]
+    assert answers[-1][0] == 200
+    table = {(int(code), kind) for code, kind, _ in rows}
+    errors = (
+        (ValueError(), False),
+        (MemoryError(), False),
+        (ValueError(), True),
+        (Image.DecompressionBombError(), False),
+    )
+    for error, model_ran in errors:
+        outcome = excuse(error, model_ran)
+        kind = "InputRejected" if outcome.kind == "rejected" else "GuardFailed"
+        assert (outcome.status, kind) in table
+        table.remove((outcome.status, kind))
+    assert table == {unreadable, (422, "InputBlocked")}
 
 
 def test_handler_error_text_never_repeats_the_request(served: Served) -> None:

@@ -27,13 +27,14 @@ from guard.relabel.items import Answer, State
 from guard.relabel.queue import Queue
 from guard.relabel.reviewers import Reviewers
 from guard.relabel.rounds import Rounds
-from guard.retrainer.candidate import Pair, fit_candidate
+from guard.retrainer import worker
+from guard.retrainer.candidate import Pair, fit_candidate, try_candidate
 from guard.retrainer.gate import Check, Judgement
 from guard.retrainer.material import gather
 from guard.retrainer.promotion import Lineage
 from guard.retrainer.settings import RetrainerSettings
 from guard.retrainer.worker import Retrainer
-from guard.storage.bundle import JOURNAL, BundleStore, read_bundle
+from guard.storage.bundle import JOURNAL, RETRAINER_LOCK, BundleStore, read_bundle
 
 MODEL = "mnist"
 STRONG = 4.0
@@ -216,10 +217,62 @@ def test_round_is_due_by_number_by_schedule_and_by_the_button(place, quick):
     assert place.step(**settings) is not None
     place.clock.forward(hours=25)
     assert place.step(**settings) is None  # nothing new
+    activations, labels = place.traffic(1, 78, 0)
+    place.decide(place.enqueue(activations), labels, is_poisoned=True)
     Rounds(place.queue).request(MODEL, "boss")
     assert place.step(**settings).report["why"] == "asked for by boss"
     assert place.step(**settings) is None
     assert place.step(enough_decisions=1, every_hours=0) is None
+
+
+def test_same_answers_begin_no_second_round_until_something_changes(place, quick):
+    place.review()
+    first = place.step()
+    assert first.outcome == "promoted"
+    for _ in range(2):
+        Rounds(place.queue).request(MODEL, "ann")
+        assert place.step() is None
+        assert Rounds(place.queue).take_request(MODEL) is None  # the wish is answered, not kept
+    assert [entry.id for entry in Rounds(place.queue).all()] == [1]
+    Rounds(place.queue).request(MODEL, "ann")
+    assert place.step(holdout_share=0.3) is not None  # another question to the same answers
+    activations, labels = place.traffic(3, 78, 0)
+    place.decide(place.enqueue(activations), labels, is_poisoned=True)
+    Rounds(place.queue).request(MODEL, "ann")
+    assert place.step() is not None
+
+
+def test_refused_answers_are_not_tried_again_and_failed_ones_are(place):
+    activations, labels = place.traffic(20, 5, 0)
+    place.decide(place.enqueue(activations)[:5], labels[:5], is_poisoned=True)
+    Rounds(place.queue).request(MODEL, "ann")
+    assert place.step().outcome == "refused"
+    Rounds(place.queue).request(MODEL, "ann")
+    assert place.step() is None
+    (refused,) = Rounds(place.queue).all()
+    failed = Rounds(place.queue).begin(MODEL, 5)
+    Rounds(place.queue).finish(failed, "failed", refused.report)
+    Rounds(place.queue).request(MODEL, "ann")
+    assert place.step().outcome == "refused"
+
+
+def test_candidate_that_does_the_same_on_everything_measured_is_not_promoted(place, quick, monkeypatch):
+    place.review()
+    monkeypatch.setattr(
+        worker, "try_candidate", lambda *args: (trial := try_candidate(*args))._replace(after=trial.before)
+    )
+    finished = place.step()
+    assert finished.outcome == "refused"
+    assert finished.report["reasons"] == [
+        "the candidate does on every kind of input what the active guard does: nothing is gained by it."
+    ]
+    assert place.store.active_digest() == place.digest
+
+
+def test_retrainer_says_in_its_folder_when_a_round_starts(place):
+    place.step(enough_decisions=20)
+    known = json.loads((place.store.root / RETRAINER_LOCK).read_text())
+    assert known == {"model": MODEL, "enough_decisions": 20, "every_hours": 24.0, "min_decisions": 10}
 
 
 # --- refusals ---

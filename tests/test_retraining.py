@@ -251,8 +251,9 @@ def test_retrain_keeps_settings_suspect_and_what_the_guard_says_of_itself(guard,
 def test_retrain_keeps_class_names_and_preprocessing(few, traffic):
     names = [f"digit {digit}" for digit in range(10)]
     old = Guard.fit_activations(*few, GuardConfig(false_positive_rate=0.05, folds=2, mode="paper"), class_names=names)
-    again = retrain(replace(old, preprocessing="their own handler"), traffic[:5])
+    again = retrain(replace(old, preprocessing="their own handler", images_from="/clean"), traffic[:5])
     assert (again.class_names, again.preprocessing) == (tuple(names), "their own handler")
+    assert again.images_from == "/clean"
 
 
 def test_retrain_reports_progress(paper_guard, traffic):

@@ -10,6 +10,7 @@ import pytest
 from review_helpers import N_CLASSES, client_of, log_in, picture, workspace_of
 from starlette.testclient import TestClient
 
+from guard.errors import QueueUnavailable
 from guard.relabel.items import State
 from guard.relabel.queue import Queue
 from guard.review.workspace import Workspace
@@ -116,5 +117,33 @@ def test_wrong_tokens_are_limited(workspace):
     assert client.get("/api/v1/counts").status_code == 401
 
 
-def test_interface_describes_itself_to_nobody(robot):
+def test_page_says_that_it_is_healthy_and_what_is_wrong_if_not(workspace, monkeypatch):
+    anybody = client_of(workspace)
+    reply = anybody.get("/healthz")
+    assert (reply.status_code, reply.json()) == (200, {"status": "ok"})
+
+    def away(_: object) -> None:
+        raise QueueUnavailable("the queue does not answer.")
+
+    monkeypatch.setattr(type(workspace.rounds), "models", away)
+    reply = anybody.get("/healthz")
+    assert (reply.status_code, reply.json()) == (503, {"error": "the queue does not answer."})
+    assert reply.headers["retry-after"] == "5"
+
+
+def test_interface_is_described_as_it_is(robot, workspace):
+    described = client_of(workspace).get("/api/v1/openapi.json").json()
+    assert described["openapi"].startswith("3.")
+    docs = (Path(__file__).resolve().parent.parent / "docs" / "review.md").read_text()
+    for path, calls in described["paths"].items():
+        for method, call in calls.items():
+            assert f"{method.upper()} {path.replace('item_id', 'id')}" in docs, path
+            assert call["summary"]
+            assert {"401", "409", "410", "422", "503"} <= call["responses"].keys()
+    assert described["security"] == [{"token": []}]
+    assert robot.get("/api/v1/items/99").json().keys() == {"error"}  # as every error is described
+    assert described["paths"]["/api/v1/decisions"]["post"]["requestBody"]["required"]
+
+
+def test_pages_for_people_are_described_to_nobody(robot):
     assert {robot.get(path).status_code for path in ("/docs", "/redoc", "/openapi.json")} == {404}

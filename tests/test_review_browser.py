@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from itertools import count
@@ -189,6 +190,40 @@ def test_group_label_with_exceptions_by_keyboard(workspace, queue, open_page):
         page.wait_for_url("**/groups")
     assert answers(queue) == [(1, True, 6), (3, True, 8), (4, False, 3), (5, True, 6)]
     assert queue.get(2).state is State.PENDING
+
+
+def test_group_unticks_what_is_unsure_and_gives_back_what_is_left(queue, open_page):
+    queue.enqueue([picture(number, backup_confidence=(0.9, 0.4)[number % 2]) for number in range(6)])
+    queue.set_groups(dict.fromkeys(range(1, 7), 7))
+    workspace = workspace_of(queue)
+    token = workspace.reviewers.add("ada")
+    workspace.reviewers.add("bob")
+    with serving_in_thread(workspace) as url:
+        page = open_page(url)
+        log_in(page, "ada", token)
+        page.goto(f"{url}/groups/7")
+        label = page.locator("#group-form .primary")
+        expect(label).to_have_text("Label 3 items")
+        ticked = page.locator("[name=include]:checked")
+        page.locator("#rule").select_option("backup")
+        expect(label).to_have_text("Label 2 items")
+        expect(page.locator(".doubt:visible")).to_have_text("Left out: the second opinion is only 40 % sure.")
+        page.get_by_label("True label of item 2").fill("6")
+        page.keyboard.press("Tab")
+        expect(ticked).to_have_count(3)
+        page.locator("#rule").select_option("suspect")
+        expect(page.locator(".doubt:visible")).to_have_count(0)
+        page.get_by_role("link", name="Progress").click()  # elsewhere, without an answer
+        page.wait_for_url("**/progress")
+        deadline = time.monotonic() + PATIENCE / 1000
+        while queue.held_by("ada"):
+            assert time.monotonic() < deadline
+            page.wait_for_timeout(50)
+        page.goto(f"{url}/groups/7")
+        page.locator("#rule").select_option("backup")
+        label.click()
+        notice_says(page, "Saved: 2 items.")
+    assert [answer[0] for answer in answers(queue)] == [1, 3]
 
 
 def test_undo_in_a_later_session_and_change_of_an_old_answer(workspace, queue, open_page):

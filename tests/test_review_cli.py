@@ -8,14 +8,18 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from review_helpers import picture, small_bundle, workspace_of
 
+from guard import Activations
 from guard.cli import run
-from guard.errors import ServerError
+from guard.cli.review import _network_of, open_workspace
+from guard.errors import DataError, ServerError
 from guard.relabel.address import queue_url
 from guard.relabel.items import State
 from guard.relabel.queue import Queue
@@ -167,6 +171,51 @@ def test_housekeeping_returns_ended_leases_and_finds_groups(database, monkeypatc
                     break
                 threading.Event().wait(0.05)
     assert [group.size for group in workspace.queue.groups()] == [6]
+
+
+def picture_folder(folder: Path, names: list[str], per_class: int = 2) -> None:
+    for label, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for number in range(per_class):
+            side = 8 + number  # pictures of several sizes
+            Image.new("L", (side, side), 20 * label + number).save(folder / name / f"{number}.png")
+
+
+def test_page_compares_with_the_images_that_the_bundle_remembers(database, tmp_path, capsys):
+    names = ["yield", "stop"]  # not in sorted order
+    picture_folder(tmp_path / "clean", names)
+    labels = np.array([1, 1, 0, 0])  # files are read in sorted order
+    more = {"images_from": str(tmp_path / "clean")}
+    fitted = small_bundle(tmp_path / "bundles", names, np.eye(4, 6), labels, **more)
+    part = {**more, "lineage": {"retrained_from": fitted}}
+    retrained = small_bundle(tmp_path / "bundles", names, np.eye(3, 6), labels[1:], **part)
+    store = BundleStore(tmp_path / "bundles")
+    with Queue.open(queue_url(database)) as queue:
+        wide = Activations(np.eye(2, dtype=np.float32)[:1], np.zeros((1, 6), dtype=np.float32))
+        (item_id,) = queue.enqueue(
+            [picture(7, activations=wide, suspect_label=0, backup_label=1, bundle_digest=retrained)]
+        ).ids
+        for digest in (fitted, retrained):
+            store.activate(digest)
+            workspace = open_workspace(queue, store.root)
+            view = workspace.view(queue.get(item_id))
+            assert [(group.name, group.rows) for group in view.neighbours] == [("yield", [2, 3]), ("stop", [0, 1])]
+            assert workspace.clean.images[3].shape == (1, 9, 9)
+        (tmp_path / "clean").rename(tmp_path / "moved")
+        assert open_workspace(queue, store.root).clean is None
+        assert open_workspace(queue, store.root, tmp_path / "moved").clean is not None
+        (tmp_path / "clean").mkdir()  # there, and empty: a warning, and a page
+        assert open_workspace(queue, store.root).clean is None
+        assert "the page shows no clean images." in capsys.readouterr().err
+        with pytest.raises(DataError, match="holds no images"):
+            open_workspace(queue, store.root, tmp_path / "clean")
+
+
+def test_page_starts_without_maps_where_the_archive_does_not_start(tmp_path, capsys):
+    (tmp_path / "broken.mar").write_bytes(b"no archive")
+    with ExitStack() as beside:
+        assert _network_of(tmp_path / "broken.mar", beside) is None
+    assert "the page shows no maps of where the model looks." in capsys.readouterr().err
 
 
 def test_page_knows_the_bundles_of_its_folder(tmp_path):

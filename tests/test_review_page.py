@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import json
 import re
 import shutil
 import struct
@@ -27,6 +28,7 @@ from guard.review.access import LoginLimit, TooManyAttemptsError
 from guard.review.headers import SECURITY_HEADERS
 from guard.review.known_bundles import KnownBundles
 from guard.review.workspace import CleanImages, ReviewSettings, Workspace
+from guard.storage.bundle import RETRAINER_LOCK, BundleStore
 
 FORM = "application/x-www-form-urlencoded"
 PAGES = ("/review", "/groups", "/groups/1", "/answers", "/progress", "/admin", "/items/1")
@@ -521,7 +523,7 @@ def test_group_by_the_backups_answers_refuses_one_that_agrees_with_the_suspect(q
     data = {"verdict": "poisoned", "rule": "backup", "include": ["1", "2"], "label_1": ""}
     response = ada.post("/groups/7/decisions", data=data)
     assert response.status_code == 422
-    assert "item 2: its backup says what the suspect says" in response.text
+    assert "item 2: its second opinion says what the suspect says" in response.text
     assert queue.decisions() == []
     response = ada.post("/groups/7/decisions", data={**data, "label_2": "6"})
     assert response.headers["location"] == "/groups"
@@ -547,13 +549,111 @@ def test_group_form_that_is_incomplete_says_what_is_missing_and_keeps_the_rest(g
     assert group_of_three.queue.decisions() == []
 
 
-def test_group_is_for_one_reviewer_at_a_time(group_of_three):
-    ada, bob = log_in(group_of_three), log_in(group_of_three, "bob")
-    ada.get("/groups/7")
-    assert "Nothing in this group waits for you" in bob.get("/groups/7").text
+def included(html: str) -> dict[int, bool]:
+    """Return which items a group's form has, and whether they are ticked."""
+    found = re.findall(r'name="include" value="(\d+)"( checked)?', html)
+    return {int(item): bool(ticked) for item, ticked in found}
+
+
+def test_items_of_a_group_are_for_one_reviewer_and_half_of_what_waits_is_left_to_others(group_of_three):
+    queue = group_of_three.queue
+    ada, bob, eve = log_in(group_of_three), log_in(group_of_three, "bob"), log_in(group_of_three, "eve")
+    first = included(ada.get("/groups/7").text)
+    assert len(first) == 2
+    assert included(ada.get("/groups/7").text) == first  # looking again takes no more
+    second = included(bob.get("/groups/7").text)
+    assert len(second) == 1
+    assert not first.keys() & second.keys()
+    assert "Nothing in this group waits for you" in eve.get("/groups/7").text
+    queue.enqueue([picture(number) for number in range(10, 70)])
+    queue.set_groups(dict.fromkeys(range(4, 64), 8))
+    assert len(included(ada.get("/groups/8").text)) == 30
+    assert shown_item(eve.get("/review").text) is not None
+    assert "29 more of this group wait" in ada.get("/groups/8").text
+
+
+def test_reviewer_who_is_alone_gets_a_whole_page_of_a_group(queue):
+    queue.enqueue([picture(number) for number in range(60)])
+    queue.set_groups(dict.fromkeys(range(1, 61), 7))
+    assert len(included(log_in(workspace_of(queue)).get("/groups/7").text)) == 48
+
+
+def test_group_leaves_out_what_the_second_opinion_is_not_sure_of_and_says_why(queue):
+    sure, unsure, agrees, none = (
+        {"backup_confidence": 0.95},
+        {"backup_confidence": 0.36},
+        {"backup_label": 3, "backup_confidence": 0.95},
+        {"backup_label": None, "backup_confidence": None},
+    )
+    queue.enqueue([picture(number, **kind) for number, kind in enumerate((sure, unsure, agrees, none))])
+    queue.set_groups(dict.fromkeys(range(1, 5), 7))
+    ada = log_in(workspace_of(queue))
+    page = ada.get("/groups/7").text
+    assert re.findall(r'data-doubt="(\w+)"', page) == ["always", "poisoned", "always"]
+    data = {"verdict": "poisoned", "rule": "backup", "include": ["1", "2", "3", "4"]}
+    refused = ada.post("/groups/7/decisions", data=data)
+    assert refused.status_code == 422
+    assert "item 2: its second opinion is only 36 % sure. Give its own label, or leave it out." in refused.text
+    assert included(refused.text) == {1: True, 2: False, 3: False, 4: False}
+    whys = re.findall(r'<p class="doubt">(.*?)</p>', refused.text)
+    assert whys == [
+        f"Left out: the second opinion {why}."
+        for why in ("is only 36 % sure", "says what the suspect says", "has no answer")
+    ]
+    ada.post("/groups/7/decisions", data={**data, "include": ["1", "2"], "label_2": "5"})  # a person looked at it
+    assert [(decision.item_id, decision.true_label) for decision in queue.decisions()] == [(1, 5), (2, 5)]
+    ada.post("/groups/7/decisions", data={"verdict": "false_alarm", "rule": "backup", "include": "3"})
+    assert queue.get(3).decision.true_label == 3
 
 
 # --- progress and admin ---
+
+
+def test_progress_and_admin_say_how_many_answers_start_a_retraining(queue, tmp_path):
+    queue.enqueue([picture(number) for number in range(12)])
+    digest = small_bundle(tmp_path, None, np.eye(N_CLASSES, 6), np.arange(N_CLASSES))
+    workspace = workspace_of(queue, bundles=KnownBundles(tmp_path))
+    BundleStore(tmp_path).activate(digest)
+    root = log_in(workspace, "root", "admin")
+    for number in range(9):
+        answer(root, number + 1)
+
+    def told(path: str) -> str:
+        return " ".join(re.sub(r"<[^>]*>", "", root.get(path).text).split())
+
+    assert "digits: 9 new answers (no retrainer works on this folder of bundles yet)" in told("/progress")
+    known = {"model": "digits", "enough_decisions": 20, "every_hours": 24.0, "min_decisions": 10}
+    (tmp_path / RETRAINER_LOCK).write_text(json.dumps(known))
+    assert "digits: 9 of 20 answers" in told("/progress")
+    assert "digits: 9 of 20 answers" in told("/admin")
+    (tmp_path / RETRAINER_LOCK).write_text(json.dumps({**known, "enough_decisions": 0}))
+    assert "digits: 9 of 10 answers" in told("/progress")
+    for damaged in ("", "[]", "{}", '{"model": 1, "enough_decisions": "x"}'):
+        (tmp_path / RETRAINER_LOCK).write_text(damaged)
+        assert "digits: 9 new answers" in told("/progress")
+    workspace.rounds.finish(workspace.rounds.begin("digits", 9), "promoted", {}, digest)
+    refused = root.post("/admin/retrain", data={"model": "digits"})
+    assert "no answer is new since round 1 of digits: there is nothing to learn." in refused.text
+    assert workspace.rounds.take_request("digits") is None
+    answer(root, 10)
+    assert "digits: 1 new answer" in told("/progress")
+    assert root.post("/admin/retrain", data={"model": "digits"}).status_code < 400
+    assert workspace.rounds.take_request("digits") == "root"
+
+
+def test_withdrawn_and_replaced_answers_are_not_counted_as_todays(ada, workspace):
+    def today() -> str:
+        return re.search(r"<b>(\d+)</b> today", ada.get("/review").text)[1]
+
+    answer(ada, 1)
+    answer(ada, 2)
+    assert today() == "2"
+    ada.post("/undo")
+    assert today() == "1"
+    ada.post("/answers/1/change", data={"verdict": "false_alarm", "true_label": "3"})
+    assert today() == "1"
+    assert re.search(r"answered by you</dt><dd>1<", ada.get("/progress").text)
+    assert re.search(r"by you this hour</dt><dd>1<", ada.get("/progress").text)
 
 
 def test_progress_shows_what_answers_changed(workspace, ada):
@@ -761,11 +861,21 @@ def test_page_says_why_there_are_no_clean_images_and_no_map(ada):
 
 @pytest.mark.parametrize(
     ("backup", "expected"),
-    [(4, [(4, "backup"), (2, "suspect")]), (2, [(2, "backup and suspect"), (1, "second choice")])],
+    [(4, [(4, "{}"), (2, "suspect")]), (2, [(2, "{} and suspect"), (1, "second choice")])],
 )
-def test_backups_label_and_sureness_are_shown_and_its_label_is_the_first_choice(queue, backup, expected):
-    queue.enqueue([picture(suspect_label=2, backup_label=backup, backup_confidence=0.84)])
-    html = log_in(workspace_of(queue)).get("/review").text
+@pytest.mark.parametrize(
+    ("about", "name"), [({"kind": "twin"}, "backup"), (None, "replacement head"), ("unknown", "second opinion")]
+)
+def test_second_opinion_goes_by_its_name_and_its_label_is_the_first_choice(
+    queue, backup, expected, about, name, tmp_path
+):
+    digest = small_bundle(tmp_path, None, np.eye(N_CLASSES, 6), np.arange(N_CLASSES), backup=about)
+    more = {} if about == "unknown" else {"bundle_digest": digest}
+    queue.enqueue([picture(suspect_label=2, backup_label=backup, backup_confidence=0.84, **more)])
+    html = log_in(workspace_of(queue, bundles=KnownBundles(tmp_path))).get("/review").text
+    expected = [(label, who.format(name)) for label, who in expected]
+    assert f"<dt>{name.capitalize()} says</dt>" in html
+    assert name == "backup" or "backup" not in re.sub(r"<[^>]*>", " ", html).lower()
     likely = html[html.index('class="likely"') : html.index('class="choices"')]
     offered = re.findall(r'for="label-(\d+)".*?<i>(.*?)</i>', likely)
     assert offered[0] == (str(expected[0][0]), expected[0][1])
@@ -776,5 +886,5 @@ def test_backups_label_and_sureness_are_shown_and_its_label_is_the_first_choice(
 def test_guard_without_an_opinion_offers_the_models_second_choice(queue):
     queue.enqueue([picture(suspect_label=2, backup_label=None, backup_confidence=None)])
     html = log_in(workspace_of(queue)).get("/review").text
-    assert "this guard has no backup" in html
+    assert "nothing about this input" in html
     assert re.findall(r"<i>(.*?)</i>", html[html.index('class="likely"') :])[0] == "second choice"

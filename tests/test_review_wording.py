@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -103,11 +104,12 @@ def test_sign_of_an_unknown_detector_is_told_by_its_name():
 
 
 def test_rival_is_the_backup_else_the_second_choice():
-    assert wording.rival_label(flagged(backup_label=5)) == (5, "what the backup says")
+    assert wording.rival_label(flagged(backup_label=5), "backup") == (5, "what the backup says")
+    assert wording.rival_label(flagged(backup_label=5), "replacement head")[1] == "what the replacement head says"
     agreeing = flagged(backup_label=3)
     logits = agreeing.activations.logits[0].copy()
     logits[3] = -np.inf
-    assert wording.rival_label(agreeing) == (int(logits.argmax()), "the model's second choice")
+    assert wording.rival_label(agreeing, "backup") == (int(logits.argmax()), "the model's second choice")
 
 
 @pytest.mark.parametrize(
@@ -154,6 +156,43 @@ def test_figures_of_a_retraining_are_told_in_words_and_what_nothing_was_held_bac
         ("poisoned inputs whose true label the guard finds", "12 of 17 (70.6 %)", "16 of 17 (94.1 %)", "+23.5 points"),
     ]
     assert wording.before_and_after({"before": measured(16), "after": measured(12)})[1][3] == "−23.5 points"
+
+
+def test_report_is_told_without_a_word_of_python():
+    report = {
+        "checks": [
+            {"name": "clean accuracy", "passed": True, "text": "clean accuracy is kept.", "before": 0.9, "after": None},
+            {"name": "canary", "passed": None, "text": "nothing to measure by.", "before": None, "after": None},
+        ],
+        "reviewers": {"ada": {"decided": 3, "used": 2}},
+        "rows": [{"a_name": [1, 2]}, None],
+        "left_out": {},
+        "nothing": [],
+    }
+    told = dict(wording.other_facts(report))
+    assert told == {
+        "checks": "passed: clean accuracy is kept.; not measured: nothing to measure by.",
+        "reviewers / ada / decided": "3",
+        "reviewers / ada / used": "2",
+        "rows": "a name: 1, 2; -",
+        "nothing": "none",
+    }
+    assert not re.search(r"[{}\[\]']|None|True|False", "".join(told.values()))
+
+
+@pytest.mark.parametrize(
+    ("label", "confidence", "is_poisoned", "said"),
+    [
+        (5, 0.7, True, ""),
+        (5, 0.69, True, "is only 69 % sure"),
+        (5, 0.36, False, "is only 36 % sure"),
+        (3, 0.99, True, "says what the suspect says"),
+        (3, 0.99, False, ""),
+        (None, None, False, "has no answer"),
+    ],
+)
+def test_doubt_says_why_a_second_opinion_is_not_taken_unseen(label, confidence, is_poisoned, said):
+    assert wording.doubt(flagged(backup_label=label, backup_confidence=confidence), is_poisoned) == said
 
 
 def test_reasons_may_be_a_line_or_several():

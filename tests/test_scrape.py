@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import socket
+from pathlib import Path
 
 import pytest
 from metrics_helpers import Counters, answering
 
 from guard.errors import ConfigError, ObservingError
 from guard.observing.scrape import Prometheus, Series, check_url, increase, metrics_address, parse, read_endpoint
+from guard.review.status.history import WANTED
 
 
 def test_parse_keeps_the_guards_series_and_their_labels():
@@ -22,6 +25,16 @@ def test_parse_keeps_the_guards_series_and_their_labels():
     assert found == {Series.of("guard_verdicts_total", {"model": "a", "verdict": "clean", "Hostname": "h"}): 41.0}
     (series,) = found
     assert (series.label("verdict"), series.label("nothing")) == ("clean", "")
+
+
+def test_parse_of_a_running_torchserve_keeps_every_name_as_it_stands():
+    text = (Path(__file__).parent / "torchserve_metrics.txt").read_text()  # of version 0.12, 885 requests
+    found = parse(text)
+    assert {series.name for series in found} == set(re.findall(r"^(guard_\w+)", text, re.MULTILINE))
+    assert set(WANTED) <= {series.name for series in found} | {"guard_bundle_swaps_total"}
+    timed = {"model": "digits", "stage": "guard", "Hostname": "server"}
+    assert found[Series.of("guard_stage_duration_seconds_bucket", {**timed, "le": "0.01"})] == 835
+    assert found[Series.of("guard_stage_duration_seconds_count", timed)] == 885
 
 
 def test_parse_of_something_else_is_refused():

@@ -14,17 +14,21 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from safetensors.torch import save_file
 from serving_helpers import png
 
 from guard import Guard
+from guard.cli import run
+from guard.cli.review import review_app
+from guard.cli.serving import _passed_on
 from guard.lab.attacks import MnistCnn, Poisoned
 from guard.observing.audit import AuditReport, audit
 from guard.processes.ports import choose_ports
@@ -80,6 +84,7 @@ def together(
     request: pytest.FixtureRequest,
     fitted_guard: Guard,
     badnet: MnistCnn,
+    clean_split: Any,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Together]:
     folder = tmp_path_factory.mktemp("together")
@@ -88,7 +93,9 @@ def together(
     else:
         url = request.getfixturevalue("postgresql_server").create_database()
     save_file(badnet.state_dict(), folder / "weights.safetensors")
-    bundle = fitted_guard.save(folder / "bundles")
+    images, labels = clean_split.validation
+    np.savez(folder / "clean.npz", images=images, labels=labels)
+    bundle = replace(fitted_guard, images_from=str(folder / "clean.npz")).save(folder / "bundles")
     BundleStore(folder / "bundles").activate(bundle.name)
     model = ServedModel(folder / "weights.safetensors", None, "guard.lab.attacks.networks:mnist_cnn", (1, 28, 28))
     make_guarded_archive(
@@ -203,6 +210,41 @@ def status_of(together: Together, cookie: str) -> str:
     return together.page.request("GET", "/status", headers={"Cookie": cookie}).body.decode()
 
 
+def every_number_is_the_servers(together: Together, cookie: str) -> None:
+    """Compare every number that the status page has from the server with the server's metrics page, read as text."""
+
+    def counted(name: str, **labels: str) -> float:
+        with urllib.request.urlopen(together.metrics, timeout=30) as reply:
+            lines = re.findall(rf"^{name}{{(.*?),?}} (\S+)$", reply.read().decode(), re.MULTILINE)
+        wanted = {f'{label}="{value}"' for label, value in labels.items()}
+        return sum(float(value) for held, value in lines if wanted <= set(held.split(",")))
+
+    def tiles() -> dict[str, str]:
+        found = re.findall(r"<dt[^>]*>([^<]*)</dt><dd>([^<]*)</dd>", status_of(together, cookie))
+        return {name.partition(",")[0]: value.replace(",", "") for name, value in found} | dict(found)
+
+    wait_for(lambda: tiles()["requests"] == f"{counted('guard_verdicts_total'):.0f}", 30)
+    shown, page = tiles(), status_of(together, cookie)
+    for tile, verdict in (("flagged", "poisoned"), *((name, name) for name in ("bypassed", "rejected", "failed"))):
+        assert shown[tile] == f"{counted('guard_verdicts_total', verdict=verdict):.0f}", tile
+    for stage in ("guard", "handler"):
+        mean = 1000 * counted("guard_stage_duration_seconds_sum", stage=stage)
+        mean /= counted("guard_stage_duration_seconds_count", stage=stage)
+        (title,) = (name for name in shown if name.startswith(f"{stage} p50, p99 "))
+        p50, p99 = (
+            float(text.removesuffix(" ms")) for text in (shown[title], title.removeprefix(f"{stage} p50, p99 "))
+        )
+        assert p50 <= p99
+        assert p50 / 4 <= mean <= 4 * p99  # of one distribution: buckets are up to 2.5 times as wide as their lower end
+    assert "No request was timed" not in page
+    low, clean = counted("guard_unflagged_low_total"), counted("guard_verdicts_total", verdict="clean")
+    assert shown["drift"] == f"{low / (0.1 * clean):.2f}"
+    fired = dict(re.findall(r'<tr><th scope="row">([^<]+/[^<]+)</th><td class="num">([\d,]+)</td></tr>', page))
+    assert fired
+    for detector, count in fired.items():
+        assert int(count.replace(",", "")) == counted("guard_detector_fired_total", detector=detector)
+
+
 def test_flagged_requests_are_reviewed_and_the_server_takes_what_was_learned(
     together: Together, triggered: Poisoned, clean_split: Any
 ) -> None:
@@ -248,14 +290,22 @@ def test_flagged_requests_are_reviewed_and_the_server_takes_what_was_learned(
         wait_for(lambda: request_page(together, "GET", "/api/v1/counts")["by_state"]["trained"])
         active = BundleStore(together.folder / "bundles").active_digest()
         assert served_bundle() == active
+        # The review page has the served model and the clean images without a word of them.
+        shown = together.page.request("GET", "/review", headers={"Cookie": (cookie := logged_in(together))})
+        assert "No map of where it looks" not in shown.body.decode()
+        (row, *_) = re.findall(r"/images/clean/(\d+)\.png", shown.body.decode())
+        (item,) = re.findall(r'data-item="(\d+)"', shown.body.decode())
+        for path in (f"/images/clean/{row}.png", f"/images/items/{item}/occlusion"):
+            together.page.close()
+            assert together.page.request("GET", path, headers={"Cookie": cookie}).status == 200, path
         # The status page has it from the metrics address and the queue.
-        cookie = logged_in(together)
         wait_for(lambda: re.search(rf'title="{active}".*\s.*active.*in use', status_of(together, cookie)))
         page = status_of(together, cookie)
         judged = re.search(r"([\d,]+) of ([\d,]+) requests flagged in the last hour, no bypass", page)
         assert judged is not None
         assert [int(number.replace(",", "")) for number in judged.groups()] >= [len(flagged), len(replies)]
         assert re.search(rf'ada</th><td class="num">{sum(entry["is_poisoned"] for entry in answers)}</td>', page)
+        every_number_is_the_servers(together, cookie)
     log = (together.logs / "retrainer_of_digits.log").read_text()
     assert "promoted" in log
 
@@ -340,3 +390,29 @@ def test_companions_without_a_queue_are_refused(option: str, tmp_path: Path, mon
     )
     assert done.returncode == 2
     assert done.stderr == "error: --review and --retrain need a queue. Name one with --queue.\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--review", "--review-option", "--imagse clean"], "guard review would not start with --imagse clean: "),
+        (["--review", "--review-option", "--port"], "guard review would not start with --port: "),
+        (
+            ["--retrain", "--retrain-option", "--interval soon"],
+            "guard retrainer would not start with --interval soon: ",
+        ),
+    ],
+)
+def test_options_that_a_companion_does_not_take_are_refused_before_anything_starts(
+    words: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "any.mar").touch()
+    assert run(["serve", "--model-store", str(tmp_path), "--queue", str(tmp_path / "queue.db"), *words]) == 2
+    assert complaint in " ".join(capsys.readouterr().err.split())
+
+
+def test_options_for_companions_may_be_given_as_one_text_or_as_words() -> None:
+    texts = ["--images my folder", "--quorum", "2", "--device=cpu", "--allowed-host", "a b"]
+    assert _passed_on("review", review_app, texts) == [
+        *("--images", "my folder", "--quorum", "2", "--device=cpu", "--allowed-host", "a b")
+    ]

@@ -80,6 +80,7 @@ def test_stack_starts_page_and_retrainers_and_stops_all_of_them(make: Callable[.
         (page,), (retrainer,) = started(tmp_path, "review"), started(tmp_path, "retrainer")
         arguments, url = eval(page.read_text())
         assert arguments[1:5] == ["--port", "18099", "--bundles", str(tmp_path / "bundles")]
+        assert arguments[5:7] == ["--archive", str(tmp_path / "work" / "digits.mar")]
         assert arguments[-2:] == ["--host", "::1"]
         assert url == "sqlite:///q.db"
         assert eval(retrainer.read_text())[0][1:5] == ["--model", "digits", "--bundles", str(tmp_path / "bundles")]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from metrics_helpers import Counters
 
 from guard.errors import ObservingError
+from guard.observing.scrape import parse
 from guard.relabel.items import Counts, State
 from guard.review.status.history import SPANS, History, Key
 from guard.review.status.numbers import Numbers, QueueNow, charts
@@ -154,6 +156,27 @@ def test_quantiles_worked_out_by_hand():
     assert history.quantile("nothing", 0.5) is None
     assert history.quantiles("guard", 0.5)[-1] == pytest.approx(0.001)
     assert history.quantiles("nothing", 0.5) == [None] * HOUR.points
+
+
+def test_every_number_of_a_running_torchserve_is_on_the_page():
+    found = parse((Path(__file__).parent / "torchserve_metrics.txt").read_text())
+    looks = [dict.fromkeys(found, 0.0), found]
+    sampler = Sampler(["http://127.0.0.1:8082"], read=lambda _: looks.pop(0))
+    sampler.look(NOW - 60)
+    sampler.look(NOW - 1)
+    known = numbers(sampler.history(HOUR, "digits", NOW))
+    assert known.verdicts == {"clean": 383, "poisoned": 502, "bypassed": 0, "rejected": 0, "failed": 0}
+    assert known.drift.factor == pytest.approx(38 / 38.3)
+    # 442.5 of 885 batches: the bounds around them have 7 and 690 for the guard, 0 and 498 for the handler.
+    assert known.milliseconds("guard", 0.5) == pytest.approx(1 + 1.5 * (442.5 - 7) / (690 - 7))
+    assert known.milliseconds("handler", 0.5) == pytest.approx(1 + 1.5 * 442.5 / 498)
+    assert known.milliseconds("guard", 0.99) == pytest.approx(10 + 15 * (0.99 * 885 - 835) / (882 - 835))
+    drawn = {chart.id: chart for chart in charts(known)}
+    assert drawn["latency"].summary == "Guard 1.96 ms (p50), 23.1 ms (p99); handler 2.33 ms (p50), 21.3 ms (p99)."
+    for chart in drawn.values():
+        assert chart.id == "queue" or chart.lines[0].values[-1] is not None, chart.id
+    assert known.history.parts("guard_detector_fired_total")["lof/relu1"] == 474
+    assert known.history.in_use == ("a58020360409be92e9e69010f6597125ed6e4af70e99fa671c8897a45c6c3ddb",)
 
 
 def numbers(history: History, *, oldest: float | None = None, waiting: int = 0, **more) -> Numbers:

@@ -134,6 +134,7 @@ def fit(
             guard = Guard.fit(suspect, inputs, found.labels, config, class_names=found.class_names, progress=report)
         tell_membership(suspect, inputs, guard)
         guard = replace(guard, preprocessing=f"handler {handler}" if handler is not None else preprocess)
+        guard = replace(guard, images_from=str(images.absolute()))
         if backup != _NO_BACKUP:
             pictures = found if handler is None else find_labelled(images, class_names=names)
             pixels, prepare = read_pixels(images, pictures, convert, handler, report)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from guard.cli.options import Architecture, Bundles, Device, MetricsPort, QueueUrl, StateKey
-from guard.cli.output import plain_table, print_table, print_warning, progress_bar, say, tell, write
-from guard.errors import ConfigError, DataError
+from guard.cli.output import plain_table, print_table, print_warning, say, tell, write
+from guard.errors import ConfigError, DataError, GuardError
 
 if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from guard.cli.images import NamedImages
     from guard.relabel.queue import Queue
+    from guard.review.known_bundles import KnownBundles
     from guard.review.status.history import MetricsSource
-    from guard.review.workspace import Workspace
+    from guard.review.workspace import CleanImages, Workspace
     from guard.suspect.model import SuspectModel
 
 Name = Annotated[str, typer.Argument(help="Name of the reviewer.")]
@@ -48,6 +54,9 @@ def review(
     ] = None,
     architecture: Architecture = None,
     state_key: StateKey = None,
+    archive: Annotated[
+        Path | None, typer.Option(help="Guarded archive that is served: its model, instead of --weights.")
+    ] = None,
     device: Device = "cpu",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 = any free one.")] = 8090,
@@ -89,7 +98,7 @@ def review(
     if host not in (*LOOPBACK_ADDRESSES, "0.0.0.0", "::"):
         names = (*names, host)
     changes = _changes(quorum=quorum, lease_minutes=lease_minutes, max_held=max_held, retention_days=retention_days)
-    with Queue.open(_named(queue)) as opened:
+    with Queue.open(_named(queue)) as opened, ExitStack() as beside:
         if changes:
             opened.change_settings(**changes)
             tell(f"{', '.join(changes)}: set for the whole queue, see guard review settings")
@@ -103,14 +112,14 @@ def review(
             ReviewSettings(allowed_hosts=names),
             metrics=_metrics_source(metrics_url or [], prometheus),
             state_key=state_key,
+            served=None if archive is None or weights is not None else _network_of(archive, beside),
         )
         if not workspace.reviewers.names():
             tell("there is no reviewer yet: guard review --queue ... add-user NAME --role admin")
         pem = {name: str(path) if path else None for name, path in (("certificate", certificate), ("key", key))}
-        with ExitStack() as beside:
-            if metrics_port is not None:
-                say(f"metrics on {beside.enter_context(exporting(metrics_port, QueueCollector(opened)))}")
-            serve_until_stopped(workspace, host, port, **pem, on_ready=_say_ready)
+        if metrics_port is not None:
+            say(f"metrics on {beside.enter_context(exporting(metrics_port, QueueCollector(opened)))}")
+        serve_until_stopped(workspace, host, port, **pem, on_ready=_say_ready)
     say("stopped")
 
 
@@ -268,38 +277,38 @@ def open_workspace(
     settings: Any = None,
     metrics: MetricsSource | None = None,
     state_key: str | None = None,
+    served: Module | None = None,
 ) -> Workspace:
-    """Return what the page works with, from what the command line names."""
+    """Return what the page works with, from what the command line names, and what the active bundle remembers.
+
+    `served` is a network that is at hand already, instead of weights and architecture.
+    """
     from guard.relabel.reviewers import Reviewers
     from guard.relabel.rounds import Rounds
     from guard.review.known_bundles import KnownBundles
     from guard.review.occlusion import Occlusion
-    from guard.review.workspace import CleanImages, ReviewSettings, Workspace
+    from guard.review.workspace import ReviewSettings, Workspace
 
     if (weights is None) != (architecture is None):
         raise ConfigError("--weights and --architecture go together. Give both, or neither.")
-    clean = occlusion = None
     known = KnownBundles(bundles if bundles.is_dir() else None)
-    if images is not None:
-        from guard.cli.images import as_fitted, find_labelled, preprocessing, read_all
-
-        active = known.active()
-        with progress_bar("reading images") as report:
-            found = as_fitted(find_labelled(images), active.labels if active is not None else None)
-            clean = CleanImages(read_all(found, preprocessing(None), report), found.labels)
-    if weights is not None and architecture is not None:
+    clean, suspect = _clean_images(images, known), None
+    if served is not None or weights is not None:
         from guard.suspect.model import SuspectModel
 
-        suspect = SuspectModel.load(weights, architecture, state_key=state_key, device=device)
+        if served is not None:
+            suspect = SuspectModel(served, device=device)
+        elif weights is not None and architecture is not None:
+            suspect = SuspectModel.load(weights, architecture, state_key=state_key, device=device)
+    if suspect is not None:
         _use_active_points(suspect, bundles)
-        occlusion = Occlusion(suspect)
     return Workspace(
         queue,
         Reviewers(queue),
         Rounds(queue),
         known,
         clean,
-        occlusion,
+        None if suspect is None else Occlusion(suspect),
         settings or ReviewSettings(),
         metrics,
     )
@@ -315,6 +324,55 @@ def _use_active_points(suspect: SuspectModel, bundles: Path) -> None:
     document = read_bundle(store.folder_of(digest)).document if digest else {}
     if document.get("split_points") and document["weights_digest"] == suspect.digest:
         suspect.use_split_points(SplitPoints.from_dict(document["split_points"]))
+
+
+@dataclass(frozen=True, slots=True)
+class _OnDisk(Sequence[Any]):
+    """Images that are read when the page shows them: they may differ in size, and there may be many."""
+
+    found: NamedImages
+
+    def __len__(self) -> int:
+        return len(self.found.names)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self.found.read(row)
+
+
+def _clean_images(named: Path | None, bundles: KnownBundles) -> CleanImages | None:
+    """Return the clean images that were named, else those that the active bundle was fitted on, if they are there."""
+    from guard.cli.images import as_fitted, find_labelled
+    from guard.review.workspace import CleanImages
+
+    bundle = bundles.active()
+    path = named or (Path(bundle.images_from) if bundle is not None and bundle.images_from else None)
+    if path is None or (named is None and not path.exists()):
+        return None
+    try:
+        found = find_labelled(path)
+    except DataError as error:
+        if named is not None:
+            raise
+        print_warning(f"the page shows no clean images. {error}")
+        return None
+    while bundle is not None:
+        clean = CleanImages(_OnDisk(found), as_fitted(found, bundle.labels).labels, fitted=bundle)
+        if clean.are_of(bundle):
+            return clean
+        bundle = bundles.find(bundle.parent)  # retrained on a part of them
+    return CleanImages(_OnDisk(found), found.labels)
+
+
+def _network_of(archive: Path, beside: ExitStack) -> Module | None:
+    """Return the network of a guarded archive; None, with a warning, where it does not start here."""
+    from guard.torchserve.archives.wrapping import open_guarded
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return beside.enter_context(open_guarded(archive)).module
+    except GuardError as error:
+        print_warning(f"the page shows no maps of where the model looks. {error}")
+        return None
 
 
 def _metrics_source(urls: list[str], prometheus: str | None) -> MetricsSource | None:

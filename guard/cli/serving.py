@@ -247,6 +247,13 @@ def serve(
     batch_size: Annotated[int, typer.Option(help="Largest batch.")] = 8,
     max_batch_delay_ms: Annotated[int, typer.Option(help="How long to wait for a batch to fill.")] = 1,
     token: Annotated[bool, typer.Option("--token/--no-token", help="Ask callers for a key.")] = True,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File, for you alone, that keeps the keys for the next start; default: keys.json in --work-dir."
+        ),
+    ] = None,
+    rotate_keys: Annotated[bool, typer.Option("--rotate-keys", help="Make new keys; the kept ones are void.")] = False,
     work_dir: Annotated[Path | None, typer.Option(help="Folder of logs and keys; default: a temporary one.")] = None,
     ready_timeout: Annotated[float, typer.Option(help="Seconds until the models must be ready.")] = 120.0,
     queue: QueueUrl = None,
@@ -271,12 +278,18 @@ def serve(
     With --queue, flagged inputs go to a queue; review page and retrainer run beside the server, are started again if
     they die, and stop with it. `guard observe` watches them all, with the file of targets that is named.
     """
+    from guard.cli.retrainer import retrainer
+    from guard.cli.review import review_app
     from guard.relabel.address import queue_url
     from guard.torchserve.server import TorchServeInstance
     from guard.torchserve.stack import Beside, ServingStack
 
     model_store, named = _store_and_names(models or [], model_store)
+    retrainer_app = typer.Typer()
+    retrainer_app.command()(retrainer)
     url = queue_url(queue) if queue else None
+    if rotate_keys and (key_file or work_dir) is None:
+        raise ConfigError("--rotate-keys needs keys that are kept. Name their --key-file, or a --work-dir.")
     if (review or retrain) and url is None:
         raise ConfigError("--review and --retrain need a queue. Name one with --queue.")
     if not any(model_store.glob("*.mar")):
@@ -292,6 +305,8 @@ def serve(
         batch_size=batch_size,
         max_batch_delay_ms=max_batch_delay_ms,
         token_authorization=token,
+        key_file=key_file or (work_dir and work_dir / "keys.json"),
+        rotate_keys=rotate_keys,
         environment={"GUARD_QUEUE_URL": url} if url else {},
     )
     beside = Beside(
@@ -300,8 +315,8 @@ def serve(
         retrains=retrain,
         exports_metrics=companion_metrics,
         first_metrics_port=port and port + 3,
-        review_options=review_option or (),
-        retrainer_options=retrain_option or (),
+        review_options=_passed_on("review", review_app, review_option),
+        retrainer_options=_passed_on("retrainer", retrainer_app, retrain_option, "--model", "any"),
     )
     is_ready = threading.Event()
     stopped = _stop_on_signal(is_ready)
@@ -320,6 +335,23 @@ def serve(
         while not stopped.wait(0.5):
             stack.keep_alive()
     say("stopped")
+
+
+def _passed_on(name: str, app: typer.Typer, texts: list[str] | None, *needed: str) -> list[str]:
+    """Return the words of options for a companion, one option a text; ConfigError if it would not start with them."""
+    from typer.main import get_command
+
+    words = []
+    for text in texts or ():
+        option, space, value = text.partition(" ")
+        words += [option, value] if space and option.startswith("--") and "=" not in option else [text]
+    try:
+        get_command(app).make_context(name, [*needed, *words])
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # no complaint of the parser
+            raise
+        raise ConfigError(f"guard {name} would not start with {' '.join(words)}: {error.format_message()}") from error
+    return words
 
 
 def _stop_on_signal(is_ready: threading.Event) -> threading.Event:
@@ -349,6 +381,8 @@ def _say_how_to_ask(server: TorchServeInstance, token: bool) -> None:
         )
     if token:
         say(f"keys in {server.work_dir / 'key_file.json'}")
+        if server.key_file is not None:
+            tell(f"the next start has the same keys, kept in {server.key_file}; --rotate-keys makes new ones")
     for name in server.models_served:
         say(curl_line(server.inference_url, name, server.token()))
 

@@ -128,7 +128,7 @@ def wrap(
             guard, accuracy = _fitted(suspect, user, found, config, report, allow_missing_classes)
             examples = _examples(found)
             batches = told_batches(user, examples, guard.input_shape, config)
-        guard = replace(guard, preprocessing=f"handler {opened.handler}")
+        guard = replace(guard, preprocessing=f"handler {opened.handler}", images_from=str(images.absolute()))
         follows = bundles if not dry_run else None
         bundle = guard.save(follows or Path(scratch) / "bundles")
         with tempfile.TemporaryDirectory(prefix=".unchecked-", dir=None if dry_run else target.parent) as unchecked:

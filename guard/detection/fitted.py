@@ -88,6 +88,8 @@ class FittedGuard:
         Share of planted triggers that each candidate gave their true label, by name; empty if nothing was measured.
     relabels : bool
         False if the second opinion did not reach the floor: `relabel` then only flags.
+    images_from : str or None
+        Path of the clean images that it was fitted on, in the same order; the review page compares with them.
     digest : str or None
         Digest of the bundle that it was loaded from.
     """
@@ -115,6 +117,7 @@ class FittedGuard:
     backup: Backup | None = None
     recovery: Mapping[str, float] = field(default_factory=dict)
     relabels: bool = True
+    images_from: str | None = None
     digest: str | None = None
 
     @property
@@ -163,6 +166,8 @@ class FittedGuard:
             ],
             "retrained_with": self.retrained_with._asdict() if self.retrained_with is not None else None,
         }
+        if self.images_from is not None:
+            document["images_from"] = self.images_from
         sample = sample_of(self.reference)
         arrays: dict[str, AnyArray] = {
             "clean_scores": self.clean_scores,
@@ -246,6 +251,7 @@ class FittedGuard:
                 backup=Backup.restore(about, weights, suspect.module if suspect else None) if about else None,
                 recovery=document.get("recovery") or {},
                 relabels=document.get("relabels", True),
+                images_from=document.get("images_from"),
                 digest=stored.digest,
             )
             guard._check_calibration(stored.arrays)

@@ -41,12 +41,15 @@ class Series(NamedTuple):
 def parse(text: str) -> dict[Series, float]:
     """Return the guard's series in a page of metrics (Prometheus' text format); all others are passed over.
 
+    Names are kept as they stand: types are not read, as the parser appends `_total` to every counter without it, and
+    TorchServe declares a histogram's `_bucket`, `_sum` and `_count` as counters.
+
     Raises
     ------
     ObservingError
         If it is no such page.
     """
-    ours = [line for line in text.splitlines() if line.startswith(("guard_", "# TYPE guard_"))]
+    ours = [line for line in text.splitlines() if line.startswith("guard_")]
     found: dict[Series, float] = {}
     try:
         for family in text_string_to_metric_families("\n".join(ours) + "\n"):

@@ -387,6 +387,12 @@ class Queue:
         with self.database.reading() as connection:
             return int(connection.execute(statement, values).scalar_one())
 
+    def count_standing(self, reviewer: str, *, after_id: int = 0) -> int:
+        """Count the answers of a reviewer, with a number above one, that were neither withdrawn nor replaced."""
+        with self.database.reading() as connection:
+            values = {"reviewer": reviewer, "after_id": after_id}
+            return int(connection.execute(statements.COUNT_STANDING, values).scalar_one())
+
     def count_pending(self, model: str, *, after_id: int = 0) -> int:
         """Count the pending items of a model with a number above one."""
         with self.database.reading() as connection:

@@ -307,6 +307,17 @@ ANSWERS_AFTER = (
 )
 ANSWERS_OF_REVIEWER_AFTER = ANSWERS_AFTER.where(decisions.c.reviewer == sa.bindparam("reviewer"))
 ANSWERS_BY_ID = ANSWERS.where(decisions.c.id.in_(sa.bindparam("ids", expanding=True)))
+#: How many answers of one reviewer above a number stand.
+COUNT_STANDING = (
+    sa.select(sa.func.count())
+    .select_from(decisions)
+    .where(
+        decisions.c.reviewer == sa.bindparam("reviewer"),
+        decisions.c.id > sa.bindparam("after_id"),
+        decisions.c.kind == "answer",
+        ~_is_replaced,
+    )
+)
 #: Answers about one item that stand, oldest first.
 STANDING = ANSWERS.where(decisions.c.item_id == sa.bindparam("item_id"), _later.c.id.is_(None)).order_by(decisions.c.id)
 #: The chain, oldest first.

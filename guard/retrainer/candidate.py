@@ -43,6 +43,11 @@ class Trial(NamedTuple):
     after: Measurement
     judgement: Judgement
 
+    @property
+    def is_same(self) -> bool:
+        """True if every figure of both is the same."""
+        return self.before.as_dict() == self.after.as_dict()
+
 
 def doubt_poisoned(guard: Guard, material: Material, settings: RetrainerSettings) -> Material:
     """Return the material without poisoned answers that no other bears out; without all, where most are such.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import itertools
+import json
 import logging
 import shutil
 import threading
@@ -35,13 +37,13 @@ from guard.retrainer.material import Material, gather
 from guard.retrainer.promotion import Lineage, Promoter, Promotion, same_network, write_candidate
 from guard.retrainer.report import Finished, about_material, about_trial
 from guard.retrainer.settings import RetrainerSettings
-from guard.storage.bundle import BundleStore
+from guard.storage.bundle import RETRAINER_LOCK, BundleStore
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".retrainer.lock"
 #: Flagged inputs without a decision that both guards are asked about.
 _UNDECIDED = 500
+_NOTHING_GAINED = "the candidate does on every kind of input what the active guard does: nothing is gained by it."
 _PAGE = 1000
 
 
@@ -75,7 +77,7 @@ class Retrainer:
     def __enter__(self) -> Self:
         root = self.store.root
         try:
-            file = open_private(root / LOCK, "a")
+            file = open_private(root / RETRAINER_LOCK, "a")
         except OSError as error:
             raise RetrainingError(f"{root}: {error.strerror}. A folder of bundles is needed: `guard fit`.") from error
         try:
@@ -84,6 +86,7 @@ class Retrainer:
             file.close()
             raise RetrainingError(f"another retrainer works on {root}. Stop that one first.") from error
         self._lock = file  # the kernel gives the lock back however this process ends
+        publish_thresholds(file, self.model, self.settings)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -115,7 +118,14 @@ class Retrainer:
         if last is not None and last.outcome == "canary":
             return self._end_canary(last)
         why = self._why_now(last)
-        return self._round(why) if why else None
+        if not why:
+            return None
+        settled = self.queue.settled(self.model)
+        basis = self._basis(settled)
+        if last is not None and self._has_learned(last, basis):
+            logger.info("no round, though %s: round %d began with the same answers", why, last.id)
+            return None
+        return self._round(why, settled, basis)
 
     def recover(self) -> None:
         """Finish or drop an interrupted promotion, and close rounds that were left open as failed."""
@@ -148,13 +158,26 @@ class Retrainer:
         seen = last.report.get("newest_item", 0) if last is not None else 0
         return self.queue.count_pending(self.model, after_id=seen) >= self.settings.enough_flagged
 
+    def _basis(self, settled: Sequence[Settled]) -> str:
+        """Return a digest of all that a round is made from, but for the active bundle."""
+        parts: list[Any] = [sorted((item.id, item.decision_id) for item in settled), self.settings.model_dump()]
+        parts.append(sorted(Reviewers(self.queue).names()))
+        if self.settings.demarcation == "purified":
+            parts.append(self.queue.newest_pending(self.model))
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _has_learned(self, last: Round, basis: str) -> bool:
+        """Return whether a round from this basis came to its end, and nobody has changed the active bundle since."""
+        result = last.candidate_digest if last.outcome == "promoted" else last.report.get("parent")
+        is_done = last.outcome in ("promoted", "refused")
+        return is_done and last.report.get("basis") == basis and self.store.known_active() == result
+
     # -- one round ----------------------------------------------------------------------------------------------
 
-    def _round(self, why: str) -> Finished:
-        settled = self.queue.settled(self.model)
+    def _round(self, why: str, settled: Sequence[Settled], basis: str) -> Finished:
         round_id = self.rounds.begin(self.model, len(settled))
         newest = max([self.queue.newest_pending(self.model), *(item.id for item in settled)])
-        report: dict[str, Any] = {"why": why, "model": self.model, "newest_item": newest}
+        report: dict[str, Any] = {"why": why, "model": self.model, "newest_item": newest, "basis": basis}
         started = time.monotonic()
         try:
             outcome = self._try(settled, report)
@@ -201,6 +224,9 @@ class Retrainer:
         trial = try_candidate(guard, pair, material, undecided, settings)
         report |= about_trial(trial)
         if not trial.judgement.passed:
+            return "refused"
+        if trial.is_same:
+            report["reasons"] = [_NOTHING_GAINED]
             return "refused"
         if settings.canary_inputs:
             report["canary"] = {"after_item_id": report["newest_item"]}
@@ -283,6 +309,14 @@ class Retrainer:
         while page := self.queue.decisions(after_id=found[-1].id if found else 0, limit=_PAGE):
             found += page
         return found
+
+
+def publish_thresholds(file: IO[str], model: str, settings: RetrainerSettings) -> None:
+    """Write into the lock's file what the review page tells people of: when a round starts by itself."""
+    known = settings.model_dump(include={"enough_decisions", "every_hours", "min_decisions"})
+    file.truncate(0)
+    file.write(json.dumps({"model": model, **known}) + "\n")
+    file.flush()
 
 
 def _too_little(material: Material, n_decided: int, n_anomalies: int, settings: RetrainerSettings) -> str:

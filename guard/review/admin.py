@@ -137,7 +137,14 @@ def _context(workspace: Workspace, session: Session) -> dict[str, Any]:
                 "answers": workspace.log.count(reviewer.name),
             }
         )
-    known = {"new_name": "", "new_token": "", "rows": rows, "models": workspace.models(), "exports": list(EXPORTS)}
+    known = {
+        "new_name": "",
+        "new_token": "",
+        "rows": rows,
+        "models": workspace.models(),
+        "awaited": workspace.awaited(),
+        "exports": list(EXPORTS),
+    }
     return {**known, **shared(workspace, session)}
 
 

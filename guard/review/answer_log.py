@@ -38,12 +38,13 @@ class AnswerLog:
 
     def since(self, reviewer: str, time: datetime) -> list[Decision]:
         """Return the answers that stand and were given at or after a time, newest first."""
-        later = self.given_since(reviewer, time)
+        later = sum(decided_at >= time for _, decided_at in self._ids(reviewer))
         return [decision for decision in self.newest(reviewer, later) if decision.stands]
 
-    def given_since(self, reviewer: str, time: datetime) -> int:
-        """Return how many answers were given at or after a time, also such as do not stand any more; costs nothing."""
-        return sum(decided_at >= time for _, decided_at in self._ids(reviewer))
+    def count_standing(self, reviewer: str, time: datetime | None = None) -> int:
+        """Return how many answers stand, of all or of those given at or after a time; one count by the database."""
+        ids = [decision_id for decision_id, decided_at in self._ids(reviewer) if time is None or decided_at >= time]
+        return self._queue.count_standing(reviewer, after_id=ids[0] - 1) if ids else 0
 
     def last_standing(self, reviewer: str) -> Decision | None:
         """Return the newest answer that stands; None if none does."""

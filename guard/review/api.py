@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
+from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
@@ -14,7 +15,23 @@ from guard.review.images import picture_response
 from guard.review.pictures import picture_of_tensor
 from guard.review.workspace import Order, Workspace
 
-router = APIRouter(prefix="/api/v1")
+#: What every call may answer instead; the body is `{"error": TEXT}`.
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    401: {"description": "No token of a reviewer."},
+    403: {"description": "The role or the item does not allow it."},
+    409: {"description": "The item was answered, or is somebody else's."},
+    410: {"description": "The item is gone."},
+    422: {"description": "The request breaks a rule, which the text names."},
+    429: {"description": "Too many wrong tokens; see Retry-After."},
+    503: {"description": "The queue does not answer; see Retry-After."},
+}
+_ERROR_BODY = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
+for _error in _ERRORS.values():
+    _error["content"] = {"application/json": {"schema": _ERROR_BODY}}
+
+router = APIRouter(prefix="/api/v1", responses=_ERRORS)
+#: For everybody, without a token.
+open_router = APIRouter()
 
 
 class OneAnswer(BaseModel):
@@ -48,6 +65,22 @@ class RetrainRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: Text = Field(min_length=1, max_length=200)
+
+
+@open_router.get("/healthz")
+def healthy(workspace: TheWorkspace) -> dict[str, str]:
+    """Say that the page runs and its queue answers; 503 if the queue does not."""
+    workspace.rounds.models()
+    return {"status": "ok"}
+
+
+@open_router.get("/api/v1/openapi.json")
+def description() -> dict[str, Any]:
+    """Return the OpenAPI description of this interface."""
+    described = get_openapi(title="Guard review", version="1", routes=router.routes)
+    described["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    described["security"] = [{"token": []}]
+    return described
 
 
 @router.get("/items/next")
@@ -139,6 +172,7 @@ def _item(workspace: Workspace, item: QueueItem) -> dict[str, Any]:
         "suspect_label": flagged.suspect_label,
         "backup_label": flagged.backup_label,
         "backup_confidence": flagged.backup_confidence,
+        "second_opinion": workspace.opinion(flagged),
         "class_names": workspace.names(flagged),
         "p_value": flagged.p_value,
         "score": flagged.combined,

@@ -63,6 +63,7 @@ def create_app(workspace: Workspace) -> FastAPI:
     app.mount("/static", StaticFiles(directory=Path(STATIC)), name="static")
     for room in (signing_in, pages, groups, images, page, admin, api):
         app.include_router(room.router)
+    app.include_router(api.open_router)
     app.add_exception_handler(NotSignedInError, _not_signed_in)
     app.add_exception_handler(TooManyAttemptsError, _refused)
     app.add_exception_handler(ForbiddenError, _refused)
@@ -113,4 +114,4 @@ def _reply_to(error: Exception) -> tuple[int, str, dict[str, str]]:
 
 
 def _is_program(request: Request) -> bool:
-    return request.url.path.startswith("/api/")
+    return request.url.path.startswith(("/api/", "/healthz"))

@@ -9,6 +9,7 @@ from starlette.responses import RedirectResponse, Response
 
 from guard.errors import AlreadyDecided, DataError, ItemGone, LeaseExpired
 from guard.relabel.items import Answer, QueueItem
+from guard.review import wording
 from guard.review.access import Form, Number, Posted, SignedIn, TheWorkspace
 from guard.review.pages import shared
 from guard.review.rendering import render
@@ -19,7 +20,7 @@ router = APIRouter(prefix="/groups")
 #: What the true label of each item of a group is, where it has none of its own.
 RULES = {
     "one": "the same for all",
-    "backup": "each what its backup says",
+    "backup": "each what its {opinion} says",
     "suspect": "each what the suspect says",
     "none": "cannot be told",
 }
@@ -51,7 +52,7 @@ def decide_group(request: Request, workspace: TheWorkspace, posted: Form, group:
         items = [workspace.item(item_id) for item_id in included if item_id is not None]
         if not items:
             raise DataError("no item is chosen.")
-        answers = [_answer(posted, item, workspace.names(item.input)) for item in items]
+        answers = [_answer(posted, item, workspace) for item in items]
         workspace.decide(posted.session.name, answers)
     except (DataError, AlreadyDecided, ItemGone, LeaseExpired) as error:  # what was filled in stays for the others
         held = workspace.take_group(posted.session.name, group)
@@ -75,37 +76,38 @@ def leave(workspace: TheWorkspace, posted: Form, group: Number) -> Response:
     return RedirectResponse("/groups", status_code=303)
 
 
-def _answer(posted: Posted, item: QueueItem, names: list[str]) -> Answer:
+def _verdict(posted: Posted, item: QueueItem) -> str:
+    """Return the verdict of one item, its own or the group's."""
+    return posted.text(f"verdict_{item.id}") or posted.text("verdict")
+
+
+def _answer(posted: Posted, item: QueueItem, workspace: Workspace) -> Answer:
     """Return what the form says of one item: its own verdict and label, else those of the group."""
-    verdict = posted.text(f"verdict_{item.id}") or posted.text("verdict")
+    verdict, names = _verdict(posted, item), workspace.names(item.input)
     if verdict not in ("poisoned", "false_alarm"):
         raise DataError("say whether the group is poisoned or a false alarm.")
     try:
         chosen_label = label_of(posted.text(f"label_{item.id}"), names)
     except DataError as error:
         raise DataError(f"item {item.id}: {error}") from error
-    label = chosen_label if chosen_label is not None else _group_label(posted, item, names, verdict)
+    label = chosen_label if chosen_label is not None else _group_label(posted, item, workspace, verdict)
     return Answer(item_id=item.id, is_poisoned=verdict == "poisoned", true_label=label)
 
 
-def _group_label(posted: Posted, item: QueueItem, names: list[str], verdict: str) -> int | None:
+def _group_label(posted: Posted, item: QueueItem, workspace: Workspace, verdict: str) -> int | None:
     rule = posted.text("rule")
     if verdict == "false_alarm" and posted.text("verdict") != verdict:
         return item.input.suspect_label  # an exception in a poisoned group: the suspect is right there
     if rule == "backup":
-        backup = item.input.backup_label
-        if backup is None:
-            raise DataError(f"item {item.id} has no backup's answer. Give its own label, or leave it out.")
-        if backup == item.input.suspect_label and verdict == "poisoned":
-            raise DataError(
-                f"item {item.id}: its backup says what the suspect says. Give its own label, or leave it out."
-            )
-        return backup
+        if doubt := wording.doubt(item.input, verdict == "poisoned"):
+            opinion = workspace.opinion(item.input)
+            raise DataError(f"item {item.id}: its {opinion} {doubt}. Give its own label, or leave it out.")
+        return item.input.backup_label
     if rule == "suspect":
         return item.input.suspect_label
     if rule == "none":
         return None
-    label = label_of(posted.text("group_label"), names)
+    label = label_of(posted.text("group_label"), workspace.names(item.input))
     if rule != "one" or label is None:
         raise DataError("choose what the true label is.")
     return label
@@ -114,17 +116,9 @@ def _group_label(posted: Posted, item: QueueItem, names: list[str], verdict: str
 def _context(workspace: Workspace, group: int, items: list[QueueItem], posted: Posted | None = None) -> dict[str, Any]:
     """Return what the template shows; after an error with what the reviewer had filled in."""
     names = workspace.names(items[0].input) if items else []
-    included = posted.form.getlist("include") if posted is not None else None
-    tiles: list[dict[str, Any]] = [
-        {
-            "item": item,
-            "names": workspace.names(item.input),
-            "included": included is None or str(item.id) in included,
-            "label": posted.text(f"label_{item.id}") if posted is not None else "",
-            "verdict": posted.text(f"verdict_{item.id}") if posted is not None else "",
-        }
-        for item in items
-    ]
+    opinion = workspace.opinion(items[0].input) if items else ""
+    pending = sum(listed.pending for listed in workspace.queue.groups() if listed.id == group)
+    tiles = [_tile(workspace, item, posted) for item in items]
     suspects = {tile["names"][tile["item"].input.suspect_label] for tile in tiles}
     chosen = {name: posted.text(name) if posted is not None else "" for name in ("verdict", "rule", "group_label")}
     return {
@@ -132,6 +126,30 @@ def _context(workspace: Workspace, group: int, items: list[QueueItem], posted: P
         "tiles": tiles,
         "names": names,
         "one_suspect": suspects.pop() if len(suspects) == 1 else None,
-        "rules": RULES,
+        "rules": {rule: text.format(opinion=opinion) for rule, text in RULES.items()},
+        "opinion": opinion,
+        "more": pending,
         "chosen": chosen,
+    }
+
+
+def _tile(workspace: Workspace, item: QueueItem, posted: Posted | None) -> dict[str, Any]:
+    """Return one item of the form; where its second opinion is not to be taken unseen, with the reason."""
+
+    def said(name: str) -> str:
+        return posted.text(name) if posted is not None else ""
+
+    always, if_poisoned = (wording.doubt(item.input, is_poisoned) for is_poisoned in (False, True))
+    is_poisoned = posted is None or _verdict(posted, item) == "poisoned"
+    label, doubt = said(f"label_{item.id}"), if_poisoned if is_poisoned else always
+    applies = said("rule") == "backup" and bool(doubt) and not label
+    return {
+        "item": item,
+        "names": workspace.names(item.input),
+        "included": (posted is None or str(item.id) in posted.form.getlist("include")) and not applies,
+        "label": label,
+        "verdict": said(f"verdict_{item.id}"),
+        "doubt": always or if_poisoned,
+        "doubt_when": "always" if always else "poisoned",
+        "applies": applies,
     }

@@ -37,6 +37,12 @@ class KnownBundle:
         Squared length of each row of `features`.
     labels : ndarray of shape (n,), int64
         True labels of the clean reference.
+    images_from : str or None
+        Path of the clean images that it was fitted on.
+    parent : str
+        Digest of the bundle that it was retrained from; "" for a guard that was fitted.
+    has_backup : bool
+        Whether second opinions are a backup's; else they are the replacement head's.
     """
 
     digest: str
@@ -46,6 +52,9 @@ class KnownBundle:
     features: Float32Array
     squares: Float64Array
     labels: IntArray
+    images_from: str | None
+    parent: str
+    has_backup: bool
 
     def nearest(self, features: Float32Array, label: int, n: int) -> IntArray:
         """Return the rows of the n clean references of a class that are nearest to features of shape (d,)."""
@@ -93,6 +102,10 @@ class KnownBundles:
         digest = self.store.known_active() if self.store is not None else None
         return self.find(digest) if digest else None
 
+    def is_active(self, digest: str | None) -> bool:
+        """Return whether a bundle is the one that serves now, as far as the folder is known."""
+        return self.store is not None and digest is not None and self.store.known_active() == digest
+
     def class_names(self, digest: str) -> tuple[str, ...] | None:
         """Return the class names of a bundle, or of the active one if it is gone."""
         known = self.find(digest) or self.active()
@@ -118,4 +131,7 @@ def _known(stored: StoredBundle) -> KnownBundle:
         features,
         np.einsum("ij,ij->i", features, features, dtype=np.float64),
         stored.arrays["labels"],
+        stored.document.get("images_from"),
+        (stored.document.get("lineage") or {}).get("retrained_from", ""),
+        bool(stored.document.get("backup")),
     )

@@ -134,8 +134,9 @@ def progress(request: Request, workspace: TheWorkspace, session: SignedIn) -> Re
     """Show how far the queue is, and what the answers changed after each retraining."""
     now = datetime.now(UTC)
     context = {
-        "mine": workspace.log.count(session.name),
-        "last_hour": len(workspace.log.since(session.name, now - timedelta(hours=1))),
+        "mine": workspace.log.count_standing(session.name),
+        "last_hour": workspace.log.count_standing(session.name, now - timedelta(hours=1)),
+        "awaited": workspace.awaited(),
         "rounds": [_round(entry) for entry in workspace.rounds.all(limit=50)],
         "dropped": sum(workspace.counts(session.reviewer).dropped.values()),
         **shared(workspace, session),
@@ -152,7 +153,7 @@ def shared(workspace: Workspace, session: Session) -> dict[str, Any]:
         "session": session,
         "counts": counts,
         "by_state": by_state,
-        "today": workspace.log.given_since(session.name, since),
+        "today": workspace.log.count_standing(session.name, since),
     }
 
 

@@ -18,6 +18,9 @@ from guard.relabel.rounds import MEASURES
 #: Keys with a meaning of their own on the page; they are no class's key.
 RESERVED_KEYS = "pfsuoxv"
 
+#: Confidence from which on a second opinion is taken for many inputs at once.
+SURE = 0.7
+
 _FEATURES = "the last layer"
 _USUAL_RATE: float = GuardConfig.model_fields["false_positive_rate"].default
 #: Kind of a detector -> what it says when it fires, given the suspect's answer.
@@ -38,6 +41,8 @@ _QUIET = {
 
 
 _IN_WORDS = {name: text for text, name in MEASURES}
+#: What comes before the text of a check of the gate.
+_PASSED = {True: "passed: ", False: "failed: ", None: "not measured: "}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +127,31 @@ def suspect_confidence(flagged: FlaggedInput) -> float:
     return float(shares[flagged.suspect_label] / shares.sum())
 
 
-def rival_label(flagged: FlaggedInput) -> tuple[int, str]:
+def opinion_name(has_backup: bool | None) -> str:
+    """Return what gives a guard's second opinions: its backup, else its replacement head; None: it is not known."""
+    if has_backup is None:
+        return "second opinion"
+    return "backup" if has_backup else "replacement head"
+
+
+def doubt(flagged: FlaggedInput, is_poisoned: bool) -> str:
+    """Return why a second opinion is not to be taken unseen for the true label; empty if it may be."""
+    if flagged.backup_label is None:
+        return "has no answer"
+    if is_poisoned and flagged.backup_label == flagged.suspect_label:
+        return "says what the suspect says"
+    confidence = flagged.backup_confidence or 0.0
+    return "" if confidence >= SURE else f"is only {percent(confidence)} sure"
+
+
+def rival_label(flagged: FlaggedInput, opinion: str) -> tuple[int, str]:
     """Return the class to compare the suspect's answer with, and who names it.
 
-    The backup's label; where there is none, or it is the suspect's own, the suspect's second best.
+    The label of the second opinion, by its name; where there is none, or it is the suspect's own, the suspect's second
+    best.
     """
     if flagged.backup_label is not None and flagged.backup_label != flagged.suspect_label:
-        return flagged.backup_label, "what the backup says"
+        return flagged.backup_label, f"what the {opinion} says"
     order = np.argsort(-flagged.activations.logits[0], kind="stable")
     return int(next(label for label in order if label != flagged.suspect_label)), "the model's second choice"
 
@@ -201,14 +224,15 @@ def before_and_after(report: Mapping[str, object]) -> list[tuple[str, str, str, 
             change = "" if points is None else "same" if points == 0 else f"{points:+.1f} points".replace("-", "−")
         elif isinstance(old, int | float) and isinstance(new, int | float) and not isinstance(old, bool):
             change = "same" if abs(new - old) < 5e-7 else f"{new - old:+.4g}".replace("-", "−")
-        rows.append((_IN_WORDS.get(name, name.replace("_", " ")), _figure(old), _figure(new), change))
+        rows.append((_IN_WORDS.get(name, _words(name)), _figure(old), _figure(new), change))
     return rows
 
 
 def other_facts(report: Mapping[str, object]) -> list[tuple[str, str]]:
     """Return everything else in a round's report, as (name, text)."""
-    facts = {name: value for name, value in report.items() if name not in ("before", "after", "reasons", "outcome")}
-    return [(name.replace("_", " "), _figure(value)) for name, value in _flat(facts).items()]
+    shown_elsewhere = ("before", "after", "reasons", "outcome", "basis", "changes")
+    facts = {name: value for name, value in report.items() if name not in shown_elsewhere}
+    return [(_words(name), _figure(value)) for name, value in _flat(facts).items()]
 
 
 def reasons(report: Mapping[str, object]) -> list[str]:
@@ -260,6 +284,14 @@ def _figure(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        if isinstance(text := value.get("text"), str):  # a check of the gate says in words what it found
+            return f"{_PASSED.get(value.get('passed'), '')}{text}"
+        return ", ".join(f"{_words(str(name))}: {_figure(part)}" for name, part in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(_figure(part) for part in value)
+        return ("; " if any(isinstance(part, Mapping) for part in value) else ", ").join(map(_figure, value)) or "none"
     return str(value)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")

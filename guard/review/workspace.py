@@ -64,16 +64,38 @@ class CleanImages:
 
     Attributes
     ----------
-    images : ndarray of shape (n, channels, height, width), float32
+    images : sequence of ndarray of shape (channels, height, width), float32
+        An array, or read from their files when they are asked for.
     labels : ndarray of shape (n,), int64
+    fitted : KnownBundle or None
+        The bundle that was fitted on all of them, where a guard was retrained on a part.
     """
 
-    images: Float32Array
+    images: Sequence[Float32Array] | Float32Array
     labels: IntArray
+    fitted: KnownBundle | None = None
 
     def are_of(self, bundle: KnownBundle) -> bool:
         """True if these are the images that the bundle was fitted on, in the same order, as far as labels tell."""
         return np.array_equal(self.labels, bundle.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Awaited:
+    """How near the next retraining of a model is.
+
+    Attributes
+    ----------
+    model : str
+    n_new : int
+        Inputs whose answer counts, answered since the last retraining began.
+    needed : int or None
+        So many start a retraining; None: no retrainer has said so.
+    """
+
+    model: str
+    n_new: int
+    needed: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +129,8 @@ class ItemView:
     neighbours: list[Neighbours]
     #: Why there are no neighbours; empty if there are.
     no_neighbours: str
+    #: What gives the guard's second opinion, by its name.
+    opinion: str
     #: The reviewer's own answer that stands.
     answer: Decision | None = None
 
@@ -117,12 +141,12 @@ class ItemView:
 
     @property
     def likely(self) -> list[tuple[int, str]]:
-        """The classes to choose among most often, with who names them, the backup's first: they head the list."""
+        """The classes to choose among most often, with who names them: they head the list, the second opinion first."""
         flagged = self.item.input
-        rival, _ = wording.rival_label(flagged)
+        rival, _ = wording.rival_label(flagged, self.opinion)
         if flagged.backup_label == flagged.suspect_label:
-            return [(flagged.suspect_label, "backup and suspect"), (rival, "second choice")]
-        named_by = "backup" if rival == flagged.backup_label else "second choice"
+            return [(flagged.suspect_label, f"{self.opinion} and suspect"), (rival, "second choice")]
+        named_by = self.opinion if rival == flagged.backup_label else "second choice"
         return [(rival, named_by), (flagged.suspect_label, "suspect")]
 
     @property
@@ -140,7 +164,7 @@ class ItemView:
 
     @property
     def backup_name(self) -> str | None:
-        """Name of the backup's answer; None if the guard has no backup."""
+        """Name of the second opinion's answer; None if there is none."""
         label = self.item.input.backup_label
         return None if label is None else self.names[label]
 
@@ -195,9 +219,13 @@ class Workspace:
         return claimed[0] if claimed else None
 
     def take_group(self, reviewer: str, group: int) -> list[QueueItem]:
-        """Return up to `GROUP_PAGE` items of a group for one reviewer alone."""
+        """Return up to `GROUP_PAGE` items of a group for one reviewer; others keep half of what waits."""
         held = self._still_held(reviewer, group)[:GROUP_PAGE]
-        missing = GROUP_PAGE - len(held)
+        most = GROUP_PAGE
+        if self.reviewers.names() != [reviewer]:
+            waiting = self.queue.counts(seen_by=reviewer).by_state[State.PENDING]
+            most = -(-(len(held) + waiting) // 2)
+        missing = max(0, min(GROUP_PAGE, most) - len(held))
         claimed = self.queue.claim(reviewer, missing, order="suspicion", group=group) if missing else []
         self.held_items.add(reviewer, claimed)
         return held + claimed
@@ -258,7 +286,7 @@ class Workspace:
         """Return an item with everything that helps to judge it."""
         flagged = item.input
         names = self.names(flagged)
-        known = self.bundles.find(flagged.bundle_digest) or self.bundles.active()
+        known = self._bundle_of(flagged)
         neighbours, why_not = self._neighbours(flagged, names, known)
         return ItemView(
             item,
@@ -273,8 +301,14 @@ class Workspace:
             wording.suspect_confidence(flagged),
             neighbours,
             why_not,
+            self.opinion(flagged),
             answer,
         )
+
+    def opinion(self, flagged: FlaggedInput) -> str:
+        """Return what gave the second opinion of an input: the backup or the replacement head of its guard."""
+        known = self._bundle_of(flagged)
+        return wording.opinion_name(known.has_backup if known is not None else None)
 
     def names(self, flagged: FlaggedInput) -> list[str]:
         """Return one name per class of the model that a flagged input was for."""
@@ -284,7 +318,22 @@ class Workspace:
         """Ask for a retraining of a model; DataError if there is none of that name."""
         if model not in (known := self.models()):
             raise DataError(f"there is no model {model!r}: known are {known}.")
+        last = self.rounds.last(model)
+        if last is not None and last.outcome == "promoted" and self.bundles.is_active(last.candidate_digest):
+            n_settled, n_new = (self.queue.count_settled(model, since=since) for since in (None, last.began_at))
+            if n_new == 0 and n_settled == last.n_decisions:
+                raise DataError(f"no answer is new since round {last.id} of {model}: there is nothing to learn.")
         self.rounds.request(model, reviewer)
+
+    def awaited(self) -> list[Awaited]:
+        """Return how near the next retraining of each model is."""
+        needed = self.bundle_list.answers_needed()
+        found = []
+        for model in self.models():
+            last = self.rounds.last(model)
+            n_new = self.queue.count_settled(model, since=None if last is None else last.began_at)
+            found.append(Awaited(model, n_new, needed.get(model)))
+        return found
 
     def models(self) -> list[str]:
         """Return the names of the models that have items in the queue or rounds of retraining, sorted."""
@@ -330,6 +379,9 @@ class Workspace:
         """Return how much there is of everything; to a reviewer gold items count as all others."""
         return self.queue.counts() if reviewer.role == "admin" else self.queue.counts(seen_by=reviewer.name)
 
+    def _bundle_of(self, flagged: FlaggedInput) -> KnownBundle | None:
+        return self.bundles.find(flagged.bundle_digest) or self.bundles.active()
+
     def _still_held(self, reviewer: str, group: int | None) -> list[QueueItem]:
         wanted = self.held_items.of(reviewer, group)
         held = {item.id: item for item in self.queue.claim_items(reviewer, wanted)} if wanted else {}
@@ -344,8 +396,10 @@ class Workspace:
         if known is None:
             return [], "The bundle that flagged this input is not in the folder of bundles."
         if not self.clean.are_of(known):
-            return [], "The images given with --images are not those that this guard was fitted on."
-        rival, why = wording.rival_label(flagged)
+            if self.clean.fitted is None:
+                return [], "The clean images at hand are not those of this guard. Name those with --images."
+            known = self.clean.fitted
+        rival, why = wording.rival_label(flagged, self.opinion(flagged))
         labels = ((flagged.suspect_label, "what the suspect says"), (rival, why))
         features = flagged.activations.features[0]
         found = [

@@ -28,6 +28,8 @@ DOCUMENT, ARRAYS, SUMS = "guard.json", "arrays.safetensors", "SHA256SUMS"
 ACTIVE, HISTORY = "ACTIVE", "HISTORY"
 #: What a promotion that has begun is about to do; gone when it is done.
 JOURNAL = ".promotion.json"
+#: Held by the retrainer of the folder; says for which model it works, and when a round starts by itself.
+RETRAINER_LOCK = ".retrainer.lock"
 _SHORT = 12  # digits of a digest that are shown to people
 _DIGEST = re.compile("[0-9a-f]{64}")
 #: Largest files that are read: a few lines, ten thousands of digests, settings and lineage, clean reference and backup.

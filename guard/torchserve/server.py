@@ -24,6 +24,7 @@ from guard.processes.ports import LOOPBACK, Ports, choose_ports
 from guard.resources import resource_path
 from guard.torchserve.archives.archive import Archive, find_archives
 from guard.torchserve.client import NO_REPLY, Client
+from guard.torchserve.keys import agent_option, kept_keys
 from guard.torchserve.launch import format_properties, java_command, server_environment, server_settings
 from guard.torchserve.server_log import ServerLogs, failed_model
 
@@ -62,6 +63,10 @@ class TorchServeInstance:
         A worker that does not answer for so long is killed and started again.
     token_authorization : bool
         Whether calls need a key, see `token`.
+    key_file : Path, optional
+        Where keys are kept for the next start; made if it is missing. Default: new keys at every start.
+    rotate_keys : bool
+        Whether `key_file` gets new keys.
     metrics_config : Path, optional
         YAML that declares the metrics; undeclared ones are dropped. Default is the `metrics.yaml` of this package,
         else the one of TorchServe.
@@ -87,6 +92,8 @@ class TorchServeInstance:
         max_batch_delay_ms: int = 1,
         response_timeout_seconds: int = 60,
         token_authorization: bool = True,
+        key_file: Path | None = None,
+        rotate_keys: bool = False,
         metrics_config: Path | None = None,
         environment: Mapping[str, str] | None = None,
         java_options: Sequence[str] = (),
@@ -99,12 +106,15 @@ class TorchServeInstance:
         self.max_batch_delay_ms = max_batch_delay_ms
         self.response_timeout_seconds = response_timeout_seconds
         self.token_authorization = token_authorization
+        self.key_file = key_file if token_authorization else None
         self.metrics_config = metrics_config
         self.environment = dict(environment or {})
         self.java_options = tuple(java_options)
         self.quiet = quiet
         self._requested_ports = (inference_port or 0, management_port or 0, metrics_port or 0)
         self._requested_work_dir = work_dir
+        self._rotate_keys = rotate_keys
+        self._keys: dict[str, str] | None = None
         self._work_dir: Path | None = None
         self._temp_dir: Path | None = None
         self._ports: Ports | None = None
@@ -133,6 +143,8 @@ class TorchServeInstance:
         atexit.register(self.stop)
         try:
             self._make_folders()
+            if self.key_file is not None:
+                self._keys = kept_keys(self.key_file, rotate=self._rotate_keys)
             self._write_settings()
             self._spawn(self._command())
         except BaseException:
@@ -236,8 +248,8 @@ class TorchServeInstance:
     def token(self, kind: Literal["inference", "management"] = "inference") -> str | None:
         """Return the key for one kind of call, read anew from `key_file.json`; None if calls need none.
 
-        TorchServe makes new keys at every start and lets them lapse after 60 minutes; the shipped settings
-        (`token_expiration_min`) make that a year, because nothing renews them by itself.
+        TorchServe makes new keys at every start, unless there is a `key_file`, and lets them lapse after 60 minutes;
+        the shipped settings (`token_expiration_min`) make that a year, because nothing renews them by itself.
 
         Raises
         ------
@@ -341,6 +353,8 @@ class TorchServeInstance:
         options = [f"-Djava.io.tmpdir={self._temp_dir}"]
         if self.quiet:
             options.append(f"-Dlog4j.configurationFile={resource_path('log4j2.xml').absolute().as_uri()}")
+        if self._keys is not None:
+            options.append(agent_option(self._keys, self._temp_dir))
         arguments = ["-f", str(self.work_dir / "config.properties"), "-s", str(self.model_store), "-ncs"]
         return java_command([*options, *self.java_options], arguments)
 
@@ -367,6 +381,8 @@ class TorchServeInstance:
             if status != 200 or sum(worker["status"] == "READY" for worker in workers) < self.workers:
                 return False
         try:
+            if self._keys is not None and self.token() != self._keys["inference"]:
+                return False  # not in their place yet
             with self.client(timeout_seconds=10) as client:
                 return client.request("GET", "/ping").status == 200
         except ServerError:

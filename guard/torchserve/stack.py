@@ -143,8 +143,10 @@ class ServingStack:
                 self._tell(
                     f"the review page knows the bundles in {folders[0]} only: other models' classes go by numbers"
                 )
+            archives = [str(self.server.archives_served[name]) for name in bundles]
             commands["review page"] = [
                 *("review", "--port", str(beside.review_port), *(["--bundles", folders[0]] if folders else [])),
+                *(["--archive", archives[0]] if len(archives) == 1 else []),  # of several, none is everybody's
                 *("--metrics-url", self.server.metrics_url, *metrics_option("guard-review"), *beside.review_options),
             ]
         for name, folder in bundles.items() if beside.retrains else ():

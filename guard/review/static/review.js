@@ -225,11 +225,40 @@ document.addEventListener("change", (event) => {
   if (event.target.name === "verdict" && $("#rule")) {
     $("#rule").value = event.target.value === "poisoned" ? "" : "suspect";
   }
+  if (event.target.closest("#group-form") && event.target.name !== "include") markDoubts();
 });
 function showChosen() {
   const chosen = $("#chosen");
   if (chosen) chosen.textContent = document.querySelectorAll("[name=include]:checked").length;
 }
+// A second opinion that is not sure is not taken for a group unseen: its item is left out, and says why.
+function markDoubts() {
+  const group = $("#group-form [name=verdict]:checked")?.value, byOpinion = $("#rule").value === "backup";
+  document.querySelectorAll(".tile[data-doubt]").forEach((tile) => {
+    const box = tile.querySelector("[name=include]"), verdict = tile.querySelector("select").value || group;
+    const own = tile.querySelector(".tile-own input").value !== "";
+    const applies = byOpinion && !own && (tile.dataset.doubt === "always" || verdict === "poisoned");
+    tile.querySelector(".doubt").hidden = !applies;
+    if (applies && box.checked) {
+      box.checked = false;
+      box.dataset.leftOut = "";
+    } else if (!applies && "leftOut" in box.dataset) {
+      box.checked = true;
+      delete box.dataset.leftOut;
+    }
+  });
+  showChosen();
+}
+// Who goes elsewhere without an answer gives a group's items back at once.
+let isSent = false;
+document.addEventListener("submit", (event) => { isSent ||= event.target.id === "group-form"; });
+addEventListener("pagehide", () => {
+  const group = $("#group-form");
+  if (!group || isSent) return;
+  const leave = group.querySelector("[formaction$='/leave']").formAction, data = new FormData();
+  data.append("csrf", group.elements.csrf.value);
+  navigator.sendBeacon(leave, data);
+});
 
 /* after a part of the page was replaced */
 document.addEventListener("htmx:afterSettle", (event) => {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from typing import Any
 
 from guard.detection.soundness import check_stored
 from guard.errors import BundleError
+from guard.files import read_plain
 from guard.relabel.rounds import Round, Rounds
-from guard.storage.bundle import JOURNAL, BundleStore, read_bundle
+from guard.storage.bundle import JOURNAL, RETRAINER_LOCK, BundleStore, read_bundle
 
 #: Bundles that are listed.
 SHOWN = 8
@@ -88,6 +90,16 @@ class BundleList:
         digest = self.store.known_active() if self.store is not None else None
         document = self._document(self.store.folder_of(digest)) if self.store is not None and digest else None
         return None if document is None else document.get("realised_false_positive_rate")
+
+    def answers_needed(self) -> dict[str, int]:
+        """Return how many new answers start a retraining, by model, as the retrainer of the folder has written."""
+        if self.store is None:
+            return {}
+        try:
+            known = json.loads(read_plain(self.store.root / RETRAINER_LOCK, 4096))
+            return {str(known["model"]): int(known["enough_decisions"] or known["min_decisions"])}
+        except (OSError, ValueError, KeyError, TypeError):  # of an earlier version: empty
+            return {}
 
     def way_back(self) -> str | None:
         """Return the digest that a roll-back goes to; None if there is none."""

@@ -20,7 +20,7 @@ from guard.resources import resource_path
 from guard.storage.bundle import read_bundle
 from guard.suspect.weights import check_weights_file
 from guard.torchserve.archives.archive import add_files, check_module_names, plain_entry
-from guard.torchserve.archives.contents import EXAMPLES, write_guard_files
+from guard.torchserve.archives.contents import EXAMPLES, read_guard_files, write_guard_files
 from guard.torchserve.archives.manifest import MANIFEST, Manifest, parse_manifest
 from guard.torchserve.archives.original import RECIPE, make_recipe, original_bytes, original_digest
 from guard.torchserve.archives.strict_zip import StrictZip, open_strict_zip
@@ -135,6 +135,36 @@ def open_archive(path: Path) -> Iterator[OpenedArchive]:
         original.unpack(folder)
         _check_weights(folder, manifest, path.name)
         yield OpenedArchive(original, manifest, folder, _model_settings(folder, manifest, path.name))
+
+
+@contextmanager
+def open_guarded(path: Path) -> Iterator[UserHandler]:
+    """Run the handler inside a guarded archive, without its guard, as a server would.
+
+    Raises
+    ------
+    ArchiveError
+        If it is no guarded archive, hostile or damaged.
+    UnsafeWeightsError, SuspectModelError
+        If loading its weights could run code, or its handler does not start.
+    """
+    with open_strict_zip(path) as packed, tempfile.TemporaryDirectory(prefix="guard-served-") as scratch:
+        folder = Path(scratch).resolve() / "model"
+        packed.unpack(folder)
+        about, settings = read_guard_files(folder)
+        manifest = parse_manifest(packed.read(MANIFEST), packed.members)
+        _check_weights(folder, manifest, path.name)
+        bundle = read_bundle(folder / about["embedded"])
+        attribute = {**bundle.document["settings"], **settings}.get("model_attribute", "model")
+        opened = open_unpacked_handler(
+            folder,
+            about["handler"],
+            model_attribute=attribute,
+            model_settings=_model_settings(folder, manifest, path.name),
+            remedy=_REMEDY,
+        )
+        with opened as user:
+            yield user
 
 
 def write_guarded(
