@@ -846,7 +846,7 @@ def test_nearest_clean_images_of_both_classes_are_shown(queue, tmp_path):
     assert ada.get("/images/clean/12.png").headers["content-type"] == "image/png"
     assert ada.get("/images/clean/40.png").status_code == 404
     other = workspace_of(queue, bundles=bundles, clean=CleanImages(clean.images[:39], labels[:39]))
-    assert "not those that this guard was fitted on" in other.view(queue.get(1)).no_neighbours
+    assert "not those of this guard" in other.view(queue.get(1)).no_neighbours
 
 
 def test_page_says_why_there_are_no_clean_images_and_no_map(ada):

@@ -14,12 +14,15 @@ from guard.detection.membership import membership
 from guard.detection.pipeline import Guard
 from guard.detection.unseen_classes import flagged_of_unseen_classes
 from guard.errors import DataError
+from guard.statistics.class_order import class_order
 from guard.suspect.model import SuspectModel
 from guard.types import Float32Array, IntArray
 
 #: Clean images of a class with which its own false-alarm rate begins to be near the one asked for.
 FEW_IMAGES = 10
 _NAMED = 8  # classes that a line names
+_ASKED = 2000  # images that the order of the classes is looked up with
+_LONGEST_ORDER = 2000  # letters
 
 
 def check_classes(images: NamedLabelledImages, n_classes: int, *, allow_missing: bool = False) -> NamedLabelledImages:
@@ -68,6 +71,34 @@ def check_classes(images: NamedLabelledImages, n_classes: int, *, allow_missing:
             "More of their clean traffic will be flagged than asked for. Add images of them."
         )
     return images
+
+
+def check_order(suspect: SuspectModel, inputs: Float32Array, images: NamedLabelledImages, *, force: bool) -> None:
+    """Refuse a network whose answers only chance or another order of the classes explains; with `force`, warn.
+
+    Raises
+    ------
+    DataError
+        With the order that its own answers suggest, where they suggest one.
+    """
+    rows = np.unique(np.linspace(0, len(inputs) - 1, min(len(inputs), _ASKED)).astype(int))
+    logits = suspect.activations(inputs[rows]).logits
+    found = class_order(logits.argmax(axis=1), images.labels[rows], logits.shape[1])
+    if found.is_sound:
+        return
+    text = f"the network gets only {100 * found.right:.1f} % of these labels right"
+    if found.order is not None:
+        names = images.class_names
+        order = ",".join(str(label) if names is None else names[label] for label in found.order)
+        text += (
+            f", and {100 * found.right_in_order:.1f} % in the order of classes that its answers suggest: "
+            f"--class-names {order if len(order) <= _LONGEST_ORDER else order[:_LONGEST_ORDER] + '...'}"
+        )
+    else:
+        text += ", no more than guessing would. Are the images preprocessed as it wants, and are these its weights?"
+    if not force:
+        raise DataError(f"{text} A guard fitted on that would be of no use. Mend it, or fit all the same with --force.")
+    print_warning(text)
 
 
 def images_per_class(labels: IntArray, n_classes: int, names: Sequence[str] | None) -> str:

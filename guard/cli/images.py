@@ -132,6 +132,8 @@ def find_labelled(
         labels = found.labels
     elif path.is_dir():
         files, folders = find_files(path)
+        if not files:
+            raise DataError(f"{path} holds no images. Name a folder with one sub-folder per class.")
         inside = [file for file in files if file.folder]
         if inside:
             found = _pictures(path, inside, as_bytes)

@@ -19,6 +19,7 @@ from guard.cli.options import (
     Depths,
     Device,
     ExtraFile,
+    FitAnyway,
     Handler,
     ImageNoise,
     LabelledImages,
@@ -83,10 +84,18 @@ def fit(
     ] = False,
     bundles: Bundles = Path("bundles"),
     activate: Annotated[bool, typer.Option(help="Make the new bundle the active one.")] = True,
+    force: FitAnyway = False,
     settings: Settings = None,
 ) -> None:
     """Fit a guard on clean images and write it as a bundle."""
-    from guard.cli.classes import check_classes, copies_among, images_per_class, tell_membership, tell_missing
+    from guard.cli.classes import (
+        check_classes,
+        check_order,
+        copies_among,
+        images_per_class,
+        tell_membership,
+        tell_missing,
+    )
     from guard.cli.images import find_labelled, in_channels_taken, naming_rows, read_all
     from guard.config import load_config
     from guard.detection.pipeline import Guard
@@ -130,6 +139,7 @@ def fit(
         try_once(suspect, inputs, found.labels)
         n_classes = suspect.activations(inputs[:1]).logits.shape[1]
         found = check_classes(found, n_classes, allow_missing=allow_missing_classes)
+        check_order(suspect, inputs, found, force=force)
         with naming_rows(found):
             guard = Guard.fit(suspect, inputs, found.labels, config, class_names=found.class_names, progress=report)
         tell_membership(suspect, inputs, guard)
@@ -151,14 +161,20 @@ def fit(
     say(f"per class       {images_per_class(guard.reference_labels, n_classes, guard.class_names)}")
     say(f"copies          {copies_among(guard, found.names)}")
     say(f"split           {points.split}; earlier depths: {', '.join(points.depths) or 'none'}")
+    for content in suspect.contents:
+        say(f"                {content}")
     say(
         f"false positives {guard.realised_false_positive_rate:.4f} of clean images "
         f"(asked for {config.false_positive_rate:g}, measured out of fold)"
     )
     if guard.recovery:
         _tell_backup(guard, backup_floor)
+    say("next            guard inspect FILES judges images here; guard archive NAME makes an archive for a server")
     tell_passed_over(found.passed_over)
     tell_missing(guard)
+    for content in suspect.contents:
+        if content.problem:
+            print_warning(f"{content.problem} (--split, --depth).")
     if accuracy < 0.5:
         print_warning(
             f"the suspect model gets only {100 * accuracy:.1f} % of these labels right, so the guard will be poor. "

@@ -50,6 +50,9 @@ Depths = Annotated[
     list[str] | None,
     typer.Option("--depth", metavar="<str>", help="Earlier layer to watch as well; may be repeated, up to 3."),
 ]
+FitAnyway = Annotated[
+    bool, typer.Option("--fit-anyway", "--force", help="Fit although the network's answers do not fit the labels.")
+]
 Check = Annotated[
     bool, typer.Option(help="Load the archive in another process and try it before it gets its name; takes seconds.")
 ]

@@ -85,6 +85,9 @@ def wrap(
     ] = None,
     queue: QueueUrl = None,
     check: Check = True,
+    fit_anyway: Annotated[
+        bool, typer.Option("--fit-anyway", help="Fit although the network's answers do not fit the labels.")
+    ] = False,
     force: Force = False,
     settings: Settings = None,
 ) -> None:
@@ -125,7 +128,7 @@ def wrap(
             suspect = SuspectModel(user.module, split=split, depths=depth, output=logits, device=device)  # in eval mode
             found = _labelled(opened, user, images, class_list(class_names))
             _try_handler(user, found, config)
-            guard, accuracy = _fitted(suspect, user, found, config, report, allow_missing_classes)
+            guard, accuracy = _fitted(suspect, user, found, config, report, allow_missing_classes, fit_anyway)
             examples = _examples(found)
             batches = told_batches(user, examples, guard.input_shape, config)
         guard = replace(guard, preprocessing=f"handler {opened.handler}", images_from=str(images.absolute()))
@@ -251,9 +254,10 @@ def _fitted(
     config: GuardConfig,
     report: Report,
     allow_missing: bool,
+    fit_anyway: bool,
 ) -> tuple[Guard, float]:
     """Return a guard fitted on what the handler makes of the images, and the share of labels that the model gets."""
-    from guard.cli.classes import check_classes, tell_membership
+    from guard.cli.classes import check_classes, check_order, tell_membership
     from guard.cli.images import naming_rows, read_all
     from guard.detection.pipeline import Guard
 
@@ -272,6 +276,7 @@ def _fitted(
     names = found.class_names
     if names is not None and len(names) != n_classes:
         raise DataError(f"the model has {n_classes} classes, and the class list has {len(names)}. Give --class-names.")
+    check_order(suspect, inputs, found, force=fit_anyway)
     with naming_rows(found):
         guard = Guard.fit(suspect, inputs, found.labels, config, class_names=names, progress=report)
     tell_membership(suspect, inputs, guard)
