@@ -99,6 +99,8 @@ def _what(node: ast.expr) -> str:
             return _words(node.attr)
         case ast.Name() | ast.Attribute(value=ast.Name()):
             return _words(ast.unparse(node))
+        case ast.BinOp(left=ast.Constant()):
+            return _words(ast.unparse(node))
     called = [each.func for each in ast.walk(node) if isinstance(each, ast.Call)]
     inner = (
         each

@@ -113,7 +113,7 @@ def class_list(text: str | None) -> list[str] | None:
         return None
     if Path(text).is_file():
         return [composed(line.strip()) for line in decoded(Path(text).read_bytes()).splitlines() if line.strip()]
-    if "," not in text and Path(text).suffix in (".txt", ".csv", ".names", ".json"):
+    if "," not in text and (Path(text).is_dir() or Path(text).suffix in (".txt", ".csv", ".names", ".json")):
         raise ConfigError(f"--class-names {text}: there is no such file. Check the path, or give names with commas.")
     return [composed(name.strip()) for name in text.split(",")]
 
