@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +18,7 @@ from pydantic_settings import (
 )
 
 from guard.errors import ConfigError, did_you_mean
+from guard.files import decoded
 from guard.types import Action
 
 SETTINGS_FILE = "guard.toml"
@@ -161,6 +163,13 @@ def _unknown(key: str) -> str:
     return f"unknown setting {key!r}. {did_you_mean(key.lower(), sorted(GuardConfig.model_fields))}"
 
 
+class _Toml(TomlConfigSettingsSource):
+    """A TOML file in the encoding of whatever editor saved it."""
+
+    def _read_file(self, file_path: Any) -> dict[str, Any]:
+        return tomllib.loads(decoded(file_path.read_bytes()))
+
+
 def load_config(settings_file: Path | None = None, **flags: Any) -> GuardConfig:
     """Read the settings: a flag that is not None wins over GUARD_* variables, these over guard.toml, it over defaults.
 
@@ -205,7 +214,7 @@ def load_settings(settings_file: Path | None = None, **flags: Any) -> dict[str, 
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+            return init_settings, env_settings, _Toml(settings_cls)
 
     try:
         sources = Sources(**{key: value for key, value in flags.items() if value is not None})

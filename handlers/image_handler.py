@@ -134,7 +134,9 @@ class ImageHandler(BaseHandler):  # type: ignore[misc]  # ts is untyped
             pixels = image.convert(MODES[channels])  # decodes
             if pixels.size != (width, height):
                 pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except Image.DecompressionBombError as error:  # Pillow refuses the largest before it says their size
+            raise ValueError(f"image must have at most {MAX_PIXELS} pixels, got more.") from error
+        except (OSError, SyntaxError) as error:
             raise ValueError("the image cannot be read: it must be a whole PNG or JPEG.") from error
         return np.asarray(pixels).reshape(height, width, channels).transpose(2, 0, 1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,6 +61,8 @@ app.add_typer(snapshot_app, name="snapshot")
 def main() -> None:
     """Run the command line and leave with its status."""
     sys.path.insert(0, str(Path.cwd()))  # so that --architecture finds a module of the working folder
+    if not sys.warnoptions:  # libraries warn whoever writes code; what a user should know is said by `print_warning`
+        warnings.simplefilter("ignore")
     signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:]))
 

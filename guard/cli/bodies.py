@@ -98,4 +98,4 @@ def _parsed(body: bytes, name: str) -> Any:
             return json.loads(body)
         return body.decode() if suffix in _TEXT else body
     except (ValueError, RecursionError) as error:
-        raise DataError(f"it is no {suffix[1:]} ({error}).") from error
+        raise DataError(f"it is no {suffix[1:]} ({error}). Save it again, or leave it out.") from error

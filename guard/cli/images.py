@@ -16,7 +16,7 @@ from guard.cli.output import Report, tell, what_failed
 from guard.data.datasets import read_npz
 from guard.data.image_files import MAX_TOTAL_VALUES, MODES, is_picture, load_images, picture_mode, read_picture
 from guard.data.labelled_folders import FoundFile, composed, find_files, labels_of
-from guard.errors import ConfigError, DataError, RowError
+from guard.errors import ConfigError, DataError, GuardError, RowError
 from guard.types import Float32Array, IntArray
 
 T = TypeVar("T")
@@ -236,7 +236,12 @@ def read_all(
     for part in parts(len(images.names)):
         for index, row in zip(part, each(lambda some: list(converted(images, convert, some)), part), strict=True):
             if isinstance(row, Exception):
-                raise DataError(f"image {images.names[index]}: {what_failed(row)}") from row
+                look = (
+                    ""
+                    if isinstance(row, GuardError)
+                    else " Look at the image, and at what prepares it for the network."
+                )
+                raise DataError(f"image {images.names[index]}: {what_failed(row)}{look}") from row
             if not np.isfinite(row).all():
                 raise DataError(
                     f"image {images.names[index]}: what the network takes of it must be finite, and holds NaN or "
@@ -267,7 +272,8 @@ def preprocessing(name: str | None) -> Convert:
         call = getattr(importlib.import_module(module), function)
     except Exception as error:  # importing runs the user's code
         raise ConfigError(
-            f"--preprocess {name!r} must be module:function, and be importable: {type(error).__name__}: {error}."
+            f"--preprocess {name!r} must be module:function, and be importable: {type(error).__name__}: {error}. "
+            "Check its name, and its folder on PYTHONPATH."
         ) from error
 
     def convert(images: list[Any]) -> Float32Array:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from guard.cli.options import handler_argument
 from guard.cli.output import print_warning, what_failed
-from guard.data.image_files import encode_png
+from guard.data.image_files import encode_png, is_picture
 from guard.data.labelled_folders import composed
 from guard.errors import ConfigError, DataError, GuardError, SuspectModelError
 from guard.files import decoded
@@ -113,7 +113,7 @@ def class_list(text: str | None) -> list[str] | None:
         return None
     if Path(text).is_file():
         return [composed(line.strip()) for line in decoded(Path(text).read_bytes()).splitlines() if line.strip()]
-    if "," not in text and Path(text).suffix in (".txt", ".csv", ".names", ".json"):
+    if "," not in text and (Path(text).is_dir() or Path(text).suffix in (".txt", ".csv", ".names", ".json")):
         raise ConfigError(f"--class-names {text}: there is no such file. Check the path, or give names with commas.")
     return [composed(name.strip()) for name in text.split(",")]
 
@@ -133,13 +133,16 @@ def try_once(suspect: SuspectModel, inputs: Any, labels: Any = None) -> None:
 
 
 def tell_passed_over(names: Sequence[str]) -> None:
-    """Warn of files that were not read."""
-    if names:
-        shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
-        print_warning(
-            f"{len(names)} file(s) passed over, as they are no images by their names or lie beside the folders of the "
-            f"classes: {shown}"
-        )
+    """Warn of files that were not read: images beside the folders of the classes, and files that are no images."""
+    beside = [name for name in names if is_picture(Path(name))]
+    others = [name for name in names if name not in beside]
+    for group, why in (
+        (beside, "images lie beside the folders of the classes, so that no class is known. Move them into one"),
+        (others, "files are no images by their names. Rename them if they are"),
+    ):
+        if group:
+            shown = ", ".join(group[:_NAMED]) + (", ..." if len(group) > _NAMED else "")
+            print_warning(f"{len(group)} file(s) passed over: these {why}: {shown}")
 
 
 def read_pixels(

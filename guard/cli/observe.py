@@ -46,7 +46,7 @@ def observe(
         raise ConfigError(f"--scrape-seconds must be in [0.1, 120], got {scrape_seconds:g}.")
     for file in rules or ():
         if not file.is_file():
-            raise ConfigError(f"--rules: there is no file {file}.")
+            raise ConfigError(f"--rules: there is no file {file}. Check the path.")
     stopped = threading.Event()
     is_ready = threading.Event()
 

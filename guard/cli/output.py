@@ -29,6 +29,9 @@ Report = Callable[[str, float], None]
 console = Console()
 errors = Console(stderr=True)
 
+#: The folder of this package: in an editable install not in site-packages.
+_PACKAGE = Path(__file__).resolve().parent.parent
+
 _WIDEST = 10_000  # columns of a table in a pipe or a file: nothing is folded
 
 
@@ -72,9 +75,11 @@ def print_error(text: str) -> None:
 def one_line(error: BaseException) -> str:
     """Return what is wrong and what to do in one line."""
     text = what_failed(error)
-    return (
-        text if isinstance(error, GuardError | OSError) else f"{text} `guard --traceback ...` shows where it came from."
-    )
+    if users_place(error):
+        return f"{text} `guard --traceback ...` shows where it came from."
+    if isinstance(error, GuardError | OSError | MemoryError):
+        return text
+    return f"backdoor-guard itself failed: {text} Report it, with what `guard --traceback ...` shows."
 
 
 def what_failed(error: BaseException) -> str:
@@ -87,6 +92,8 @@ def what_failed(error: BaseException) -> str:
         return f"your code failed with {name} ({place})."
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}. Check the path, its rights and the disk."
+    if isinstance(error, OSError) and error.strerror:
+        return f"the system refused: {error.strerror}. Check the disk, the network and the rights."
     if isinstance(error, MemoryError):
         return "out of memory. Give fewer or smaller images."
     frames = traceback.extract_tb(error.__traceback__)
@@ -104,8 +111,8 @@ def users_place(error: BaseException) -> str:
 
 
 def _is_users(filename: str) -> bool:
-    path = Path(filename)
-    places = (Path(__file__).parent, *map(Path, {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")}))
+    path = Path(filename).resolve()
+    places = (_PACKAGE, *map(Path, {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")}))
     is_ours = any(path.is_relative_to(place) for place in places) or {"site-packages", "dist-packages"} & {*path.parts}
     return not is_ours and not filename.startswith("<") and path.name != "guard"
 

@@ -207,5 +207,5 @@ def _write(purified: Purified, output: Path, architecture: str | None, class_nam
             replace_file(output / name, data, READABLE_FILE)
     except OSError as error:
         raise GuardError(
-            f"the twin cannot be written to {output}: {error}. Is there room, and may you write?"
+            f"the twin cannot be written to {output}: {error.strerror or error}. Is there room, and may you write?"
         ) from error

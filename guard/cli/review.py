@@ -227,7 +227,7 @@ def export(
         elif output_format == "labelling-config":
             first = next(items, None)
             if first is None:
-                raise DataError("there is no item to take the classes from.")
+                raise DataError("there is no item to take the classes from. Send one through the server first.")
             parts = iter([exchange.labelling_config(workspace.names(first.input))])
         else:
             raise ConfigError(f"--format must be label-studio, csv or labelling-config, got {output_format!r}.")

@@ -162,7 +162,9 @@ def load_dataset(name: str, split: str, data_dir: str | Path | None = None) -> I
             raise DataError(f"labels must be integers, got {labels.dtype}")
         return ImageSet(images, labels.astype(np.int64), _SETS[name].class_names, arrays)
     except KeyError as error:
-        raise DatasetError(f"{path} holds no array {error}: it is not the file for {name} {split}.") from error
+        raise DatasetError(
+            f"{path} holds no array {error}: it is not the file for {name} {split}. Copy it anew."
+        ) from error
     except DataError as error:
         raise DatasetError(
             f"{path} is damaged or not {name} {split}: {str(error).rstrip('.')}. Copy it anew."

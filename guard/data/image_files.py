@@ -155,8 +155,12 @@ def read_picture(file: Path, channels: int) -> Float32Array:
             pixels = np.asarray(image.convert(MODES[channels]))
     except DataError:
         raise
+    except Image.DecompressionBombError as error:  # Pillow refuses the largest before it says their size
+        raise DataError(f"{file} has more than {MAX_IMAGE_PIXELS} pixels. Make it smaller.") from error
     except Exception as error:  # decoders let through what they stumble over
-        raise DataError(f"{file} is not a readable image ({' '.join(str(error).split())}).") from error
+        raise DataError(
+            f"{file} is not a readable image ({' '.join(str(error).split())}). Fetch it again, or leave it out."
+        ) from error
     image_in_channels: Float32Array = to_tensor_images(pixels.reshape(1, *pixels.shape[:2], channels))[0]
     return image_in_channels
 

@@ -116,7 +116,7 @@ class Ensemble:
         for member in self.members:
             if isinstance(member.detector, HeadDisagreement) and member.detector.depth == FEATURES:
                 return member.detector.logits(activations)
-        raise DataError("this guard holds no replacement head; action 'relabel' needs one.")
+        raise DataError("this guard holds no replacement head, and action 'relabel' needs one. Fit again.")
 
     def describe(self) -> list[dict[str, Any]]:
         """Return name, kind and settings of every detector, ready for JSON."""

@@ -141,11 +141,17 @@ class Guard(FittedGuard):
         n_classes, n = activations.logits.shape[1], int(training.is_distinct.sum())
         check_rate(config.false_positive_rate, n, len(activations) - n)
         if n < 2 * config.folds:
-            raise DataError(f"folds={config.folds} needs at least {2 * config.folds} clean images, got {n}.")
+            raise DataError(
+                f"folds={config.folds} needs at least {2 * config.folds} clean images, got {n}. "
+                "Give more, or fewer folds."
+            )
         if config.anytime and config.mode == "paper":
             raise ConfigError("anytime goes with mode 'calibrated': the published rule knows one depth. Leave it out.")
         if class_names is not None and len(class_names) != n_classes:
-            raise DataError(f"the suspect model has {n_classes} classes, got {len(class_names)} class names.")
+            raise DataError(
+                f"the suspect model has {n_classes} classes, got {len(class_names)} class names. "
+                "Give one name per class, in the model's order."
+            )
 
         fitted = cross_fit(config, training, progress=progress)
         return cls(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from guard.errors import DataError
+from guard.files import decoded
 
 #: What a log must have, and what it may have besides.
 NEEDED = ("time", "request_id", "status")
@@ -71,9 +72,9 @@ def read_client_log(path: Path) -> list[Noted]:
         If it cannot be read, or a line breaks the rules; the line is named.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+        text = decoded(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. Check the path.") from error
     rows = _json_rows(path, text) if text.lstrip()[:1] == "{" else _csv_rows(path, text)
     return [_noted(f"{path}, line {line}", row) for line, row in rows]
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from guard.errors import ConfigError, did_you_mean
+from guard.files import decoded
 
 
 class RetrainerSettings(BaseModel):
@@ -111,7 +112,7 @@ def load_retrainer_settings(file: Path | None = None, **flags: Any) -> Retrainer
     values: dict[str, Any] = {}
     if file is not None:
         try:
-            values = tomllib.loads(file.read_text(encoding="utf-8"))
+            values = tomllib.loads(decoded(file.read_bytes()))
         except (OSError, ValueError) as error:
             raise ConfigError(f"settings file {file} cannot be read: {error}. Is it TOML?") from error
     return RetrainerSettings(**{**values, **{name: value for name, value in flags.items() if value is not None}})

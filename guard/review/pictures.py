@@ -66,6 +66,8 @@ def picture_of_body(body: bytes) -> bytes:
             return _png(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
     except DataError:
         raise
+    except Image.DecompressionBombError as error:  # Pillow refuses the largest before it says their size
+        raise DataError(f"the body has more than {MAX_BODY_PIXELS} pixels.") from error
     except Exception as error:  # whatever a decoder trips over in a hostile file
         raise DataError(f"the body is no readable PNG or JPEG image ({type(error).__name__}).") from error
 

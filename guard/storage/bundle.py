@@ -100,7 +100,8 @@ def write_bundle(root: str | os.PathLike[str], document: Mapping[str, Any], arra
         ):  # another process wrote the same bundle first
             return target
         raise BundleError(
-            f"bundle cannot be written to {root}: {error}. Is it a folder that can be written to, and is there room?"
+            f"bundle cannot be written to {root}: {error.strerror or error}. "
+            "Is it a folder that can be written to, and is there room?"
         ) from error
     return target
 
@@ -121,7 +122,9 @@ def read_bundle(path: str | os.PathLike[str]) -> StoredBundle:
     try:
         sums = read_plain(path / SUMS, _MAX_BYTES[SUMS])
     except OSError as error:
-        raise BundleError(f"{path} is not a bundle: {SUMS} cannot be read ({error.strerror}).") from error
+        raise BundleError(
+            f"{path} is not a bundle: {SUMS} cannot be read ({error.strerror}). Name a folder that `guard fit` wrote."
+        ) from error
     digest = hashlib.sha256(sums).hexdigest()
     if path.name != digest:
         raise BundleError(
@@ -132,11 +135,16 @@ def read_bundle(path: str | os.PathLike[str]) -> StoredBundle:
     for line in sums.decode("utf-8", "replace").splitlines():
         expected, _, name = line.partition("  ")
         if name not in (DOCUMENT, ARRAYS):
-            raise BundleError(f"bundle {digest[:_SHORT]} lists a file that does not belong there: {name!r}.")
+            raise BundleError(
+                f"bundle {digest[:_SHORT]} lists a file that does not belong there: {name!r}. "
+                "Restore it from a copy, or fit again."
+            )
         try:
             contents[name] = read_plain(path / name, _MAX_BYTES[name])
         except OSError as error:
-            raise BundleError(f"bundle {digest[:_SHORT]}: {name} cannot be read ({error.strerror}).") from error
+            raise BundleError(
+                f"bundle {digest[:_SHORT]}: {name} cannot be read ({error.strerror}). Check the file and its rights."
+            ) from error
         if hashlib.sha256(contents[name]).hexdigest() != expected:
             raise BundleError(
                 f"bundle {digest[:_SHORT]} is damaged: {name} ({len(contents[name])} bytes) does not match {SUMS}. "
@@ -148,7 +156,9 @@ def read_bundle(path: str | os.PathLike[str]) -> StoredBundle:
         document = json.loads(contents[DOCUMENT])
         version = document["schema_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BundleError(f"bundle {digest[:_SHORT]}: {DOCUMENT} has no schema_version or is no JSON.") from error
+        raise BundleError(
+            f"bundle {digest[:_SHORT]}: {DOCUMENT} has no schema_version or is no JSON. Fit again."
+        ) from error
     if version != SCHEMA_VERSION:
         raise BundleError(
             f"bundle {digest[:_SHORT]} has schema version {version}, this program reads {SCHEMA_VERSION}. "
@@ -157,7 +167,9 @@ def read_bundle(path: str | os.PathLike[str]) -> StoredBundle:
     try:
         arrays = load_safetensors(contents[ARRAYS])
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
-        raise BundleError(f"bundle {digest[:_SHORT]}: {ARRAYS} cannot be read ({error}).") from error
+        raise BundleError(
+            f"bundle {digest[:_SHORT]}: {ARRAYS} cannot be read ({error}). Restore it from a copy, or fit again."
+        ) from error
     return StoredBundle(digest, document, arrays)
 
 
@@ -180,7 +192,9 @@ class BundleStore:
             If that is no digest: nothing else may become part of a path.
         """
         if not _DIGEST.fullmatch(digest):
-            raise BundleError(f"a bundle is named by the 64 hex digits of its digest, got {digest[:80]!a}.")
+            raise BundleError(
+                f"a bundle is named by the 64 hex digits of its digest, got {digest[:80]!a}. See `guard bundle list`."
+            )
         return self.root / digest
 
     def digests(self) -> list[str]:
@@ -200,7 +214,9 @@ class BundleStore:
     def resolve(self, prefix: str) -> Path:
         """Return the folder of the bundle whose digest starts with `prefix` (at least 6 digits)."""
         if len(prefix) < 6 or not set(prefix) <= set("0123456789abcdef"):
-            raise BundleError(f"a bundle is named by at least 6 hex digits of its digest, got {prefix[:80]!a}.")
+            raise BundleError(
+                f"a bundle is named by at least 6 hex digits of its digest, got {prefix[:80]!a}. See `guard bundle list`."
+            )
         found = [digest for digest in self.digests() if digest.startswith(prefix)]
         if len(found) != 1:
             raise BundleError(f"{len(found)} bundles in {self.root} start with {prefix!r}. See `guard bundle list`.")
@@ -263,7 +279,9 @@ class BundleStore:
         """
         history = self._before()
         if not history:
-            raise BundleError(f"nothing to roll back to: no other bundle was active in {self.root} before.")
+            raise BundleError(
+                f"nothing to roll back to: no other bundle was active in {self.root} before. See `guard bundle list`."
+            )
         digest = history[-1]
         read_bundle(self.folder_of(digest))
         self._replace(ACTIVE, f"{digest}\n")
@@ -303,7 +321,9 @@ class BundleStore:
         try:
             replace_file(self.root / name, text.encode(), READABLE_FILE)
         except OSError as error:
-            raise BundleError(f"{self.root / name} cannot be written: {error}.") from error
+            raise BundleError(
+                f"{self.root / name} cannot be written: {error.strerror or error}. Check the folder and the disk."
+            ) from error
 
 
 def _remove(path: Path) -> None:

@@ -89,7 +89,7 @@ def save_snapshot(folder: Path, *, queue_url: str | None, bundles: Path | None) 
             about = _look_at(writing, folder)
             write_private(writing / SUMS, _sums(writing))
     except OSError as error:
-        raise SnapshotError(f"{folder} cannot be written: {error}. Is there room?") from error
+        raise SnapshotError(f"{folder} cannot be written: {error.strerror or error}. Is there room?") from error
     return about
 
 
@@ -137,7 +137,9 @@ def restore_snapshot(folder: Path, *, queue_url: str | None, bundles: Path | Non
                     raise SnapshotError(f"{folder} was changed while it was restored. Look who writes to it.")
                 put_in_place(copy, place)
     except OSError as error:
-        raise SnapshotError(f"{folder} cannot be restored: {error}.") from error
+        raise SnapshotError(
+            f"{folder} cannot be restored: {error.strerror or error}. Check the places and the disk."
+        ) from error
     return about
 
 
@@ -200,7 +202,9 @@ def _copy_database(source: Path, target: Path) -> None:
             live.backup(copy, pages=_CHUNK_PAGES, sleep=0.01)
             copy.execute("PRAGMA journal_mode=DELETE")  # one file, nothing beside it
     except sqlite3.Error as error:
-        raise SnapshotError(f"the queue {source} cannot be copied: {error}.") from error
+        raise SnapshotError(
+            f"the queue {source} cannot be copied: {error}. Is it a queue, and does nobody lock it?"
+        ) from error
 
 
 def _copy_bundles(source: Path, target: Path) -> None:
@@ -240,13 +244,13 @@ def _audited(database: Path) -> tuple[int, str]:
         with closing(sqlite3.connect(f"file:{database.absolute().as_posix()}?mode=ro", uri=True)) as copy:
             (found,) = copy.execute("PRAGMA integrity_check").fetchone()
         if found != "ok":
-            raise SnapshotError(f"the queue's database is damaged: {found}.")
+            raise SnapshotError(f"the queue's database is damaged: {found}. Restore an earlier snapshot.")
         with tempfile.TemporaryDirectory() as scratch:
             copy_private(database, Path(scratch) / QUEUE)
             with Queue.open(f"{_SQLITE}{scratch}/{QUEUE}") as queue:
                 audit = queue.verify_decisions()
     except sqlite3.Error as error:
-        raise SnapshotError(f"the queue's database cannot be read: {error}.") from error
+        raise SnapshotError(f"the queue's database cannot be read: {error}. Is it a queue?") from error
     except SnapshotError:
         raise
     except GuardError as error:

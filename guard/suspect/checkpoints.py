@@ -104,7 +104,9 @@ def load_weights(
         module.load_state_dict(state)
     except Exception as error:  # a layer that reads its entries in its own way, as quantised ones do
         reason = " ".join(str(error).split())[:200]
-        raise SuspectModelError(f"weights file {path} does not fit {architecture}: {reason}.") from error
+        raise SuspectModelError(
+            f"weights file {path} does not fit {architecture}: {reason}. Is it the same architecture?"
+        ) from error
 
 
 class _Architecture:

@@ -98,7 +98,8 @@ class PerClassLof:
         labels = _checked_labels(labels, len(activations), n_classes)
         if np.bincount(labels, minlength=1).max() < 2:
             raise DataError(
-                f"no class has 2 clean images, got {len(labels)} images of {len(set(labels.tolist()))} classes."
+                f"no class has 2 clean images, got {len(labels)} images of {len(set(labels.tolist()))} classes. "
+                "Give more images of each."
             )
         self.n_features_in_ = features.shape[1]
         self._learned(ClassReferences.fit(self._summarise(features), labels, n_classes, self.n_neighbors))

@@ -109,7 +109,9 @@ def make_archive(
         archive.parent.mkdir(mode=READABLE_FOLDER, parents=True, exist_ok=True)  # an archive is code
         _write(archive, members, manifest, PRIVATE_FILE if private else READABLE_FILE)
     except OSError as error:
-        raise ArchiveError(f"{archive} cannot be written: {error}. Check the folder and the disk.") from error
+        raise ArchiveError(
+            f"{archive} cannot be written: {error.strerror or error}. Check the folder and the disk."
+        ) from error
     return archive
 
 

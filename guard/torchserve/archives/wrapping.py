@@ -228,7 +228,9 @@ def write_guarded(
                     for _ in original_bytes(written):
                         pass
         except OSError as error:
-            raise ArchiveError(f"{output} cannot be written: {error}. Check the folder and the disk.") from error
+            raise ArchiveError(
+                f"{output} cannot be written: {error.strerror or error}. Check the folder and the disk."
+            ) from error
 
 
 def unwrap(guarded: Path, output: Path, *, force: bool = False) -> str:
@@ -261,7 +263,9 @@ def unwrap(guarded: Path, output: Path, *, force: bool = False) -> str:
                 for part in original_bytes(opened):
                     file.write(part)
         except OSError as error:
-            raise ArchiveError(f"{output} cannot be written: {error}. Check the folder and the disk.") from error
+            raise ArchiveError(
+                f"{output} cannot be written: {error.strerror or error}. Check the folder and the disk."
+            ) from error
     return digest
 
 
