@@ -96,6 +96,7 @@ Device = Annotated[str, typer.Option(help="Where the suspect model runs: cpu, cu
 MetricsPort = Annotated[
     int | None, typer.Option(help="Also export metrics for Prometheus, on this port of loopback; 0 = any free one.")
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Digest = Annotated[str, typer.Argument(help="First digits of the digest (6 or more).")]
 
 
