@@ -15,6 +15,8 @@ import typer
 from guard.cli.assess import assess
 from guard.cli.audit import audit
 from guard.cli.check import check
+from guard.cli.config import config
+from guard.cli.help import complete_help
 from guard.cli.observe import observe
 from guard.cli.offline import fit, inspect
 from guard.cli.options import AsJson, Bundles, Digest
@@ -41,17 +43,17 @@ from guard.cli.zoo import zoo_app
 from guard.errors import BundleError, ConfigError
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,  # frames cut long options off, and cannot be copied
     help="Guard a suspect image classifier at inference time.",
     epilog="Status 0: done. 1: failed, or an image could not be judged. 2: the command or a setting is wrong. "
-    "Settings: flags over GUARD_* variables over guard.toml over defaults.",
+    "3: `inspect --fail-if-poisoned` found a poisoned image. "
+    "Settings: flags over GUARD_* variables over guard.toml over defaults; `guard config` prints them.",
 )
 bundle_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at bundles, and choose which one serves."
 )
-for command in (fit, inspect, assess, purify, archive, check, wrap, unwrap, serve, retrainer, observe, audit):
+for command in (fit, inspect, assess, purify, archive, check, wrap, unwrap, serve, retrainer, observe, audit, config):
     app.command()(command)
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(zoo_app, name="zoo")
@@ -269,3 +271,6 @@ def doctor(as_json: AsJson = False) -> None:
     if bad := sum(not check.ok for check in found):
         print_error(f"{bad} things are not in order: mend what is marked BAD.")
         raise typer.Exit(1)
+
+
+complete_help(app)

@@ -27,6 +27,7 @@ from guard.cli.options import (
     Preprocess,
     Rate,
     Seed,
+    ServedRate,
     Settings,
     Split,
     StateKey,
@@ -194,7 +195,7 @@ def inspect(
     digest: Annotated[
         str | None, typer.Option(help="Bundle to use, by the first digits of its digest; default ACTIVE.")
     ] = None,
-    false_positive_rate: Rate = None,
+    false_positive_rate: ServedRate = None,
     output_format: Annotated[OutputFormat, typer.Option("--format", help="How to print.")] = OutputFormat.table,
     output: Annotated[Path | None, typer.Option(help="File to write to; default is the terminal.")] = None,
     fail_if_poisoned: Annotated[
