@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -224,7 +225,7 @@ def test_cli_error_with_a_long_path_stays_one_line(guard: Run, columns: str, mon
 
 
 def test_fit_takes_the_class_list_in_the_models_order(fitted: Path, guard: Run) -> None:
-    status, shown, _ = guard("bundle", "show")
+    status, shown, _ = guard("bundle", "show", "--json")
     assert status == 0
     about = json.loads(shown)
     assert about["class_names"] == CLASSES
@@ -253,7 +254,7 @@ def test_fit_warns_where_labels_and_model_do_not_agree(guard: Run) -> None:
 def test_fit_on_npz_equals_fit_on_folders(fitted: Path, guard: Run) -> None:
     status, _, problem = guard(*FIT, "--images", "clean.npz", "--bundles", "npz", "--class-names", "classes.txt")
     assert status == 0, problem
-    ours, second = (json.loads(guard("bundle", "show", "--bundles", name)[1]) for name in ("bundles", "npz"))
+    ours, second = (json.loads(guard("bundle", "show", "--json", "--bundles", name)[1]) for name in ("bundles", "npz"))
     for about in (ours, second):
         assert about["clean_images"] == 240
     assert ours["weights_digest"] == second["weights_digest"]
@@ -322,7 +323,7 @@ def test_settings_flag_over_environment_over_file_over_default(
     monkeypatch.setenv("GUARD_SEED", "2")
     arguments = [*MODEL, "--images", "clean.npz", "--settings", str(file), "--bundles", str(tmp_path / "b")]
     assert guard("fit", *arguments, "--seed", "3")[0] == 0
-    chosen = json.loads(guard("bundle", "show", "--bundles", str(tmp_path / "b"))[1])["settings"]
+    chosen = json.loads(guard("bundle", "show", "--json", "--bundles", str(tmp_path / "b"))[1])["settings"]
     assert chosen["seed"] == 3  # flag
     assert chosen["false_positive_rate"] == 0.12  # environment
     assert chosen["folds"] == 3  # file
@@ -364,6 +365,8 @@ def test_inspect_formats_agree_and_go_to_a_file_unchanged(fitted: Path, guard: R
     table = list(csv.DictReader(io.StringIO(text)))
     assert [row["image"] for row in table] == [row["image"] for row in rows]
     assert [float(row["p_value"]) for row in table] == [row["p_value"] for row in rows]
+    expected = ["flag" if row["is_poisoned"] else "none" for row in rows]  # as Guard-Action says when served
+    assert [row["action"] for row in rows] == [row["action"] for row in table] == expected
     assert {f"score:{name}" for name in rows[0]["detector_scores"]} <= set(table[0])
     _, shown, _ = guard("inspect", "new", *MODEL)
     lines = shown.splitlines()
@@ -404,6 +407,21 @@ def test_inspect_some_unreadable_keeps_the_other_verdicts(fitted: Path, guard: R
     assert "3 of 11 images have no verdict; the first: 0 torn.png: " in error_line(answer)
 
 
+def test_inspect_fail_if_poisoned_is_status_3_and_a_failed_image_stays_1(
+    fitted: Path, guard: Run, tmp_path: Path
+) -> None:
+    usual, asked = (guard("inspect", "new", *MODEL, *flag) for flag in ((), ("--fail-if-poisoned",)))
+    assert (usual[0], asked[0]) == (0, 3)
+    assert usual[1:] == asked[1:]
+    rows = json.loads(guard("inspect", "new", *MODEL, "--format", "json")[1])
+    clean = next(row["image"] for row in rows if not row["is_poisoned"])
+    assert guard("inspect", f"new/{clean}", *MODEL, "--fail-if-poisoned")[0] == 0
+    for file in (fitted / "new").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "torn.png").write_bytes(b"torn")
+    assert guard("inspect", str(tmp_path), *MODEL, "--fail-if-poisoned")[0] == 1
+
+
 def test_inspect_npz_with_one_image_that_is_not_finite_fails_that_one(fitted: Path, guard: Run, tmp_path: Path) -> None:
     images = np.moveaxis(pictures(5, seed=2)[0], 3, 1).astype(np.float32) / 255
     images[3, 0, 0, 0] = np.nan
@@ -431,7 +449,7 @@ def test_inspect_grey_image_suits_a_model_for_colour(fitted: Path, guard: Run, t
 
 
 def test_inspect_takes_another_rate_and_another_bundle(fitted: Path, guard: Run) -> None:
-    digest = json.loads(guard("bundle", "show")[1])["digest"]
+    digest = json.loads(guard("bundle", "show", "--json")[1])["digest"]
     arguments = ["inspect", "new", *MODEL, "--format", "json", "--digest", digest[:8]]
     few = json.loads(guard(*arguments, "--false-positive-rate", "0.01")[1])
     many = json.loads(guard(*arguments, "--false-positive-rate", "0.9")[1])
@@ -468,6 +486,12 @@ def test_bundle_list_show_activate_and_roll_back(fitted: Path, guard: Run, tmp_p
     _, shown, _ = guard("bundle", "list", *bundles)
     assert all(digest[:12] in shown for digest in digests)
     assert next(line for line in shown.splitlines() if " yes " in line).startswith(digests[1][:12])
+    assert shown.count(f" {datetime.now():%Y-%m-%d} ") == 2
+    listed = json.loads(guard("bundle", "list", "--json", *bundles)[1])
+    assert [(row["digest"], row["active"]) for row in listed] == [(digests[1], True), (digests[0], False)]
+    written = [datetime.fromisoformat(row["written"]) for row in listed]
+    assert written == sorted(written, reverse=True)
+    assert abs(written[0] - datetime.now(UTC)) < timedelta(minutes=5)
     assert guard("bundle", "rollback", *bundles)[1] == f"active: {digests[0]}\n"
     assert guard("bundle", "activate", digests[1][:7], *bundles)[1] == f"active: {digests[1]}\n"
     status, _, printed = guard("bundle", "activate", "12", *bundles)
@@ -481,6 +505,22 @@ def test_bundle_list_show_activate_and_roll_back(fitted: Path, guard: Run, tmp_p
     status, _, printed = guard("bundle", "show", digests[0][:12], *bundles)
     assert status == 1
     assert "is damaged: guard.json" in error_line(printed)
+
+
+def test_bundle_show_fits_a_screen_and_json_has_the_whole(fitted: Path, guard: Run) -> None:
+    status, shown, _ = guard("bundle", "show")
+    about = json.loads(guard("bundle", "show", "--json")[1])
+    lines = shown.splitlines()
+    assert status == 0
+    assert len(lines) <= 20
+    assert lines[0] == f"bundle          {about['digest']} (active)"
+    assert f"classes         4: {', '.join(CLASSES)}" in lines
+    assert "clean images    240, of which the suspect model gets 100.0 % right" in lines
+    assert "input           3 x 16 x 16" in lines
+    assert f"{about['realised_false_positive_rate']:.4f} of clean images (asked for 0.05" in shown
+    assert all(entry["name"] in shown for entry in about["detectors"])
+    assert about["split_points"]["split"] in shown
+    assert "other settings" not in shown
 
 
 @pytest.mark.parametrize("command", [["list"], ["show"], ["rollback"]])
@@ -522,6 +562,15 @@ def test_doctor_prints_what_it_looked_at(guard: Run) -> None:
     status, shown, _ = guard("doctor")
     assert shown.startswith("ok  Python: ")
     assert status == (1 if "BAD" in shown else 0)  # a taken port is no fault of ours
+
+
+def test_doctor_json_has_every_check_with_its_remedy(guard: Run) -> None:
+    status, shown, _ = guard("doctor", "--json")
+    found = json.loads(shown)
+    assert found[0].keys() == {"name", "ok", "detail", "remedy"}
+    assert found[0]["name"] == "Python"
+    assert status == (0 if all(check["ok"] for check in found) else 1)
+    assert all(check["ok"] or check["remedy"] for check in found)
 
 
 @pytest.fixture
@@ -575,7 +624,8 @@ def test_serve_answers_with_a_verdict_and_stops_on_ctrl_c(served: Path) -> None:
         server.kill()
         server.wait()
     assert server.returncode == 0
-    assert printed == "the next start has the same keys, kept in run/keys.json; --rotate-keys makes new ones\n"
+    assert "the next start has the same keys, kept in run/keys.json; --rotate-keys makes new ones\n" in printed
+    assert "error" not in printed
     assert out.endswith("stopped\n")
     assert nobody_left(children)
     assert not key_file.exists()

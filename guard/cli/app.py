@@ -6,6 +6,8 @@ import json
 import signal
 import sys
 import warnings
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,9 +16,11 @@ import typer
 from guard.cli.assess import assess
 from guard.cli.audit import audit
 from guard.cli.check import check
+from guard.cli.config import config
+from guard.cli.help import complete_help
 from guard.cli.observe import observe
 from guard.cli.offline import fit, inspect
-from guard.cli.options import Bundles, Digest
+from guard.cli.options import AsJson, Bundles, Digest
 from guard.cli.output import (
     console,
     one_line,
@@ -40,17 +44,17 @@ from guard.cli.zoo import zoo_app
 from guard.errors import BundleError, ConfigError
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,  # frames cut long options off, and cannot be copied
     help="Guard a suspect image classifier at inference time.",
     epilog="Status 0: done. 1: failed, or an image could not be judged. 2: the command or a setting is wrong. "
-    "Settings: flags over GUARD_* variables over guard.toml over defaults.",
+    "3: `inspect --fail-if-poisoned` found a poisoned image. "
+    "Settings: flags over GUARD_* variables over guard.toml over defaults; `guard config` prints them.",
 )
 bundle_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at bundles, and choose which one serves."
 )
-for command in (fit, inspect, assess, purify, archive, check, wrap, unwrap, serve, retrainer, observe, audit):
+for command in (fit, inspect, assess, purify, archive, check, wrap, unwrap, serve, retrainer, observe, audit, config):
     app.command()(command)
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(zoo_app, name="zoo")
@@ -131,8 +135,9 @@ def top(
 
 
 @bundle_app.command("list")
-def bundle_list(bundles: Bundles = Path("bundles")) -> None:
+def bundle_list(bundles: Bundles = Path("bundles"), as_json: AsJson = False) -> None:
     """List the bundles of a folder, newest first."""
+    from guard.cli.bundle_summary import local_time, written_at
     from guard.storage.bundle import BundleStore
 
     store = BundleStore(bundles)
@@ -140,34 +145,48 @@ def bundle_list(bundles: Bundles = Path("bundles")) -> None:
     damaged = sorted({folder.name for folder in bundles.glob("?" * 64)} - {entry.digest for entry in entries})
     if not entries and not damaged:
         raise BundleError(f"there is no bundle in {bundles}. Make one with `guard fit`, or name the folder: --bundles.")
-    table = plain_table("digest", "active", "mode", "rate", "realised", "images", "classes")
-    for entry in entries:
-        about = entry.document
-        table.add_row(
-            entry.digest[:12],
-            "yes" if entry.is_active else "",
-            about["settings"]["mode"],
-            f"{about['settings']['false_positive_rate']:g}",
-            f"{about['realised_false_positive_rate']:.4f}",
-            str(about["clean_images"]),
-            str(about["n_classes"]),
-        )
-    print_table(table)
+    rows = [
+        {
+            "digest": entry.digest,
+            "active": entry.is_active,
+            "written": written_at(store.folder_of(entry.digest)),
+            "mode": entry.document["settings"]["mode"],
+            "false_positive_rate": entry.document["settings"]["false_positive_rate"],
+            "realised_false_positive_rate": entry.document["realised_false_positive_rate"],
+            "clean_images": entry.document["clean_images"],
+            "n_classes": entry.document["n_classes"],
+        }
+        for entry in entries
+    ]
+    if as_json:
+        write(json.dumps(rows, indent=2, default=datetime.isoformat) + "\n")
+    else:
+        table = plain_table("digest", "active", "written", "mode", "rate", "realised", "images", "classes")
+        for digest, active, written, mode, rate, realised, images, classes in (row.values() for row in rows):
+            mark = "yes" if active else ""
+            cells = (f"{rate:g}", f"{realised:.4f}", str(images), str(classes))
+            table.add_row(digest[:12], mark, local_time(written), mode, *cells)
+        print_table(table)
     for digest in damaged:
         print_warning(f"bundle {digest[:12]} is damaged and left out. `guard bundle show {digest[:12]}` says why.")
 
 
 @bundle_app.command("show")
-def bundle_show(digest: Digest = "", bundles: Bundles = Path("bundles")) -> None:
-    """Verify a bundle and print it as JSON.
+def bundle_show(digest: Digest = "", bundles: Bundles = Path("bundles"), as_json: AsJson = False) -> None:
+    """Verify a bundle, and print what it holds.
 
-    The active one if no digest is given.
+    The active one if no digest is given. With --json everything but the arrays.
     """
+    from guard.cli.bundle_summary import summary, written_at
     from guard.config import PLACES
     from guard.storage.bundle import BundleStore, read_bundle
 
     store = BundleStore(bundles)
-    stored = read_bundle(store.resolve(digest) if digest else store.active_path())
+    folder = store.resolve(digest) if digest else store.active_path()
+    stored = read_bundle(folder)
+    if not as_json:
+        write(summary(stored, written_at(folder), is_active=stored.digest == store.known_active()))
+        return
     settings = {name: value for name, value in stored.document["settings"].items() if name not in PLACES}
     write(json.dumps({"digest": stored.digest, **stored.document, "settings": settings}, indent=2) + "\n")
 
@@ -240,16 +259,21 @@ def demo(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Check this machine, and say how to mend what is missing."""
     from guard.cli.doctor import checks
 
-    bad = 0
-    for found in checks():
-        say(f"{'ok ' if found.ok else 'BAD'} {found.name}: {found.detail}")
-        if not found.ok:
-            bad += 1
-            say(f"    -> {found.remedy}")
-    if bad:
+    found = checks()
+    if as_json:
+        write(json.dumps([asdict(check) for check in found], indent=2) + "\n")
+    else:
+        for check in found:
+            say(f"{'ok ' if check.ok else 'BAD'} {check.name}: {check.detail}")
+            if not check.ok:
+                say(f"    -> {check.remedy}")
+    if bad := sum(not check.ok for check in found):
         print_error(f"{bad} things are not in order: mend what is marked BAD.")
         raise typer.Exit(1)
+
+
+complete_help(app)

@@ -60,9 +60,10 @@ def assess(
         typer.Option(metavar="<str>", help=_TRIGGER_HELP),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How often everything is drawn anew.")] = 3,
-    seed: Annotated[int | None, typer.Option(help="The first seed.")] = None,
+    seed: Annotated[int | None, typer.Option(show_default="0", help="The first seed.")] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Of the first fine-tuning; two more have 3 times as many.")
+        int | None,
+        typer.Option(min=1, show_default="30", help="Of the first fine-tuning; two more have 3 times as many."),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the report and the picture.")] = Path("build/assess"),
     settings: Settings = None,

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from guard.cli.options import QueueUrl
+from guard.cli.options import AsJson, QueueUrl
 from guard.cli.output import print_error, say, write
 from guard.errors import ConfigError, DataError, ObservingError, QueueError
 
@@ -35,7 +35,7 @@ def audit(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Only this model; default is all.")] = None,
     slack: Annotated[int, typer.Option(help="Requests that may differ, as after a worker was killed.", min=0)] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare what clients, metrics and queue say of the same requests.
 

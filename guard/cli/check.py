@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from guard.cli.options import Rate
+from guard.cli.options import ServedRate
 from guard.cli.output import progress_bar, say
 from guard.errors import ConfigError
 
@@ -25,7 +25,7 @@ def check(
     key_file: Annotated[
         Path | None, typer.Option(help="File with that server's keys, key_file.json of its work folder.")
     ] = None,
-    false_positive_rate: Rate = None,
+    false_positive_rate: ServedRate = None,
 ) -> None:
     """Send clean images through a guarded archive, and compare with what was promised.
 

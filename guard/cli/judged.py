@@ -69,6 +69,8 @@ def _row(item: Judged) -> dict[str, Any]:
         empty = dict.fromkeys(_CELLS, None) | {"reason": item.error}
         return {"image": item.name, "verdict": "failed", **empty, "detector_scores": {}}
     cells = {key: _finite(getattr(verdict, key)) for key in _CELLS}
+    if not verdict.is_poisoned:
+        cells["action"] = "none"  # as the header Guard-Action says
     scores = {name: _finite(score) for name, score in verdict.detector_scores.items()}
     return {"image": item.name, "verdict": _word(item), **cells, "detector_scores": scores}
 

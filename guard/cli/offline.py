@@ -28,6 +28,7 @@ from guard.cli.options import (
     Preprocess,
     Rate,
     Seed,
+    ServedRate,
     Settings,
     Split,
     StateKey,
@@ -210,14 +211,18 @@ def inspect(
     digest: Annotated[
         str | None, typer.Option(help="Bundle to use, by the first digits of its digest; default ACTIVE.")
     ] = None,
-    false_positive_rate: Rate = None,
+    false_positive_rate: ServedRate = None,
     output_format: Annotated[OutputFormat, typer.Option("--format", help="How to print.")] = OutputFormat.table,
     output: Annotated[Path | None, typer.Option(help="File to write to; default is the terminal.")] = None,
+    fail_if_poisoned: Annotated[
+        bool, typer.Option("--fail-if-poisoned", help="End with status 3 if an image is poisoned, for pipelines.")
+    ] = False,
     settings: Settings = None,
 ) -> None:
     """Judge images offline: table, CSV or JSON.
 
-    An image that cannot be read or scored is listed as failed, the others keep their verdicts, and the status is 1.
+    An image that cannot be read or scored is listed as failed, the others keep their verdicts, and the status is 1,
+    whatever the others are.
     """
     from guard.cli.images import find_images, in_channels_taken
     from guard.cli.judged import formatted, judge, verdict_table
@@ -255,3 +260,5 @@ def inspect(
             f"{len(failed)} of {len(judged)} images have no verdict; the first: {failed[0].name}: {failed[0].error}"
         )
         raise typer.Exit(1)
+    if fail_if_poisoned and flagged:
+        raise typer.Exit(3)

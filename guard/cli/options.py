@@ -7,12 +7,18 @@ from typing import Annotated
 
 import typer
 
+#: Default of a setting that a bundle keeps.
+_AS_FITTED = "as fitted"
+
 Weights = Annotated[
     Path, typer.Option(help="Weights of the suspect model: safetensors, a state dict, or a trainer's checkpoint.")
 ]
 StateKey = Annotated[
     str | None,
-    typer.Option(help="Where in the weights file the weights lie, if several sets fit, such as state_dict.ema."),
+    typer.Option(
+        show_default="found by itself",
+        help="Where in the weights file the weights lie, if several sets fit, such as state_dict.ema.",
+    ),
 ]
 Architecture = Annotated[str | None, typer.Option(help="Function that builds the network, as package.module:factory.")]
 Handler = Annotated[
@@ -32,7 +38,10 @@ LabelledImages = Annotated[
 ]
 ClassNames = Annotated[
     str | None,
-    typer.Option(help="Class list in the model's order: names with commas, or a file with one per line."),
+    typer.Option(
+        help="Class list in the model's order: names with commas, or a file with one per line; "
+        "default: the names of the sub-folders."
+    ),
 ]
 AllowMissingClasses = Annotated[
     bool,
@@ -40,15 +49,26 @@ AllowMissingClasses = Annotated[
         "--allow-missing-classes", help="Fit although classes of the network have no clean image; says what it costs."
     ),
 ]
-Mode = Annotated[str | None, typer.Option(help="calibrated or paper.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of folds and training.")]
-ActionName = Annotated[str | None, typer.Option("--action", help="observe, flag, relabel or block.")]
-FailureMode = Annotated[str | None, typer.Option(help="closed or open.")]
-ImageNoise = Annotated[float | None, typer.Option(help="Also learn from copies with this much noise.")]
+Mode = Annotated[str | None, typer.Option(show_default="calibrated", help="calibrated or paper.")]
+Seed = Annotated[int | None, typer.Option(show_default="0", help="Seed of folds and training.")]
+_ACTIONS = "observe, flag, relabel or block."
+ActionName = Annotated[str | None, typer.Option("--action", show_default="flag", help=_ACTIONS)]
+ServedAction = Annotated[str | None, typer.Option("--action", show_default=_AS_FITTED, help=_ACTIONS)]
+_FAILURE_MODES = "What cannot be scored is an error (closed), or answered and marked bypassed (open)."
+FailureMode = Annotated[str | None, typer.Option(show_default="closed", help=_FAILURE_MODES)]
+ServedFailureMode = Annotated[str | None, typer.Option("--failure-mode", show_default=_AS_FITTED, help=_FAILURE_MODES)]
+ImageNoise = Annotated[
+    float | None, typer.Option(show_default="0", help="Also learn from copies with this much noise.")
+]
 Split = Annotated[str | None, typer.Option(help="Layer whose input is the split; found by itself if left out.")]
 Depths = Annotated[
     list[str] | None,
-    typer.Option("--depth", metavar="<str>", help="Earlier layer to watch as well; may be repeated, up to 3."),
+    typer.Option(
+        "--depth",
+        metavar="<str>",
+        show_default="found by itself",
+        help="Earlier layer to watch as well; may be repeated, up to 3.",
+    ),
 ]
 FitAnyway = Annotated[
     bool, typer.Option("--fit-anyway", "--force", help="Fit although the network's answers do not fit the labels.")
@@ -58,7 +78,9 @@ Check = Annotated[
 ]
 LOGITS_HELP = "Where the logits are in what the network returns, such as 1 or out.logits; found by itself if left out."
 Logits = Annotated[str | None, typer.Option("--logits", help=LOGITS_HELP)]
-Rate = Annotated[float | None, typer.Option(help="Share of clean inputs that may be flagged.")]
+_RATE_HELP = "Share of clean inputs that may be flagged."
+Rate = Annotated[float | None, typer.Option(show_default="0.01", help=_RATE_HELP)]
+ServedRate = Annotated[float | None, typer.Option("--false-positive-rate", show_default=_AS_FITTED, help=_RATE_HELP)]
 
 
 def _url_or_file(context: typer.Context, parameter: typer.CallbackParam, url: str | None) -> str | None:
@@ -85,8 +107,9 @@ QueueUrl = Annotated[
         "--queue",
         envvar="GUARD_QUEUE_URL",
         show_envvar=False,
+        show_default="GUARD_QUEUE_URL",
         callback=_url_or_file,
-        help="Queue of flagged inputs: a SQLite file, or postgresql+psycopg://...; better in GUARD_QUEUE_URL.",
+        help="Queue of flagged inputs: a SQLite file, or postgresql+psycopg://...",
     ),
 ]
 Preprocess = Annotated[
@@ -99,6 +122,7 @@ Device = Annotated[str, typer.Option(help="Where the suspect model runs: cpu, cu
 MetricsPort = Annotated[
     int | None, typer.Option(help="Also export metrics for Prometheus, on this port of loopback; 0 = any free one.")
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Digest = Annotated[str, typer.Argument(help="First digits of the digest (6 or more).")]
 
 

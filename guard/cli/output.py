@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import sys
 import sysconfig
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -19,9 +19,6 @@ from rich.table import Table
 from rich.text import Text
 
 from guard.errors import GuardError
-
-if TYPE_CHECKING:
-    pass
 
 #: Called with a line of text and the share done, in [0, 1].
 Report = Callable[[str, float], None]
@@ -32,6 +29,8 @@ errors = Console(stderr=True)
 #: The folder of this package: in an editable install not in site-packages.
 _PACKAGE = Path(__file__).resolve().parent.parent
 
+#: Between two lines of progress where stderr is no terminal; what is done sooner prints none.
+_SECONDS_BETWEEN_LINES = 5.0
 _WIDEST = 10_000  # columns of a table in a pipe or a file: nothing is folded
 
 
@@ -45,11 +44,39 @@ class OutputFormat(StrEnum):
 
 @contextmanager
 def progress_bar(title: str, *, share_known: bool = True) -> Iterator[Report]:
-    """Show a bar on stderr, if that is a terminal."""
+    """Show a bar on stderr; where that is no terminal, a line every few seconds in which the text has changed."""
+    if not errors.is_terminal:
+        with _progress_lines(title) as report:
+            yield report
+        return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+    with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task(title, total=1.0 if share_known else None)
         yield lambda text, share: bar.update(task, description=text, completed=share)
+
+
+@contextmanager
+def _progress_lines(title: str) -> Iterator[Report]:
+    latest, done = title, threading.Event()
+
+    def report(text: str, share: float) -> None:
+        nonlocal latest
+        latest = f"{text} ({share:.0%})"
+
+    def print_lines() -> None:
+        printed = ""
+        while not done.wait(_SECONDS_BETWEEN_LINES):
+            if (line := latest) != printed:
+                tell(line)
+                printed = line
+
+    printing = threading.Thread(target=print_lines, name="progress", daemon=True)
+    printing.start()
+    try:
+        yield report
+    finally:
+        done.set()
+        printing.join()
 
 
 def say(text: str) -> None:

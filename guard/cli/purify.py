@@ -67,12 +67,19 @@ def purify(
     threshold: Annotated[
         float | None, typer.Option(help="anp: neurons with a smaller mask are pruned; default 0.2.")
     ] = None,
-    norm: Annotated[str | None, typer.Option(help="norm-pruning: l1 or l2.")] = None,
-    scope: Annotated[str | None, typer.Option(help="norm-pruning: layer-wise, global or last-layer.")] = None,
-    share: Annotated[float | None, typer.Option(help="norm-pruning: share of the filters that goes.")] = None,
+    norm: Annotated[str | None, typer.Option(help="norm-pruning: l1 or l2; default l1.")] = None,
+    scope: Annotated[
+        str | None, typer.Option(help="norm-pruning: layer-wise, global or last-layer; default layer-wise.")
+    ] = None,
+    share: Annotated[
+        float | None, typer.Option(help="norm-pruning: share of the filters that goes; default 0.6.")
+    ] = None,
     allowed_accuracy_loss: Annotated[
         float | None,
-        typer.Option(help="fine-pruning, and anp: prune as much as costs at most this share of right answers."),
+        typer.Option(
+            help="fine-pruning, and anp: prune as much as costs at most this share of right answers; "
+            "default of fine-pruning 0.04."
+        ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="rtll: passes over the images; default 200.")] = None,
     seed: Annotated[int, typer.Option(help="Of the images held out, and of training.")] = 0,

@@ -30,11 +30,16 @@ def retrainer(
     now: Annotated[bool, typer.Option("--now", help="With --once: run a round whether one is due or not.")] = False,
     interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 5.0,
     enough_decisions: Annotated[
-        int | None, typer.Option(help="New decisions that start a round; 0 = never for that reason.")
+        int | None, typer.Option(show_default="50", help="New decisions that start a round; 0 = never for that reason.")
     ] = None,
-    every_hours: Annotated[float | None, typer.Option(help="Hours between rounds; 0 = no schedule.")] = None,
+    every_hours: Annotated[
+        float | None, typer.Option(show_default="24", help="Hours between rounds; 0 = no schedule.")
+    ] = None,
     canary_inputs: Annotated[
-        int | None, typer.Option(help="Compare both guards on this many further flagged inputs before the switch.")
+        int | None,
+        typer.Option(
+            show_default="0", help="Compare both guards on this many further flagged inputs before the switch."
+        ),
     ] = None,
     min_reviewers: Annotated[
         int | None,

@@ -26,12 +26,22 @@ if TYPE_CHECKING:
     from guard.review.workspace import CleanImages, Workspace
     from guard.suspect.model import SuspectModel
 
+_AS_KEPT = "as the queue has it"
 Name = Annotated[str, typer.Argument(help="Name of the reviewer.")]
-Quorum = Annotated[int | None, typer.Option(help="Reviewers who must agree before 'poisoned' counts.")]
-LeaseMinutes = Annotated[float | None, typer.Option(help="How long an item belongs to who looks at it.")]
-MaxHeld = Annotated[int | None, typer.Option(help="Items that one reviewer holds at once at most.")]
+Quorum = Annotated[
+    int | None, typer.Option(show_default=_AS_KEPT, help="Reviewers who must agree before 'poisoned' counts.")
+]
+LeaseMinutes = Annotated[
+    float | None, typer.Option(show_default=_AS_KEPT, help="How long an item belongs to who looks at it.")
+]
+MaxHeld = Annotated[
+    int | None, typer.Option(show_default=_AS_KEPT, help="Items that one reviewer holds at once at most.")
+]
 RetentionDays = Annotated[
-    float | None, typer.Option(help="Days after which images are removed, unless answered and not yet learned from.")
+    float | None,
+    typer.Option(
+        show_default=_AS_KEPT, help="Days after which images are removed, unless answered and not yet learned from."
+    ),
 ]
 
 review_app = typer.Typer(
@@ -47,7 +57,10 @@ def review(
     queue: QueueUrl = None,
     bundles: Bundles = Path("bundles"),
     images: Annotated[
-        Path | None, typer.Option(help="The clean images that the guard was fitted on, to compare with.")
+        Path | None,
+        typer.Option(
+            help="The clean images to compare with; default: those that the guard was fitted on, if they are there."
+        ),
     ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="Weights of the suspect model, for maps of where it looks.")
@@ -127,9 +140,15 @@ def review(
 def settings(
     context: typer.Context,
     quorum: Quorum = None,
-    max_items: Annotated[int | None, typer.Option(help="Items whose images are kept at most.")] = None,
-    max_bytes: Annotated[int | None, typer.Option(help="Bytes of their bodies and tensors at most.")] = None,
-    max_body_bytes: Annotated[int | None, typer.Option(help="Bytes of one request's body at most.")] = None,
+    max_items: Annotated[
+        int | None, typer.Option(show_default=_AS_KEPT, help="Items whose images are kept at most.")
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(show_default=_AS_KEPT, help="Bytes of their bodies and tensors at most.")
+    ] = None,
+    max_body_bytes: Annotated[
+        int | None, typer.Option(show_default=_AS_KEPT, help="Bytes of one request's body at most.")
+    ] = None,
     max_held: MaxHeld = None,
     lease_minutes: LeaseMinutes = None,
     retention_days: RetentionDays = None,

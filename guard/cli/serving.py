@@ -16,15 +16,15 @@ import typer
 
 from guard.cli.check import check_written
 from guard.cli.options import (
-    ActionName,
     Architecture,
     Bundles,
     Check,
     ExtraFile,
-    FailureMode,
     ModelFile,
     QueueUrl,
-    Rate,
+    ServedAction,
+    ServedFailureMode,
+    ServedRate,
     Settings,
     StateKey,
     Weights,
@@ -50,9 +50,11 @@ def archive(
     state_key: StateKey = None,
     mean: Annotated[
         str | None,
-        typer.Option(help="Image handler: subtracted after scaling to [0, 1]; one number, or one per channel."),
+        typer.Option(
+            help="Image handler: subtracted after scaling to [0, 1]; one number, or one per channel; default 0."
+        ),
     ] = None,
-    std: Annotated[str | None, typer.Option(help="Image handler: divided by after that; likewise.")] = None,
+    std: Annotated[str | None, typer.Option(help="Image handler: divided by after that; likewise, default 1.")] = None,
     resize: Annotated[bool, typer.Option(help="Image handler: resize other sizes instead of refusing them.")] = False,
     handler: Annotated[
         str | None, typer.Option(help="Your own handler file, or a TorchServe name; default: the image handler.")
@@ -62,11 +64,13 @@ def archive(
     bundles: Bundles = Path("bundles"),
     model_store: Annotated[Path, typer.Option(help="Folder that archives go to.")] = Path("model_store"),
     version: Annotated[str, typer.Option(help="Version of the model.")] = "1.0",
-    action: ActionName = None,
-    false_positive_rate: Rate = None,
-    failure_mode: FailureMode = None,
-    rows_per_request: Annotated[str | None, typer.Option(help="1 or any.")] = None,
-    verdict_in_body: Annotated[bool | None, typer.Option(help="Also put the verdict into JSON answers.")] = None,
+    action: ServedAction = None,
+    false_positive_rate: ServedRate = None,
+    failure_mode: ServedFailureMode = None,
+    rows_per_request: Annotated[str | None, typer.Option(show_default="as fitted", help="1 or any.")] = None,
+    verdict_in_body: Annotated[
+        bool | None, typer.Option(show_default="as fitted", help="Also put the verdict into JSON answers.")
+    ] = None,
     example: Annotated[
         list[Path] | None,
         typer.Option(

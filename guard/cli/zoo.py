@@ -24,7 +24,7 @@ zoo_app = typer.Typer(
     help="Small suspect models on real images: backdoored ones, and benign twins to compare them with.",
 )
 
-Folder = Annotated[Path | None, typer.Option(help="Folder of the zoo; in a checkout benchmarks/zoo.")]
+Folder = Annotated[Path | None, typer.Option(help="Folder of the zoo; default: benchmarks/zoo of a checkout.")]
 DataDir = Annotated[Path | None, typer.Option(help="Folder of the image sets; default GUARD_DATA_DIR.")]
 Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Names; * may be used. All if left out.")]
 

@@ -1,0 +1,72 @@
+"""What a bundle holds, told on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from guard.storage.bundle import StoredBundle
+
+_WIDEST_LIST = 120  # characters; a model may have a thousand classes
+
+
+def written_at(folder: Path) -> datetime:
+    """Return when a bundle was written to its folder, in UTC and whole seconds."""
+    return datetime.fromtimestamp(int(folder.stat().st_mtime), UTC)
+
+
+def local_time(moment: datetime) -> str:
+    """Return a moment as people read it: this machine's own time, in minutes."""
+    return f"{moment.astimezone():%Y-%m-%d %H:%M}"
+
+
+def summary(stored: StoredBundle, written: datetime, *, is_active: bool) -> str:
+    """Return what a bundle holds as lines of `name  value`."""
+    lines = _lines(stored.document)
+    head = {"bundle": f"{stored.digest}{' (active)' if is_active else ''}", "written": local_time(written)}
+    return "".join(f"{name:<16}{value}\n" for name, value in (*head.items(), *lines))
+
+
+def _lines(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    from guard.config import PLACES, GuardConfig
+
+    settings = about["settings"]
+    yield "action", f"{settings['action']}; of what cannot be scored: {settings['failure_mode']}"
+    yield (
+        "false positives",
+        f"{about['realised_false_positive_rate']:.4f} of clean images "
+        f"(asked for {settings['false_positive_rate']:g}, measured out of fold)",
+    )
+    right = about.get("reference_accuracy")
+    accuracy = "" if right is None else f", of which the suspect model gets {100 * right:.1f} % right"
+    yield "clean images", f"{about['clean_images']}{accuracy}"
+    if about.get("images_from"):
+        yield "images from", about["images_from"]
+    names = about["class_names"]
+    yield "classes", f"{about['n_classes']}{f': {_listed(names)}' if names else ''}"
+    if about["input_shape"]:
+        yield "input", " x ".join(map(str, about["input_shape"]))
+    if about["preprocessing"]:
+        yield "preprocessing", about["preprocessing"]
+    yield "weights", about["weights_digest"]
+    if points := about["split_points"]:
+        yield "split", f"{points['split']}; earlier depths: {', '.join(about['depths']) or 'none'}"
+    yield "detectors", _listed([entry["name"] for entry in about["detectors"]])
+    if backup := about.get("backup"):
+        recovered = ", ".join(f"{name} {100 * share:.0f} %" for name, share in (about.get("recovery") or {}).items())
+        yield "backup", f"{backup['kind']}{f'; recovered of planted triggers: {recovered}' if recovered else ''}"
+    if lineage := about.get("lineage"):
+        yield "retrained from", lineage["retrained_from"]
+    shown = {"action", "failure_mode", "false_positive_rate", *PLACES}
+    usual = GuardConfig().portable()
+    others = [f"{name} = {value}" for name, value in settings.items() if name not in shown and usual.get(name) != value]
+    if others:
+        yield "other settings", ", ".join(others)
+
+
+def _listed(names: list[str]) -> str:
+    text = ", ".join(names)
+    return text if len(text) <= _WIDEST_LIST else f"{text[:_WIDEST_LIST].rpartition(',')[0]}, ..."
