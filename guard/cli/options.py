@@ -23,7 +23,7 @@ StateKey = Annotated[
 Architecture = Annotated[str | None, typer.Option(help="Function that builds the network, as package.module:factory.")]
 Handler = Annotated[
     str | None,
-    typer.Option(help="Your TorchServe handler, a file or a shipped one's name; its preprocess is used."),
+    typer.Option(help="Your TorchServe handler, a file or a shipped one's name; it makes the network's inputs."),
 ]
 ModelFile = Annotated[Path | None, typer.Option(help="TorchServe's --model-file, for your handler.")]
 ExtraFile = Annotated[
