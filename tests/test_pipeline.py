@@ -335,7 +335,9 @@ def test_fit_labels_that_break_a_rule_are_refused(suspect, few, change, message)
 
 
 def test_fit_wrong_number_of_class_names_is_refused(few, few_activations):
-    with pytest.raises(DataError, match=r"^the suspect model has 10 classes, got 2 class names\.$"):
+    with pytest.raises(
+        DataError, match=r"^the suspect model has 10 classes, got 2 class names\. Give one name per class"
+    ):
         Guard.fit_activations(few_activations, few[1], GuardConfig(false_positive_rate=0.05), class_names=["yes", "no"])
 
 

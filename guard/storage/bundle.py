@@ -215,7 +215,8 @@ class BundleStore:
         """Return the folder of the bundle whose digest starts with `prefix` (at least 6 digits)."""
         if len(prefix) < 6 or not set(prefix) <= set("0123456789abcdef"):
             raise BundleError(
-                f"a bundle is named by at least 6 hex digits of its digest, got {prefix[:80]!a}. See `guard bundle list`."
+                f"a bundle is named by at least 6 hex digits of its digest, got {prefix[:80]!a}. "
+                "See `guard bundle list`."
             )
         found = [digest for digest in self.digests() if digest.startswith(prefix)]
         if len(found) != 1:
