@@ -14,9 +14,13 @@ from pathlib import Path
 import pytest
 from error_catalogue import PAGE, ROOMS, ROOT, messages, page, sources
 
+from guard.cli.images import NamedImages, find_images, read_all
+from guard.cli.model import tell_passed_over
 from guard.cli.output import one_line, users_place, what_failed
+from guard.config import load_config
 from guard.data.image_files import read_picture
 from guard.errors import DataError
+from guard.types import Float32Array
 
 FILES = [file for room in ROOMS for file in sources(room)]
 
@@ -133,3 +137,34 @@ def test_command_line_keeps_warnings_of_libraries_to_itself(tmp_path: Path) -> N
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04torn"])
+def test_npz_that_cannot_be_read_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "clean.npz").write_bytes(content)
+    with pytest.raises(DataError, match=r"clean\.npz: it cannot be read as \.npz \("):
+        find_images(tmp_path / "clean.npz")
+
+
+def test_failure_of_a_library_is_named_with_the_image_and_what_to_look_at() -> None:
+    def convert(images: list[object]) -> Float32Array:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    found = NamedImages(["0/a.png"], lambda row: b"")
+    with pytest.raises(DataError, match=r"^image 0/a\.png cannot be prepared for the network: .* Is it of the size"):
+        read_all(found, convert, lambda text, share: None)  # type: ignore[arg-type]
+
+
+def test_passed_over_files_are_told_apart(capfd: pytest.CaptureFixture[str]) -> None:
+    tell_passed_over(["preview.png", "0/notes.txt", "README"])
+    lines = capfd.readouterr().err.splitlines()
+    assert "1 file(s) passed over: these images lie beside the folders of the classes" in lines[0]
+    assert lines[0].endswith(": preview.png")
+    assert "2 file(s) passed over: these files are no images by their names" in lines[1]
+    assert lines[1].endswith(": 0/notes.txt, README")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_settings_are_read_in_the_encoding_that_they_were_saved_in(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "s.toml").write_text("seed = 7  # größer\n", encoding=encoding)
+    assert load_config(tmp_path / "s.toml").seed == 7
