@@ -232,7 +232,10 @@ def test_read_bundle_sums_that_list_another_file_are_refused(bundle, name):
         file.write(f"{'0' * 64}  {name}\n")
     digest = hashlib.sha256((bundle / "SHA256SUMS").read_bytes()).hexdigest()
     resealed = bundle.rename(bundle.with_name(digest))
-    with pytest.raises(BundleError, match=rf"^bundle {digest[:12]} lists a file that does not belong there: '.*'\.$"):
+    with pytest.raises(
+        BundleError,
+        match=rf"^bundle {digest[:12]} lists a file that does not belong there: '.*'\. Restore it",
+    ):
         read_bundle(resealed)
 
 
@@ -240,7 +243,9 @@ def test_read_bundle_symlink_in_place_of_a_file_is_refused(bundle, tmp_path):
     outside = tmp_path / "outside.json"
     (bundle / "guard.json").rename(outside)
     (bundle / "guard.json").symlink_to(outside)
-    with pytest.raises(BundleError, match=r"guard\.json cannot be read \(it is a symbolic link\)\.$"):
+    with pytest.raises(
+        BundleError, match=r"guard\.json cannot be read \(it is a symbolic link\)\. Check the file and its rights\.$"
+    ):
         read_bundle(bundle)
 
 
@@ -254,10 +259,10 @@ def test_read_bundle_sums_that_leave_a_file_out_are_refused(bundle):
     ("name", "data", "message"),
     [
         ("guard.json", b'{"schema_version": 1}', r"has schema version 1, this program reads 2\. Upgrade"),
-        ("guard.json", b"{}", r"guard\.json has no schema_version or is no JSON\.$"),
-        ("guard.json", b"not json", r"guard\.json has no schema_version or is no JSON\.$"),
-        ("guard.json", b"\xff\xfe\x00", r"guard\.json has no schema_version or is no JSON\.$"),
-        ("guard.json", b"[1]", r"guard\.json has no schema_version or is no JSON\.$"),
+        ("guard.json", b"{}", r"guard\.json has no schema_version or is no JSON\. Fit again\.$"),
+        ("guard.json", b"not json", r"guard\.json has no schema_version or is no JSON\. Fit again\.$"),
+        ("guard.json", b"\xff\xfe\x00", r"guard\.json has no schema_version or is no JSON\. Fit again\.$"),
+        ("guard.json", b"[1]", r"guard\.json has no schema_version or is no JSON\. Fit again\.$"),
         ("arrays.safetensors", b"not tensors", r"arrays\.safetensors cannot be read \("),
         ("arrays.safetensors", b"", r"arrays\.safetensors cannot be read \("),
     ],
@@ -469,7 +474,10 @@ def test_store_roll_back_goes_back_step_by_step_and_then_refuses(store, three, a
         assert store.roll_back() == three[index]
         assert store.active_digest() == three[index]
     before = store.active_digest()
-    with pytest.raises(BundleError, match=r"^nothing to roll back to: no other bundle was active in .* before\.$"):
+    with pytest.raises(
+        BundleError,
+        match=r"^nothing to roll back to: no other bundle was active in .* before\. See `guard bundle list`\.$",
+    ):
         store.roll_back()
     assert store.active_digest() == before
 

@@ -219,7 +219,7 @@ def test_load_config_environment_list_that_is_no_json_is_refused_by_name(monkeyp
         load_config()
 
 
-@pytest.mark.parametrize("data", [b"action =\n", b"seed = 1\nseed = 2\n", b"\xff\xfe"])
+@pytest.mark.parametrize("data", [b"action =\n", b"seed = 1\nseed = 2\n", b"\xff\xfe=\0"])
 def test_load_config_broken_toml_is_one_line_that_names_the_file(folder, data):
     (folder / "guard.toml").write_bytes(data)
     with pytest.raises(ConfigError, match=r"^settings cannot be read: [^\n]+ Look at guard\.toml and the GUARD_\*"):

@@ -101,5 +101,7 @@ def test_ensemble_without_head_cannot_relabel(clean):
     activations, labels = clean
     for detector in (PerClassLof(), HeadDisagreement(depth="early")):
         ensemble = Ensemble([Member("only", "any", detector)]).fit(activations, labels)
-        with pytest.raises(DataError, match=r"^this guard holds no replacement head; action 'relabel' needs one\.$"):
+        with pytest.raises(
+            DataError, match=r"^this guard holds no replacement head, and action 'relabel' needs one\. Fit again\.$"
+        ):
             ensemble.replacement_logits(activations)

@@ -313,7 +313,9 @@ def test_fit_too_few_images_says_how_many_are_needed_before_the_network_runs(sus
 
 def test_fit_fewer_than_two_images_per_fold_is_refused(few, few_activations):
     config = GuardConfig(false_positive_rate=0.5, folds=5)
-    with pytest.raises(DataError, match=r"^folds=5 needs at least 10 clean images, got 9\.$"):
+    with pytest.raises(
+        DataError, match=r"^folds=5 needs at least 10 clean images, got 9\. Give more, or fewer folds\.$"
+    ):
         Guard.fit_activations(few_activations[:9], few[1][:9], config)
     Guard.fit_activations(few_activations[:10], np.zeros(10, dtype=np.int64), config)
 
@@ -335,7 +337,9 @@ def test_fit_labels_that_break_a_rule_are_refused(suspect, few, change, message)
 
 
 def test_fit_wrong_number_of_class_names_is_refused(few, few_activations):
-    with pytest.raises(DataError, match=r"^the suspect model has 10 classes, got 2 class names\.$"):
+    with pytest.raises(
+        DataError, match=r"^the suspect model has 10 classes, got 2 class names\. Give one name per class"
+    ):
         Guard.fit_activations(few_activations, few[1], GuardConfig(false_positive_rate=0.05), class_names=["yes", "no"])
 
 

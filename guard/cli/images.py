@@ -236,12 +236,12 @@ def read_all(
     for part in parts(len(images.names)):
         for index, row in zip(part, each(lambda some: list(converted(images, convert, some)), part), strict=True):
             if isinstance(row, Exception):
-                look = (
-                    ""
-                    if isinstance(row, GuardError)
-                    else " Look at the image, and at what prepares it for the network."
-                )
-                raise DataError(f"image {images.names[index]}: {what_failed(row)}{look}") from row
+                if isinstance(row, GuardError):
+                    raise DataError(f"image {images.names[index]}: {row}") from row
+                raise DataError(
+                    f"image {images.names[index]} cannot be prepared for the network: {what_failed(row)} "
+                    "Is it of the size, channels and format that the preprocessing takes?"
+                ) from row
             if not np.isfinite(row).all():
                 raise DataError(
                     f"image {images.names[index]}: what the network takes of it must be finite, and holds NaN or "
@@ -318,8 +318,11 @@ def each(work: Callable[[Sequence[int]], Sequence[T]], rows: Sequence[int]) -> l
 def _read_npz(path: Path) -> tuple[Float32Array, IntArray | None]:
     try:
         loaded = load_images(path)
-    except DataError:  # if only some images are not finite, the others are still to be judged
-        arrays = read_npz(path, MAX_TOTAL_VALUES)
+    except DataError as refused:  # if only some images are not finite, the others are still to be judged
+        try:
+            arrays = read_npz(path, MAX_TOTAL_VALUES)
+        except DataError:
+            raise refused from None
         images = arrays.get("images", arrays.get("x"))
         if images is None or images.dtype != np.float32 or images.ndim != 4 or np.isfinite(images).all():
             raise

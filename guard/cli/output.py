@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import sysconfig
 import threading
@@ -114,6 +115,7 @@ def what_failed(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, GuardError):
         return text
+    text = re.sub(r" at 0x[0-9a-f]+", "", text)  # where an object lies in memory says nothing
     name = f"{type(error).__name__}{f': {text}' if text else ''}"
     if place := users_place(error):
         return f"your code failed with {name} ({place})."

@@ -160,7 +160,9 @@ def _read_manifest(file: Path) -> Archive:
         text = read_member(file, MANIFEST, _MOST_MANIFEST_BYTES)
         model = json.loads(text or b"{}")["model"]
         return Archive(file.name, str(model["modelName"]), str(model.get("modelVersion") or UNNAMED_VERSION))
-    except (ArchiveError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except ArchiveError as error:
+        raise ServerError(f"archive {file} is damaged: {error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ServerError(f"archive {file} is damaged: {reason}. Make it again with `guard archive`.") from error
 
