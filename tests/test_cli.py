@@ -368,6 +368,9 @@ def test_inspect_formats_agree_and_go_to_a_file_unchanged(fitted: Path, guard: R
     expected = ["flag" if row["is_poisoned"] else "none" for row in rows]  # as Guard-Action says when served
     assert [row["action"] for row in rows] == [row["action"] for row in table] == expected
     assert {f"score:{name}" for name in rows[0]["detector_scores"]} <= set(table[0])
+    described = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    columns = [column for column in (*table[0], *rows[0]) if not column.startswith("score:")]
+    assert all(f"`{column}`" in described for column in columns)
     _, shown, _ = guard("inspect", "new", *MODEL)
     lines = shown.splitlines()
     for row in rows:  # whole names, one line each, although stdout is no terminal
