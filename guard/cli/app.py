@@ -224,7 +224,7 @@ def bundle_rollback(bundles: Bundles = Path("bundles")) -> None:
 
 @bundle_app.command("clean")
 def bundle_clean(digest: Digest, bundles: Bundles = Path("bundles")) -> None:
-    """Write a bundle of an older version again, without the queue's URL.
+    """Write an older version's bundle without the queue's URL.
 
     If it was the active one, the new one becomes active. Remove the old folder when no open item was flagged by it.
     """
