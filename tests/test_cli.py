@@ -236,7 +236,8 @@ def test_fit_takes_the_class_list_in_the_models_order(fitted: Path, guard: Run) 
 def test_fit_says_what_it_did_in_lines_that_can_be_copied(guard: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     status, shown, problem = guard(*FIT, "--class-names", ",".join(CLASSES), "--bundles", "said", "--no-activate")
-    assert (status, problem) == (0, "")
+    assert status == 0, problem
+    assert not {"warning", "error"} & {line.partition(":")[0] for line in problem.splitlines()}  # progress at most
     digest = shown.split()[1]
     assert Path(digest).is_dir()
     assert "100.0 % right" in shown
@@ -248,7 +249,7 @@ def test_fit_warns_where_labels_and_model_do_not_agree(guard: Run) -> None:
     arguments = [*MODEL, "--images", "clean", "--false-positive-rate", "0.05", "--bundles", "wrong-order"]
     status, _, printed = guard("fit", *arguments)  # sub-folders counted in sorted order: not the model's
     assert status == 0
-    assert printed.startswith("warning: the suspect model gets only 0.0 %")
+    assert "warning: the suspect model gets only 0.0 %" in printed
 
 
 def test_fit_on_npz_equals_fit_on_folders(fitted: Path, guard: Run) -> None:
@@ -649,7 +650,8 @@ def test_serve_stopped_while_it_starts_leaves_nothing(served: Path, number: int,
     finally:
         server.kill()
         server.wait()
-    assert (server.returncode, out, printed) == (status, "", "")
+    assert (server.returncode, out) == (status, "")
+    assert printed in ("", "starting TorchServe\n")
     assert nobody_left(children)
 
 
