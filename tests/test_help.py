@@ -66,6 +66,16 @@ def test_help_example_is_shown_whole_and_is_taken_by_the_command(
     assert not context.args
 
 
+@pytest.mark.parametrize("group", ["", "bundle", "zoo", "review", "snapshot"])
+def test_help_lists_every_command_with_its_whole_line(
+    group: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    listed = shown_help(group, capfd).partition("\nCommands:\n")[2].partition("\n\n")[0].splitlines()
+    assert listed
+    assert [line for line in listed if line.endswith("...")] == []
+
+
 @pytest.mark.parametrize("path", COMMANDS)
 def test_help_says_a_default_of_every_option(path: str) -> None:
     command = COMMANDS[path]

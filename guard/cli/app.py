@@ -161,11 +161,17 @@ def bundle_list(bundles: Bundles = Path("bundles"), as_json: AsJson = False) -> 
     if as_json:
         write(json.dumps(rows, indent=2, default=datetime.isoformat) + "\n")
     else:
-        table = plain_table("digest", "active", "written", "mode", "rate", "realised", "images", "classes")
-        for digest, active, written, mode, rate, realised, images, classes in (row.values() for row in rows):
-            mark = "yes" if active else ""
-            cells = (f"{rate:g}", f"{realised:.4f}", str(images), str(classes))
-            table.add_row(digest[:12], mark, local_time(written), mode, *cells)
+        table = plain_table("digest", "active", "written", "mode", "rate", "realised", "images")
+        for row in rows:
+            table.add_row(
+                row["digest"][:12],
+                "yes" if row["active"] else "",
+                local_time(row["written"]),
+                row["mode"],
+                f"{row['false_positive_rate']:g}",
+                f"{row['realised_false_positive_rate']:.4f}",
+                str(row["clean_images"]),
+            )
         print_table(table)
     for digest in damaged:
         print_warning(f"bundle {digest[:12]} is damaged and left out. `guard bundle show {digest[:12]}` says why.")
@@ -221,7 +227,7 @@ def bundle_rollback(bundles: Bundles = Path("bundles")) -> None:
 
 @bundle_app.command("clean")
 def bundle_clean(digest: Digest, bundles: Bundles = Path("bundles")) -> None:
-    """Write a bundle of an older version again, without the queue's URL.
+    """Write an older version's bundle without the queue's URL.
 
     If it was the active one, the new one becomes active. Remove the old folder when no open item was flagged by it.
     """

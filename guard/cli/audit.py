@@ -37,7 +37,7 @@ def audit(
     slack: Annotated[int, typer.Option(help="Requests that may differ, as after a worker was killed.", min=0)] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Compare what clients, metrics and queue say of the same requests.
+    """Compare the counts of clients, metrics and queue.
 
     received = clean + poisoned + bypassed + rejected + failed, by source, and the differences. Status 0: the counts
     agree. 1: they do not. 2: they could not be compared.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from guard.storage.bundle import StoredBundle
 
-_WIDEST_LIST = 120  # characters; a model may have a thousand classes
+_WIDTH, _INDENT = 80, 16
+_MOST_CLASSES = 150  # characters of their names; a model may have a thousand classes
 
 
 def written_at(folder: Path) -> datetime:
@@ -24,10 +26,13 @@ def local_time(moment: datetime) -> str:
 
 
 def summary(stored: StoredBundle, written: datetime, *, is_active: bool) -> str:
-    """Return what a bundle holds as lines of `name  value`."""
-    lines = _lines(stored.document)
-    head = {"bundle": f"{stored.digest}{' (active)' if is_active else ''}", "written": local_time(written)}
-    return "".join(f"{name:<16}{value}\n" for name, value in (*head.items(), *lines))
+    """Return what a bundle holds as lines of `name  value`, at most 80 columns wide where a value has spaces."""
+    head = {"bundle": stored.digest, "active": "yes" if is_active else "no", "written": local_time(written)}
+    lines = (*head.items(), *_lines(stored.document))
+    wrapped = textwrap.TextWrapper(
+        _WIDTH, subsequent_indent=" " * _INDENT, break_long_words=False, break_on_hyphens=False
+    )
+    return "".join(f"{wrapped.fill(f'{name:<{_INDENT}}{value}')}\n" for name, value in lines)
 
 
 def _lines(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -46,7 +51,8 @@ def _lines(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if about.get("images_from"):
         yield "images from", about["images_from"]
     names = about["class_names"]
-    yield "classes", f"{about['n_classes']}{f': {_listed(names)}' if names else ''}"
+    listed = f": {textwrap.shorten(', '.join(names), _MOST_CLASSES, placeholder=' ...')}" if names else ""
+    yield "classes", f"{about['n_classes']}{listed}"
     if about["input_shape"]:
         yield "input", " x ".join(map(str, about["input_shape"]))
     if about["preprocessing"]:
@@ -54,7 +60,7 @@ def _lines(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "weights", about["weights_digest"]
     if points := about["split_points"]:
         yield "split", f"{points['split']}; earlier depths: {', '.join(about['depths']) or 'none'}"
-    yield "detectors", _listed([entry["name"] for entry in about["detectors"]])
+    yield "detectors", ", ".join(entry["name"] for entry in about["detectors"])
     if backup := about.get("backup"):
         recovered = ", ".join(f"{name} {100 * share:.0f} %" for name, share in (about.get("recovery") or {}).items())
         yield "backup", f"{backup['kind']}{f'; recovered of planted triggers: {recovered}' if recovered else ''}"
@@ -65,8 +71,3 @@ def _lines(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     others = [f"{name} = {value}" for name, value in settings.items() if name not in shown and usual.get(name) != value]
     if others:
         yield "other settings", ", ".join(others)
-
-
-def _listed(names: list[str]) -> str:
-    text = ", ".join(names)
-    return text if len(text) <= _WIDEST_LIST else f"{text[:_WIDEST_LIST].rpartition(',')[0]}, ..."

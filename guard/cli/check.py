@@ -27,11 +27,11 @@ def check(
     ] = None,
     false_positive_rate: ServedRate = None,
 ) -> None:
-    """Send clean images through a guarded archive, and compare with what was promised.
+    """Compare a guarded archive with what it promised.
 
-    The archive is loaded in another process, as a server would load it; every image is sent alone and in batches, and
-    the verdicts must agree. Status 1 says that more images are flagged than the rate explains, or how it fails. With
-    --url the images go to a running server instead.
+    Clean images are sent through it. It is loaded in another process, as a server would load it; every image is sent
+    alone and in batches, and the verdicts must agree. Status 1 says that more images are flagged than the rate
+    explains, or how it fails. With --url the images go to a running server instead.
     """
     from guard.cli.bodies import find_requests
     from guard.torchserve.archives.contents import promise_of

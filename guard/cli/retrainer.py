@@ -53,7 +53,7 @@ def retrainer(
         Path | None, typer.Option("--settings", help="TOML file with the retrainer's settings.")
     ] = None,
 ) -> None:
-    """Learn from what reviewers answered, as a process of its own beside the server.
+    """Learn from what reviewers answered, beside the server.
 
     A candidate that the gate refuses is kept as an inactive bundle, and says why.
     """

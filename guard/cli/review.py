@@ -47,7 +47,7 @@ RetentionDays = Annotated[
 review_app = typer.Typer(
     invoke_without_command=True,
     rich_markup_mode=None,
-    help="Review flagged inputs in the browser; add reviewers; take items and answers in and out.",
+    help="Review flagged inputs in the browser. Add reviewers; take items and answers in and out.",
 )
 
 
@@ -154,7 +154,10 @@ def settings(
     retention_days: RetentionDays = None,
     queue: QueueUrl = None,
 ) -> None:
-    """Show the settings of the queue, or change them: for servers, page, imports and retrainer, while they run."""
+    """Show the settings of the queue, or change them.
+
+    For servers, page, imports and retrainer, while they run.
+    """
     from guard.relabel.settings import QueueSettings
 
     changes = _changes(
@@ -195,7 +198,10 @@ def add_user(
 
 @review_app.command("disable-user")
 def disable_user(context: typer.Context, name: Name, queue: QueueUrl = None) -> None:
-    """Make a reviewer's token and sessions worthless; answers stay. `add-user` enables again, with a new token."""
+    """Make a reviewer's token and sessions worthless.
+
+    Answers stay. `add-user` enables again, with a new token.
+    """
     from guard.relabel.reviewers import Reviewers
 
     with _open(context, queue) as opened:
@@ -205,7 +211,10 @@ def disable_user(context: typer.Context, name: Name, queue: QueueUrl = None) -> 
 
 @review_app.command("users")
 def users(context: typer.Context, queue: QueueUrl = None) -> None:
-    """List the reviewers, with their role and how they answered items whose answer is known."""
+    """List the reviewers.
+
+    With their role, and how they answered items whose answer is known.
+    """
     from guard.relabel.reviewers import Reviewers
 
     with _open(context, queue) as opened:
@@ -226,7 +235,7 @@ def export(
     bundles: Bundles = Path("bundles"),
     queue: QueueUrl = None,
 ) -> None:
-    """Write items to a file, so that a team may label them elsewhere."""
+    """Write items to a file, to be labelled elsewhere."""
     from guard.files import open_private
     from guard.relabel import exchange
     from guard.review.admin import EXPORTS
@@ -268,7 +277,7 @@ def import_file(
     quorum: Annotated[int | None, typer.Option(hidden=True)] = None,
     queue: QueueUrl = None,
 ) -> None:
-    """Save the answers of a file: all of them, or none and say why."""
+    """Save the answers of a file, all or none."""
     from guard.files import decoded
     from guard.relabel.reviewers import Reviewers
     from guard.review.admin import import_text

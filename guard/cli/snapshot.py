@@ -37,7 +37,10 @@ def snapshot_save(folder: Folder, queue: QueueUrl = None, bundles: BundleFolder 
 
 @snapshot_app.command("verify")
 def snapshot_verify(folder: Folder) -> None:
-    """Check every file of a snapshot, its bundles, and the chain of its decisions."""
+    """Check every file of a snapshot.
+
+    Its bundles, and the chain of its decisions, too.
+    """
     from guard.storage.snapshot import verify_snapshot
 
     _tell("whole", verify_snapshot(folder))
@@ -45,7 +48,10 @@ def snapshot_verify(folder: Folder) -> None:
 
 @snapshot_app.command("restore")
 def snapshot_restore(folder: Folder, queue: QueueUrl = None, bundles: BundleFolder = None) -> None:
-    """Put queue and bundles where there are none; nothing is overwritten."""
+    """Put queue and bundles where there are none.
+
+    Nothing is overwritten.
+    """
     from guard.storage.snapshot import restore_snapshot
 
     _tell("restored", restore_snapshot(folder, queue_url=_url(queue), bundles=bundles))

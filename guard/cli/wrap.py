@@ -171,7 +171,10 @@ def wrap(
 
 
 def unwrap(archive: Archive, output: Output = None, force: Force = False) -> None:
-    """Give back the archive that a guarded one was made from, byte for byte."""
+    """Give back the archive that a guarded one was made from.
+
+    Byte for byte.
+    """
     from guard.torchserve.archives.wrapping import unwrap as unwrap_archive
 
     stem = _stem(archive)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 zoo_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Small suspect models on real images: backdoored ones, and benign twins to compare them with.",
+    help="Small suspect models on real images. Backdoored ones, and benign twins to compare them with.",
 )
 
 Folder = Annotated[Path | None, typer.Option(help="Folder of the zoo; default: benchmarks/zoo of a checkout.")]
@@ -101,7 +101,7 @@ def _train_one(entry: ZooEntry, folder: Path, work_dir: Path, data_dir: Path | N
 
 @zoo_app.command("list")
 def list_models(folder: Folder = None) -> None:
-    """List the models that are there, and those of the plan that are missing."""
+    """List the models, and say how many of the plan are missing."""
     from guard.lab.zoo.collection import Zoo
     from guard.lab.zoo.plan import PLAN
 
