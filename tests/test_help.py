@@ -93,11 +93,8 @@ def test_help_defaults_are_those_of_the_settings() -> None:
     for path in ("fit", "wrap", "assess"):
         for option in COMMANDS[path].params:
             if option.name in usual and isinstance(option.show_default, str):
-                assert (
-                    option.show_default == f"{usual[option.name]:g}".strip()
-                    if (isinstance(usual[option.name], float))
-                    else str(usual[option.name])
-                ), option.name
+                value = usual[option.name]
+                assert option.show_default == (f"{value:g}" if isinstance(value, float) else str(value)), option.name
                 found += 1
     assert found >= 9
     retrainer = {option.name: option.show_default for option in COMMANDS["retrainer"].params}
