@@ -152,6 +152,7 @@ def fit(
             request = BackupRequest(backup, backup_floor, backup_detects)
             guard = with_backup(guard, pixels, guard.reference_labels, request, preprocess=prepare, progress=report)
         folder = guard.save(bundles)
+    Guard.load(folder)  # one that no server would take is not activated
     if activate:
         BundleStore(bundles).activate(folder.name)
     points = suspect.split_points
