@@ -245,9 +245,17 @@ def test_fit_says_what_it_did_in_lines_that_can_be_copied(guard: Run, monkeypatc
     assert not Path("said/ACTIVE").exists()
 
 
-def test_fit_warns_where_labels_and_model_do_not_agree(guard: Run) -> None:
+def test_fit_refuses_another_order_of_the_classes_and_names_the_one_that_the_answers_suggest(
+    guard: Run, work: Path
+) -> None:
     arguments = [*MODEL, "--images", "clean", "--false-positive-rate", "0.05", "--bundles", "wrong-order"]
     status, _, printed = guard("fit", *arguments)  # sub-folders counted in sorted order: not the model's
+    assert status == 1
+    assert "the network gets only 0.0 % of these labels right, and 100.0 %" in printed
+    order = (work / "classes.txt").read_text().split("\n")
+    assert f"--class-names {','.join(name for name in order if name)}" in printed
+    assert not (work / "wrong-order").exists()
+    status, _, printed = guard("fit", *arguments, "--fit-anyway")
     assert status == 0
     assert "warning: the suspect model gets only 0.0 %" in printed
 

@@ -113,7 +113,7 @@ def test_files_beside_the_class_folders_are_passed_over_and_named(tmp_path: Path
 
 
 def test_folder_without_classes_or_images_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has no labels"):
+    with pytest.raises(DataError, match="holds no images"):
         find_labelled(tmp_path)
     picture(tmp_path / "a.png")
     with pytest.raises(DataError, match="has no labels"):
