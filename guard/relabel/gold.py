@@ -119,6 +119,19 @@ class Eyes:
         decisions = {kind: count - hidden[kind] for kind, count in counts.decisions.items()}
         return replace(counts, by_state=by_state, oldest_pending_at=oldest, decisions=decisions)
 
+    def count_settled(self, model: str, since: datetime | None) -> int:
+        """Return how many gold items of a model the reviewer sees as answered, after a time."""
+        rows = self._connection.execute(statements.GOLD_STATES, {"reviewer": self._reviewer}).mappings().all()
+        rows = [row for row in rows if row["model"] == model]
+        answers = self._own_answers([row["id"] for row in rows])
+        settled = 0
+        for row in rows:
+            answer = answers.get(row["id"])
+            state = self._state(State(row["state"]), row["claimed_by"], answer, row["learned_to"])
+            is_late = answer is not None and (since is None or answer.decided_at > since)
+            settled += is_late and state in (State.DECIDED, State.TRAINED)
+        return settled
+
     def _see(self, item: QueueItem, answer: Decision | None, learned_to: int | None) -> QueueItem:
         state = item.state if learned_to is None else self._state(item.state, item.claimed_by, answer, learned_to)
         is_mine = state is State.CLAIMED and item.claimed_by == self._reviewer

@@ -380,12 +380,16 @@ class Queue:
         with self.database.reading() as connection:
             return reading.list_settled(connection, model)
 
-    def count_settled(self, model: str, *, since: datetime | None = None) -> int:
-        """Count the items of a model whose answer counts, or those of them whose answer came after a time."""
+    def count_settled(self, model: str, *, since: datetime | None = None, seen_by: str | None = None) -> int:
+        """Count the items of a model whose answer counts, or those of them whose answer came after a time.
+
+        For a reviewer with gold items that this one sees as answered.
+        """
         values: dict[str, Any] = {"model": model} | ({} if since is None else {"since": since})
         statement = statements.COUNT_SETTLED if since is None else statements.COUNT_SETTLED_SINCE
         with self.database.reading() as connection:
-            return int(connection.execute(statement, values).scalar_one())
+            settled = int(connection.execute(statement, values).scalar_one())
+            return settled if seen_by is None else settled + self._eyes(connection, seen_by).count_settled(model, since)
 
     def count_standing(self, reviewer: str, *, after_id: int = 0) -> int:
         """Count the answers of a reviewer, with a number above one, that were neither withdrawn nor replaced."""

@@ -442,7 +442,7 @@ COUNT_GOLD_ANSWERS_OF_OTHERS = COUNT_ANSWERS.join(gold, gold.c.item_id == decisi
 )
 #: All gold items that a reviewer may be asked.
 GOLD_STATES = (
-    sa.select(items.c.id, items.c.state, items.c.claimed_by, items.c.received_at, gold.c.learned_to)
+    sa.select(items.c.id, items.c.model, items.c.state, items.c.claimed_by, items.c.received_at, gold.c.learned_to)
     .join_from(gold, items, gold.c.item_id == items.c.id)
     .where(~_copied_from_reviewer)
 )

@@ -142,7 +142,7 @@ def _context(workspace: Workspace, session: Session) -> dict[str, Any]:
         "new_token": "",
         "rows": rows,
         "models": workspace.models(),
-        "awaited": workspace.awaited(),
+        "awaited": workspace.awaited(session.reviewer),
         "exports": list(EXPORTS),
     }
     return {**known, **shared(workspace, session)}

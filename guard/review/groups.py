@@ -41,7 +41,9 @@ def all_groups(request: Request, workspace: TheWorkspace, session: SignedIn) -> 
 def one_group(request: Request, workspace: TheWorkspace, session: SignedIn, group: Number) -> Response:
     """Show the items of a group, claimed for this reviewer."""
     items = workspace.take_group(session.name, group)
-    return render(request, "group.html", {**_context(workspace, group, items), **shared(workspace, session)})
+    return render(
+        request, "group.html", {**_context(workspace, session.name, group, items), **shared(workspace, session)}
+    )
 
 
 @router.post("/{group}/decisions")
@@ -57,7 +59,7 @@ def decide_group(request: Request, workspace: TheWorkspace, posted: Form, group:
     except (DataError, AlreadyDecided, ItemGone, LeaseExpired) as error:  # what was filled in stays for the others
         held = workspace.take_group(posted.session.name, group)
         text = str(error) if isinstance(error, DataError) else f"{error} Nothing was saved; the others are still here."
-        context = {**_context(workspace, group, held, posted), "text": text, "is_error": True}
+        context = {**_context(workspace, posted.session.name, group, held, posted), "text": text, "is_error": True}
         status = 422 if isinstance(error, DataError) else 409
         return render(request, "group.html", {**context, **shared(workspace, posted.session)}, status=status)
     rest = workspace.take_group(posted.session.name, group)
@@ -65,7 +67,9 @@ def decide_group(request: Request, workspace: TheWorkspace, posted: Form, group:
     if not rest:
         return RedirectResponse("/groups", status_code=303)
     return render(
-        request, "group.html", {**_context(workspace, group, rest), **shared(workspace, posted.session), "text": text}
+        request,
+        "group.html",
+        {**_context(workspace, posted.session.name, group, rest), **shared(workspace, posted.session), "text": text},
     )
 
 
@@ -113,11 +117,13 @@ def _group_label(posted: Posted, item: QueueItem, workspace: Workspace, verdict:
     return label
 
 
-def _context(workspace: Workspace, group: int, items: list[QueueItem], posted: Posted | None = None) -> dict[str, Any]:
+def _context(
+    workspace: Workspace, reviewer: str, group: int, items: list[QueueItem], posted: Posted | None = None
+) -> dict[str, Any]:
     """Return what the template shows; after an error with what the reviewer had filled in."""
     names = workspace.names(items[0].input) if items else []
     opinion = workspace.opinion(items[0].input) if items else ""
-    pending = sum(listed.pending for listed in workspace.queue.groups() if listed.id == group)
+    pending = sum(listed.pending for listed in workspace.queue.groups(seen_by=reviewer) if listed.id == group)
     tiles = [_tile(workspace, item, posted) for item in items]
     suspects = {tile["names"][tile["item"].input.suspect_label] for tile in tiles}
     chosen = {name: posted.text(name) if posted is not None else "" for name in ("verdict", "rule", "group_label")}

@@ -136,7 +136,7 @@ def progress(request: Request, workspace: TheWorkspace, session: SignedIn) -> Re
     context = {
         "mine": workspace.log.count_standing(session.name),
         "last_hour": workspace.log.count_standing(session.name, now - timedelta(hours=1)),
-        "awaited": workspace.awaited(),
+        "awaited": workspace.awaited(session.reviewer),
         "rounds": [_round(entry) for entry in workspace.rounds.all(limit=50)],
         "dropped": sum(workspace.counts(session.reviewer).dropped.values()),
         **shared(workspace, session),

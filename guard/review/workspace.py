@@ -325,13 +325,15 @@ class Workspace:
                 raise DataError(f"no answer is new since round {last.id} of {model}: there is nothing to learn.")
         self.rounds.request(model, reviewer)
 
-    def awaited(self) -> list[Awaited]:
-        """Return how near the next retraining of each model is."""
+    def awaited(self, reviewer: Reviewer) -> list[Awaited]:
+        """Return how near the next retraining of each model is, as somebody may see it."""
         needed = self.bundle_list.answers_needed()
+        seen_by = None if reviewer.role == "admin" else reviewer.name
         found = []
         for model in self.models():
             last = self.rounds.last(model)
-            n_new = self.queue.count_settled(model, since=None if last is None else last.began_at)
+            since = None if last is None else last.began_at
+            n_new = self.queue.count_settled(model, since=since, seen_by=seen_by)
             found.append(Awaited(model, n_new, needed.get(model)))
         return found
 

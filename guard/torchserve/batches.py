@@ -117,11 +117,14 @@ class Batches:
     def explain(self, item: Any, context: Any, index: int, judged: Answered) -> Answered:
         """Return the handler's explanation of a request in the place of its prediction; an error stays what it is.
 
-        The network's own passes meanwhile are not judged: the request was, and its verdict goes with the explanation.
+        The network's own passes meanwhile are not judged: the request was, and its verdict goes with the explanation. A
+        flagged request whose answer is replaced or blocked is not explained.
         """
         _, outcome = judged
         if outcome is None or outcome.kind in ("rejected", "failed") or context.get_response_status(index)[0] >= 400:
             return judged
+        if outcome.verdict is not None and outcome.verdict.action in ("relabel", "block"):
+            return judged  # the handler would say what the suspect answered
         alone = part_of(context, [index])
         alone.get_all_request_header(0)[EXPLAIN] = "True"
         try:
