@@ -324,7 +324,7 @@ def test_open_mode_bypasses_and_counts_over_http(site: Site) -> None:
 @pytest.mark.parametrize("switch", ["describe", "explain"])
 def test_describe_and_explain_cannot_skip_the_guard(site: Site, switch: str) -> None:
     def is_judged(reply: Reply, index: int, is_explanation: bool) -> bool:
-        # TorchServe's own explanation needs a package that is not here: it fails, as without a guard, and tells nothing.
+        # TorchServe's own explanation needs a package that is not here: it fails as without a guard, and tells nothing
         if is_explanation and reply.status == 500:
             return "guard-verdict" not in reply.headers and b"probabilities" not in reply.body
         return reply.status == 200 and site.agrees(reply, index)
