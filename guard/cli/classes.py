@@ -141,9 +141,9 @@ def tell_missing(guard: Guard) -> None:
     missing = np.flatnonzero(counts == 0)
     if len(missing) == 0:
         return
-    unseen, asked = flagged_of_unseen_classes(guard), guard.realised_false_positive_rate
+    unseen, realised = flagged_of_unseen_classes(guard), guard.realised_false_positive_rate
     share = len(missing) / len(counts)
-    overall = share * unseen + (1 - share) * asked
+    overall = share * unseen + (1 - share) * realised
     print_warning(
         f"{len(missing)} of the network's {len(counts)} classes have no clean image: "
         f"{_listed(missing, guard.class_names)}. About {100 * unseen:.0f} % of their clean traffic will be flagged "

@@ -50,8 +50,8 @@ def copy_groups(images: Float32Array, labels: IntArray) -> IntArray:
         for label in np.unique(labels):
             rows = np.flatnonzero(labels == label)
             pairs.append(rows[_near_pairs(small[rows])])
-    one, other = np.concatenate(pairs, axis=1)
-    links = coo_array((np.ones(len(one)), (one, other)), shape=(len(first), len(first)))
+    left, right = np.concatenate(pairs, axis=1)
+    links = coo_array((np.ones(len(left)), (left, right)), shape=(len(first), len(first)))
     component: IntArray = connected_components(links, directed=False)[1].astype(np.int64)
     return component[groups]
 
@@ -86,8 +86,8 @@ def _near_pairs(small: Tensor) -> IntArray:
             torch.maximum(best[rows], correlation, out=best[rows])
     is_near = (best >= _LIKELY).any(1)
     is_augmented = int(is_near.sum()) >= _ENOUGH and float(is_near.float().mean()) >= _SHARE
-    one, place = torch.nonzero(best >= (_LIKELY if is_augmented else _CERTAIN), as_tuple=True)
-    pairs: IntArray = torch.stack([one, candidates[one, place]]).numpy()
+    rows_found, place = torch.nonzero(best >= (_LIKELY if is_augmented else _CERTAIN), as_tuple=True)
+    pairs: IntArray = torch.stack([rows_found, candidates[rows_found, place]]).numpy()
     return pairs
 
 

@@ -142,19 +142,19 @@ def _context(
 def _tile(workspace: Workspace, item: QueueItem, posted: Posted | None) -> dict[str, Any]:
     """Return one item of the form; where its second opinion is not to be taken unseen, with the reason."""
 
-    def said(name: str) -> str:
+    def posted_text(name: str) -> str:
         return posted.text(name) if posted is not None else ""
 
     always, if_poisoned = (wording.doubt(item.input, is_poisoned) for is_poisoned in (False, True))
     is_poisoned = posted is None or _verdict(posted, item) == "poisoned"
-    label, doubt = said(f"label_{item.id}"), if_poisoned if is_poisoned else always
-    applies = said("rule") == "backup" and bool(doubt) and not label
+    label, doubt = posted_text(f"label_{item.id}"), if_poisoned if is_poisoned else always
+    applies = posted_text("rule") == "backup" and bool(doubt) and not label
     return {
         "item": item,
         "names": workspace.names(item.input),
         "included": (posted is None or str(item.id) in posted.form.getlist("include")) and not applies,
         "label": label,
-        "verdict": said(f"verdict_{item.id}"),
+        "verdict": posted_text(f"verdict_{item.id}"),
         "doubt": always or if_poisoned,
         "doubt_when": "always" if always else "poisoned",
         "applies": applies,

@@ -196,8 +196,8 @@ class AnytimeHeads:
 
     def multiply_adds(self) -> list[int]:
         """Return what one row costs up to each head."""
-        own = [sum(head[name].size for name in ("inputs", "state", "outputs")) for head in self.heads_]
-        return [sum(own[: place + 1]) for place in range(len(own))]
+        costs = [sum(head[name].size for name in ("inputs", "state", "outputs")) for head in self.heads_]
+        return [sum(costs[: place + 1]) for place in range(len(costs))]
 
     def state(self) -> dict[str, AnyArray]:
         """Return all heads as arrays."""
