@@ -4,8 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # Threads that wait for each other stall on a busy machine, and nothing here is large enough to gain from two.
 export OMP_NUM_THREADS ?= 1
-# Test files that run at the same time; JOBS=0 runs all in one process.
-JOBS ?= 2
+# Test files that run at the same time, one more than cores: those with servers wait a lot. JOBS=0: one process.
+JOBS ?= 3
 
 .PHONY: setup demo test test-quick lint types bench bench-badnets bench-fusion bench-loop rehearsal clean help
 
@@ -28,11 +28,11 @@ demo: setup
 	$(BIN)/guard demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # No server, no browser, no database server; under 90 seconds on two quiet cores.
 test-quick: setup
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

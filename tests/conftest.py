@@ -6,14 +6,17 @@ Nothing here is changed by a test: arrays are read-only, and a test that needs a
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pytest
 from browser_helpers import EXPECTED, FLAGS, PATIENCE, OpenPage, chromium
+from filelock import FileLock
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
 from queue_helpers import PostgresServer, empty_postgresql_queue, postgresql_folder
 
@@ -26,6 +29,27 @@ from guard.types import Float32Array, IntArray
 
 #: Rows of the shipped MNIST images: to train the network, to fit the guard, to test.
 SPLIT = (6000, 1000, 1000)
+
+
+Made = TypeVar("Made")
+Once = Callable[[str, Callable[[], Made]], Made]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Make something once for all processes of this run: the first to ask makes it, the others read its pickle."""
+    own = tmp_path_factory.getbasetemp()
+    folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def made(name: str, make: Callable[[], Made]) -> Made:
+        path = folder / f"{name}.pickle"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                path.write_bytes(pickle.dumps(make()))
+            result: Made = pickle.loads(path.read_bytes())
+        return result
+
+    return made
 
 
 class LabelledImages(NamedTuple):
@@ -63,10 +87,9 @@ def recipe() -> AttackRecipe:
 
 
 @pytest.fixture(scope="session")
-def badnet(recipe: AttackRecipe, clean_split: CleanSplit) -> MnistCnn:
+def badnet(recipe: AttackRecipe, clean_split: CleanSplit, once: Once) -> MnistCnn:
     """A network that carries the recipe's backdoor; about 6 s on one core."""
-    network, _, _ = train_badnet(recipe, *clean_split.train, seed=0)
-    return network
+    return once("badnet", lambda: train_badnet(recipe, *clean_split.train, seed=0)[0])
 
 
 @pytest.fixture(scope="session")
@@ -81,9 +104,12 @@ def triggered(recipe: AttackRecipe, clean_split: CleanSplit) -> Poisoned:
 
 
 @pytest.fixture(scope="session")
-def fitted_guard(suspect: SuspectModel, clean_split: CleanSplit) -> Guard:
+def fitted_guard(suspect: SuspectModel, clean_split: CleanSplit, once: Once) -> Guard:
     """A guard in `calibrated` mode at a false-positive rate of 0.05, fitted on the 1,000 validation images."""
-    return Guard.fit(suspect, *clean_split.validation, GuardConfig(false_positive_rate=0.05))
+    suspect.locate(*clean_split.validation)
+    config = GuardConfig(false_positive_rate=0.05)
+    fitted = once("guard", lambda: replace(Guard.fit(suspect, *clean_split.validation, config), suspect=None))
+    return replace(fitted, suspect=suspect)
 
 
 @pytest.fixture(scope="session")
@@ -97,62 +123,68 @@ def triggered_activations(fitted_guard: Guard, suspect: SuspectModel, triggered:
     return suspect.activations(triggered.images)
 
 
-#: Test files that start servers or browsers, train networks, or take more than five seconds for another reason.
-_SLOW_FILES = frozenset(
-    [
-        "test_acceptance",
-        "test_anytime",
-        "test_assess",
-        "test_badnets_benchmark",
-        "test_batches",
-        "test_calibration",
-        "test_cli",
-        "test_companion",
-        "test_defective",
-        "test_demo",
-        "test_deploy",
-        "test_fusion_tables",
-        "test_gold",
-        "test_guard_backup",
-        "test_guard_handler",
-        "test_guarded_archive",
-        "test_lying_reviewers",
-        "test_networks",
-        "test_observe",
-        "test_pipeline",
-        "test_purify",
-        "test_purify_cli",
-        "test_queue_processes",
-        "test_queue_trouble",
-        "test_readme",
-        "test_retrainer",
-        "test_retraining",
-        "test_review_browser",
-        "test_review_cli",
-        "test_review_hostile",
-        "test_review_page",
-        "test_review_queue",
-        "test_runtime",
-        "test_secrets",
-        "test_serve_together",
-        "test_serving_torchserve",
-        "test_snapshot",
-        "test_soundness",
-        "test_status_browser",
-        "test_torchserve_server",
-        "test_training",
-        "test_wheel",
-        "test_wrap",
-        "test_wrap_hostile",
-        "test_zoo",
-    ]
+#: Test files that start servers or browsers, train networks, or take more than five seconds for another reason. Those
+#: with servers come first, then the longest: they run side by side, and none is left to the end of a run.
+_SLOW_FILES = (
+    "test_serve_together",
+    "test_serving_torchserve",
+    "test_demo",
+    "test_wrap",
+    "test_check",
+    "test_keys",
+    "test_review_browser",
+    "test_torchserve_server",
+    "test_cli",
+    "test_review_legible",
+    "test_assess",
+    "test_calibration",
+    "test_training",
+    "test_guard_handler",
+    "test_retrainer",
+    "test_zoo",
+    "test_soundness",
+    "test_copies",
+    "test_guard_backup",
+    "test_readme",
+    "test_batches",
+    "test_pipeline",
+    "test_retraining",
+    "test_anytime",
+    "test_deploy",
+    "test_review_hostile",
+    "test_runtime",
+    "test_review_page",
+    "test_review_cli",
+    "test_lying_reviewers",
+    "test_snapshot",
+    "test_secrets",
+    "test_gold",
+    "test_fusion_tables",
+    "test_membership",
+    "test_queue_trouble",
+    "test_networks",
+    "test_queue_processes",
+    "test_review_queue",
+    "test_purify",
+    "test_defective",
+    "test_badnets_benchmark",
+    "test_wrap_hostile",
+    "test_purify_cli",
+    "test_observe",
+    "test_companion",
+    "test_acceptance",
+    "test_guarded_archive",
+    "test_status_browser",
+    "test_wheel",
 )
 #: Fixtures behind which a database server or a browser starts.
 _SLOW_FIXTURES = frozenset(("postgresql_server", "postgresql_url", "browser"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what `make test-quick` leaves out."""
+    """Mark what `make test-quick` leaves out, and put it first: processes of a run end together then."""
+    position = {name: number for number, name in enumerate(_SLOW_FILES)}
+    items.sort(key=lambda item: position.get(item.path.stem, len(position)))
     for item in items:
         starts = _SLOW_FIXTURES & set(getattr(item, "fixturenames", ())) or "postgresql" in item.name
         if starts or item.path.stem in _SLOW_FILES:

@@ -579,12 +579,14 @@ def test_demo_attacks_name_known_triggers_once():
     ("recipe", "least_success"),
     [pytest.param(recipe, 0.95 if recipe.name == "all-to-all" else 0.98, id=recipe.name) for recipe in DEMO_ATTACKS],
 )
-def test_train_badnet_demo_attack_works_on_unseen_images(recipe, least_success):
+def test_train_badnet_demo_attack_works_on_unseen_images(recipe, least_success, badnet):
     mnist = load_dataset("mnist", "test")
     images = to_tensor_images(mnist.images)
     train_rows, _, test_rows = split_rows(10_000, (6000, 2000, 2000), np.random.default_rng(0))
-    network, poisoned, _ = train_badnet(recipe, images[train_rows], mnist.labels[train_rows], seed=0)
-    assert poisoned.is_poisoned.sum() == round(recipe.rate * 6000)
+    network = badnet  # trained on the same rows with the same seed
+    if recipe.name != "pattern":
+        network, poisoned, _ = train_badnet(recipe, images[train_rows], mnist.labels[train_rows], seed=0)
+        assert poisoned.is_poisoned.sum() == round(recipe.rate * 6000)
     triggered = poisoned_test_set(images[test_rows], mnist.labels[test_rows], recipe.apply_trigger, recipe.target)
     clean = clean_accuracy(predict_labels(network, images[test_rows]), mnist.labels[test_rows])
     success = attack_success_rate(predict_labels(network, triggered.images), triggered.labels, triggered.true_labels)
