@@ -18,7 +18,7 @@ FLAGS = (
     "--disable-sync",
 )
 #: Milliseconds until something that should be on the page must be there.
-PATIENCE = 10_000
+PATIENCE = 30_000
 
 #: What Chromium says of answers that a test provokes, and of pictures still on their way when the server stops.
 EXPECTED = re.compile(
