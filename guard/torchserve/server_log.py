@@ -17,8 +17,8 @@ _FRAME = re.compile(r'\s*File "(?:.*/)?([^"/]+)", line (\d+)(?:, in (\S+))?')
 _LOGS = ("console.log", "ts_log.log", "model_log.log")
 
 #: The server says that a worker is gone in one log, while another thread still copies the worker's last lines into
-#: another: a traceback is taken for whole when nothing has come for so long. Lines may be lost; the next try of the same
-#: worker says them again, so they are waited for at most so long.
+#: another: a traceback is taken for whole when nothing has come for so long. Lines may be lost; the next try of the
+#: same worker says them again, so they are waited for at most so long.
 _QUIET_SECONDS, _LONGEST_SECONDS = 1.0, 30.0
 
 
