@@ -17,12 +17,13 @@ from guard.detection.ensemble import Ensemble
 from guard.detection.fusion import Fusion, new_fusion
 from guard.detection.soundness import (
     GROUPS,
+    REMEDY,
     Calibration,
     check_backup,
     check_calibration,
     check_stored,
     reproduction,
-    sample_of,
+    rows_scored,
     share_right,
 )
 from guard.detection.training_set import LabelledCounts
@@ -168,7 +169,7 @@ class FittedGuard:
         }
         if self.images_from is not None:
             document["images_from"] = self.images_from
-        sample = sample_of(self.reference)
+        sample = self.reference[rows_scored(len(self.reference))]
         arrays: dict[str, AnyArray] = {
             "clean_scores": self.clean_scores,
             "labels": self.reference_labels,
@@ -259,18 +260,21 @@ class FittedGuard:
             raise BundleError(f"bundle {stored.digest[:12]} lacks {error}. Fit again with this version.") from error
         except (ValueError, IndexError, OverflowError, NotFittedError) as error:  # DataError is one, too
             reason = " ".join(str(error).split())[:300]
-            raise BundleError(f"bundle {stored.digest[:12]} is not sound: {reason} Fit again.") from error
+            raise BundleError(f"bundle {stored.digest[:12]} is not sound: {reason} {REMEDY}") from error
         except ConfigError as error:
             raise BundleError(f"bundle {stored.digest[:12]} was fitted with other settings: {error}") from error
         return guard
 
     def _check_calibration(self, arrays: Mapping[str, AnyArray]) -> None:
-        sample = sample_of(self.reference)
-        check_calibration("the guard", self._calibration(), sample, arrays.get(KEPT))
+        """Refuse a calibration that does not come out, with DataError; `arrays` of a bundle hold what did in fit."""
+        rows = rows_scored(len(self.reference))
+        sample, labels = self.reference[rows], self.reference_labels[rows]
+        check_calibration("the guard", self._calibration(), sample, labels, arrays.get(KEPT))
         for place, verdict in enumerate(self.early):
-            early = Calibration(verdict.ensemble, verdict.fusion, verdict.clean_scores)
+            name, kept = f"the verdict at {verdict.depth}", arrays.get(f"early.{place}.{KEPT}")
             require({"clean_scores": verdict.clean_scores}, "clean_scores", (len(self.clean_scores),))
-            check_calibration(f"the verdict at {verdict.depth}", early, sample, arrays.get(f"early.{place}.{KEPT}"))
+            early = Calibration(verdict.ensemble, verdict.fusion, verdict.clean_scores)
+            check_calibration(name, early, sample, labels, kept)
 
 
 def without_places(path: Path) -> Path:

@@ -13,6 +13,7 @@ from guard.config import PLACES, SERVING_SETTINGS, GuardConfig
 from guard.detection.copies import copy_groups, equal_rows
 from guard.detection.cross_fitting import Progress, cross_fit
 from guard.detection.fitted import FittedGuard
+from guard.detection.soundness import check_varied
 from guard.detection.training_set import TrainingSet, check_labels
 from guard.errors import ConfigError, DataError, SuspectModelError
 from guard.statistics.calibration import check_rate, conformal_p_values
@@ -153,8 +154,12 @@ class Guard(FittedGuard):
                 "Give one name per class, in the model's order."
             )
 
+        try:
+            check_varied(dict(activations.items()))
+        except DataError as error:
+            raise DataError(f"{error} Name other layers (--split, --depth), or mend the network.") from error
         fitted = cross_fit(config, training, progress=progress)
-        return cls(
+        guard = cls(
             config=config,
             ensemble=fitted.ensemble,
             fusion=fitted.fusion,
@@ -167,6 +172,14 @@ class Guard(FittedGuard):
             noisy_reference=noisy,
             early=fitted.early,
         )
+        try:
+            guard._check_calibration({})
+        except DataError as error:
+            raise DataError(
+                f"these clean images give a guard that no server would load: {error} Give more images of each class, "
+                "and look whether the network gets them right."
+            ) from error
+        return guard
 
     def inspect(self, images: Float32Array) -> list[Verdict]:
         """Return one verdict per image, in order.
