@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from guard.arrays import require
 from guard.backups.backup import Backup
 from guard.config import PLACES, GuardConfig
@@ -31,7 +33,7 @@ from guard.errors import BundleError, ConfigError, DataError, NotFittedError
 from guard.storage.bundle import read_bundle, write_bundle
 from guard.suspect.model import SuspectModel
 from guard.suspect.split_points import SplitPoints
-from guard.types import BACKUP, FEATURES, Activations, AnyArray, Float64Array, IntArray
+from guard.types import BACKUP, FEATURES, Activations, AnyArray, BoolArray, Float64Array, IntArray
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +127,13 @@ class FittedGuard:
     def least_p_value(self) -> float:
         """1 / (n + 1) for n clean scores: the p-value of an input that is more suspicious than every one of them."""
         return 1.0 / (len(self.clean_scores) + 1)
+
+    @property
+    def is_distinct(self) -> BoolArray:
+        """The first of every group of copies among the clean reference, shape (n,)."""
+        n = len(self.reference_labels)
+        groups = np.arange(n) if self.reference_groups is None else self.reference_groups
+        return np.isin(np.arange(n), np.unique(groups, return_index=True)[1])
 
     def _calibration(self) -> Calibration:
         return Calibration(self.ensemble, self.fusion, self.clean_scores)
