@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from guard.cli.options import handler_argument
 from guard.cli.output import print_warning, what_failed
-from guard.data.image_files import encode_png, is_picture
+from guard.data.image_files import SERVED_FORMATS, encode_png, is_picture, is_served
 from guard.data.labelled_folders import composed
 from guard.errors import ConfigError, DataError, GuardError, SuspectModelError
 from guard.files import decoded
@@ -143,6 +143,17 @@ def tell_passed_over(names: Sequence[str]) -> None:
         if group:
             shown = ", ".join(group[:_NAMED]) + (", ..." if len(group) > _NAMED else "")
             print_warning(f"{len(group)} file(s) passed over: these {why}: {shown}")
+
+
+def tell_unserved(files: Sequence[Path]) -> None:
+    """Warn of images in formats that the image handler would refuse."""
+    suffixes = [file.suffix.lower() for file in files if not is_served(file)]
+    if suffixes:
+        print_warning(
+            f"{len(suffixes)} of {len(files)} images are in formats that the image handler takes from no client "
+            f"({', '.join(sorted(set(suffixes)))}): it reads {', '.join(SERVED_FORMATS)}. Convert what clients send, "
+            "or serve a --handler of your own."
+        )
 
 
 def read_pixels(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from guard.cli.model import class_list, open_model, read_pixels, tell_passed_over, try_once
+from guard.cli.model import class_list, open_model, read_pixels, tell_passed_over, tell_unserved, try_once
 from guard.cli.options import (
     LOGITS_HELP,
     ActionName,
@@ -173,6 +173,7 @@ def fit(
         _tell_backup(guard, backup_floor)
     say("next            guard inspect FILES judges images here; guard archive NAME makes an archive for a server")
     tell_passed_over(found.passed_over)
+    tell_unserved(found.files)
     tell_missing(guard)
     for content in suspect.contents:
         if content.problem:
