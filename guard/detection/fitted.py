@@ -83,6 +83,8 @@ class FittedGuard:
         Least and greatest value of each channel of the images of `fit`.
     preprocessing : str or None
         What made the images of `fit` out of files, in words, where that was not this package; kept in the bundle.
+    batch_dependence : str
+        How the answer to a request depends on the others of its batch, with numbers; empty if it does not.
     retrained_with : LabelledCounts or None
         How many labelled inputs it learned from; None if it was never retrained.
     backup : Backup or None
@@ -116,6 +118,7 @@ class FittedGuard:
     input_shape: tuple[int, ...] | None = None
     input_range: tuple[tuple[float, float], ...] | None = None
     preprocessing: str | None = None
+    batch_dependence: str = ""
     retrained_with: LabelledCounts | None = None
     backup: Backup | None = None
     recovery: Mapping[str, float] = field(default_factory=dict)
@@ -178,6 +181,8 @@ class FittedGuard:
         }
         if self.images_from is not None:
             document["images_from"] = self.images_from
+        if self.batch_dependence:
+            document["batch_dependence"] = self.batch_dependence
         sample = self.reference[rows_scored(len(self.reference))]
         arrays: dict[str, AnyArray] = {
             "clean_scores": self.clean_scores,
@@ -257,6 +262,7 @@ class FittedGuard:
                 input_shape=tuple(document["input_shape"]) if document["input_shape"] else None,
                 input_range=tuple((low, high) for low, high in document.get("input_range") or ()) or None,
                 preprocessing=document["preprocessing"],
+                batch_dependence=str(document.get("batch_dependence", "")),
                 retrained_with=LabelledCounts(**retrained_with) if retrained_with is not None else None,
                 backup=Backup.restore(about, weights, suspect.module if suspect else None) if about else None,
                 recovery=document.get("recovery") or {},
