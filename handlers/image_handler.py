@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import sys
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -15,6 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 from ts.torch_handler.base_handler import BaseHandler
+from ts.utils.util import PredictionException
+
+from guard.data.image_files import MODES, SERVED_FORMATS, begins_as_picture
 
 DEFAULTS = {
     "mean": 0.0,
@@ -26,9 +30,10 @@ DEFAULTS = {
     "output": "",
 }
 REQUIRED = ["architecture", "input_shape"]
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow mode
 READABLE_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"}  # the others have more than 8 bits per channel
 MAX_PIXELS = 32_000_000
+_LISTED = f"{', '.join(SERVED_FORMATS[:-1])} or {SERVED_FORMATS[-1]}"
+UNREADABLE = f"the image cannot be read: it must be a whole {_LISTED}."
 LARGEST = 1e30  # far below the end of float32, so that scaling cannot overflow
 
 
@@ -38,9 +43,10 @@ class ImageHandler(BaseHandler):  # type: ignore[misc]  # ts is untyped
     Keys: `architecture` ("module:factory"), `input_shape` ([channels, height, width]); optional `mean` and `std` (one
     number, or one per channel), `scale` (pixel values are divided by it first, 255), `class_names`, `resize` (false:
     an image of another size is refused), `state_key` (where the weights lie in their file), `output` (where the logits
-    lie in what the network returns). A request is PNG or JPEG bytes, their base64 text (or a data: URI), or JSON:
-    nested lists of pixel values of the input shape, or {"data": ...} around any of these. What cannot be read gets
-    status 422, alone.
+    lie in what the network returns). A request is the bytes of an image file in one of `SERVED_FORMATS` (of several
+    pictures in it the first), their base64 text (or a data: URI), or JSON: nested lists of pixel values of the input
+    shape, or {"data": ...} around any of these. What cannot be read gets status 422, alone; an image of too many
+    pixels 413, before it is decoded.
     """
 
     one_row_per_request = True  # declared to the guard: `preprocess` makes one row of every body, or raises
@@ -69,26 +75,30 @@ class ImageHandler(BaseHandler):  # type: ignore[misc]  # ts is untyped
         self.initialized = True
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[dict[str, Any]]:
-        """Answer a batch in order; an item that cannot be read gets a 422 and spoils no other."""
+        """Answer a batch in order; an item that cannot be read gets a 422, or 413, and spoils no other."""
         self.context = context
         for index in range(len(data)):
             context.set_response_content_type(index, "application/json")
         try:
             return self.postprocess(self.inference(self.preprocess(data)))
-        except ValueError:
+        except (ValueError, PredictionException):
             answers: list[dict[str, Any]] = []
         for index, item in enumerate(data):
             try:
                 image = self.preprocess([item])
-            except ValueError as error:
-                context.set_response_status(code=422, phrase="Unprocessable Entity", idx=index)
-                answers.append({"code": 422, "type": "InputRejected", "message": str(error), "error": str(error)})
+            except (ValueError, PredictionException) as error:
+                code, text = getattr(error, "error_code", 422), str(getattr(error, "message", error))
+                context.set_response_status(code=code, phrase=HTTPStatus(code).phrase, idx=index)
+                answers.append({"code": code, "type": "InputRejected", "message": text, "error": text})
             else:
                 answers += self.postprocess(self.inference(image))
         return answers
 
     def preprocess(self, data: list[dict[str, Any]]) -> torch.Tensor:
-        """Turn requests into float32 images of shape (n, channels, height, width); ValueError says what is wrong."""
+        """Turn requests into float32 images of shape (n, channels, height, width).
+
+        ValueError says what is wrong with a request, PredictionException of status 413 that its image is too large.
+        """
         images = np.empty((len(data), *self.shape), np.float32)
         for index, item in enumerate(data):
             body = item.get("body")
@@ -123,28 +133,40 @@ class ImageHandler(BaseHandler):  # type: ignore[misc]  # ts is untyped
 
     def _decode(self, body: bytes) -> np.ndarray[Any, Any]:
         channels, height, width = self.shape
+        image = opened(body)
+        if image.mode not in READABLE_MODES or channels not in MODES:
+            raise ValueError(f"an image of mode {image.mode} does not fit a model with {channels} channels.")
+        if image.size != (width, height) and not self.settings["resize"]:
+            raise ValueError(f"image must be {width} x {height} pixels, got {image.width} x {image.height}.")
         try:
-            image = Image.open(io.BytesIO(body), formats=("PNG", "JPEG"))  # reads the header only
-            if image.mode not in READABLE_MODES or channels not in MODES:
-                raise ValueError(f"an image of mode {image.mode} does not fit a model with {channels} channels.")
-            if image.size != (width, height) and not self.settings["resize"]:
-                raise ValueError(f"image must be {width} x {height} pixels, got {image.width} x {image.height}.")
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"image must have at most {MAX_PIXELS} pixels, got {image.width * image.height}.")
             pixels = image.convert(MODES[channels])  # decodes
-            if pixels.size != (width, height):
-                pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
-        except Image.DecompressionBombError as error:  # Pillow refuses the largest before it says their size
-            raise ValueError(f"image must have at most {MAX_PIXELS} pixels, got more.") from error
-        except (OSError, SyntaxError) as error:
-            raise ValueError("the image cannot be read: it must be a whole PNG or JPEG.") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders let through what they stumble over
+            raise ValueError(UNREADABLE) from error
+        if pixels.size != (width, height):
+            pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
         return np.asarray(pixels).reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def opened(body: bytes) -> Image.Image:
+    """Return an image of which only the header is read; PredictionException of status 413 if it is too large."""
+    most = min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_PIXELS)  # the guard's setting, where that is less
+    try:
+        image = Image.open(io.BytesIO(body), formats=SERVED_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # before it says its size
+        raise PredictionException(f"image must have at most {most} pixels, got more.", 413) from error
+    except Exception as error:
+        raise ValueError(UNREADABLE) from error
+    if image.width * image.height > most:
+        raise PredictionException(f"image must have at most {most} pixels, got {image.width} x {image.height}.", 413)
+    return image
 
 
 def parse(body: bytes | bytearray | str) -> Any:
     """Return image bytes, or what the JSON in a body says; base64 in lines, URL-safe, or as a data: URI as well."""
     raw = body.encode() if isinstance(body, str) else bytes(body)
-    if raw.startswith((b"\x89PNG", b"\xff\xd8")):
+    if begins_as_picture(raw):
         return raw
     if not (raw := raw.removeprefix(b"\xef\xbb\xbf").strip()):
         raise ValueError("the request is empty: send an image.")
@@ -157,7 +179,7 @@ def parse(body: bytes | bytearray | str) -> Any:
         text = b"".join(line.strip() for line in raw.splitlines()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
         return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
     except (ValueError, RecursionError) as error:
-        raise ValueError("the request is no PNG, no JPEG, no base64 text of one, and no JSON.") from error
+        raise ValueError(f"the request is no {_LISTED}, no base64 text of one, and no JSON.") from error
 
 
 def numbers(values: list[Any], shape: tuple[int, int, int]) -> np.ndarray[Any, Any]:

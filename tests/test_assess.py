@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -230,6 +231,19 @@ def test_assess_needs_as_many_images_as_it_says(benign: MnistCnn, clean: Labelle
     enough = LabelledImages(*(part[:n] for part in clean))
     report = assess(SuspectModel(benign), *enough, config, attacks=("blend",), seeds=(0,), planting=HARDLY)
     assert report.split.fitting >= 1 / rate - 1
+
+
+def test_assess_counts_copies_once_and_splits_none_of_them(benign: MnistCnn, clean: LabelledImages) -> None:
+    config = GuardConfig(false_positive_rate=0.2)
+    n = images_needed_to_assess(config)
+    doubled = LabelledImages(*(np.concatenate([part[: n - 1]] * 2) for part in clean))
+    with pytest.raises(DataError, match=f"got {n - 1} and {n - 1} copies of them"):
+        assess(SuspectModel(benign), *doubled, config)
+    images = np.concatenate([clean.images[:n], np.roll(clean.images[:n], 1, axis=3)])  # moved by a pixel
+    labels = np.tile(clean.labels[:n], 2)
+    report = assess(SuspectModel(benign), images, labels, config, attacks=("blend",), seeds=(0,), planting=HARDLY)
+    assert report.clean_images == n == sum(dataclasses.astuple(report.split))
+    assert any(line.startswith(f"{n} images are copies of others, and were left out") for line in report.warnings)
 
 
 def test_assess_with_a_class_without_images_warns_and_never_attacks_it(benign: MnistCnn, clean: LabelledImages) -> None:

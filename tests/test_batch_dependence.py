@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 from guard import Guard, GuardConfig, SuspectModel
-from guard.errors import SuspectModelError
+from guard.errors import ConfigError, SuspectModelError
+from guard.serving.runtime import GuardRuntime
 from guard.suspect.batch_dependence import batch_dependence
 from guard.suspect.digest import weights_digest
 
@@ -85,6 +87,31 @@ def test_guard_is_fitted_as_it_is_served_or_refused():
     np.testing.assert_allclose(guard.reference.logits[:20], alone, rtol=1e-4, atol=1e-5)
     together = [verdict.p_value for verdict in guard.inspect(images[:20])]
     assert together == [guard.inspect(image[None])[0].p_value for image in images[:20]]
+
+
+def test_guard_that_was_fitted_on_single_images_serves_no_batches(tmp_path):
+    module = network(nn.BatchNorm2d(6, track_running_stats=False))
+    images = np.random.default_rng(1).normal(size=(100, 1, 8, 8)).astype(np.float32)
+    config = GuardConfig(false_positive_rate=0.2, batching="never")
+    with pytest.raises(SuspectModelError, match="depends on the others of its batch"):
+        Guard.fit(SuspectModel(module), images, np.arange(100) % 5, config.replace(rows_per_request="any"))
+    folder = Guard.fit(SuspectModel(module), images, np.arange(100) % 5, config).save(tmp_path)
+    loaded = Guard.load(folder, SuspectModel(module))
+    assert loaded.batch_dependence.startswith("the network's answer to an image depends on the others of its batch")
+    for changes in ({"batching": "shown"}, {"batching": "declared"}, {"rows_per_request": "any"}):
+        with pytest.raises(ConfigError, match=r"do not go with this guard: .* its logits move by .*batching = 'never'"):
+            loaded.with_config(**changes)
+        with pytest.raises(ConfigError, match="do not go with this guard"):
+            GuardRuntime(module, changes, bundles=None, embedded=folder, model_name="m")
+    assert loaded.with_config(action="block", batching="never").config.action == "block"
+
+
+def test_guard_of_a_handler_that_mixes_batches_can_be_kept_from_them_and_not_given_them(fitted_guard):
+    guard = replace(fitted_guard, batch_dependence="the handler gives another row")
+    assert guard.with_config(batching="never", rows_per_request="any").config.batching == "never"
+    assert guard.with_config(batching="shown").config.batching == "shown"  # the adapter tries it out
+    with pytest.raises(ConfigError, match="batching = 'declared'"):
+        guard.with_config(batching="declared")
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d(6), nn.Dropout(0.5)])

@@ -49,7 +49,9 @@ def test_attack_of_the_catalogue_touches_as_many_images_as_it_says(name):
     assert poisoned.is_poisoned.sum() == sum(round(backdoor.rate * N) for backdoor in attack.backdoors)
     assert poisoned.is_cover.sum() == sum(round(cover.rate * N) for cover in attack.covers)
     assert not (poisoned.is_poisoned & poisoned.is_cover).any()
-    np.testing.assert_array_equal((poisoned.images != images).any(axis=(1, 2, 3)), poisoned.is_touched)
+    np.testing.assert_array_equal(
+        (poisoned.images != images).any(axis=(1, 2, 3)), poisoned.is_poisoned | poisoned.is_cover
+    )
     right = poisoned.labels == poisoned.true_labels
     assert right[~poisoned.is_poisoned].all()
     assert right[poisoned.is_poisoned].any() == any(backdoor.clean_label for backdoor in attack.backdoors)
@@ -173,7 +175,8 @@ def test_adaptive_attack_shows_less_in_training_than_in_the_attack(name):
     assert seen < 0.75 * shown
     poisoned = attack.poison(images, labels, rng())
     np.testing.assert_array_equal(
-        poisoned.images[poisoned.is_touched], backdoor.train_trigger(images[poisoned.is_touched])
+        poisoned.images[poisoned.is_poisoned | poisoned.is_cover],
+        backdoor.train_trigger(images[poisoned.is_poisoned | poisoned.is_cover]),
     )
     assert poisoned.is_cover.sum() == {"adap-blend": 12, "adap-patch": 16}[name]
     (tested,) = attack.test_sets(images, labels)

@@ -233,6 +233,12 @@ def test_fit_takes_the_class_list_in_the_models_order(fitted: Path, guard: Run) 
     assert about["realised_false_positive_rate"] <= 0.1
 
 
+def test_fit_remembers_where_its_images_are(fitted: Path, guard: Run, work: Path) -> None:
+    about = json.loads(guard("bundle", "show", "--json")[1])
+    assert about["images_from"] == str(work / "clean")  # the path was given relative to the folder it ran in
+    assert "batch_dependence" not in about
+
+
 def test_fit_says_what_it_did_in_lines_that_can_be_copied(guard: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     status, shown, problem = guard(*FIT, "--class-names", ",".join(CLASSES), "--bundles", "said", "--no-activate")

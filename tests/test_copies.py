@@ -30,7 +30,10 @@ def turned(images: Float32Array, degrees: float) -> Float32Array:
 
 WAYS = {
     "moved": lambda images: np.roll(images, (2, -1), (2, 3)),
+    "moved far": lambda images: np.roll(images, (-4, 3), (2, 3)),
     "mirrored": lambda images: images[:, :, :, ::-1],
+    "upside down": lambda images: images[:, :, ::-1],
+    "cropped": lambda images: ndimage.zoom(images[:, :, 1:27, 2:28], (1, 1, 28 / 26, 28 / 26), order=1),
     "turned": lambda images: turned(images, 5.0),
     "darker": lambda images: 0.7 * images + 0.1,
     "noisy": lambda images: images + np.random.default_rng(0).normal(0, 0.03, images.shape),
@@ -49,6 +52,15 @@ def test_copy_groups_find_near_copies(clean_split: CleanSplit, way: str) -> None
     groups = copy_groups(np.concatenate([images, near]), np.concatenate([labels, labels]))
     assert (groups[:200] == groups[200:]).mean() >= 0.85
     assert len(np.unique(groups[:200])) >= 185  # and joins few that only look alike
+
+
+@pytest.mark.parametrize("side", [9, 12, 16, 20, 40, 70])
+def test_copy_groups_of_small_and_large_images(side: int) -> None:
+    images = np.random.default_rng(0).random((20, 3, side, side), dtype=np.float32)
+    images = np.ascontiguousarray(ndimage.gaussian_filter(images, (0, 0, side / 20, side / 20)))
+    moved = np.roll(images, 2 * max(1, side // 32), 3)
+    groups = copy_groups(np.concatenate([images, moved]), np.zeros(40, int))
+    assert groups.tolist() == [*range(20), *range(20)]
 
 
 def test_copy_groups_of_equal_images_need_no_label_and_no_size(clean_split: CleanSplit) -> None:

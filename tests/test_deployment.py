@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import json
 import re
 import shlex
 import shutil
@@ -11,6 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
+
+from guard.cli.options import QueueUrl
+from guard.relabel.address import queue_url
 
 ROOT = Path(__file__).resolve().parent.parent
 UNIT = ROOT / "deploy" / "systemd" / "guard.service"
@@ -67,6 +73,37 @@ def test_unit_starts_a_command_that_exists_with_options_that_exist(capsys: pytes
     assert run([command, "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(option in shown for option in options if option.startswith("--"))
+
+
+@pytest.mark.parametrize(
+    ("file", "queue"),
+    [
+        ([], "sqlite:////work/queue.db"),
+        (["GUARD_QUEUE_URL=postgresql+psycopg://host/guard"], "postgresql+psycopg://host/guard"),
+        (["GUARD_QUEUE_URL=", "GUARD_QUEUE_URL_FILE=queue_url"], "postgresql+psycopg://host/secret"),
+    ],
+)
+def test_queue_of_unit_and_container_is_what_their_environment_says(
+    file: list[str], queue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "queue_url").write_text("postgresql+psycopg://host/secret")
+    (tmp_path / "queue_url").chmod(0o600)
+    unit = dict(word.split("=", 1) for word in settings_of(UNIT, "Service")["Environment"].split())
+    container = dict(re.findall(r"(\w+)=(\S+)", dict(instructions())["ENV"]))
+    starts = (shlex.split(settings_of(UNIT, "Service")["ExecStart"])[1:], json.loads(dict(instructions())["CMD"]))
+    asked: list[str] = []
+    app = typer.Typer()
+
+    @app.command()
+    def serve(queue: QueueUrl = None) -> None:
+        asked.append(queue_url(str(queue)).replace(str(tmp_path), "/work"))
+
+    monkeypatch.chdir(tmp_path)
+    for start, given in zip(starts, (unit, container), strict=True):
+        assert "--queue" not in start
+        environment = {"GUARD_QUEUE_URL": given["GUARD_QUEUE_URL"], **dict(line.split("=", 1) for line in file)}
+        assert CliRunner().invoke(app, [], env=environment).exit_code == 0
+    assert asked == [queue, queue]
 
 
 def test_container_runs_as_nobody_special_and_keeps_what_it_learns() -> None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import ast
 import builtins
 import os
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import pytest
 from error_catalogue import PAGE, ROOMS, ROOT, messages, page, sources
+from image_helpers import png_that_says
 
 from guard.cli.images import NamedImages, find_images, read_all
-from guard.cli.model import tell_passed_over
+from guard.cli.model import tell_passed_over, tell_unserved
 from guard.cli.output import one_line, users_place, what_failed
 from guard.config import load_config
 from guard.data.image_files import read_picture
@@ -55,16 +54,6 @@ def test_no_error_of_python_itself_leaves_a_room(file: Path) -> None:
     for raised in (node for node in ast.walk(tree) if isinstance(node, ast.Raise) and node.exc is not None):
         name = ast.unparse(raised.exc.func if isinstance(raised.exc, ast.Call) else raised.exc)
         assert not hasattr(builtins, name) or id(raised) in caught | hooks, f"line {raised.lineno}: {name}"
-
-
-def png_that_says(width: int, height: int) -> bytes:
-    """A PNG with this size in its header, and hardly any pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("side", [4097, 9500, 13_400, 40_000, 2**31 - 1])
@@ -162,6 +151,14 @@ def test_passed_over_files_are_told_apart(capfd: pytest.CaptureFixture[str]) -> 
     assert lines[0].endswith(": preview.png")
     assert "2 file(s) passed over: these files are no images by their names" in lines[1]
     assert lines[1].endswith(": 0/notes.txt, README")
+
+
+def test_images_that_the_image_handler_would_refuse_are_told(capfd: pytest.CaptureFixture[str]) -> None:
+    tell_unserved([Path("0/a.png"), Path("0/b.JPG"), Path("0/c.webp"), Path("1/d.bmp"), Path("1/e.gif")])
+    assert capfd.readouterr().err == ""
+    tell_unserved([Path("0/a.png"), Path("0/b.TIF"), Path("1/c.tiff"), Path("1/d.avif")])
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "3 of 4 images are in formats that the image handler takes from no client (.avif, .tif, .tiff)" in line
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])

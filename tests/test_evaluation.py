@@ -8,7 +8,6 @@ from guard.statistics.evaluation import (
     clean_accuracy,
     false_positive_rate,
     recovery_accuracy,
-    tpr_at_fpr,
     true_positive_rate,
     wilson_interval,
 )
@@ -87,32 +86,6 @@ def test_auroc_equals_scikit_learn_with_many_ties(dtype):
     assert auroc(scores, poisoned) == pytest.approx(roc_auc_score(poisoned, scores), abs=1e-12)
 
 
-def test_tpr_at_fpr_hand_worked():
-    scores = np.array([1.0, 2.0, 3.0, 4.0, 2.5, 3.5, 4.0, 5.0])
-    poisoned = flags(0, 0, 0, 0, 1, 1, 1, 1)
-    assert tpr_at_fpr(scores, poisoned, 0.0) == 0.25  # above 4 only; the tie at 4 would flag a clean input
-    assert tpr_at_fpr(scores, poisoned, 0.24) == 0.25
-    assert tpr_at_fpr(scores, poisoned, 0.25) == 0.75
-    assert tpr_at_fpr(scores, poisoned, 0.5) == 1.0
-    assert tpr_at_fpr(scores, poisoned, 1.0) == 1.0
-
-
-def test_tpr_at_fpr_rate_with_rounding_error_allows_all_its_inputs():
-    scores = np.concatenate([np.arange(100.0), [70.5]])
-    poisoned = np.arange(101) == 100
-    assert tpr_at_fpr(scores, poisoned, 0.29) == 1.0  # 29 clean scores (71 to 99) lie above 70.5
-    assert tpr_at_fpr(scores, poisoned, 0.28) == 0.0
-
-
-@pytest.mark.parametrize("rate", [-0.01, 1.01, float("nan")])
-def test_tpr_at_fpr_rate_out_of_range_raises(rate):
-    with pytest.raises(DataError, match="false_positive_rate must be"):
-        tpr_at_fpr(np.array([0.0, 1.0]), flags(0, 1), rate)
-
-
-@pytest.mark.parametrize(
-    "measure", [auroc, lambda scores, mask: tpr_at_fpr(scores, mask, 0.1)], ids=["auroc", "tpr_at_fpr"]
-)
 @pytest.mark.parametrize(
     ("scores", "mask", "message"),
     [
@@ -125,9 +98,9 @@ def test_tpr_at_fpr_rate_out_of_range_raises(rate):
         ([0.0, 1.0], [0, 1], "must be bool"),
     ],
 )
-def test_score_measures_bad_input_raises(measure, scores, mask, message):
+def test_auroc_bad_input_raises(scores, mask, message):
     with pytest.raises(DataError, match=message):
-        measure(np.array(scores), np.array(mask))
+        auroc(np.array(scores), np.array(mask))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def write_png(path, pixels):
 def test_load_images_npz_uint8_layouts_become_nchw(tmp_path, image_key, label_key, shape, expected):
     x = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     np.savez(tmp_path / "a.npz", **{image_key: x, label_key: np.array([3, 1], np.uint8)})
-    images, labels, _ = load_images(tmp_path / "a.npz")
+    images, labels, *_ = load_images(tmp_path / "a.npz")
     assert images.shape == expected
     assert labels.tolist() == [3, 1]
     assert labels.dtype == np.int64
@@ -37,7 +37,7 @@ def test_load_images_npz_uint8_layouts_become_nchw(tmp_path, image_key, label_ke
 def test_load_images_npz_float32_is_taken_as_it_is(tmp_path):
     x = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float32)
     np.savez(tmp_path / "a.npz", images=x)
-    images, labels, _ = load_images(str(tmp_path / "a.npz"))
+    images, labels, *_ = load_images(str(tmp_path / "a.npz"))
     np.testing.assert_array_equal(images, x)
     assert labels is None
 
@@ -140,3 +140,14 @@ def test_read_picture_pixel_limit_holds_on_both_sides(tmp_path, monkeypatch):
     monkeypatch.setattr(image_files, "MAX_IMAGE_PIXELS", 19)
     with pytest.raises(DataError, match="5 x 4 pixels, more than 19"):
         read_picture(tmp_path / "a.png", 1)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, bool, np.float32])
+def test_npz_with_several_labels_per_image_is_refused_by_name(tmp_path, kind):
+    images, labels = np.zeros((4, 8, 8), np.uint8), np.array([[1, 0, 1], [0, 1, 0], [1, 1, 1], [0, 0, 0]], kind)
+    np.savez(tmp_path / "a.npz", images=images, labels=labels)
+    with pytest.raises(DataError, match=r"labels are multi-label, \(4, 3\) .* on 50 % of the images: .* by itself"):
+        load_images(tmp_path / "a.npz")
+    np.savez(tmp_path / "b.npz", images=images, labels=np.eye(4).astype(kind))
+    with pytest.raises(DataError, match=r"labels are one-hot, \(4, 4\): .* labels\.argmax\(axis=1\)\.$"):
+        load_images(tmp_path / "b.npz")

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from image_helpers import png_that_says
 from PIL import Image
 
+from guard.data.image_files import SERVED_FORMATS, read_picture
 from guard.errors import UnsafeWeightsError
 from guard.resources import resource_path
 from guard.torchserve.answers import excuse
@@ -159,6 +161,27 @@ def test_handler_reads_base64_in_every_usual_spelling(served: Served) -> None:
         np.testing.assert_array_equal(served.pixels(body) * np.float32(255), photo[None].astype(np.float32))
 
 
+@pytest.mark.parametrize("kind", SERVED_FORMATS)
+def test_handler_reads_what_labelled_folders_read(served: Served, tmp_path: Path, kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    stream = io.BytesIO()
+    Image.fromarray(grey()).save(stream, kind, **options)
+    file = tmp_path / "a.picture"
+    file.write_bytes(stream.getvalue())
+    expected = read_picture(file, 1)
+    bodies = [file.read_bytes(), base64.b64encode(file.read_bytes()), {"data": file.read_bytes()}]
+    for body in bodies:
+        np.testing.assert_allclose(served.pixels(body), expected, rtol=1e-6)
+
+
+def test_handler_answers_with_the_first_of_several_pictures(served: Served) -> None:
+    for kind in ("GIF", "WEBP", "PNG"):
+        stream, options = io.BytesIO(), {"lossless": True} if kind == "WEBP" else {}
+        frames = [Image.fromarray(array) for array in (grey(), 255 - grey())]
+        frames[0].save(stream, kind, save_all=True, append_images=frames[1:], **options)
+        np.testing.assert_allclose(served.pixels(stream.getvalue()), grey()[None] / 255.0, atol=1e-6)
+
+
 def test_handler_reads_form_data_field(served: Served) -> None:
     assert served.handler.preprocess([{"data": bytearray(encode(grey()))}]).shape == (1, 1, 6, 5)
 
@@ -205,14 +228,19 @@ def test_handler_resizes_only_when_told(served: Served, tmp_path: Path) -> None:
         (None, "must hold an image"),
         (7, "must hold an image"),
         ({}, "must hold an image"),
-        (b"hello there", "no PNG, no JPEG"),
-        (b"[1, 2", "no PNG, no JPEG"),
-        (b"[" * 100_000, "no PNG, no JPEG"),
+        (b"hello there", "no PNG, JPEG"),
+        (b"[1, 2", "no PNG, JPEG"),
+        (b"[" * 100_000, "no PNG, JPEG"),
         (base64.b64encode(b"GIF89a not an image"), "cannot be read"),
+        (b"BMW is a maker of cars", "cannot be read"),
+        (b"P5 is no map of grey", "cannot be read"),
+        (encode(grey(), "TIFF"), "no PNG, JPEG"),
+        (base64.b64encode(encode(grey(), "TIFF")), "cannot be read"),
+        (encode(grey(), "JPEG2000"), "no PNG, JPEG"),
         (b"data:image/png;base64", "the image cannot be read"),
-        (b"data:text/plain,hello%20there!", "no PNG, no JPEG"),
-        (b'"abc', "no PNG, no JPEG"),
-        (b'"' + b"\\u0022" * 5 + b'"', "no PNG, no JPEG"),
+        (b"data:text/plain,hello%20there!", "no PNG, JPEG"),
+        (b'"abc', "no PNG, JPEG"),
+        (b'"' + b"\\u0022" * 5 + b'"', "no PNG, JPEG"),
         (encode(grey())[:40], "cannot be read"),
         (encode(grey().astype(np.uint16)), "does not fit"),
         ([[1, 2], [3]], "unequal length"),
@@ -224,7 +252,7 @@ def test_handler_resizes_only_when_told(served: Served, tmp_path: Path) -> None:
         ([["1"] * 5] * 6, "finite numbers"),
         ([[True] * 5] * 6, "finite numbers"),
     ],
-    ids=range(22),  # bodies make unreadable names
+    ids=range(27),  # bodies make unreadable names
 )
 def test_handler_refuses_what_it_cannot_read_with_422(served: Served, body: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
@@ -235,10 +263,14 @@ def test_handler_refuses_what_it_cannot_read_with_422(served: Served, body: Any,
     assert neighbour == 200
 
 
-def test_every_answer_is_as_the_table_of_the_documentation_says(served: Served) -> None:
+def table_of_errors() -> list[tuple[str, str, str]]:
     text = (Path(__file__).resolve().parent.parent / "docs" / "serving.md").read_text()
-    rows = re.findall(r"^\| (\d{3}) \| `(\w+)` \| (.*) \|$", text.partition("## Errors")[2], re.MULTILINE)
-    (unreadable,) = [(int(code), kind) for code, kind, when in rows if "image handler" in when]
+    return re.findall(r"^\| (\d{3}) \| `(\w+)` \| (.*) \|$", text.partition("## Errors")[2], re.MULTILINE)
+
+
+def test_every_answer_is_as_the_table_of_the_documentation_says(served: Served) -> None:
+    rows = table_of_errors()
+    (unreadable,) = [(int(code), kind) for code, kind, when in rows if "image handler cannot read" in when]
     bodies = [b"a text file", b"", encode(grey())[:40], encode(grey().T), encode(grey())]
     answers = served.ask(*bodies)
     for index, (status, answer) in enumerate(answers):
@@ -260,6 +292,27 @@ def test_every_answer_is_as_the_table_of_the_documentation_says(served: Served) 
         assert (outcome.status, kind) in table
         table.remove((outcome.status, kind))
     assert table == {unreadable, (422, "InputBlocked")}
+
+
+@pytest.mark.parametrize("side", [5657, 9500, 13_400, 40_000, 2**31 - 1])
+@pytest.mark.parametrize("is_guarded", [True, False])
+@pytest.mark.parametrize("resize", [True, False])
+def test_picture_that_is_too_large_gets_the_status_of_the_table_whatever_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, is_guarded: bool, resize: bool
+) -> None:
+    served = Served(tmp_path / f"large_{abs(hash(tmp_path))}", resize=resize)
+    (large,) = [(int(code), kind) for code, kind, when in table_of_errors() if "pixels" in when]
+    with warnings.catch_warnings():
+        if is_guarded:  # as the adapter does
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000_000)
+        else:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        bodies = [png_that_says(side, side), base64.b64encode(png_that_says(side, side)), encode(grey())]
+        (status, answer), (again, _), (neighbour, _) = served.ask(*bodies)
+    assert (status, answer["type"]) == (again, answer["type"]) == large
+    assert answer["message"].startswith("image must have at most ")
+    assert neighbour == 200
 
 
 def test_handler_error_text_never_repeats_the_request(served: Served) -> None:

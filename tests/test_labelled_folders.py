@@ -220,6 +220,38 @@ def test_pictures_are_read_in_the_channels_of_the_network(
     assert (told in said) if told else (said == "")
 
 
+@pytest.mark.parametrize(("mode", "channels"), [("L", 3), ("L", 4), ("RGB", 1), ("RGB", 3), ("RGB", 4)])
+def test_pixels_of_a_npz_become_what_pictures_of_a_folder_become(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str, channels: int
+) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (4, 6, 5) if mode == "L" else (4, 6, 5, 3), dtype=np.uint8)
+    for row in range(4):
+        (tmp_path / "folder" / "cat").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[row]).save(tmp_path / "folder" / "cat" / f"{row}.png")
+    np.savez(tmp_path / "a.npz", images=pixels, labels=np.zeros(4, np.int64))
+    folder, arrays = (
+        in_channels_taken(find_labelled(path), takes(channels)) for path in (tmp_path / "folder", tmp_path / "a.npz")
+    )
+    for row in range(4):
+        np.testing.assert_array_equal(arrays.read(row), folder.read(row))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == (0 if (mode, channels) == ("RGB", 3) else 2)
+    assert said[:1] == said[1:]
+
+
+@pytest.mark.parametrize(("given", "taken"), [(1, 3), (3, 1), (3, 4)])
+def test_float_images_in_other_channels_than_the_network_takes_are_refused_by_name(
+    tmp_path: Path, given: int, taken: int
+) -> None:
+    np.savez(tmp_path / "a.npz", images=np.ones((4, given, 6, 5), np.float32), labels=np.zeros(4, np.int64))
+    found = find_labelled(tmp_path / "a.npz")
+    with pytest.raises(DataError, match=rf"^the images have {given} channels, and the network takes {taken}\. .*uint8"):
+        in_channels_taken(found, takes(taken), at_once=2)
+    assert in_channels_taken(found, takes(given)) is found
+    assert in_channels_taken(found, takes(2)) is found  # something else is wrong: said when all are read
+
+
 def test_first_picture_that_cannot_be_read_does_not_decide_the_channels(tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(b"no picture")
     picture(tmp_path / "1.png")

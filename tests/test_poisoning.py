@@ -181,13 +181,12 @@ def test_poison_covers_carry_the_trigger_and_keep_their_true_label(images, label
     assert len(poisoned) == (15 if how == "add" else 10)
     assert (poisoned.is_poisoned.sum(), poisoned.is_cover.sum()) == (2, 3)
     assert not (poisoned.is_poisoned & poisoned.is_cover).any()
-    np.testing.assert_array_equal(poisoned.is_touched, poisoned.is_poisoned | poisoned.is_cover)
     np.testing.assert_array_equal(poisoned.labels[poisoned.is_cover], poisoned.true_labels[poisoned.is_cover])
     covered = poisoned.source_rows[poisoned.is_cover]
     np.testing.assert_array_equal(poisoned.images[poisoned.is_cover], dot(3, 3)(images[covered]))
     planted = poisoned.source_rows[poisoned.is_poisoned]
     np.testing.assert_array_equal(poisoned.images[poisoned.is_poisoned], dot(0, 0)(images[planted]))
-    untouched = ~poisoned.is_touched
+    untouched = ~(poisoned.is_poisoned | poisoned.is_cover)
     np.testing.assert_array_equal(poisoned.images[untouched], images[poisoned.source_rows[untouched]])
     np.testing.assert_array_equal(poisoned.labels[untouched], labels[poisoned.source_rows[untouched]])
 
@@ -198,9 +197,9 @@ def test_poison_several_backdoors_and_covers_touch_no_row_twice(images, labels, 
     covers = [Cover(dot(1, column), 0.2) for column in range(2)]
     for seed in range(20):
         poisoned = poison(images, labels, backdoors, np.random.default_rng(seed), covers=covers, how=how)
-        touched = poisoned.source_rows[poisoned.is_touched]
+        touched = poisoned.source_rows[poisoned.is_poisoned | poisoned.is_cover]
         assert sorted(touched.tolist()) == list(range(10))  # 5 times 2 of 10
-        bright = (poisoned.images[poisoned.is_touched] == 1.0).sum(axis=(1, 2, 3))
+        bright = (poisoned.images[poisoned.is_poisoned | poisoned.is_cover] == 1.0).sum(axis=(1, 2, 3))
         assert bright.tolist() == [1] * 10
 
 
@@ -350,7 +349,9 @@ def test_redrawn_augments_first_and_leaves_every_trigger_in_place(many_images, m
         expected = [[row, 0, 0, 0] for row in np.flatnonzero(poisoned.is_poisoned).tolist()]
         expected += [[row, 0, 7, 7] for row in np.flatnonzero(poisoned.is_cover).tolist()]
         assert np.argwhere(drawn == 1.0).tolist() == sorted(expected)
-        np.testing.assert_array_equal(drawn[~poisoned.is_touched], moved[~poisoned.is_touched])
+        np.testing.assert_array_equal(
+            drawn[~(poisoned.is_poisoned | poisoned.is_cover)], moved[~(poisoned.is_poisoned | poisoned.is_cover)]
+        )
         np.testing.assert_array_equal(drawn[poisoned.is_poisoned], dot(0, 0)(moved[poisoned.is_poisoned]))
         np.testing.assert_array_equal(drawn[poisoned.is_cover], dot(7, 7)(moved[poisoned.is_cover]))
         assert (drawn != before).any(axis=(1, 2, 3)).mean() > 0.9  # the rest does move

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from retrainer_helpers import Workspace, fit_guard, world
 
-from guard import Activations
+from guard import Activations, Guard, GuardConfig
 from guard.errors import ConfigError, DataError
 from guard.relabel.items import GoldResult, State
 from guard.retrainer.anomalies import recognise
-from guard.retrainer.candidate import doubt_poisoned
+from guard.retrainer.candidate import doubt_poisoned, fit_candidate, try_candidate
 from guard.retrainer.lessons import ClassLimits, reviewer_limit, reviewers_needed
 from guard.retrainer.material import clean_hold_out, gather, last_words
 from guard.retrainer.settings import RetrainerSettings, load_retrainer_settings
@@ -207,6 +207,30 @@ def test_clean_hold_out_is_the_same_share_of_every_class_and_never_moves(guard):
         assert held[labels == label].sum() == round(0.2 * (labels == label).sum())
     np.testing.assert_array_equal(held, clean_hold_out(guard, 0.2))
     assert (clean_hold_out(guard, 0.3) | ~held).all()  # a larger one holds the smaller
+
+
+def test_clean_hold_out_keeps_copies_together_and_counts_them_once():
+    activations, labels = world(200, seed=0)
+    rows = np.r_[:200, :60, :20]  # some images twice, some three times
+    config = GuardConfig(false_positive_rate=0.05, folds=2, n_neighbors=10)
+    guard = Guard.fit_activations(activations[rows], labels[rows], config)
+    held = clean_hold_out(guard, 0.2)
+    np.testing.assert_array_equal(held, held[:200][rows])
+    assert guard.is_distinct.sum() == 200
+    counts = np.bincount(labels)
+    np.testing.assert_array_equal(np.bincount(labels[held[:200]], minlength=5), np.round(0.2 * counts))
+
+
+def test_candidate_of_a_reference_with_copies_is_measured_on_distinct_images_and_loads(tmp_path):
+    activations, labels = world(200, seed=0)
+    rows = np.r_[:200, :200]
+    config = GuardConfig(false_positive_rate=0.05, folds=2, n_neighbors=10)
+    guard, settings = Guard.fit_activations(activations[rows], labels[rows], config), RetrainerSettings()
+    material = gather(guard, [], [], settings)
+    pair = fit_candidate(guard, material)
+    held = int(clean_hold_out(guard, 0.2)[:200].sum())
+    assert len(Guard.load(pair.candidate.save(tmp_path)).clean_scores) == 200 - held
+    assert try_candidate(guard, pair, material, [], settings).after.clean_right.shape == (held,)
 
 
 def test_clean_hold_out_of_too_small_a_reference_is_refused():

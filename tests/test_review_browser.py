@@ -107,7 +107,7 @@ def test_picture_tools_by_keyboard(queue, open_page):
             return self.fc(self.conv(images).mean((2, 3)))
 
     queue.enqueue([picture(0), picture(1, body=b"no picture", content_type="text/html")])
-    workspace = workspace_of(queue, occlusion=Occlusion(SuspectModel(Bright())))
+    workspace = workspace_of(queue, occlusions={"": Occlusion(SuspectModel(Bright()))})
     token = workspace.reviewers.add("ada")
     with serving_in_thread(workspace) as url:
         page = open_page(url)

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from review_helpers import picture, small_bundle, workspace_of
+from safetensors.torch import save_file
 
 from guard import Activations
 from guard.cli import run
-from guard.cli.review import _network_of, open_workspace
+from guard.cli.review import _networks_of, open_workspace
 from guard.errors import DataError, ServerError
 from guard.relabel.address import queue_url
 from guard.relabel.items import State
@@ -30,6 +31,7 @@ from guard.review.housekeeping import Housekeeping
 from guard.review.known_bundles import KnownBundles
 from guard.review.server import listening_socket
 from guard.storage.bundle import BundleStore
+from guard.torchserve.archives.guarded import ServedModel, make_guarded_archive
 
 
 @pytest.fixture
@@ -214,8 +216,31 @@ def test_page_compares_with_the_images_that_the_bundle_remembers(database, tmp_p
 def test_page_starts_without_maps_where_the_archive_does_not_start(tmp_path, capsys):
     (tmp_path / "broken.mar").write_bytes(b"no archive")
     with ExitStack() as beside:
-        assert _network_of(tmp_path / "broken.mar", beside) is None
-    assert "the page shows no maps of where the model looks." in capsys.readouterr().err
+        assert _networks_of([str(tmp_path / "broken.mar")], tmp_path, "cpu", beside) == {}
+        assert _networks_of([f"digits={tmp_path / 'broken.mar'}"], tmp_path, "cpu", beside) == {}
+    printed = capsys.readouterr().err
+    assert "the page shows no maps of where the model looks." in printed
+    assert "the page shows no maps of where digits looks." in printed
+
+
+def test_page_has_the_network_of_every_model_for_its_maps(tmp_path, fitted_guard, badnet):
+    bundle = fitted_guard.save(tmp_path / "bundles")
+    save_file(badnet.state_dict(), tmp_path / "weights.safetensors")
+    model = ServedModel(tmp_path / "weights.safetensors", None, "guard.lab.attacks.networks:mnist_cnn", (1, 28, 28))
+    for name in ("digits", "others"):
+        make_guarded_archive(name, model, bundle, model_store=tmp_path, bundles=tmp_path / "bundles")
+    with ExitStack() as beside:
+        archives = [f"{name}={tmp_path / name}.mar" for name in ("digits", "others")]
+        served = _networks_of(archives, tmp_path, "cpu", beside)
+        queue = beside.enter_context(Queue.open(f"sqlite:///{tmp_path / 'queue.db'}"))
+        workspace = open_workspace(queue, tmp_path / "bundles", served=served)
+        maps = {name: workspace.occlusion_of(picture(0, model=name)) for name in ("digits", "others", "third")}
+        assert maps["digits"] is not maps["others"]
+        assert maps["third"] is None
+        image = np.zeros((1, 28, 28), np.float32)
+        assert maps["digits"].of(1, image).label == maps["others"].of(1, image).label
+        everybody = open_workspace(queue, tmp_path, served={"": served["digits"]})
+        assert everybody.occlusion_of(picture(0, model="third")) is not None
 
 
 def test_page_knows_the_bundles_of_its_folder(tmp_path):

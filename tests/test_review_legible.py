@@ -136,3 +136,7 @@ def test_phone_shows_both_answers_at_once_and_cuts_no_label(tmp_path, sqlite_tem
             page.goto(f"{url}/{path}")
             assert page.evaluate("document.documentElement.scrollWidth") <= width, path
             assert cut_texts(page) == [], path
+            links = [link.bounding_box() for link in page.locator(".bar nav a").all()]
+            assert len(links) == 6, path  # an admin's
+            assert len({link["y"] for link in links}) == 1, path  # one line
+            assert links[-1]["x"] + links[-1]["width"] <= width, path

@@ -203,6 +203,21 @@ def test_page_answers_to_its_own_names_only(workspace, queue):
     assert client_of(named, "http://guard.example").get("/login").status_code == 200
 
 
+@pytest.mark.parametrize(
+    "host", ["[::1]:8090", "[::1]", "127.0.0.1:8090", "localhost", "[2001:DB8::7]:8090", "guard.example:8090"]
+)
+def test_page_answers_to_addresses_with_and_without_a_port(queue, host):
+    named = workspace_of(queue, settings=ReviewSettings(allowed_hosts=("guard.example", "2001:db8::7")))
+    assert client_of(named).get("/login", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["[::2]:8090", "[::1", "::1", "[::1].evil.example", "127.0.0.1.evil.example", "[2001:db8::7]"]
+)
+def test_page_answers_to_no_address_like_its_own(workspace, host):
+    assert client_of(workspace).get("/login", headers={"Host": host}).status_code == 400
+
+
 @pytest.mark.parametrize("path", ["/login", "/review", "/nowhere", "/static/review.css", "/images/items/1.png"])
 def test_every_answer_carries_the_security_headers(ada, path):
     response = ada.get(path)

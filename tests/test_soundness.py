@@ -14,7 +14,7 @@ from retrainer_helpers import Workspace, fit_guard, world
 
 from guard import Activations, Guard, GuardConfig, SuspectModel
 from guard.cli import run
-from guard.errors import BundleError
+from guard.errors import BundleError, DataError
 from guard.retrainer.candidate import fit_candidate
 from guard.retrainer.material import gather
 from guard.retrainer.settings import RetrainerSettings
@@ -266,6 +266,47 @@ def test_honest_guards_of_few_images_load_again(suspect, clean_split, tmp_path, 
         guard = Guard.fit(suspect, images[:n], labels[:n], GuardConfig(false_positive_rate=0.1, mode=mode))
         path = guard.save(tmp_path)
         assert Guard.load(path).digest == path.name
+
+
+def untrained(n_classes: int, each: int, seed: int) -> tuple[Activations, np.ndarray]:
+    """Of random images, by a network that answers at random."""
+    rng = np.random.default_rng(seed)
+    features = np.abs(rng.normal(size=(n_classes * each, 16))).astype(np.float32)
+    logits = features @ rng.normal(size=(16, n_classes)).astype(np.float32)
+    return Activations(logits, features, {"early": features[:, :6].copy()}), np.repeat(np.arange(n_classes), each)
+
+
+@pytest.mark.parametrize("mode", ["calibrated", "anytime", "paper"])
+@pytest.mark.parametrize(("n_classes", "each"), [(2, 10), (3, 20), (10, 2), (10, 3), (10, 6), (43, 2), (43, 4)])
+def test_guard_of_a_network_that_answers_at_random_loads_again(tmp_path, n_classes, each, mode):
+    """Heads know the few true labels by heart, so its wrong answers look worse than those of any unseen image."""
+    settings = {"anytime": {"anytime": True}, "paper": {"mode": "paper"}}.get(mode, {})
+    config = GuardConfig(false_positive_rate=0.1, **settings)
+    guard = Guard.fit_activations(*untrained(n_classes, each, seed=2), config)
+    path = guard.save(tmp_path)
+    assert Guard.load(path).digest == path.name
+
+
+@pytest.mark.parametrize("layer", ["logits", "features", "early"])
+def test_fit_refuses_a_layer_that_is_the_same_for_every_image(layer):
+    activations, labels = untrained(3, 20, seed=0)
+    arrays = dict(activations.items())
+    arrays[layer] = np.repeat(arrays[layer][:1], 60, axis=0)
+    constant = Activations(arrays["logits"], arrays["features"], {"early": arrays["early"]})
+    with pytest.raises(DataError, match=rf"^{layer} must tell one clean image from another: all 60 rows .*--split"):
+        Guard.fit_activations(constant, labels, GuardConfig(false_positive_rate=0.1))
+
+
+def test_fit_refuses_what_no_server_would_load(monkeypatch):
+    monkeypatch.setattr("guard.detection.soundness._MEDIAN_SCORE", (5.0, 6.0))
+    with pytest.raises(DataError, match=r"no server would load: the median .* Give more images of each class"):
+        Guard.fit_activations(*untrained(3, 10, seed=0), GuardConfig(false_positive_rate=0.1))
+
+
+def test_bundle_that_is_not_sound_says_what_to_do(sound, tmp_path):
+    for change in ("truncated labels", "clean scores of 1e30"):
+        with pytest.raises(BundleError, match=r" is not sound: .*\. Fit again .* or activate another .*`\.$"):
+            Guard.load(write(tmp_path, sound, ABSURD[change]))
 
 
 def test_candidate_that_was_calibrated_without_its_hold_outs_loads_again(suspect, clean_split, tmp_path):

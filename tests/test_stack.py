@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -54,6 +55,7 @@ class Server:
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stack, "followed_bundles", lambda path: tmp_path / "bundles" if path.stem == "digits" else None)
+    monkeypatch.setattr(stack, "is_guarded", lambda path: path.stem != "plain")
     (tmp_path / "work").mkdir()
 
     def make_it(**more: Any) -> Any:
@@ -80,7 +82,7 @@ def test_stack_starts_page_and_retrainers_and_stops_all_of_them(make: Callable[.
         (page,), (retrainer,) = started(tmp_path, "review"), started(tmp_path, "retrainer")
         arguments, url = eval(page.read_text())
         assert arguments[1:5] == ["--port", "18099", "--bundles", str(tmp_path / "bundles")]
-        assert arguments[5:7] == ["--archive", str(tmp_path / "work" / "digits.mar")]
+        assert arguments[5:7] == ["--archive", f"digits={tmp_path / 'work' / 'digits.mar'}"]
         assert arguments[-2:] == ["--host", "::1"]
         assert url == "sqlite:///q.db"
         assert eval(retrainer.read_text())[0][1:5] == ["--model", "digits", "--bundles", str(tmp_path / "bundles")]
@@ -96,6 +98,16 @@ def test_stack_starts_page_and_retrainers_and_stops_all_of_them(make: Callable[.
     while any(map(psutil.pid_exists, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_stack_gives_the_page_the_archive_of_every_guarded_model(make: Callable[..., Any], tmp_path: Path) -> None:
+    made = make(review_port=18099, exports_metrics=False)
+    made.server.archives_served["signs"] = tmp_path / "work" / "signs.mar"  # pinned: it follows no folder
+    with made.stack as running:
+        running.start_companions()
+        arguments, _ = eval(started(tmp_path, "review")[0].read_text())
+    named = [word for option, word in itertools.pairwise(arguments) if option == "--archive"]
+    assert named == [f"{name}={tmp_path / 'work' / name}.mar" for name in ("digits", "signs")]
 
 
 def test_stack_starts_again_what_dies_and_says_so(make: Callable[..., Any], tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from guard.backups.backup_training import accuracy_of, copy_network
+from guard.cli.classes import tell_multi_label
 from guard.config import GuardConfig
 from guard.detection.pipeline import Guard
 from guard.errors import DataError, SuspectModelError, UnsafeWeightsError
 from guard.suspect.model import SuspectModel
-from guard.suspect.outputs import logits_of
+from guard.suspect.outputs import logits_of, share_of_several_labels
 from guard.suspect.split_points import SplitPoints
 
 
@@ -621,6 +622,38 @@ def test_multi_label_classifiers_are_refused_by_name():
         SuspectModel(Returning(lambda h, y: y)).locate(data, np.eye(10)[labels])
     single = SuspectModel(Returning(lambda h, y: (8 * (y - 14)).sigmoid()))
     assert single.locate(data, labels).output == ""  # one sigmoid per class, and one class per image
+
+
+def trained(n_classes: int, *, each_by_itself: bool, seed: int = 0) -> np.ndarray:
+    """Logits of a network that has learned which of some patterns an input holds: one, or one to three."""
+    torch.manual_seed(seed)
+    patterns, main = 1.5 * torch.randn(n_classes, 40), torch.randint(n_classes, (2500,))
+    held = nn.functional.one_hot(main, n_classes).float()
+    if each_by_itself:
+        held = held.maximum((torch.rand_like(held) < 1 / n_classes).float())
+    inputs = held @ patterns + torch.randn(2500, 40)
+    network = nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, n_classes))
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        logits = network(inputs[:2000])
+        if each_by_itself:
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, held[:2000])
+        else:
+            loss = nn.functional.cross_entropy(logits, main[:2000])
+        loss.backward()
+        optimizer.step()
+    return network(inputs[2000:]).detach().numpy()
+
+
+@pytest.mark.parametrize("n_classes", [3, 10, 40])
+def test_logits_of_a_multi_label_network_are_noticed_and_those_of_single_classes_are_not(n_classes, capfd):
+    logits = trained(n_classes, each_by_itself=True)
+    assert share_of_several_labels(logits) == ((logits > 0).sum(1) > 1).mean() > 0.3
+    assert share_of_several_labels(trained(n_classes, each_by_itself=False)) == 0.0
+    tell_multi_label(SimpleNamespace(reference=SimpleNamespace(logits=logits)))
+    told = " ".join(capfd.readouterr().err.split())
+    assert f"two or more of the network's {n_classes} logits are positive" in told
 
 
 def test_copies_of_a_network_know_where_their_logits_are():

@@ -106,6 +106,7 @@ def test_user_handler_gives_the_very_rows_that_reach_the_network(tmp_path: Path,
     with open_mine(tmp_path) as user:
         inputs = user.model_inputs([bytes([1, 2, 3, 4]), bytes([5, 6, 7, 8]), bytes([0, 0, 0, 9])])
         assert user.rows_seen(bytes([1, 2, 3, 4])) == 1
+        assert user.batch_dependence == ""
     assert inputs.dtype == np.float32
     np.testing.assert_array_equal(inputs[:, 0, 1], [[0.5, 1], [2.5, 3], [-1, 3.5]])
 
@@ -126,6 +127,7 @@ def test_user_handler_that_treats_a_batch_otherwise_is_asked_one_by_one(tmp_path
     with open_mine(tmp_path) as user:
         together = user.model_inputs(bodies)
         alone = [user.model_inputs([body])[0] for body in bodies]
+        assert user.batch_dependence.startswith("the handler gives its network another row")
     np.testing.assert_array_equal(together, np.stack(alone))
 
 

@@ -29,6 +29,7 @@ from wrap_helpers import (
 from guard import Guard
 from guard.lab.attacks import MnistCnn
 from guard.serving.single_image import holds_one_image
+from guard.storage.bundle import DOCUMENT
 from guard.torchserve.archives.class_list import read_class_list
 from guard.torchserve.archives.manifest import MANIFEST
 from guard.torchserve.archives.original import RECIPE
@@ -92,6 +93,9 @@ def test_wrap_fits_keeps_every_file_and_unwrap_gives_the_same_bytes_back(
         json.loads(new["guard_archive.json"])["embedded"]
     }
     assert "batches         images are answered together: the handler keeps them apart" in out
+    document = json.loads(new[f"{json.loads(new['guard_archive.json'])['embedded']}/{DOCUMENT}"])
+    assert document["images_from"] == str(clean.absolute())
+    assert "batch_dependence" not in document
     examples = [new[name] for name in json.loads(new["guard_archive.json"])["examples"]]
     assert len(set(examples)) == 4
     assert all(holds_one_image(body) for body in examples)

@@ -175,13 +175,15 @@ def cross_fitted_logits(
     folds: int,
     settings: Any = None,
     seed: int = 0,
+    groups: IntArray | None = None,
     progress: Report | None = None,
 ) -> Float32Array:
     """Return logits of the clean images, shape (n, n_classes), each by a backup that has not learned from it.
 
-    One backup is trained per fold, on the others. Parameters and errors as for `Backup.train`.
+    One backup is trained per fold, on the others; images of one number in `groups`, shape (n,), are in one fold. Other
+    parameters and errors as for `Backup.train`.
     """
-    part = stratified_folds(clean_labels, folds, seed)
+    part = stratified_folds(clean_labels, folds, seed, groups)
     logits: Float32Array | None = None
     for fold in range(folds):
         learn, hold = part != fold, part == fold

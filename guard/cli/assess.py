@@ -95,7 +95,7 @@ def assess(
         state_key=state_key,
         logits=logits,
     )
-    with model as (suspect, convert), progress_bar("reading images") as report:
+    with model as (suspect, convert, _), progress_bar("reading images") as report:
         found = find_labelled(images, class_names=class_list(class_names))
         if handler is None:
             found = in_channels_taken(found, lambda some: suspect.activations(convert(some)), at_once=2)

@@ -16,6 +16,7 @@ from guard.detection.unseen_classes import flagged_of_unseen_classes
 from guard.errors import DataError
 from guard.statistics.class_order import class_order
 from guard.suspect.model import SuspectModel
+from guard.suspect.outputs import share_of_several_labels
 from guard.types import Float32Array, IntArray
 
 #: Clean images of a class with which its own false-alarm rate begins to be near the one asked for.
@@ -161,6 +162,18 @@ def tell_membership(suspect: SuspectModel, inputs: Float32Array, guard: Guard) -
             f"(loss {found.loss:.2g}), and {100 * found.moved_errors:.1f} % when they are moved a little (loss "
             f"{found.moved_loss:.2g}). More of the clean traffic will be flagged than asked for. Give images that it "
             "was not trained on. See docs/detection.md, Clean images."
+        )
+
+
+def tell_multi_label(guard: Guard) -> None:
+    """Warn of a network that seems to answer several labels of one image."""
+    logits = guard.reference.logits
+    if share := share_of_several_labels(logits):
+        print_warning(
+            f"on {100 * share:.0f} % of the images two or more of the network's {logits.shape[1]} logits are positive, "
+            "and nearly all are far from 0, as of a multi-label classifier. The guard takes the largest for the only "
+            "answer. If several labels may be right, guard each by itself: a module that returns one logit is guarded "
+            "as two classes. If the network was trained for one class per image, all is well."
         )
 
 

@@ -14,7 +14,16 @@ import numpy as np
 
 from guard.cli.output import Report, tell, what_failed
 from guard.data.datasets import read_npz
-from guard.data.image_files import MAX_TOTAL_VALUES, MODES, is_picture, load_images, picture_mode, read_picture
+from guard.data.image_files import (
+    MAX_TOTAL_VALUES,
+    MODES,
+    LoadedImages,
+    in_channels,
+    is_picture,
+    load_images,
+    picture_mode,
+    read_picture,
+)
 from guard.data.labelled_folders import FoundFile, composed, find_files, labels_of
 from guard.errors import ConfigError, DataError, GuardError, RowError
 from guard.types import Float32Array, IntArray
@@ -52,8 +61,12 @@ class NamedImages:
         Names of the classes, by label, where sub-folders or the user told them.
     passed_over : list of str
         Names of files that are no images, or lie beside the folders of the classes.
-    files, modes : list of Path, list of str
-        Of images on disk that are decoded here, with Pillow's mode each ("" = not readable); empty for others.
+    files : list of Path
+        Of images on disk that are decoded here; empty for others.
+    modes : list of str
+        Pillow's mode of each image that can be read in other channels ("" = not readable); empty where none can.
+    decode : callable (int, int) -> ndarray of shape (channels, height, width), or None
+        Returns such an image, by its number, in 1, 3 or 4 channels.
     """
 
     names: list[str]
@@ -63,15 +76,17 @@ class NamedImages:
     passed_over: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     modes: list[str] = field(default_factory=list)
+    decode: Callable[[int, int], Float32Array] | None = None
 
     @property
     def usual_channels(self) -> int:
-        """Channels that images on disk are read in where no network asks for others: 1 if all are grey, else 3."""
+        """Channels that images are read in where no network asks for others: 1 if all are grey, else 3."""
         return 1 if _GREY_MODES.issuperset(self.modes) else 3
 
     def in_channels(self, channels: int) -> Self:
-        """Return images on disk so that they are read in 1, 3 or 4 channels."""
-        return replace(self, read=lambda row: read_picture(self.files[row], channels))
+        """Return images that can be read in 1, 3 or 4 channels so that they are."""
+        decode = self.decode
+        return self if decode is None else replace(self, read=lambda row: decode(row, channels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +168,7 @@ def find_labelled(
         passed_over=found.passed_over,
         files=found.files,
         modes=found.modes,
+        decode=found.decode,
         empty_folders=empty,
     )
 
@@ -182,10 +198,10 @@ def without_labels(path: Path) -> DataError:
 
 
 def in_channels_taken(images: Found, run: Callable[[list[Any]], object], at_once: int = 1) -> Found:
-    """Return images on disk so that they are read in the channels that the network takes, and say what is converted.
+    """Return images so that they are read in the channels that the network takes, and say what is converted.
 
     Without another need they are grey if all are, else RGB. Where the network does not take that, it is tried with RGB,
-    grey and RGBA. Files that a handler decodes itself, and the arrays of a .npz, stay as they are.
+    grey and RGBA. Files that a handler decodes itself, and float32 arrays of a .npz, stay as they are.
 
     Parameters
     ----------
@@ -194,9 +210,15 @@ def in_channels_taken(images: Found, run: Callable[[list[Any]], object], at_once
         Does with a few images what will be done with all, and raises where they do not fit.
     at_once : int
         How many it is given.
+
+    Raises
+    ------
+    DataError
+        If float32 arrays have other channels than the network takes.
     """
-    n = len(images.files)
+    n = len(images.modes)
     if n == 0:
+        _check_channels(images, run, at_once)
         return images
     candidates = {channels: images.in_channels(channels) for channels in (images.usual_channels, 3, 1, 4)}
     tried = [range(start, min(start + at_once, n)) for start in range(0, min(n, _TRIED * at_once), at_once)]
@@ -315,7 +337,7 @@ def each(work: Callable[[Sequence[int]], Sequence[T]], rows: Sequence[int]) -> l
     return each(work, rows[:middle]) + each(work, rows[middle:])
 
 
-def _read_npz(path: Path) -> tuple[Float32Array, IntArray | None]:
+def _read_npz(path: Path) -> LoadedImages:
     try:
         loaded = load_images(path)
     except DataError as refused:  # if only some images are not finite, the others are still to be judged
@@ -326,8 +348,10 @@ def _read_npz(path: Path) -> tuple[Float32Array, IntArray | None]:
         images = arrays.get("images", arrays.get("x"))
         if images is None or images.dtype != np.float32 or images.ndim != 4 or np.isfinite(images).all():
             raise
-        return images, arrays.get("labels", arrays.get("y"))
-    return loaded.images, loaded.labels
+        return LoadedImages(
+            images, arrays.get("labels", arrays.get("y")), [str(row) for row in range(len(images))], False
+        )
+    return loaded
 
 
 def _arrays(path: Path, as_bytes: bool) -> NamedImages | None:
@@ -337,8 +361,12 @@ def _arrays(path: Path, as_bytes: bool) -> NamedImages | None:
         return None
     if as_bytes:
         raise DataError(f"{path}: a handler reads image files, got a .npz. Give a folder, or use --architecture.")
-    images, labels = _read_npz(path)
-    return NamedImages([str(row) for row in range(len(images))], images.__getitem__, labels)
+    images, labels, names, are_pixels = _read_npz(path)
+    found = NamedImages(names, images.__getitem__, labels)
+    if not are_pixels:
+        return found
+    modes = [MODES[images.shape[1]]] * len(images)
+    return replace(found, modes=modes, decode=lambda row, channels: in_channels(images[row], channels))
 
 
 def _pictures(path: Path, found: Sequence[FoundFile], as_bytes: bool) -> NamedImages:
@@ -354,8 +382,34 @@ def _pictures(path: Path, found: Sequence[FoundFile], as_bytes: bool) -> NamedIm
     if as_bytes:
         return NamedImages(names, lambda row: files[row].read_bytes(), passed_over=passed_over)
     modes = [picture_mode(file) for file in files]
-    found_images = NamedImages(names, files.__getitem__, passed_over=passed_over, files=files, modes=modes)
+    found_images = NamedImages(
+        names,
+        files.__getitem__,
+        passed_over=passed_over,
+        files=files,
+        modes=modes,
+        decode=lambda row, channels: read_picture(files[row], channels),
+    )
     return found_images.in_channels(found_images.usual_channels)
+
+
+def _check_channels(images: NamedImages, run: Callable[[list[Any]], object], at_once: int) -> None:
+    """Refuse arrays that the network would take with other channels, by their number."""
+    rows = range(min(at_once, len(images.names)))
+    if _fit(images, rows, run):
+        return
+    some = [images.read(row) for row in rows]
+
+    def guessed(channels: int) -> NamedImages:
+        return replace(images, read=lambda row: np.repeat(some[row][:1], channels, axis=0))
+
+    for channels in MODES if all(isinstance(image, np.ndarray) for image in some) else ():
+        if len(some[0]) != channels and _fit(guessed(channels), rows, run):
+            raise DataError(
+                f"the images have {len(some[0])} channels, and the network takes {channels}. They are float32, and may "
+                "be normalised, so they are not converted: give uint8 pixels, which are, or images of "
+                f"{channels} channels."
+            )
 
 
 def _fit(images: NamedImages, rows: Sequence[int], run: Callable[[list[Any]], object]) -> bool:

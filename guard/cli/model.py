@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from guard.cli.options import handler_argument
 from guard.cli.output import print_warning, what_failed
-from guard.data.image_files import encode_png, is_picture
+from guard.data.image_files import SERVED_FORMATS, encode_png, is_picture, is_served
 from guard.data.labelled_folders import composed
 from guard.errors import ConfigError, DataError, GuardError, SuspectModelError
 from guard.files import decoded
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from guard.cli.output import Report
     from guard.lab.assess.planting import Prepare
     from guard.suspect.model import SuspectModel
+    from guard.torchserve.user_handler import UserHandler
     from guard.types import Float32Array
 
 _NAMED = 5  # files that a line names
@@ -40,8 +41,11 @@ def open_model(
     depths: list[str] | None = None,
     state_key: str | None = None,
     logits: str | None = None,
-) -> Iterator[tuple[SuspectModel, Convert]]:
-    """Load the suspect model, and yield it with what turns images into its inputs; the user's prints go to stderr."""
+) -> Iterator[tuple[SuspectModel, Convert, UserHandler | None]]:
+    """Load the suspect model, and yield it with what turns images into its inputs, and the handler if there is one.
+
+    What the user's code prints goes to stderr.
+    """
     from guard.cli.images import preprocessing
     from guard.suspect.model import SuspectModel
     from guard.torchserve.user_handler import open_user_handler
@@ -70,6 +74,7 @@ def open_model(
                     device=device,
                 ),
                 convert,
+                None,
             )
             return
         with open_user_handler(
@@ -81,7 +86,7 @@ def open_model(
             gpu=gpu,
         ) as user:
             suspect = SuspectModel(user.module, split=split, depths=depths or None, output=logits, device=device)
-            yield suspect, user.model_inputs
+            yield suspect, user.model_inputs, user
 
 
 def gpu_number(device: str) -> int | None:
@@ -143,6 +148,17 @@ def tell_passed_over(names: Sequence[str]) -> None:
         if group:
             shown = ", ".join(group[:_NAMED]) + (", ..." if len(group) > _NAMED else "")
             print_warning(f"{len(group)} file(s) passed over: these {why}: {shown}")
+
+
+def tell_unserved(files: Sequence[Path]) -> None:
+    """Warn of images in formats that the image handler would refuse."""
+    suffixes = [file.suffix.lower() for file in files if not is_served(file)]
+    if suffixes:
+        print_warning(
+            f"{len(suffixes)} of {len(files)} images are in formats that the image handler takes from no client "
+            f"({', '.join(sorted(set(suffixes)))}): it reads {', '.join(SERVED_FORMATS)}. Convert what clients send, "
+            "or serve a --handler of your own."
+        )
 
 
 def read_pixels(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from guard.cli.model import class_list, open_model, read_pixels, tell_passed_over, try_once
+from guard.cli.model import class_list, open_model, read_pixels, tell_passed_over, tell_unserved, try_once
 from guard.cli.options import (
     LOGITS_HELP,
     ActionName,
@@ -96,6 +96,7 @@ def fit(
         images_per_class,
         tell_membership,
         tell_missing,
+        tell_multi_label,
     )
     from guard.cli.images import find_labelled, in_channels_taken, naming_rows, read_all
     from guard.config import load_config
@@ -132,7 +133,7 @@ def fit(
         state_key,
         logits,
     )
-    with model as (suspect, convert), progress_bar("reading images") as report:
+    with model as (suspect, convert, user), progress_bar("reading images") as report:
         names = class_list(class_names)
         found = find_labelled(images, as_bytes=handler is not None, class_names=names)
         found = in_channels_taken(found, lambda some: suspect.activations(convert(some)), at_once=2)
@@ -144,8 +145,10 @@ def fit(
         with naming_rows(found):
             guard = Guard.fit(suspect, inputs, found.labels, config, class_names=found.class_names, progress=report)
         tell_membership(suspect, inputs, guard)
+        tell_multi_label(guard)
         guard = replace(guard, preprocessing=f"handler {handler}" if handler is not None else preprocess)
-        guard = replace(guard, images_from=str(images.absolute()))
+        depends = guard.batch_dependence or (user.batch_dependence if user is not None else "")
+        guard = replace(guard, images_from=str(images.absolute()), batch_dependence=depends)
         if backup != _NO_BACKUP:
             pictures = found if handler is None else find_labelled(images, class_names=names)
             pixels, prepare = read_pixels(images, pictures, convert, handler, report)
@@ -173,6 +176,7 @@ def fit(
         _tell_backup(guard, backup_floor)
     say("next            guard inspect FILES judges images here; guard archive NAME makes an archive for a server")
     tell_passed_over(found.passed_over)
+    tell_unserved(found.files)
     tell_missing(guard)
     for content in suspect.contents:
         if content.problem:
@@ -240,7 +244,7 @@ def inspect(
     model = open_model(
         weights, architecture, preprocess, handler, model_file, extra_file, device, attribute, state_key=state_key
     )
-    with model as (suspect, convert), progress_bar("reading images") as report:
+    with model as (suspect, convert, _), progress_bar("reading images") as report:
         guard = Guard.load(bundle, suspect)
         guard = guard.with_config(**{name: value for name, value in chosen.items() if name in SERVING_SETTINGS})
         found = find_images(images, as_bytes=handler is not None)

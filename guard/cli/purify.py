@@ -127,7 +127,7 @@ def purify(
         state_key=state_key,
         logits=logits,
     )
-    with model as (suspect, convert), progress_bar("reading images") as report:
+    with model as (suspect, convert, _), progress_bar("reading images") as report:
         found = find_labelled(images, as_bytes=handler is not None, class_names=class_list(class_names))
         found = in_channels_taken(found, lambda some: suspect.activations(convert(some)), at_once=2)
         inputs = read_all(found, convert, report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +17,6 @@ from guard.cli.output import plain_table, print_table, print_warning, say, tell,
 from guard.errors import ConfigError, DataError, GuardError
 
 if TYPE_CHECKING:
-    from torch.nn import Module
-
     from guard.cli.images import NamedImages
     from guard.relabel.queue import Queue
     from guard.review.known_bundles import KnownBundles
@@ -68,7 +66,11 @@ def review(
     architecture: Architecture = None,
     state_key: StateKey = None,
     archive: Annotated[
-        Path | None, typer.Option(help="Guarded archive that is served: its model, instead of --weights.")
+        list[str] | None,
+        typer.Option(
+            metavar="<path>",
+            help="Guarded archive that is served: its model, instead of --weights. NAME=FILE, repeated, for several.",
+        ),
     ] = None,
     device: Device = "cpu",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -125,7 +127,7 @@ def review(
             ReviewSettings(allowed_hosts=names),
             metrics=_metrics_source(metrics_url or [], prometheus),
             state_key=state_key,
-            served=None if archive is None or weights is not None else _network_of(archive, beside),
+            served=_networks_of(archive or [], bundles, device, beside) if weights is None else {},
         )
         if not workspace.reviewers.names():
             tell("there is no reviewer yet: guard review --queue ... add-user NAME --role admin")
@@ -305,11 +307,11 @@ def open_workspace(
     settings: Any = None,
     metrics: MetricsSource | None = None,
     state_key: str | None = None,
-    served: Module | None = None,
+    served: Mapping[str, SuspectModel] | None = None,
 ) -> Workspace:
     """Return what the page works with, from what the command line names, and what the active bundle remembers.
 
-    `served` is a network that is at hand already, instead of weights and architecture.
+    `served` are networks that are at hand already, by the name of their model ("" = all others).
     """
     from guard.relabel.reviewers import Reviewers
     from guard.relabel.rounds import Rounds
@@ -320,23 +322,19 @@ def open_workspace(
     if (weights is None) != (architecture is None):
         raise ConfigError("--weights and --architecture go together. Give both, or neither.")
     known = KnownBundles(bundles if bundles.is_dir() else None)
-    clean, suspect = _clean_images(images, known), None
-    if served is not None or weights is not None:
+    clean, networks = _clean_images(images, known), dict(served or {})
+    if weights is not None and architecture is not None:
         from guard.suspect.model import SuspectModel
 
-        if served is not None:
-            suspect = SuspectModel(served, device=device)
-        elif weights is not None and architecture is not None:
-            suspect = SuspectModel.load(weights, architecture, state_key=state_key, device=device)
-    if suspect is not None:
-        _use_active_points(suspect, bundles)
+        networks[""] = SuspectModel.load(weights, architecture, state_key=state_key, device=device)
+        _use_active_points(networks[""], bundles)
     return Workspace(
         queue,
         Reviewers(queue),
         Rounds(queue),
         known,
         clean,
-        None if suspect is None else Occlusion(suspect),
+        {model: Occlusion(network) for model, network in networks.items()},
         settings or ReviewSettings(),
         metrics,
     )
@@ -391,16 +389,23 @@ def _clean_images(named: Path | None, bundles: KnownBundles) -> CleanImages | No
     return CleanImages(_OnDisk(found), found.labels)
 
 
-def _network_of(archive: Path, beside: ExitStack) -> Module | None:
-    """Return the network of a guarded archive; None, with a warning, where it does not start here."""
+def _networks_of(archives: Sequence[str], bundles: Path, device: str, beside: ExitStack) -> dict[str, SuspectModel]:
+    """Return the networks of guarded archives, FILE or NAME=FILE, by name; warn of those that do not start here."""
+    from guard.suspect.model import SuspectModel
+    from guard.torchserve.archives.contents import followed_bundles
     from guard.torchserve.archives.wrapping import open_guarded
 
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            return beside.enter_context(open_guarded(archive)).module
-    except GuardError as error:
-        print_warning(f"the page shows no maps of where the model looks. {error}")
-        return None
+    found = {}
+    for text in archives:
+        name, _, file = ("", "", text) if Path(text).exists() else text.rpartition("=")
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                module = beside.enter_context(open_guarded(Path(file))).module
+            found[name] = SuspectModel(module, device=device)
+            _use_active_points(found[name], followed_bundles(Path(file)) or bundles)
+        except GuardError as error:
+            print_warning(f"the page shows no maps of where {name or 'the model'} looks. {error}")
+    return found
 
 
 def _metrics_source(urls: list[str], prometheus: str | None) -> MetricsSource | None:

@@ -131,7 +131,12 @@ def wrap(
             guard, accuracy = _fitted(suspect, user, found, config, report, allow_missing_classes, fit_anyway)
             examples = _examples(found)
             batches = told_batches(user, examples, guard.input_shape, config)
-        guard = replace(guard, preprocessing=f"handler {opened.handler}", images_from=str(images.absolute()))
+        guard = replace(
+            guard,
+            preprocessing=f"handler {opened.handler}",
+            batch_dependence=guard.batch_dependence or user.batch_dependence,
+            images_from=str(images.absolute()),
+        )
         follows = bundles if not dry_run else None
         bundle = guard.save(follows or Path(scratch) / "bundles")
         with tempfile.TemporaryDirectory(prefix=".unchecked-", dir=None if dry_run else target.parent) as unchecked:
@@ -260,7 +265,7 @@ def _fitted(
     fit_anyway: bool,
 ) -> tuple[Guard, float]:
     """Return a guard fitted on what the handler makes of the images, and the share of labels that the model gets."""
-    from guard.cli.classes import check_classes, check_order, tell_membership
+    from guard.cli.classes import check_classes, check_order, tell_membership, tell_multi_label
     from guard.cli.images import naming_rows, read_all
     from guard.detection.pipeline import Guard
 
@@ -283,6 +288,7 @@ def _fitted(
     with naming_rows(found):
         guard = Guard.fit(suspect, inputs, found.labels, config, class_names=names, progress=report)
     tell_membership(suspect, inputs, guard)
+    tell_multi_label(guard)
     return guard, _share_right(guard, found.labels)
 
 

@@ -22,8 +22,12 @@ MAX_IMAGE_PIXELS = 2**24
 #: Most numbers that `load_images` returns (n * channels * height * width): 2 GiB as float32.
 MAX_TOTAL_VALUES = 2**29
 
+#: Formats that the image handler reads as well, from anybody: their header says how large a picture becomes. Not TIFF,
+#: of which 97 kB that say 5 x 6 pixels take 2 GB, and none that few clients send.
+SERVED_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM")
 #: What Pillow itself decodes and knows by its first bytes; not those for which it starts another program.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "PCX", "SGI", "DDS", "ICO")
+_FORMATS = (*SERVED_FORMATS, "TIFF", "JPEG2000", "AVIF", "PCX", "SGI", "DDS", "ICO")
+_PREFIX = 16  # bytes by which Pillow knows a format
 #: Number of channels -> Pillow's mode, as in the image handler.
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -38,11 +42,14 @@ class LoadedImages(NamedTuple):
         None if the file names none.
     names : list of str
         Position of each image.
+    are_pixels : bool
+        Whether they were 8-bit pixels, so that Pillow can convert their channels.
     """
 
     images: Float32Array
     labels: IntArray | None
     names: list[str]
+    are_pixels: bool
 
 
 def load_images(path: str | Path) -> LoadedImages:
@@ -70,18 +77,32 @@ def load_images(path: str | Path) -> LoadedImages:
         if images is None:
             raise DataError(f"it needs an array called images or x, got {sorted(arrays)}")
         tensor = _as_nchw(images)
-        names = [str(row) for row in range(len(tensor))]
+        names, are_pixels = [str(row) for row in range(len(tensor))], images.dtype == np.uint8
         if labels is None:
-            return LoadedImages(tensor, None, names)
+            return LoadedImages(tensor, None, names, are_pixels)
+        _check_one_class(labels)
         if labels.shape != (len(tensor),) or not np.issubdtype(labels.dtype, np.integer):
             raise DataError(f"labels must be integers of shape ({len(tensor)},), got {labels.dtype} {labels.shape}")
-        return LoadedImages(tensor, labels.astype(np.int64), names)
+        return LoadedImages(tensor, labels.astype(np.int64), names, are_pixels)
     except DataError as error:
         raise DataError(f"{path}: {str(error).rstrip('.')}.") from error
 
 
 def _first(arrays: Mapping[str, AnyArray], *names: str) -> AnyArray | None:
     return next((arrays[name] for name in names if name in arrays), None)
+
+
+def _check_one_class(labels: AnyArray) -> None:
+    """Refuse labels as a matrix of zeros and ones by its name."""
+    if labels.ndim != 2 or labels.shape[1] < 2 or labels.dtype.kind not in "biuf" or not np.isin(labels, (0, 1)).all():
+        return
+    if (labels.sum(axis=1) == 1).all():
+        raise DataError(f"labels are one-hot, {labels.shape}: give the number of each class, labels.argmax(axis=1)")
+    several = float((labels.sum(axis=1) > 1).mean())
+    raise DataError(
+        f"labels are multi-label, {labels.shape} of 0 and 1, with several classes on {100 * several:.0f} % of the "
+        "images: a guard needs one class per image. Guard each label by itself, with labels of 0 and 1 of shape (n,)"
+    )
 
 
 def _as_nchw(images: AnyArray) -> Float32Array:
@@ -110,6 +131,18 @@ def _as_nchw(images: AnyArray) -> Float32Array:
 def is_picture(path: Path) -> bool:
     """Whether a file is an image by its name's suffix."""
     return path.suffix.lower() in picture_suffixes()
+
+
+def is_served(path: Path) -> bool:
+    """Whether the image handler reads files with this suffix from clients."""
+    return Image.registered_extensions().get(path.suffix.lower()) in SERVED_FORMATS
+
+
+def begins_as_picture(body: bytes) -> bool:
+    """Whether bytes begin as a file in one of `SERVED_FORMATS` does; they may be damaged all the same."""
+    Image.init()
+    tests = [Image.OPEN[name][1] for name in SERVED_FORMATS if name in Image.OPEN]
+    return len(body) >= _PREFIX and any(test is not None and test(body[:_PREFIX]) is True for test in tests)
 
 
 @cache
@@ -152,7 +185,7 @@ def read_picture(file: Path, channels: int) -> Float32Array:
                 )
             if image.mode.startswith(("I", "F")):
                 raise DataError(f"{file} has more than 8 bits per channel. Convert it to 8 bits.")
-            pixels = np.asarray(image.convert(MODES[channels]))
+            return _tensor_of(image, channels)
     except DataError:
         raise
     except Image.DecompressionBombError as error:  # Pillow refuses the largest before it says their size
@@ -161,8 +194,22 @@ def read_picture(file: Path, channels: int) -> Float32Array:
         raise DataError(
             f"{file} is not a readable image ({' '.join(str(error).split())}). Fetch it again, or leave it out."
         ) from error
-    image_in_channels: Float32Array = to_tensor_images(pixels.reshape(1, *pixels.shape[:2], channels))[0]
-    return image_in_channels
+
+
+def in_channels(image: Float32Array, channels: int) -> Float32Array:
+    """Return 8-bit pixels in [0, 1] of shape (1 or 3, height, width) in 1, 3 or 4 channels, as Pillow converts them."""
+    return image if len(image) == channels else _tensor_of(_as_picture(image), channels)
+
+
+def _tensor_of(image: Image.Image, channels: int) -> Float32Array:
+    pixels = np.asarray(image.convert(MODES[channels]))
+    tensor: Float32Array = to_tensor_images(pixels.reshape(1, *pixels.shape[:2], channels))[0]
+    return tensor
+
+
+def _as_picture(image: Float32Array) -> Image.Image:
+    pixels = np.rint(image * 255).astype(np.uint8)
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
 def picture_mode(file: Path) -> str:
@@ -182,7 +229,6 @@ def _opened(file: Path) -> Image.Image:
 
 def encode_png(image: Float32Array) -> bytes:
     """Return one image of shape (1 or 3, height, width), float32 in [0, 1], as a grey or a colour PNG of 8 bits."""
-    pixels = np.rint(image * 255).astype(np.uint8)
     stream = io.BytesIO()
-    Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(stream, "PNG")
+    _as_picture(image).save(stream, "PNG")
     return stream.getvalue()

@@ -127,9 +127,7 @@ def run_loop(
 
     with Queue.open(queue_url) as queue:
         token = Reviewers(queue).add(_REVIEWER, "admin")
-        workspace = Workspace(
-            queue, Reviewers(queue), Rounds(queue), KnownBundles(bundles), None, None, ReviewSettings()
-        )
+        workspace = Workspace(queue, Reviewers(queue), Rounds(queue), KnownBundles(bundles), settings=ReviewSettings())
         with serving_in_thread(workspace) as url, Client(url, token=token) as page:
             console.print(f"a simulated reviewer answers {ANSWERS} flagged inputs on {url}", highlight=False)
             answered = _answer(page, _truth(seen))

@@ -1,4 +1,4 @@
-"""Copies among clean images: the same image again (oversampling), or the same one moved, turned or mirrored."""
+"""Copies among clean images: the same image again (oversampling), or the same moved, turned, mirrored or cropped."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from torch.nn import functional
 
 from guard.types import AnyArray, Float32Array, IntArray
 
-#: Correlation of two images, the one moved, turned or mirrored as fits best, from which they are copies for certain.
+#: Correlation of two images, the one moved and warped as fits best, from which they are copies for certain.
 _CERTAIN = 0.995
 #: From here they are copies in a class where so large a share of the images has another one so near, and so many have.
 _LIKELY, _SHARE, _ENOUGH = 0.97, 0.5, 10
 _SIZE = 32  # pixels of the shorter side that are compared
-_REACH = 2  # pixels of these that an image is moved by, each way
-_DEGREES = (-8.0, -4.0, 4.0, 8.0)
+_REACH = 4  # pixels of these that an image is moved by, each way; fewer of smaller images
+_LEAST_REACH = 2
+#: Turns in degrees, parts of the side that a crop keeps, and how far those are moved.
+_WARPS = ((-8.0, 1.0, 1), (-4.0, 1.0, 1), (4.0, 1.0, 1), (8.0, 1.0, 1), (0.0, 0.95, 2), (0.0, 0.9, 2), (0.0, 0.85, 2))
 _CANDIDATES = 8  # images that each is compared with, nearest in what moving and mirroring do not change
 _ROWS = 512  # images that are compared at once
 
@@ -28,8 +30,9 @@ def copy_groups(images: Float32Array, labels: IntArray) -> IntArray:
     """Return one number per image, the same for an image and its copies.
 
     Equal images are copies whatever their labels. Near copies are looked for within each class: grey, at most 32 pixels
-    wide, two images are correlated with each other under every shift by up to 2 pixels, under turns by 4 and 8 degrees,
-    and mirrored; brightness and contrast do not count. A correlation of 0.995 is a copy. One of 0.97 is one in a class
+    wide, two images are correlated with each other under every shift by up to 4 pixels, under turns by 4 and 8 degrees,
+    cropped to 95, 90 and 85 % of their sides, and mirrored either way; brightness and contrast do not count. A
+    correlation of 0.995 is a copy. One of 0.97 is one in a class
     where at least half of the images have another so near them, as an augmented set has and a natural one has not.
 
     Parameters
@@ -45,7 +48,7 @@ def copy_groups(images: Float32Array, labels: IntArray) -> IntArray:
     groups = equal_rows([images])
     first = np.unique(groups, return_index=True)[1]
     pairs = [np.empty((2, 0), dtype=np.int64)]
-    if min(images.shape[2:]) > 4 * _REACH:
+    if min(images.shape[2:]) > 4 * _LEAST_REACH:
         small, labels = _small(images[first]), labels[first]
         for label in np.unique(labels):
             rows = np.flatnonzero(labels == label)
@@ -75,13 +78,13 @@ def _near_pairs(small: Tensor) -> IntArray:
     n, height, width = small.shape
     if n < 2:
         return np.empty((2, 0), dtype=np.int64)
-    candidates = _candidates(small)
-    core = _standardised(small[:, _REACH : height - _REACH, _REACH : width - _REACH])
+    candidates, reach = _candidates(small), min(_REACH, (min(height, width) - 1) // 4)
+    core = _standardised(small[:, reach : height - reach, reach : width - reach])
     best = torch.full(candidates.shape, -1.0)
     for start in range(0, n, _ROWS):
         rows = slice(start, start + _ROWS)
         compared = core[candidates[rows]]  # (rows, candidates, pixels)
-        for moved in _moved(small[rows]):
+        for moved in _moved(small[rows], reach):
             correlation = torch.einsum("np,ncp->nc", _standardised(moved), compared)
             torch.maximum(best[rows], correlation, out=best[rows])
     is_near = (best >= _LIKELY).any(1)
@@ -105,20 +108,22 @@ def _candidates(small: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def _moved(small: Tensor) -> Iterator[Tensor]:
-    """Yield the images shifted, turned and mirrored, without a margin."""
+def _moved(small: Tensor, margin: int) -> Iterator[Tensor]:
+    """Yield the images shifted, warped and mirrored, without a margin."""
     height, width = small.shape[1:]
-    versions = [(small, _REACH), *((_turned(small, degrees), 1) for degrees in _DEGREES)]
+    versions = [(small, margin), *((_warped(small, degrees, share), reach) for degrees, share, reach in _WARPS)]
     for version, reach in versions:
-        for down in range(_REACH - reach, _REACH + reach + 1):
-            for right in range(_REACH - reach, _REACH + reach + 1):
-                part = version[:, down : height - 2 * _REACH + down, right : width - 2 * _REACH + right]
+        for down in range(margin - reach, margin + reach + 1):
+            for right in range(margin - reach, margin + reach + 1):
+                part = version[:, down : height - 2 * margin + down, right : width - 2 * margin + right]
                 yield part
                 yield part.flip(2)
+                yield part.flip(1)
 
 
-def _turned(small: Tensor, degrees: float) -> Tensor:
-    cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+def _warped(small: Tensor, degrees: float, share: float) -> Tensor:
+    """Return images turned, and cropped to a share of their sides, in their size."""
+    cos, sin = share * np.cos(np.deg2rad(degrees)), share * np.sin(np.deg2rad(degrees))
     matrix = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]], dtype=torch.float32).expand(len(small), 2, 3)
     grid = functional.affine_grid(matrix, [len(small), 1, *small.shape[1:]], align_corners=False)
     turned: Tensor = functional.grid_sample(small[:, None], grid, padding_mode="border", align_corners=False)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from guard.arrays import require
 from guard.backups.backup import Backup
 from guard.config import PLACES, GuardConfig
@@ -17,12 +19,13 @@ from guard.detection.ensemble import Ensemble
 from guard.detection.fusion import Fusion, new_fusion
 from guard.detection.soundness import (
     GROUPS,
+    REMEDY,
     Calibration,
     check_backup,
     check_calibration,
     check_stored,
     reproduction,
-    sample_of,
+    rows_scored,
     share_right,
 )
 from guard.detection.training_set import LabelledCounts
@@ -30,7 +33,7 @@ from guard.errors import BundleError, ConfigError, DataError, NotFittedError
 from guard.storage.bundle import read_bundle, write_bundle
 from guard.suspect.model import SuspectModel
 from guard.suspect.split_points import SplitPoints
-from guard.types import BACKUP, FEATURES, Activations, AnyArray, Float64Array, IntArray
+from guard.types import BACKUP, FEATURES, Activations, AnyArray, BoolArray, Float64Array, IntArray
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +83,8 @@ class FittedGuard:
         Least and greatest value of each channel of the images of `fit`.
     preprocessing : str or None
         What made the images of `fit` out of files, in words, where that was not this package; kept in the bundle.
+    batch_dependence : str
+        How the answer to a request depends on the others of its batch, with numbers; empty if it does not.
     retrained_with : LabelledCounts or None
         How many labelled inputs it learned from; None if it was never retrained.
     backup : Backup or None
@@ -113,6 +118,7 @@ class FittedGuard:
     input_shape: tuple[int, ...] | None = None
     input_range: tuple[tuple[float, float], ...] | None = None
     preprocessing: str | None = None
+    batch_dependence: str = ""
     retrained_with: LabelledCounts | None = None
     backup: Backup | None = None
     recovery: Mapping[str, float] = field(default_factory=dict)
@@ -124,6 +130,13 @@ class FittedGuard:
     def least_p_value(self) -> float:
         """1 / (n + 1) for n clean scores: the p-value of an input that is more suspicious than every one of them."""
         return 1.0 / (len(self.clean_scores) + 1)
+
+    @property
+    def is_distinct(self) -> BoolArray:
+        """The first of every group of copies among the clean reference, shape (n,)."""
+        n = len(self.reference_labels)
+        groups = np.arange(n) if self.reference_groups is None else self.reference_groups
+        return np.isin(np.arange(n), np.unique(groups, return_index=True)[1])
 
     def _calibration(self) -> Calibration:
         return Calibration(self.ensemble, self.fusion, self.clean_scores)
@@ -168,7 +181,9 @@ class FittedGuard:
         }
         if self.images_from is not None:
             document["images_from"] = self.images_from
-        sample = sample_of(self.reference)
+        if self.batch_dependence:
+            document["batch_dependence"] = self.batch_dependence
+        sample = self.reference[rows_scored(len(self.reference))]
         arrays: dict[str, AnyArray] = {
             "clean_scores": self.clean_scores,
             "labels": self.reference_labels,
@@ -247,6 +262,7 @@ class FittedGuard:
                 input_shape=tuple(document["input_shape"]) if document["input_shape"] else None,
                 input_range=tuple((low, high) for low, high in document.get("input_range") or ()) or None,
                 preprocessing=document["preprocessing"],
+                batch_dependence=str(document.get("batch_dependence", "")),
                 retrained_with=LabelledCounts(**retrained_with) if retrained_with is not None else None,
                 backup=Backup.restore(about, weights, suspect.module if suspect else None) if about else None,
                 recovery=document.get("recovery") or {},
@@ -259,18 +275,21 @@ class FittedGuard:
             raise BundleError(f"bundle {stored.digest[:12]} lacks {error}. Fit again with this version.") from error
         except (ValueError, IndexError, OverflowError, NotFittedError) as error:  # DataError is one, too
             reason = " ".join(str(error).split())[:300]
-            raise BundleError(f"bundle {stored.digest[:12]} is not sound: {reason} Fit again.") from error
+            raise BundleError(f"bundle {stored.digest[:12]} is not sound: {reason} {REMEDY}") from error
         except ConfigError as error:
             raise BundleError(f"bundle {stored.digest[:12]} was fitted with other settings: {error}") from error
         return guard
 
     def _check_calibration(self, arrays: Mapping[str, AnyArray]) -> None:
-        sample = sample_of(self.reference)
-        check_calibration("the guard", self._calibration(), sample, arrays.get(KEPT))
+        """Refuse a calibration that does not come out, with DataError; `arrays` of a bundle hold what did in fit."""
+        rows = rows_scored(len(self.reference))
+        sample, labels = self.reference[rows], self.reference_labels[rows]
+        check_calibration("the guard", self._calibration(), sample, labels, arrays.get(KEPT))
         for place, verdict in enumerate(self.early):
-            early = Calibration(verdict.ensemble, verdict.fusion, verdict.clean_scores)
+            name, kept = f"the verdict at {verdict.depth}", arrays.get(f"early.{place}.{KEPT}")
             require({"clean_scores": verdict.clean_scores}, "clean_scores", (len(self.clean_scores),))
-            check_calibration(f"the verdict at {verdict.depth}", early, sample, arrays.get(f"early.{place}.{KEPT}"))
+            early = Calibration(verdict.ensemble, verdict.fusion, verdict.clean_scores)
+            check_calibration(name, early, sample, labels, kept)
 
 
 def without_places(path: Path) -> Path:

@@ -13,6 +13,7 @@ from guard.config import PLACES, SERVING_SETTINGS, GuardConfig
 from guard.detection.copies import copy_groups, equal_rows
 from guard.detection.cross_fitting import Progress, cross_fit
 from guard.detection.fitted import FittedGuard
+from guard.detection.soundness import check_varied
 from guard.detection.training_set import TrainingSet, check_labels
 from guard.errors import ConfigError, DataError, SuspectModelError
 from guard.statistics.calibration import check_rate, conformal_p_values
@@ -28,6 +29,9 @@ from guard.types import (
     Verdict,
 )
 
+_ONE_BY_ONE = (
+    "Mend that, or let the server answer one request after the other: batching = 'never', rows_per_request = 1."
+)
 _CLEAN = "no more suspicious than clean images"
 #: Of shape (n, channels, height, width), float32.
 Images = Float32Array | torch.Tensor
@@ -84,7 +88,10 @@ class Guard(FittedGuard):
             progress("running the suspect model on the clean images", 0.0)
         if suspect.split_points is None:
             suspect.locate(images, clean_labels)
-        size = _batch_size(suspect, images, config)
+        dependence = batch_dependence(suspect.module.eval(), images)
+        if dependence and (config.batching != "never" or config.rows_per_request != 1):
+            raise SuspectModelError(f"{dependence}. {_ONE_BY_ONE}")
+        size = 1 if dependence else BATCH_SIZE
         activations = suspect.activations(images, size)
         noisy = None
         if config.image_noise_std > 0:
@@ -101,7 +108,13 @@ class Guard(FittedGuard):
             class_names=class_names,
             progress=progress,
         )
-        return replace(guard, suspect=suspect, input_shape=tuple(images.shape[1:]), input_range=_range_of(images))
+        return replace(
+            guard,
+            suspect=suspect,
+            input_shape=tuple(images.shape[1:]),
+            input_range=_range_of(images),
+            batch_dependence=dependence,
+        )
 
     @classmethod
     def fit_activations(
@@ -153,8 +166,12 @@ class Guard(FittedGuard):
                 "Give one name per class, in the model's order."
             )
 
+        try:
+            check_varied(dict(activations.items()))
+        except DataError as error:
+            raise DataError(f"{error} Name other layers (--split, --depth), or mend the network.") from error
         fitted = cross_fit(config, training, progress=progress)
-        return cls(
+        guard = cls(
             config=config,
             ensemble=fitted.ensemble,
             fusion=fitted.fusion,
@@ -167,6 +184,14 @@ class Guard(FittedGuard):
             noisy_reference=noisy,
             early=fitted.early,
         )
+        try:
+            guard._check_calibration({})
+        except DataError as error:
+            raise DataError(
+                f"these clean images give a guard that no server would load: {error} Give more images of each class, "
+                "and look whether the network gets them right."
+            ) from error
+        return guard
 
     def inspect(self, images: Float32Array) -> list[Verdict]:
         """Return one verdict per image, in order.
@@ -313,6 +338,13 @@ class Guard(FittedGuard):
             raise ConfigError(f"{fixed[0]} is fixed when a guard is fitted. Fit again to change it.")
         other = replace(self, config=self.config.replace(**changes))
         check_rate(other.config.false_positive_rate, len(self.clean_scores))
+        batching, rows = other.config.batching, other.config.rows_per_request
+        alone = self.config.batching == "never"  # so it was fitted
+        if self.batch_dependence and (batching not in ("never", self.config.batching) or (alone and rows != 1)):
+            raise ConfigError(
+                f"batching = {batching!r} and rows_per_request = {rows!r} do not go with this guard: "
+                f"{self.batch_dependence}. {_ONE_BY_ONE}"
+            )
         if (other.config.max_guard_ms or other.config.deadline_header) and not self.early:
             raise ConfigError(
                 "max_guard_ms and deadline_header need verdicts at several depths. Fit again with anytime = true, on a "
@@ -352,18 +384,6 @@ class Guard(FittedGuard):
             f"as suspicious as {100 * scores.p_values[row]:.2g} % of clean images; "
             f"strongest sign: {self.ensemble.names[top]} = {scores.raw[row, top]:.3g}"
         )
-
-
-def _batch_size(suspect: SuspectModel, images: Float32Array, config: GuardConfig) -> int:
-    """Return how many images the network is given at once: one, where its answers depend on the batch."""
-    finding = batch_dependence(suspect.module.eval(), images)
-    if not finding:
-        return BATCH_SIZE
-    if config.batching != "never":
-        raise SuspectModelError(
-            f"{finding}. Mend the network, or let its server answer one request after the other: batching = 'never'."
-        )
-    return 1
 
 
 def _range_of(images: Float32Array) -> tuple[tuple[float, float], ...]:

@@ -118,7 +118,7 @@ def fit_candidate(
     """
     base = _without_rows(guard, material.clean_held_out)
     try:
-        check_rate(guard.config.false_positive_rate, len(base.reference_labels))
+        check_rate(guard.config.false_positive_rate, int(base.is_distinct.sum()))
     except DataError as error:
         held = f"{int(material.clean_held_out.sum())} of {len(guard.reference_labels)}"
         raise DataError(f"{error} {held} are held out: lower holdout_share.") from error
@@ -149,7 +149,7 @@ def check_false_alarms(
     sober = material.without_false_alarms(MOVED_TOO_MUCH)
     twin = _taught(guard, _without_rows(guard, material.clean_held_out), sober.training, anomalies)
     held = material.held_out
-    clean = guard.reference[material.clean_held_out]
+    clean = guard.reference[material.clean_held_out & guard.is_distinct]
     watched = Activations.concatenate([clean, held.poisoned, held.not_learned, stacked(guard, undecided)])
     rate = requested_rate(guard, settings)
     first, second = (fitted.with_config(false_positive_rate=rate) for fitted in (twin, pair.candidate))
@@ -162,7 +162,7 @@ def try_candidate(
     guard: Guard, pair: Pair, material: Material, undecided: Sequence[QueueItem], settings: RetrainerSettings
 ) -> Trial:
     """Measure both guards on the hold-outs, and ask the gate."""
-    held, rate = material.clean_held_out, requested_rate(guard, settings)
+    held, rate = material.clean_held_out & guard.is_distinct, requested_rate(guard, settings)
     clean, labels = guard.reference[held], guard.reference_labels[held]
     flagged = stacked(guard, undecided)
     guards = [fitted.with_config(false_positive_rate=rate) for fitted in pair[:2]]

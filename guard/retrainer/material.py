@@ -223,7 +223,7 @@ def gather(
 
 
 def clean_hold_out(guard: Guard, share: float) -> BoolArray:
-    """Return which rows of the clean reference are held out, shape (n,): of each class the first by hash.
+    """Return which rows of the clean reference are held out, shape (n,): of each class the first by hash, with copies.
 
     The reference stays with the guard through every round, and so does this choice.
 
@@ -233,17 +233,19 @@ def clean_hold_out(guard: Guard, share: float) -> BoolArray:
         If the rows that are left cannot show the guard's false-positive rate, or none is held out.
     """
     key = _key(guard)
-    features = np.ascontiguousarray(guard.reference.features)
+    distinct = np.flatnonzero(guard.is_distinct)
+    features, labels = np.ascontiguousarray(guard.reference.features[distinct]), guard.reference_labels[distinct]
     ranks = np.array([keyed_unit(key, row.tobytes()) for row in features])
     held = np.zeros(len(features), dtype=bool)
-    for label in np.unique(guard.reference_labels):
-        rows = np.flatnonzero(guard.reference_labels == label)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
         held[rows[np.argsort(ranks[rows], kind="stable")][: round(share * len(rows))]] = True
     if not held.any():
         raise DataError(
             f"holdout_share={share:g} holds out none of {len(held)} clean images. Raise it, or fit with more images."
         )
-    return held
+    groups = guard.reference_groups
+    return held if groups is None else np.isin(groups, groups[distinct[held]])
 
 
 def last_words(decisions: Iterable[Decision]) -> dict[int, dict[str, Decision]]:

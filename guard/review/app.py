@@ -30,7 +30,7 @@ from guard.review.rendering import STATIC, render
 from guard.review.status import page
 from guard.review.workspace import Workspace
 
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 #: First that fits.
 _STATUS: tuple[tuple[type[GuardError], int], ...] = (
     (ItemGone, 410),
@@ -58,7 +58,8 @@ def create_app(workspace: Workspace) -> FastAPI:
     app.state.workspace = workspace
     app.state.login_limit = LoginLimit(workspace.settings.failed_logins)
     app.add_middleware(BodyLimit, large={admin.IMPORT_PATH: workspace.settings.max_upload_bytes})
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, *workspace.settings.allowed_hosts])
+    names = (*LOOPBACK, *workspace.settings.allowed_hosts)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[f"[{name}]" if ":" in name else name for name in names])
     app.add_middleware(SecurityHeaders)
     app.mount("/static", StaticFiles(directory=Path(STATIC)), name="static")
     for room in (signing_in, pages, groups, images, page, admin, api):

@@ -8,6 +8,7 @@ from fastapi import APIRouter, HTTPException, Request
 from starlette.responses import Response
 
 from guard.errors import DataError
+from guard.relabel.items import FlaggedInput
 from guard.relabel.request_body import pictures_of
 from guard.review.access import Number, SignedIn, TheWorkspace
 from guard.review.occlusion import Occlusion
@@ -48,16 +49,16 @@ def item_picture(
 @router.get("/items/{item_id}/occlusion.png")
 def occlusion_picture(workspace: TheWorkspace, session: SignedIn, item_id: Number) -> Response:
     """Return the occlusion map of an item, to lay over its picture."""
-    image = workspace.shown(session.reviewer, item_id).inputs
-    found = _occlusion(workspace).of(item_id, image)
-    return picture_response(heat_picture(found.heat, *image.shape[1:]))
+    flagged = workspace.shown(session.reviewer, item_id)
+    found = _occlusion(workspace, flagged).of(item_id, flagged.inputs)
+    return picture_response(heat_picture(found.heat, *flagged.inputs.shape[1:]))
 
 
 @router.get("/items/{item_id}/occlusion")
 def occlusion_words(request: Request, workspace: TheWorkspace, session: SignedIn, item_id: Number) -> Response:
     """Make the occlusion map of an item, and say in words what it shows."""
     flagged = workspace.shown(session.reviewer, item_id)
-    found = _occlusion(workspace).of(item_id, flagged.inputs)
+    found = _occlusion(workspace, flagged).of(item_id, flagged.inputs)
     names = workspace.names(flagged)
     other = None if found.other_label is None else names[found.other_label]
     context = {"item_id": item_id, "place": found.place, "name": names[found.label], "other": other}
@@ -72,7 +73,9 @@ def clean_picture(workspace: TheWorkspace, session: SignedIn, row: Number) -> Re
     return picture_response(picture_of_tensor(workspace.clean.images[row]))
 
 
-def _occlusion(workspace: Workspace) -> Occlusion:
-    if workspace.occlusion is None:
-        raise HTTPException(404, "the page was started without the suspect model (--weights, --architecture).")
-    return workspace.occlusion
+def _occlusion(workspace: Workspace, flagged: FlaggedInput) -> Occlusion:
+    if (occlusion := workspace.occlusion_of(flagged)) is None:
+        raise HTTPException(
+            404, f"the page was started without the network of {flagged.model} (--archive, or --weights)."
+        )
+    return occlusion

@@ -221,7 +221,7 @@ def _work(
         "order": order,
         "group": group,
         "orders": ORDERS,
-        "has_occlusion": workspace.occlusion is not None,
+        "has_occlusion": item is not None and workspace.occlusion_of(item.input) is not None,
         "quorum": workspace.queue.settings.quorum,
         "is_swap": False,
         **shared(workspace, session),

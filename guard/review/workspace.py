@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -181,8 +181,8 @@ class Workspace:
     bundles : KnownBundles
     clean : CleanImages or None
         None: no clean neighbours are shown.
-    occlusion : Occlusion or None
-        None: the suspect model is not at hand.
+    occlusions : mapping of str to Occlusion
+        By the name of the model; under "" that of all others. Where there is none, the network is not at hand.
     settings : ReviewSettings
     metrics : MetricsSource or None
         What the status page knows of the server; None: nothing.
@@ -193,7 +193,7 @@ class Workspace:
     rounds: Rounds
     bundles: KnownBundles = field(default_factory=lambda: KnownBundles(None))
     clean: CleanImages | None = None
-    occlusion: Occlusion | None = None
+    occlusions: Mapping[str, Occlusion] = field(default_factory=dict)
     settings: ReviewSettings = field(default_factory=ReviewSettings)
     metrics: MetricsSource | None = None
     held_items: HeldItems = field(default_factory=HeldItems, init=False)
@@ -309,6 +309,10 @@ class Workspace:
         """Return what gave the second opinion of an input: the backup or the replacement head of its guard."""
         known = self._bundle_of(flagged)
         return wording.opinion_name(known.has_backup if known is not None else None)
+
+    def occlusion_of(self, flagged: FlaggedInput) -> Occlusion | None:
+        """Return what makes maps of an input, with the network that it was for; None if that is not at hand."""
+        return self.occlusions.get(flagged.model, self.occlusions.get(""))
 
     def names(self, flagged: FlaggedInput) -> list[str]:
         """Return one name per class of the model that a flagged input was for."""

@@ -150,35 +150,6 @@ def auroc(scores: FloatArray, is_poisoned: BoolArray) -> float:
     return float(roc_auc_score(poisoned, ranks))
 
 
-def tpr_at_fpr(scores: FloatArray, is_poisoned: BoolArray, false_positive_rate: float) -> float:
-    """Return the highest true-positive rate of a threshold that flags at most this share of the clean inputs.
-
-    Flagged is `score > threshold`. The threshold is read off the same clean scores, so this describes a score; what a
-    deployed guard holds is measured with `true_positive_rate`.
-
-    Parameters
-    ----------
-    scores : ndarray of shape (n,)
-        Higher = more suspicious; infinite values are allowed, NaN is not.
-    is_poisoned : ndarray of shape (n,), bool
-    false_positive_rate : float
-        In [0, 1].
-
-    Raises
-    ------
-    DataError
-        If all inputs are clean or all poisoned, a score is NaN, the rate is out of range, or lengths do not fit.
-    """
-    if not 0.0 <= false_positive_rate <= 1.0:
-        raise DataError(f"false_positive_rate must be in [0, 1], got {false_positive_rate}.")
-    values, poisoned = _scores(scores, is_poisoned)
-    clean = np.sort(values[~poisoned])[::-1]
-    allowed = int(false_positive_rate * len(clean) + 1e-9)  # 0.29 * 100 is 28.999999999999996
-    if allowed >= len(clean):
-        return 1.0
-    return float((values[poisoned] > clean[allowed]).mean())
-
-
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Interval:
     """Return Wilson's confidence interval of a rate; it stays in [0, 1] and is of use with 0 or all successes too.
 

@@ -14,7 +14,7 @@ from guard.errors import ServerError
 from guard.observing.targets import Target, write_targets
 from guard.processes.companion import Companion
 from guard.processes.ports import LOOPBACK, free_port
-from guard.torchserve.archives.contents import followed_bundles
+from guard.torchserve.archives.contents import followed_bundles, is_guarded
 from guard.torchserve.server import TorchServeInstance
 
 
@@ -143,10 +143,10 @@ class ServingStack:
                 self._tell(
                     f"the review page knows the bundles in {folders[0]} only: other models' classes go by numbers"
                 )
-            archives = [str(self.server.archives_served[name]) for name in bundles]
+            archives = [f"{name}={path}" for name, path in self.server.archives_served.items() if is_guarded(path)]
             commands["review page"] = [
                 *("review", "--port", str(beside.review_port), *(["--bundles", folders[0]] if folders else [])),
-                *(["--archive", archives[0]] if len(archives) == 1 else []),  # of several, none is everybody's
+                *(word for archive in archives for word in ("--archive", archive)),
                 *("--metrics-url", self.server.metrics_url, *metrics_option("guard-review"), *beside.review_options),
             ]
         for name, folder in bundles.items() if beside.retrains else ():

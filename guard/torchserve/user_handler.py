@@ -59,6 +59,13 @@ class UserHandler:
         """Whether its class declares that it keeps the requests of a batch apart."""
         return declares_one_row(self._inner)
 
+    @property
+    def batch_dependence(self) -> str:
+        """What is wrong with its batches, where some were given to `model_inputs`; "" where nothing is known of it."""
+        if self._keeps_apart is not False:
+            return ""
+        return "the handler gives its network another row for a request of a batch than for the same request alone"
+
     def model_inputs(self, bodies: Sequence[Any]) -> Float32Array:
         """Let the handler answer requests, and return what reached its network: a row per request.
 

@@ -194,11 +194,6 @@ class AnytimeHeads:
         *_, deepest = self.answers(features)
         return deepest
 
-    def multiply_adds(self) -> list[int]:
-        """Return what one row costs up to each head."""
-        costs = [sum(head[name].size for name in ("inputs", "state", "outputs")) for head in self.heads_]
-        return [sum(costs[: place + 1]) for place in range(len(costs))]
-
     def state(self) -> dict[str, AnyArray]:
         """Return all heads as arrays."""
         return {f"{place}.{name}": array for place, head in enumerate(self.heads_) for name, array in head.items()}

@@ -11,6 +11,7 @@ import numpy as np
 
 from guard.arrays import check_range
 from guard.config import GuardConfig
+from guard.detection.copies import copy_groups
 from guard.detection.cross_fitting import Progress
 from guard.detection.pipeline import Guard
 from guard.errors import ConfigError, DataError, SuspectModelError
@@ -47,10 +48,11 @@ def assess(
 ) -> AssessmentReport:
     """Estimate what the guard would catch on this model, for known triggers.
 
-    For every seed the images are split anew into four parts, and for every trigger a copy of the model is fine-tuned
-    on the first until the trigger works. A guard is fitted to the copy on clean images of the third part, and tried
-    on clean and triggered images of the fourth. The same without any trigger is the control. The model itself is not
-    changed, and no guard is ever fitted on a triggered image.
+    Of copies among the images the first is used, see `copy_groups`. For every seed the images are split anew into four
+    parts, and for every trigger a copy of the model is fine-tuned on the first until the trigger works. A guard is
+    fitted to the copy on clean images of the third part, and tried on clean and triggered images of the fourth. The
+    same without any trigger is the control. The model itself is not changed, and no guard is ever fitted on a triggered
+    image.
 
     Parameters
     ----------
@@ -91,7 +93,9 @@ def assess(
         raise ConfigError(f"seeds must be one or more different whole numbers >= 0, got {list(seeds)}.")
     pixels, labels = np.asarray(clean_images), np.asarray(clean_labels)
     _check(pixels, labels)
-    split = _split_sizes(len(labels), config)
+    n, distinct = len(labels), np.unique(copy_groups(pixels.astype(np.float32), labels), return_index=True)[1]
+    pixels, labels = pixels[distinct], labels[distinct]
+    split = _split_sizes(len(labels), config, n - len(labels))
     skipped = {name: why for name in names if (why := why_unfit(name, pixels))}
     names = [name for name in names if name not in skipped]
     if not names:
@@ -119,7 +123,7 @@ def assess(
         clean_accuracy=bench.accuracy,
         weights_digest=bench.digest,
         skipped=skipped,
-        warnings=tuple(_warnings(bench, trials[CONTROL])),
+        warnings=tuple(_warnings(bench, trials[CONTROL], n - len(labels))),
         samples=samples,
     )
 
@@ -332,12 +336,13 @@ def _part_sizes(n: int) -> list[int]:
     return [int(part.sum()) for part in np.split(tenth, np.cumsum(_TENTHS)[:-1])]
 
 
-def _split_sizes(n: int, config: GuardConfig) -> SplitSizes:
+def _split_sizes(n: int, config: GuardConfig, n_copies: int) -> SplitSizes:
     needed = images_needed_to_assess(config)
     if n < needed:
         raise DataError(
             f"assessing at false_positive_rate={config.false_positive_rate:g} needs at least {needed} clean images, "
-            f"got {n}: they are split in parts to plant triggers with, to fit the guard, and to test. "
+            f"got {n}{f' and {n_copies} copies of them' if n_copies else ''}: they are split in parts to plant "
+            "triggers with, to fit the guard, and to test. "
             "Raise the rate or add images."
         )
     return SplitSizes(*_part_sizes(n))
@@ -351,7 +356,9 @@ def _check(pixels: AnyArray, labels: AnyArray) -> None:
         raise DataError("all images are of one class, so no attack can change an answer. Add images of others.")
 
 
-def _warnings(bench: _Bench, controls: Sequence[Trial]) -> Iterator[str]:
+def _warnings(bench: _Bench, controls: Sequence[Trial], n_copies: int) -> Iterator[str]:
+    if n_copies:
+        yield f"{n_copies} images are copies of others, and were left out: they would be on both sides of the split."
     if bench.accuracy < _POOR_ACCURACY:
         yield (
             f"the suspect model gets only {100 * bench.accuracy:.1f} % of these labels right. To the guard a clean "

@@ -142,7 +142,7 @@ class _Bench:
         self.prepare, self.request, self.progress = prepare, request, progress
         self.inputs = prepare(pixels)
         self.n_classes, self.seed = guard.reference.logits.shape[1], guard.config.seed
-        part = stratified_folds(labels, _FOLDS, self.seed)
+        part = stratified_folds(labels, _FOLDS, self.seed, guard.reference_groups)
         self.to_plant, self.to_monitor, self.to_test = (np.flatnonzero(part == number) for number in (0, 1, 4))
         self.to_fit = np.flatnonzero((part == 2) | (part == 3))
 
@@ -211,6 +211,7 @@ class _Bench:
             folds=guard.config.folds,
             settings=self.request.settings.get(kind),
             seed=self.seed,
+            groups=guard.reference_groups,
             progress=lambda share: self.progress("training the backup without each fold", share),
         )
         clean = guard.reference

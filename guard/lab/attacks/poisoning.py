@@ -121,11 +121,6 @@ class Poisoned:
         return len(self.labels)
 
     @property
-    def is_touched(self) -> BoolArray:
-        """Rows that are not as they were in the original set, shape (m,)."""
-        return self.is_poisoned | self.is_cover
-
-    @property
     def is_perturbed(self) -> bool:
         """True if some rows are perturbed before they get their trigger, which `redrawn` does anew."""
         return any(touch.perturb is not None for touch in self._touches)

@@ -141,6 +141,11 @@ def _lies_inside(name: object) -> bool:
     return isinstance(name, str) and "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
+def is_guarded(archive: Path) -> bool:
+    """Return whether an archive carries a guard; ArchiveError if it cannot be read."""
+    return read_member(archive, ABOUT, _MOST_BYTES) is not None
+
+
 def followed_bundles(archive: Path) -> Path | None:
     """Return the folder of bundles whose ACTIVE an archive's guard follows; None if it has no guard, or is pinned.
 
