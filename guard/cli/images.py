@@ -13,8 +13,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from guard.cli.output import Report, tell, what_failed
-from guard.data.datasets import read_npz
-from guard.data.image_files import MAX_TOTAL_VALUES, MODES, is_picture, load_images, picture_mode, read_picture
+from guard.data.image_files import MODES, is_picture, load_images, picture_mode, read_picture
 from guard.data.labelled_folders import FoundFile, composed, find_files, labels_of
 from guard.errors import ConfigError, DataError, GuardError, RowError
 from guard.types import Float32Array, IntArray
@@ -315,21 +314,6 @@ def each(work: Callable[[Sequence[int]], Sequence[T]], rows: Sequence[int]) -> l
     return each(work, rows[:middle]) + each(work, rows[middle:])
 
 
-def _read_npz(path: Path) -> tuple[Float32Array, IntArray | None]:
-    try:
-        loaded = load_images(path)
-    except DataError as refused:  # if only some images are not finite, the others are still to be judged
-        try:
-            arrays = read_npz(path, MAX_TOTAL_VALUES)
-        except DataError:
-            raise refused from None
-        images = arrays.get("images", arrays.get("x"))
-        if images is None or images.dtype != np.float32 or images.ndim != 4 or np.isfinite(images).all():
-            raise
-        return images, arrays.get("labels", arrays.get("y"))
-    return loaded.images, loaded.labels
-
-
 def _arrays(path: Path, as_bytes: bool) -> NamedImages | None:
     if not path.exists():
         raise DataError(f"{path} does not exist. Give a .npz file, an image, or a folder of images.")
@@ -337,8 +321,8 @@ def _arrays(path: Path, as_bytes: bool) -> NamedImages | None:
         return None
     if as_bytes:
         raise DataError(f"{path}: a handler reads image files, got a .npz. Give a folder, or use --architecture.")
-    images, labels = _read_npz(path)
-    return NamedImages([str(row) for row in range(len(images))], images.__getitem__, labels)
+    images, labels, names = load_images(path, finite=False)  # one that is not fails alone
+    return NamedImages(names, images.__getitem__, labels)
 
 
 def _pictures(path: Path, found: Sequence[FoundFile], as_bytes: bool) -> NamedImages:

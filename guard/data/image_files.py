@@ -45,14 +45,17 @@ class LoadedImages(NamedTuple):
     names: list[str]
 
 
-def load_images(path: str | Path) -> LoadedImages:
+def load_images(path: str | Path, *, finite: bool = True) -> LoadedImages:
     """Read a `.npz` with `images` or `x`, and optionally `labels` or `y`.
 
     Parameters
     ----------
     path : path
-        Its images: uint8 (n, height, width), (n, height, width, channels) or (n, channels, height, width), 1 or 3
-        channels, are scaled to [0, 1]; float32 (n, channels, height, width) are taken as they are.
+        Its images: (n, height, width), (n, height, width, channels) or (n, channels, height, width), 1 or 3 channels.
+        Integers of any type in [0, 255] are scaled to [0, 1]; numbers of any floating type are taken as they are.
+        Its labels: whole numbers of any type, shape (n,) or (n, 1), or one-hot rows.
+    finite : bool
+        Refuse images that hold NaN or infinity.
 
     Returns
     -------
@@ -71,11 +74,9 @@ def load_images(path: str | Path) -> LoadedImages:
             raise DataError(f"it needs an array called images or x, got {sorted(arrays)}")
         tensor = _as_nchw(images)
         names = [str(row) for row in range(len(tensor))]
-        if labels is None:
-            return LoadedImages(tensor, None, names)
-        if labels.shape != (len(tensor),) or not np.issubdtype(labels.dtype, np.integer):
-            raise DataError(f"labels must be integers of shape ({len(tensor)},), got {labels.dtype} {labels.shape}")
-        return LoadedImages(tensor, labels.astype(np.int64), names)
+        if finite and not np.isfinite(tensor).all():
+            raise DataError("images must be finite")
+        return LoadedImages(tensor, None if labels is None else _as_labels(labels, len(tensor)), names)
     except DataError as error:
         raise DataError(f"{path}: {str(error).rstrip('.')}.") from error
 
@@ -89,22 +90,38 @@ def _as_nchw(images: AnyArray) -> Float32Array:
         raise DataError(f"images must be (n, height, width) or have a channel axis too, none empty, got {images.shape}")
     if images.size > MAX_TOTAL_VALUES:
         raise DataError(f"images hold {images.size} numbers, more than {MAX_TOTAL_VALUES} allowed. Split the file")
-    if images.dtype == np.float32:
-        if images.ndim != 4:
-            raise DataError(f"float32 images must be (n, channels, height, width), got {images.shape}")
-        if images.shape[3] in (1, 3) and images.shape[1] not in (1, 3):
-            raise DataError(f"float32 images must have the channels before height and width, got {images.shape}")
-        if not np.isfinite(images).all():
-            raise DataError("float32 images must be finite")
-        return np.ascontiguousarray(images)
-    if images.dtype != np.uint8:
-        raise DataError(f"images must be uint8 or float32, got {images.dtype}")
+    first, last = images.shape[1] in (1, 3), images.shape[-1] in (1, 3)
+    if images.dtype.kind == "f":
+        maps = images[:, np.newaxis] if images.ndim == 3 else images
+        maps = maps.transpose(0, 3, 1, 2) if images.ndim == 4 and last and not first else maps
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is seen
+            return np.ascontiguousarray(maps, dtype=np.float32)
+    if images.dtype.kind not in "iu":
+        raise DataError(f"images must be whole or floating numbers, got {images.dtype}")
+    if images.min() < 0 or images.max() > 255:
+        raise DataError(
+            f"images of {images.dtype} must be in [0, 255], got {images.min()} to {images.max()}. Scale them to 8 bits"
+        )
+    pixels = images.astype(np.uint8, copy=False)
     if images.ndim == 3:
-        return to_tensor_images(images)
-    first, last = images.shape[1] in (1, 3), images.shape[3] in (1, 3)
+        return to_tensor_images(pixels)
     if first == last:
         raise DataError(f"exactly one of axis 1 and axis 3 must be the channels (1 or 3 of them), got {images.shape}")
-    return to_tensor_images(images if last else images.transpose(0, 2, 3, 1))
+    return to_tensor_images(pixels if last else pixels.transpose(0, 2, 3, 1))
+
+
+def _as_labels(labels: AnyArray, n: int) -> IntArray:
+    found = labels
+    if found.ndim == 2 and found.dtype.kind in "biuf":
+        is_one_hot = found.shape[1] > 1 and bool(((found == 0) | (found == 1)).all() and (found.sum(1) == 1).all())
+        found = found.argmax(1) if is_one_hot else found[:, 0] if found.shape[1] == 1 else found
+    is_whole = found.dtype.kind in "iu" or (found.dtype.kind == "f" and bool((found == np.rint(found)).all()))
+    if found.shape != (n,) or not is_whole:
+        raise DataError(
+            f"labels must be whole numbers of shape ({n},), or one-hot rows, got {labels.dtype} {labels.shape}. "
+            "Number the classes from 0, in the network's order"
+        )
+    return found.astype(np.int64)
 
 
 def is_picture(path: Path) -> bool:
