@@ -177,7 +177,8 @@ def as_fitted(images: NamedLabelledImages, fitted_labels: IntArray | None) -> Na
 
 def without_labels(path: Path) -> DataError:
     """Return the error about images that no class is given for."""
-    return DataError(f"{path} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
+    unpack = " Unpack it first if it is an archive." if path.is_file() and path.suffix.lower() != ".npz" else ""
+    return DataError(f"{path} has no labels: use one sub-folder per class, or a .npz with 'labels'.{unpack}")
 
 
 def in_channels_taken(images: Found, run: Callable[[list[Any]], object], at_once: int = 1) -> Found:
@@ -328,6 +329,8 @@ def _arrays(path: Path, as_bytes: bool) -> NamedImages | None:
 def _pictures(path: Path, found: Sequence[FoundFile], as_bytes: bool) -> NamedImages:
     """Return those of some files that are images, to be read as they are or decoded."""
     chosen = [file for file in found if as_bytes or is_picture(file.path)]
+    if not chosen and path.is_file():
+        raise DataError(f"{path} is no image by its name. Name a .png, .jpg, .webp, .bmp or .tif, a folder, or a .npz.")
     if not chosen:
         raise DataError(
             f"{path} holds no images: no file of its own or of its sub-folders has a suffix such as .png, .jpg, .webp, "
