@@ -242,6 +242,20 @@ def test_image_that_becomes_nan_is_named_by_its_file(tmp_path: Path, monkeypatch
         raise RowError("it becomes NaN.", 1)
 
 
+def test_all_pictures_that_cannot_be_read_are_named_at_once(tmp_path: Path) -> None:
+    for number in range(90):
+        picture(tmp_path / "cat" / f"{number:02}.png")
+    whole = (tmp_path / "cat" / "00.png").read_bytes()
+    for number in (7, 40, 88):
+        (tmp_path / "cat" / f"{number:02}.png").write_bytes(whole[:-20])
+    with pytest.raises(DataError, match=r"^image cat/07\.png: .* So it is with 2 more: cat/40\.png, cat/88\.png\.$"):
+        read_all(find_labelled(tmp_path), preprocessing(None), silent)
+    for number in range(60):
+        (tmp_path / "cat" / f"{number:02}.png").write_bytes(whole[:-20])
+    with pytest.raises(DataError, match=r"at least 59 more: cat/01\.png, .*cat/05\.png, \.\.\.\.$"):
+        read_all(find_labelled(tmp_path), preprocessing(None), silent)
+
+
 def test_bodies_are_parsed_or_left_alone_as_the_handler_takes_them(tmp_path: Path) -> None:
     for name, text in {"a.json": '{"data": 1}', "b.json": '{"data": 2}'}.items():
         (tmp_path / "cat").mkdir(exist_ok=True)

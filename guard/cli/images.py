@@ -25,6 +25,8 @@ Found = TypeVar("Found", bound="NamedImages")
 Convert = Callable[[list[Any]], Float32Array]
 
 _PART = 64  # images that are read, converted and judged together
+_MANY = 20  # images that cannot be read, after which no more are tried
+_NAMED = 5  # of these that a message names
 _TRIED = 4  # images of which one should be readable, to see what the network takes
 _KINDS = {
     "1": "black and white",
@@ -230,18 +232,16 @@ def read_all(
     Raises
     ------
     DataError
-        At the first one that cannot be read, whose shape differs, or that becomes NaN or infinite; names it.
+        If images cannot be read, are of several shapes, or become NaN or infinite; names the first, and of those that
+        cannot be read the others.
     """
     rows: list[Float32Array] = []
+    failed: list[tuple[str, Exception]] = []
     for part in parts(len(images.names)):
         for index, row in zip(part, each(lambda some: list(converted(images, convert, some)), part), strict=True):
             if isinstance(row, Exception):
-                if isinstance(row, GuardError):
-                    raise DataError(f"image {images.names[index]}: {row}") from row
-                raise DataError(
-                    f"image {images.names[index]} cannot be prepared for the network: {what_failed(row)} "
-                    "Is it of the size, channels and format that the preprocessing takes?"
-                ) from row
+                failed.append((images.names[index], row))
+                continue
             if not np.isfinite(row).all():
                 raise DataError(
                     f"image {images.names[index]}: what the network takes of it must be finite, and holds NaN or "
@@ -253,8 +253,25 @@ def read_all(
                     f"({images.names[index]}). {remedy}"
                 )
             rows.append(row)
-        report(f"reading: {len(rows)} of {len(images.names)} images", len(rows) / len(images.names))
+        if len(failed) >= _MANY:
+            break
+        report(f"reading: {part.stop} of {len(images.names)} images", part.stop / len(images.names))
+    if failed:
+        raise _unreadable(failed)
     return np.stack(rows)
+
+
+def _unreadable(failed: list[tuple[str, Exception]]) -> DataError:
+    (name, error), *others = failed
+    listed = ", ".join(other for other, _ in others[:_NAMED]) + (", ..." if len(others) > _NAMED else "")
+    at_least = "at least " if len(failed) >= _MANY else ""
+    more = f" So it is with {at_least}{len(others)} more: {listed}." if others else ""
+    if isinstance(error, GuardError):
+        return DataError(f"image {name}: {error}{more}")
+    return DataError(
+        f"image {name} cannot be prepared for the network: {what_failed(error)} "
+        f"Is it of the size, channels and format that the preprocessing takes?{more}"
+    )
 
 
 def preprocessing(name: str | None) -> Convert:
