@@ -140,6 +140,11 @@ def test_promise_follows_the_settings_and_the_active_bundle(workshop: Workshop, 
     plain = workshop.plain("image", start=False)
     with pytest.raises(ArchiveError, match="has no guard"):
         promise_of(plain)
+    torch.save({}, tmp_path / "weights.pt")
+    with pytest.raises(ArchiveError, match=r"weights\.pt is no model archive: it holds no MAR-INF"):
+        promise_of(tmp_path / "weights.pt")
+    with pytest.raises(ArchiveError, match=r"no\.mar cannot be read: No such file or directory\. Check the path\.$"):
+        promise_of(tmp_path / "no.mar")
 
 
 def test_rows_are_all_or_spread_evenly() -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -259,7 +260,7 @@ def test_fit_refuses_another_order_of_the_classes_and_names_the_one_that_the_ans
     assert status == 1
     assert "the network gets only 0.0 % of these labels right, and 100.0 %" in printed
     order = (work / "classes.txt").read_text().split("\n")
-    assert f"--class-names {','.join(name for name in order if name)}" in printed
+    assert f"--class-names {shlex.quote(','.join(name for name in order if name))}" in printed
     assert not (work / "wrong-order").exists()
     status, _, printed = guard("fit", *arguments, "--fit-anyway")
     assert status == 0

@@ -156,7 +156,7 @@ def test_load_dataset_missing_array_extra_rows_and_objects_raise(tmp_path):
     with pytest.raises(DatasetError, match="'extra' must have 3 rows"):
         load_dataset("mnist", "train", tmp_path)
     np.savez(tmp_path / "mnist_train.npz", x=np.array([object()]), y=np.zeros(1, np.uint8), allow_pickle=True)
-    with pytest.raises(DatasetError, match="allow_pickle=False"):
+    with pytest.raises(DatasetError, match="holds Python objects"):
         load_dataset("mnist", "train", tmp_path)
 
 
@@ -177,7 +177,7 @@ def test_read_npz_hostile_header_is_a_data_error(tmp_path, header):
     text = header.encode() + b"\n"
     with zipfile.ZipFile(tmp_path / "h.npz", "w") as packed:
         packed.writestr("x.npy", b"\x93NUMPY\x01\0" + struct.pack("<H", len(text)) + text + bytes(64))
-    with pytest.raises(DataError, match=r"cannot be read as \.npz") as caught:
+    with pytest.raises(DataError, match=r"cannot be read as \.npz|holds Python objects") as caught:
         read_npz(tmp_path / "h.npz")
     assert "\n" not in str(caught.value)
 

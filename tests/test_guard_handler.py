@@ -435,6 +435,8 @@ def test_describe_without_a_body_does_not_get_a_prediction_past_the_guard(worksh
     for headers in ({"describe": "Yes"}, {"explain": "False"}):  # TorchServe says the latter in every request
         (requested,) = worker.ask({"body": bytearray()}, headers=[headers])
         assert (requested.status, requested.body["message"]) == (400, "the request has no body.")
+    (posted,) = worker.ask({"hello": b""})
+    assert (posted.status, "curl -T" in posted.body["message"]) == (400, True)
     (explained,) = worker.ask({}, headers=[{"explain": "True"}])
     assert explained.status >= 400
     assert "Guard-Verdict" not in requested.headers.keys() | explained.headers.keys()

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from guard.cli.bodies import find_bodies
-from guard.cli.classes import check_classes, images_per_class
+from guard.cli.classes import check_classes, check_order, images_per_class, tell_scale
 from guard.cli.images import (
     NamedLabelledImages,
     as_fitted,
@@ -24,8 +25,9 @@ from guard.cli.images import (
 )
 from guard.cli.model import class_list
 from guard.data.labelled_folders import find_files
-from guard.errors import ConfigError, DataError, RowError
+from guard.errors import ArchiveError, ConfigError, DataError, RowError
 from guard.files import decoded
+from guard.suspect.model import SuspectModel
 from guard.torchserve.archives.class_list import read_class_list
 
 
@@ -272,6 +274,20 @@ def test_image_that_becomes_nan_is_named_by_its_file(tmp_path: Path, monkeypatch
         raise RowError("it becomes NaN.", 1)
 
 
+def test_all_pictures_that_cannot_be_read_are_named_at_once(tmp_path: Path) -> None:
+    for number in range(90):
+        picture(tmp_path / "cat" / f"{number:02}.png")
+    whole = (tmp_path / "cat" / "00.png").read_bytes()
+    for number in (7, 40, 88):
+        (tmp_path / "cat" / f"{number:02}.png").write_bytes(whole[:-20])
+    with pytest.raises(DataError, match=r"^image cat/07\.png: .* So it is with 2 more: cat/40\.png, cat/88\.png\.$"):
+        read_all(find_labelled(tmp_path), preprocessing(None), silent)
+    for number in range(60):
+        (tmp_path / "cat" / f"{number:02}.png").write_bytes(whole[:-20])
+    with pytest.raises(DataError, match=r"at least 59 more: cat/01\.png, .*cat/05\.png, \.\.\.\.$"):
+        read_all(find_labelled(tmp_path), preprocessing(None), silent)
+
+
 def test_bodies_are_parsed_or_left_alone_as_the_handler_takes_them(tmp_path: Path) -> None:
     for name, text in {"a.json": '{"data": 1}', "b.json": '{"data": 2}'}.items():
         (tmp_path / "cat").mkdir(exist_ok=True)
@@ -298,3 +314,89 @@ def test_images_are_those_of_the_fit_whatever_the_classes_are_called(tmp_path: P
     for other in ([7, 3], [7, 3, 4], [3, 3, 3]):
         assert as_fitted(found, np.array(other)) is found
     assert as_fitted(found, None) is found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '["zebra", "no, entry"]',
+        '{"1": "no, entry", "0": "zebra"}',
+        '{"no, entry": 1, "zebra": 0}',
+        '{"0": ["n01", "zebra"], "1": ["n02", "no, entry"]}',
+    ],
+)
+def test_class_list_in_json_is_read_in_every_usual_form(tmp_path: Path, text: str) -> None:
+    (tmp_path / "classes.json").write_text(text)
+    assert class_list(str(tmp_path / "classes.json")) == ["zebra", "no, entry"]
+
+
+def test_class_list_in_json_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "classes.json").write_text('{"zebra": 1, "cat": 2}')
+    with pytest.raises(ConfigError, match="without a gap"):
+        class_list(str(tmp_path / "classes.json"))
+    (tmp_path / "classes.json").write_text("zebra")
+    with pytest.raises(ArchiveError, match=r"classes\.json must give a name for every label"):
+        class_list(str(tmp_path / "classes.json"))
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["1", "2", "3"], r"counted from 1\. Subtract 1, .* --class-names 1,2,3$"),
+        (["0", "1", "5"], r"got 0 to 5\. Number the classes from 0"),
+        (["0", "1", "2", "2_copy"], r"4 names of classes .*'2_copy'.* the network has 3. Take out"),
+    ],
+)
+def test_labels_beyond_the_network_say_what_to_do(tmp_path: Path, folders: list[str], message: str) -> None:
+    for folder in folders:
+        picture(tmp_path / folder / "a.png")
+    with pytest.raises(DataError, match=message):
+        check_classes(find_labelled(tmp_path), 3)
+
+
+def test_file_that_is_no_image_and_no_folder_says_so(tmp_path: Path) -> None:
+    (tmp_path / "clean.zip").touch()
+    with pytest.raises(DataError, match=r"has no labels: .* Unpack it first"):
+        find_labelled(tmp_path / "clean.zip")
+    with pytest.raises(DataError, match=r"clean\.zip is no image by its name"):
+        find_images(tmp_path / "clean.zip")
+
+
+class Brightness(torch.nn.Module):
+    """Says which third of [-1, 1] the mean of an image lies in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(1, 3)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.tensor([[-2.0], [0.0], [2.0]]))
+            self.head.bias.copy_(torch.tensor([-0.5, 0.0, -0.5]))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(images.mean((1, 2, 3))[:, None])
+
+
+def bright_images() -> tuple[np.ndarray, np.ndarray]:
+    labels = np.arange(60) % 3
+    noise = np.random.default_rng(0).normal(0, 0.02, (60, 1, 4, 4))
+    return (0.2 + 0.3 * labels[:, None, None, None] + noise).astype(np.float32), labels
+
+
+def test_images_of_another_scale_than_the_networks_are_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+    suspect = SuspectModel(Brightness(), depths=())
+    images, labels = bright_images()
+    tell_scale(suspect, images, labels)
+    assert "100.0 % when the images are scaled so that every channel has mean 0" in capsys.readouterr().err
+    tell_scale(suspect, (images - images.mean()) / images.std(), labels)
+    assert capsys.readouterr().err == ""
+
+
+def test_order_with_commas_in_names_is_suggested_as_a_file(tmp_path: Path) -> None:
+    for folder in ("no, entry", "stop sign", "yield"):
+        picture(tmp_path / folder / "a.png")
+    images, labels = bright_images()
+    found = find_labelled(tmp_path)
+    found = NamedLabelledImages(found.names * 20, found.read, np.array([1, 2, 0])[labels], found.class_names)
+    suspect = SuspectModel(Brightness(), depths=())
+    with pytest.raises(DataError, match=r'FILE\.json that holds \["stop sign", "yield", "no, entry"\]$'):
+        check_order(suspect, (images - images.mean()) / images.std(), found, force=False)

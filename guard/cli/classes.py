@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from guard.arrays import check_range
 from guard.cli.images import NamedLabelledImages
 from guard.cli.output import print_warning
 from guard.detection.membership import membership
@@ -24,6 +25,8 @@ FEW_IMAGES = 10
 _NAMED = 8  # classes that a line names
 _ASKED = 2000  # images that the order of the classes is looked up with
 _LONGEST_ORDER = 2000  # letters
+_SCALED = 500  # images that other scales are tried on
+_NOTICED = 0.1  # of the labels that another scale must get right beyond those that are right as given
 
 
 def check_classes(images: NamedLabelledImages, n_classes: int, *, allow_missing: bool = False) -> NamedLabelledImages:
@@ -54,7 +57,7 @@ def check_classes(images: NamedLabelledImages, n_classes: int, *, allow_missing:
         used, labels = np.unique(labels, return_inverse=True)
         names = [names[label] for label in used]
         images = replace(images, labels=labels, class_names=names, empty_folders=[])
-    check_range(labels, n_classes, "labels")
+    _check_labels(labels, n_classes, names)
     names = names if names is not None and len(names) == n_classes else None  # else `Guard.fit` refuses them
     counts = np.bincount(labels, minlength=n_classes)
     missing = np.flatnonzero(counts == 0)
@@ -74,6 +77,24 @@ def check_classes(images: NamedLabelledImages, n_classes: int, *, allow_missing:
     return images
 
 
+def _check_labels(labels: IntArray, n_classes: int, names: Sequence[str] | None) -> None:
+    low, high = int(labels.min()), int(labels.max())
+    if low >= 0 and high < n_classes:
+        return
+    text = f"labels must be in [0, {n_classes}), got {low} to {high}"
+    if names is not None:
+        raise DataError(
+            f"{text}: there are {len(names)} names of classes ({_listed(np.arange(len(names)), names)}), and the "
+            f"network has {n_classes}. Take out the sub-folders or names that are none of its classes."
+        )
+    if (low, high) == (1, n_classes):
+        raise DataError(
+            f"{text}: they are counted from 1. Subtract 1, or name the sub-folders in the network's order: "
+            f"--class-names {_as_class_list([str(label) for label in range(1, n_classes + 1)])}"
+        )
+    raise DataError(f"{text}. Number the classes from 0, in the network's order. Are these its weights?")
+
+
 def check_order(suspect: SuspectModel, inputs: Float32Array, images: NamedLabelledImages, *, force: bool) -> None:
     """Refuse a network whose answers only chance or another order of the classes explains; with `force`, warn.
 
@@ -88,18 +109,55 @@ def check_order(suspect: SuspectModel, inputs: Float32Array, images: NamedLabell
     if found.is_sound:
         return
     text = f"the network gets only {100 * found.right:.1f} % of these labels right"
+    mend = "Are the images preprocessed as it wants, and are these its weights?"
     if found.order is not None:
         names = images.class_names
-        order = ",".join(str(label) if names is None else names[label] for label in found.order)
-        text += (
-            f", and {100 * found.right_in_order:.1f} % in the order of classes that its answers suggest: "
-            f"--class-names {order if len(order) <= _LONGEST_ORDER else order[:_LONGEST_ORDER] + '...'}"
-        )
+        text += f", and {100 * found.right_in_order:.1f} % in another order of the classes"
+        order = _as_class_list([str(label) if names is None else names[label] for label in found.order])
+        mend = f"The order that its answers suggest is --class-names {order}"
     else:
-        text += ", no more than guessing would. Are the images preprocessed as it wants, and are these its weights?"
+        text += ", no more than guessing would"
     if not force:
-        raise DataError(f"{text} A guard fitted on that would be of no use. Mend it, or fit all the same with --force.")
-    print_warning(text)
+        raise DataError(
+            f"{text}. A guard fitted on that would be of no use. Mend it, or fit all the same with --fit-anyway. {mend}"
+        )
+    print_warning(f"{text}. {mend}")
+
+
+def _as_class_list(names: Sequence[str]) -> str:
+    """Return names as --class-names takes them in a shell; as what to write into a .json file if a comma parts one."""
+    if any("," in name or "\n" in name for name in names):
+        order = f"FILE.json that holds {json.dumps(list(names), ensure_ascii=False)}"
+    else:
+        order = shlex.quote(",".join(names))
+    return order if len(order) <= _LONGEST_ORDER else order[:_LONGEST_ORDER] + "..."
+
+
+def tell_scale(suspect: SuspectModel, inputs: Float32Array, labels: IntArray) -> None:
+    """Warn of images that are scaled otherwise than those that the network learned from, as its answers tell."""
+    rows = np.unique(np.linspace(0, len(inputs) - 1, min(len(inputs), _SCALED)).astype(int))
+    given, wanted = inputs[rows], labels[rows]
+    mean, deviation = (of(given, axis=(0, 2, 3), keepdims=True) for of in (np.mean, np.std))
+    low, high = given.min(), given.max()
+    scaled = {
+        "every channel has mean 0 and standard deviation 1": (given - mean) / np.maximum(deviation, 1e-6),
+        "all values lie in [0, 1]": (given - low) / max(high - low, 1e-6),
+    }
+
+    def right(images: Float32Array) -> float:
+        answers = suspect.activations(images.astype(np.float32, copy=False)).logits.argmax(axis=1)
+        return float((answers == wanted).mean())
+
+    as_given = right(given)
+    if as_given + _NOTICED > 1:
+        return
+    kind, best = max(((kind, right(images)) for kind, images in scaled.items()), key=lambda found: found[1])
+    if best > as_given + _NOTICED:
+        print_warning(
+            f"the network gets {100 * as_given:.1f} % of these labels right, and {100 * best:.1f} % when the images "
+            f"are scaled so that {kind}; their values are {low:.3g} to {high:.3g}. It seems to have learned from "
+            "images of another scale. Name what normalises them as in its training with --preprocess, and fit again."
+        )
 
 
 def images_per_class(labels: IntArray, n_classes: int, names: Sequence[str] | None) -> str:

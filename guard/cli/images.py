@@ -13,17 +13,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from guard.cli.output import Report, tell, what_failed
-from guard.data.datasets import read_npz
-from guard.data.image_files import (
-    MAX_TOTAL_VALUES,
-    MODES,
-    LoadedImages,
-    in_channels,
-    is_picture,
-    load_images,
-    picture_mode,
-    read_picture,
-)
+from guard.data.image_files import MODES, in_channels, is_picture, load_images, picture_mode, read_picture
 from guard.data.labelled_folders import FoundFile, composed, find_files, labels_of
 from guard.errors import ConfigError, DataError, GuardError, RowError
 from guard.types import Float32Array, IntArray
@@ -35,6 +25,8 @@ Found = TypeVar("Found", bound="NamedImages")
 Convert = Callable[[list[Any]], Float32Array]
 
 _PART = 64  # images that are read, converted and judged together
+_MANY = 20  # images that cannot be read, after which no more are tried
+_NAMED = 5  # of these that a message names
 _TRIED = 4  # images of which one should be readable, to see what the network takes
 _KINDS = {
     "1": "black and white",
@@ -194,7 +186,8 @@ def as_fitted(images: NamedLabelledImages, fitted_labels: IntArray | None) -> Na
 
 def without_labels(path: Path) -> DataError:
     """Return the error about images that no class is given for."""
-    return DataError(f"{path} has no labels: use one sub-folder per class, or a .npz with 'labels'.")
+    unpack = " Unpack it first if it is an archive." if path.is_file() and path.suffix.lower() != ".npz" else ""
+    return DataError(f"{path} has no labels: use one sub-folder per class, or a .npz with 'labels'.{unpack}")
 
 
 def in_channels_taken(images: Found, run: Callable[[list[Any]], object], at_once: int = 1) -> Found:
@@ -252,18 +245,16 @@ def read_all(
     Raises
     ------
     DataError
-        At the first one that cannot be read, whose shape differs, or that becomes NaN or infinite; names it.
+        If images cannot be read, are of several shapes, or become NaN or infinite; names the first, and of those that
+        cannot be read the others.
     """
     rows: list[Float32Array] = []
+    failed: list[tuple[str, Exception]] = []
     for part in parts(len(images.names)):
         for index, row in zip(part, each(lambda some: list(converted(images, convert, some)), part), strict=True):
             if isinstance(row, Exception):
-                if isinstance(row, GuardError):
-                    raise DataError(f"image {images.names[index]}: {row}") from row
-                raise DataError(
-                    f"image {images.names[index]} cannot be prepared for the network: {what_failed(row)} "
-                    "Is it of the size, channels and format that the preprocessing takes?"
-                ) from row
+                failed.append((images.names[index], row))
+                continue
             if not np.isfinite(row).all():
                 raise DataError(
                     f"image {images.names[index]}: what the network takes of it must be finite, and holds NaN or "
@@ -275,8 +266,25 @@ def read_all(
                     f"({images.names[index]}). {remedy}"
                 )
             rows.append(row)
-        report(f"reading: {len(rows)} of {len(images.names)} images", len(rows) / len(images.names))
+        if len(failed) >= _MANY:
+            break
+        report(f"reading: {part.stop} of {len(images.names)} images", part.stop / len(images.names))
+    if failed:
+        raise _unreadable(failed)
     return np.stack(rows)
+
+
+def _unreadable(failed: list[tuple[str, Exception]]) -> DataError:
+    (name, error), *others = failed
+    listed = ", ".join(other for other, _ in others[:_NAMED]) + (", ..." if len(others) > _NAMED else "")
+    at_least = "at least " if len(failed) >= _MANY else ""
+    more = f" So it is with {at_least}{len(others)} more: {listed}." if others else ""
+    if isinstance(error, GuardError):
+        return DataError(f"image {name}: {error}{more}")
+    return DataError(
+        f"image {name} cannot be prepared for the network: {what_failed(error)} "
+        f"Is it of the size, channels and format that the preprocessing takes?{more}"
+    )
 
 
 def preprocessing(name: str | None) -> Convert:
@@ -337,23 +345,6 @@ def each(work: Callable[[Sequence[int]], Sequence[T]], rows: Sequence[int]) -> l
     return each(work, rows[:middle]) + each(work, rows[middle:])
 
 
-def _read_npz(path: Path) -> LoadedImages:
-    try:
-        loaded = load_images(path)
-    except DataError as refused:  # if only some images are not finite, the others are still to be judged
-        try:
-            arrays = read_npz(path, MAX_TOTAL_VALUES)
-        except DataError:
-            raise refused from None
-        images = arrays.get("images", arrays.get("x"))
-        if images is None or images.dtype != np.float32 or images.ndim != 4 or np.isfinite(images).all():
-            raise
-        return LoadedImages(
-            images, arrays.get("labels", arrays.get("y")), [str(row) for row in range(len(images))], False
-        )
-    return loaded
-
-
 def _arrays(path: Path, as_bytes: bool) -> NamedImages | None:
     if not path.exists():
         raise DataError(f"{path} does not exist. Give a .npz file, an image, or a folder of images.")
@@ -361,7 +352,7 @@ def _arrays(path: Path, as_bytes: bool) -> NamedImages | None:
         return None
     if as_bytes:
         raise DataError(f"{path}: a handler reads image files, got a .npz. Give a folder, or use --architecture.")
-    images, labels, names, are_pixels = _read_npz(path)
+    images, labels, names, are_pixels = load_images(path, finite=False)  # one that is not fails alone
     found = NamedImages(names, images.__getitem__, labels)
     if not are_pixels:
         return found
@@ -372,6 +363,8 @@ def _arrays(path: Path, as_bytes: bool) -> NamedImages | None:
 def _pictures(path: Path, found: Sequence[FoundFile], as_bytes: bool) -> NamedImages:
     """Return those of some files that are images, to be read as they are or decoded."""
     chosen = [file for file in found if as_bytes or is_picture(file.path)]
+    if not chosen and path.is_file():
+        raise DataError(f"{path} is no image by its name. Name a .png, .jpg, .webp, .bmp or .tif, a folder, or a .npz.")
     if not chosen:
         raise DataError(
             f"{path} holds no images: no file of its own or of its sub-folders has a suffix such as .png, .jpg, .webp, "

@@ -107,15 +107,24 @@ def gpu_number(device: str) -> int | None:
 
 
 def class_list(text: str | None) -> list[str] | None:
-    """Return the names that --class-names gives, with commas or in a file of whatever encoding, one per line.
+    """Return the names that --class-names gives: with commas, or in a file of whatever encoding, JSON or one per line.
 
     Raises
     ------
     ConfigError
         If a file is named that is not there.
+    ArchiveError
+        If a JSON file is no class list.
     """
     if text is None:
         return None
+    if Path(text).is_file() and Path(text).suffix.lower() == ".json":
+        from guard.torchserve.archives.class_list import parse_class_list
+
+        classes = parse_class_list(Path(text).read_bytes(), f"--class-names {text}")
+        if classes is None:
+            raise ConfigError(f"--class-names {text}: its labels must be 0, 1, 2, ... without a gap. Mend it.")
+        return list(classes.names)
     if Path(text).is_file():
         return [composed(line.strip()) for line in decoded(Path(text).read_bytes()).splitlines() if line.strip()]
     if "," not in text and (Path(text).is_dir() or Path(text).suffix in (".txt", ".csv", ".names", ".json")):

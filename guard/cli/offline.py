@@ -97,6 +97,7 @@ def fit(
         tell_membership,
         tell_missing,
         tell_multi_label,
+        tell_scale,
     )
     from guard.cli.images import find_labelled, in_channels_taken, naming_rows, read_all
     from guard.config import load_config
@@ -142,6 +143,8 @@ def fit(
         n_classes = suspect.activations(inputs[:1]).logits.shape[1]
         found = check_classes(found, n_classes, allow_missing=allow_missing_classes)
         check_order(suspect, inputs, found, force=force)
+        if handler is None:
+            tell_scale(suspect, inputs, found.labels)
         with naming_rows(found):
             guard = Guard.fit(suspect, inputs, found.labels, config, class_names=found.class_names, progress=report)
         tell_membership(suspect, inputs, guard)

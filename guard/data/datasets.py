@@ -250,6 +250,10 @@ def read_npz(path: Path, max_values: int | None = None) -> dict[str, AnyArray]:
     except DataError:
         raise
     except Exception as error:  # NumPy lets through what its parsers of a hostile header stumble over
+        if "allow_pickle" in str(error):
+            raise DataError(
+                "it holds Python objects, which could run code when they are read. Save numbers, and images of one size"
+            ) from error
         raise DataError(f"it cannot be read as .npz ({' '.join(str(error).split())[:160]})") from error
 
 

@@ -52,14 +52,17 @@ class LoadedImages(NamedTuple):
     are_pixels: bool
 
 
-def load_images(path: str | Path) -> LoadedImages:
+def load_images(path: str | Path, *, finite: bool = True) -> LoadedImages:
     """Read a `.npz` with `images` or `x`, and optionally `labels` or `y`.
 
     Parameters
     ----------
     path : path
-        Its images: uint8 (n, height, width), (n, height, width, channels) or (n, channels, height, width), 1 or 3
-        channels, are scaled to [0, 1]; float32 (n, channels, height, width) are taken as they are.
+        Its images: (n, height, width), (n, height, width, channels) or (n, channels, height, width), 1 or 3 channels.
+        Integers of any type in [0, 255] are scaled to [0, 1]; numbers of any floating type are taken as they are.
+        Its labels: whole numbers of any type, shape (n,) or (n, 1), or one-hot rows.
+    finite : bool
+        Refuse images that hold NaN or infinity.
 
     Returns
     -------
@@ -77,13 +80,11 @@ def load_images(path: str | Path) -> LoadedImages:
         if images is None:
             raise DataError(f"it needs an array called images or x, got {sorted(arrays)}")
         tensor = _as_nchw(images)
-        names, are_pixels = [str(row) for row in range(len(tensor))], images.dtype == np.uint8
-        if labels is None:
-            return LoadedImages(tensor, None, names, are_pixels)
-        _check_one_class(labels)
-        if labels.shape != (len(tensor),) or not np.issubdtype(labels.dtype, np.integer):
-            raise DataError(f"labels must be integers of shape ({len(tensor)},), got {labels.dtype} {labels.shape}")
-        return LoadedImages(tensor, labels.astype(np.int64), names, are_pixels)
+        names, are_pixels = [str(row) for row in range(len(tensor))], images.dtype.kind != "f"
+        if finite and not np.isfinite(tensor).all():
+            raise DataError("images must be finite")
+        known = None if labels is None else _as_labels(labels, len(tensor))
+        return LoadedImages(tensor, known, names, are_pixels)
     except DataError as error:
         raise DataError(f"{path}: {str(error).rstrip('.')}.") from error
 
@@ -92,40 +93,52 @@ def _first(arrays: Mapping[str, AnyArray], *names: str) -> AnyArray | None:
     return next((arrays[name] for name in names if name in arrays), None)
 
 
-def _check_one_class(labels: AnyArray) -> None:
-    """Refuse labels as a matrix of zeros and ones by its name."""
-    if labels.ndim != 2 or labels.shape[1] < 2 or labels.dtype.kind not in "biuf" or not np.isin(labels, (0, 1)).all():
-        return
-    if (labels.sum(axis=1) == 1).all():
-        raise DataError(f"labels are one-hot, {labels.shape}: give the number of each class, labels.argmax(axis=1)")
-    several = float((labels.sum(axis=1) > 1).mean())
-    raise DataError(
-        f"labels are multi-label, {labels.shape} of 0 and 1, with several classes on {100 * several:.0f} % of the "
-        "images: a guard needs one class per image. Guard each label by itself, with labels of 0 and 1 of shape (n,)"
-    )
-
-
 def _as_nchw(images: AnyArray) -> Float32Array:
     if images.ndim not in (3, 4) or 0 in images.shape:
         raise DataError(f"images must be (n, height, width) or have a channel axis too, none empty, got {images.shape}")
     if images.size > MAX_TOTAL_VALUES:
         raise DataError(f"images hold {images.size} numbers, more than {MAX_TOTAL_VALUES} allowed. Split the file")
-    if images.dtype == np.float32:
-        if images.ndim != 4:
-            raise DataError(f"float32 images must be (n, channels, height, width), got {images.shape}")
-        if images.shape[3] in (1, 3) and images.shape[1] not in (1, 3):
-            raise DataError(f"float32 images must have the channels before height and width, got {images.shape}")
-        if not np.isfinite(images).all():
-            raise DataError("float32 images must be finite")
-        return np.ascontiguousarray(images)
-    if images.dtype != np.uint8:
-        raise DataError(f"images must be uint8 or float32, got {images.dtype}")
+    first, last = images.shape[1] in (1, 3), images.shape[-1] in (1, 3)
+    if images.dtype.kind == "f":
+        maps = images[:, np.newaxis] if images.ndim == 3 else images
+        maps = maps.transpose(0, 3, 1, 2) if images.ndim == 4 and last and not first else maps
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is seen
+            return np.ascontiguousarray(maps, dtype=np.float32)
+    if images.dtype.kind not in "iu":
+        raise DataError(f"images must be whole or floating numbers, got {images.dtype}")
+    if images.min() < 0 or images.max() > 255:
+        raise DataError(
+            f"images of {images.dtype} must be in [0, 255], got {images.min()} to {images.max()}. Scale them to 8 bits"
+        )
+    pixels = images.astype(np.uint8, copy=False)
     if images.ndim == 3:
-        return to_tensor_images(images)
-    first, last = images.shape[1] in (1, 3), images.shape[3] in (1, 3)
+        return to_tensor_images(pixels)
     if first == last:
         raise DataError(f"exactly one of axis 1 and axis 3 must be the channels (1 or 3 of them), got {images.shape}")
-    return to_tensor_images(images if last else images.transpose(0, 2, 3, 1))
+    return to_tensor_images(pixels if last else pixels.transpose(0, 2, 3, 1))
+
+
+def _as_labels(labels: AnyArray, n: int) -> IntArray:
+    found = labels
+    if found.ndim == 2 and found.dtype.kind in "biuf":
+        if found.shape[1] == 1:
+            found = found[:, 0]
+        elif np.isin(found, (0, 1)).all():
+            several = found.sum(axis=1) != 1
+            if several.any():
+                raise DataError(
+                    f"labels are multi-label, {labels.shape} of 0 and 1, with none or several classes on "
+                    f"{100 * several.mean():.0f} % of the images: a guard needs one class per image. Guard each label by "
+                    "itself, with labels of 0 and 1 of shape (n,)"
+                )
+            found = found.argmax(axis=1)
+    is_whole = found.dtype.kind in "iu" or (found.dtype.kind == "f" and bool((found == np.rint(found)).all()))
+    if found.shape != (n,) or not is_whole:
+        raise DataError(
+            f"labels must be whole numbers of shape ({n},), or one-hot rows, got {labels.dtype} {labels.shape}. "
+            "Number the classes from 0, in the network's order"
+        )
+    return found.astype(np.int64)
 
 
 def is_picture(path: Path) -> bool:

@@ -211,7 +211,7 @@ class Batches:
             with self._runtime.watching(guard if watch else None, [context.get_all_request_header(0)]) as record:
                 bodies = self._handler.handle([copied(item)], context) if asks or not empty else []
             if empty and (record.model_ran or not asks):
-                raise InputRejectedError("the request has no body.", 400)
+                raise InputRejectedError(_nothing_in(item), 400)
             if not isinstance(bodies, list) or len(bodies) != 1:
                 raise ArchiveError("the handler must return a list with one answer per request (1).")
         except Exception as error:
@@ -223,6 +223,15 @@ class Batches:
             return bodies[0], None
         self._runtime.bookkeeping.stages(time.perf_counter() - started, record.guard_seconds)
         return bodies[0], merge(guard, record.rows, status)
+
+
+def _nothing_in(item: Any) -> str:
+    if isinstance(item, dict) and item.keys() - {"body", "data"}:  # so TorchServe reads what curl -d sends
+        return (
+            "the request has form fields without content, and no body. Send the input itself with another Content-Type "
+            "than application/x-www-form-urlencoded, as curl -T does."
+        )
+    return "the request has no body."
 
 
 def part_of(context: Any, indices: Sequence[int]) -> Any:

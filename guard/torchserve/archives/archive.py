@@ -141,8 +141,12 @@ def find_archives(model_store: Path, models: Mapping[str, str] | Literal["all"] 
     if isinstance(models, str):
         archives = [_read_manifest(file) for file in sorted(model_store.glob("*.mar"))]
         served = {archive.name: archive for archive in archives}
-        if len(served) < len(archives):
-            raise ServerError("two archives of the model store hold the same model name. Name the models to serve.")
+        if twice := [archive for archive in archives if served[archive.name] is not archive]:
+            name, other = twice[0].name, served[twice[0].name].file
+            raise ServerError(
+                f"two archives of the model store, {twice[0].file} and {other}, hold the same model name, {name}. "
+                f"Name the models to serve, such as {name}={other}."
+            )
     else:
         served = {name: _read_manifest(model_store / file) for name, file in models.items()}
     if not served:

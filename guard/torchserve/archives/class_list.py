@@ -46,17 +46,40 @@ def read_class_list(folder: Path) -> ClassList | None:
         If the file is no such list.
     """
     file = folder / CLASS_FILE
-    if not file.is_file():
-        return None
+    return parse_class_list(file.read_bytes(), CLASS_FILE) if file.is_file() else None
+
+
+def parse_class_list(data: bytes, file: str) -> ClassList | None:
+    """Read a class list in JSON: names by label, as TorchServe takes them, labels by name, or names in order.
+
+    Parameters
+    ----------
+    data : bytes
+    file : str
+        What an error calls it.
+
+    Returns
+    -------
+    classes : ClassList or None
+        None if the labels are not 0, 1, 2, ... without a gap.
+
+    Raises
+    ------
+    ArchiveError
+        If it is no such list.
+    """
     try:
-        mapping: Any = json.loads(composed(decoded(file.read_bytes())))
-        if isinstance(mapping.get("object_type_names"), list):
-            mapping = {str(label): name for label, name in enumerate(mapping["object_type_names"])}
+        mapping: Any = json.loads(composed(decoded(data)))
+        names = mapping if isinstance(mapping, list) else mapping.get("object_type_names")
+        if isinstance(names, list):
+            mapping = {str(label): name for label, name in enumerate(names)}
+        elif all(type(label) is int for label in mapping.values()):  # torchvision's class_to_idx
+            mapping = {str(label): name for name, label in mapping.items()}
         entries = {key: value if isinstance(value, list) else [value] for key, value in mapping.items()}
         if not all(names and all(isinstance(name, str) for name in names) for names in entries.values()):
             raise TypeError("a class has no name")
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ArchiveError(f"{CLASS_FILE} must give a name for every label ({error}). Mend it.") from error
+        raise ArchiveError(f"{file} must give a name for every label ({error}). Mend it.") from error
     if set(entries) != {str(label) for label in range(len(entries))}:
         return None
     ordered = [entries[str(label)] for label in range(len(entries))]

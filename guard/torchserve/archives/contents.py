@@ -123,7 +123,9 @@ def promise_of(archive: Path) -> Promise:
     """
     try:
         about, settings, manifest = (read_member(archive, name, _MOST_BYTES) for name in (ABOUT, SETTINGS, MANIFEST))
-        if about is None or settings is None or manifest is None:
+        if manifest is None:
+            raise ArchiveError(f"{archive.name} is no model archive: it holds no {MANIFEST}. Name a .mar file.")
+        if about is None or settings is None:
             raise ArchiveError(f"{archive.name} has no guard. Put one around it with `guard wrap`.")
         known = json.loads(about)
         bundle = BundleStore(Path(known["bundles"] or "")).known_active() if known["bundles"] else None

@@ -242,8 +242,10 @@ def read_member(path: Path, name: str, most_bytes: int) -> bytes | None:
                 return None
             with packed.open(name) as member:
                 data = member.read(most_bytes + 1)
+    except OSError as error:
+        raise ArchiveError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
     except ZIP_ERRORS as error:
-        raise ArchiveError(f"{path.name} cannot be read ({type(error).__name__}). Make it again.") from error
+        raise ArchiveError(f"{path.name} is no archive, or damaged ({error}). Make it again.") from error
     if len(data) > most_bytes:
         raise ArchiveError(f"{path.name}: {name} must have at most {most_bytes} bytes. {_REMEDY}")
     return data
