@@ -394,22 +394,25 @@ def _find_depths(before: list[_Call], moment: int) -> list[_Call]:
 
 
 def _without_last(points: list[_Call], before: list[_Call]) -> list[_Call]:
-    """Drop the last point: the features are it, pooled or flattened, unless a fully connected layer lies between."""
-    if points and not any(
-        _is_row_linear(call) and max(points[-1].end, _end_of_tokens(before)) < call.start for call in before
-    ):
-        return points[:-1]
-    return points
+    """Drop the last point: the features are it, pooled or flattened, unless layers with weights lie between.
+
+    These are fully connected ones, or convolutions, as in a stage that has shrunk to a single pixel.
+    """
+    if not points:
+        return points
+    after = [call for call in before if points[-1].end < call.start]
+    tokens = _end_of_tokens(before)
+    if any(isinstance(c.module, _ConvNd) or (_is_row_linear(c) and tokens < c.start) for c in after):
+        return points
+    return points[:-1]
 
 
 def _stage_ends(before: list[_Call]) -> list[_Call]:
     """Return the last output at every spatial resolution, in the order of execution."""
-    maps = [call for call in before if len(call.given) == 4 and math.prod(call.given[2:]) > 1]
+    maps = [call for call in _without_excursions(before) if len(call.given) == 4 and math.prod(call.given[2:]) > 1]
     ends = []
     for resolution, last in {call.given[2:]: call for call in maps}.items():
         around = [outer for outer in before if _contains(outer, last)]
-        if any(_layout(outer.taken) == _layout(outer.given) != resolution for outer in around):
-            continue  # an excursion inside a block, such as a gate's pooled map or an attention matrix
         # Where the first layers of the next stage still run at this resolution, take what was handed to that stage.
         for outer in sorted(around, key=lambda call: call.start):
             inside = {call.given[2:] for call in maps if _contains(outer, call)}
@@ -419,6 +422,20 @@ def _stage_ends(before: list[_Call]) -> list[_Call]:
                 break
         ends.append(last)
     return sorted(ends, key=lambda call: call.end)
+
+
+def _without_excursions(before: list[_Call]) -> list[_Call]:
+    """Leave out what lies inside a block that gives back the layout it took: a gate's pooled map, an attention matrix.
+
+    Their sizes may be those of a stage by chance.
+    """
+    kept, around = [], []
+    for call in sorted(before, key=lambda call: call.start):
+        around = [outer for outer in around if outer.end > call.start]
+        if not any(_layout(outer.taken) == _layout(outer.given) != _layout(call.given) for outer in around):
+            kept.append(call)
+        around.append(call)
+    return sorted(kept, key=lambda call: call.end)
 
 
 def _block_outputs(before: list[_Call], picked: list[_Call], moment: int, missing: int) -> list[_Call]:
