@@ -429,7 +429,8 @@ def _without_excursions(before: list[_Call]) -> list[_Call]:
 
     Their sizes may be those of a stage by chance.
     """
-    kept, around = [], []
+    kept: list[_Call] = []
+    around: list[_Call] = []
     for call in sorted(before, key=lambda call: call.start):
         around = [outer for outer in around if outer.end > call.start]
         if not any(_layout(outer.taken) == _layout(outer.given) != _layout(call.given) for outer in around):
