@@ -260,6 +260,20 @@ def test_sources_of_an_architecture_are_found_through_what_it_imports(
     assert imported_files([tmp_path / "late_beside.py", tmp_path / "layers_beside.py"]) == []
 
 
+def test_sources_do_not_take_packages_that_pip_has_put_outside_of_the_interpreter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, source = tmp_path / "target", tmp_path / "source"  # as of pip install --target, or of a .pth file
+    for folder, files in ((target, ("layers_of_pip/__init__.py", "net_of_pip.py")), (source, ("net_of_user.py",))):
+        for name in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("import layers_of_pip, net_of_pip\n")
+        monkeypatch.syspath_prepend(folder)
+    (target / "layers_of_pip-1.0.dist-info").mkdir()
+    assert architecture_files("net_of_user:make") == [source / "net_of_user.py"]
+    assert architecture_files("net_of_pip:make") == []
+
+
 @pytest.mark.parametrize(
     ("fitted", "options", "status", "message"),
     [
