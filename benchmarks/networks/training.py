@@ -3,15 +3,15 @@
     python benchmarks/networks/training.py
 
 Needs GUARD_DATA_DIR. One process and one thread; an interrupted run goes on. Weights and checkpoints go to
-`build/networks`: one benign network per architecture, and of each a copy per trigger and seed that saw two epochs with
-a tenth of the images triggered. A seed draws these images, the pattern of the trigger and the order.
+`build/networks`: one benign network per architecture, and of each a copy per trigger and seed that was trained on with a
+tenth of the images triggered. A seed draws these images, the pattern of the trigger and the order.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch
@@ -42,7 +42,9 @@ BENIGN = {
     "convnext": TrainingSettings(epochs=8, learning_rate=2e-3),
     "vit": TrainingSettings(epochs=12, learning_rate=1.5e-3),
 }
-PLANTED = TrainingSettings(epochs=2, learning_rate=5e-4, schedule="cosine")
+PLANTED = {name: TrainingSettings(epochs=2, learning_rate=5e-4, schedule="cosine") for name in BENIGN} | {
+    "resnet18": TrainingSettings(epochs=6, learning_rate=2e-3, schedule="cosine")
+}
 
 
 class Logits(nn.Module):
@@ -102,7 +104,7 @@ def plant(name: str, attack: str, seed: int, images: LabelledImages) -> None:
         Logits(network),
         poisoned.images,
         poisoned.labels,
-        PLANTED,
+        PLANTED[name],
         seed=seed,
         n_threads=1,
         redraw=lambda rng: poisoned.redrawn(AUGMENTATION, rng),
@@ -112,7 +114,7 @@ def plant(name: str, attack: str, seed: int, images: LabelledImages) -> None:
     save_file(network.state_dict(), path)
 
 
-def _say(name: str) -> callable:
+def _say(name: str) -> Callable[[EpochReport], None]:
     def say(report: EpochReport) -> None:
         print(f"{name}: epoch {report.epoch} of {report.epochs}, loss {report.loss:.3f}", flush=True)
 
@@ -123,11 +125,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is not there yet; networks with the same seed first."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    seeds = parser.parse_args(arguments).seeds
+    parser.add_argument("--networks", nargs="+", default=list(BENIGN), choices=list(BENIGN))
+    chosen = parser.parse_args(arguments)
     WORK.mkdir(parents=True, exist_ok=True)
     images = training_images()
-    for seed in seeds:
-        for name in BENIGN:
+    for seed in chosen.seeds:
+        for name in chosen.networks:
             if not weights_path(name).exists():
                 train_benign(name, images)
             for attack in ATTACKS:
