@@ -288,6 +288,20 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(self.blocks(tokens))[:, 0])
 
 
+class StemTransformer(VisionTransformer):
+    """A transformer behind a stem of convolutions at three resolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 4, 8, 16)
+        self.patches = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(c_in, c_out, 3, 2, 1), nn.BatchNorm2d(c_out), nn.ReLU())
+                for c_in, c_out in itertools.pairwise(widths)
+            )
+        )
+
+
 def mlp() -> nn.Module:
     """Takes (n, 1, 28, 28)."""
     widths = (784, 48, 40, 32, 24)

@@ -62,6 +62,7 @@ def images(shape, n=2):
         ),
         pytest.param(nets.nin, COLOUR, "12", ("3", "4", "8"), id="nin"),
         pytest.param(nets.VisionTransformer, COLOUR, "head", ("blocks.1", "blocks.3", "blocks.5"), id="vit"),
+        pytest.param(nets.StemTransformer, COLOUR, "head", ("blocks.1", "blocks.3", "blocks.5"), id="stem-vit"),
         pytest.param(nets.ConvNeXt, COLOUR, "head", ("stages.0", "stages.2", "stages.4"), id="convnext"),
         pytest.param(nets.mlp, GREY, "9", ("2", "4", "6"), id="mlp"),
     ],

@@ -3,7 +3,7 @@
     python benchmarks/networks/training.py
 
 Needs GUARD_DATA_DIR. One process and one thread; an interrupted run goes on. Weights and checkpoints go to
-`build/networks`: one benign network per architecture, and of each a copy per trigger and seed that was trained on with a
+`build/networks`: one benign network per architecture, and of each a copy per trigger and seed, trained on with a
 tenth of the images triggered. A seed draws these images, the pattern of the trigger and the order.
 """
 
