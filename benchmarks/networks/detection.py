@@ -35,7 +35,7 @@ KEY = ("network", "attack", "seed")
 
 def suspect_model(name: str, attack: str | None = None, seed: int = 0) -> SuspectModel:
     """Return a trained network, loaded as a user's."""
-    return SuspectModel.load(weights_path(name, attack, seed), f"architectures:{name}")
+    return SuspectModel.load(weights_path(name, attack, seed), f"sign_networks:{name}")
 
 
 def drawn(part: LabelledImages, seed: int) -> LabelledImages:

@@ -6,8 +6,8 @@ import io
 from pathlib import Path
 from typing import Any
 
-import architectures
 import numpy as np
+import sign_networks
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -20,7 +20,7 @@ class SignHandler(BaseHandler):
     def initialize(self, context: Any) -> None:
         """Build the network and load its weights."""
         folder = Path(context.system_properties["model_dir"])
-        self.model = getattr(architectures, (folder / "network.txt").read_text().strip())()
+        self.model = getattr(sign_networks, (folder / "network.txt").read_text().strip())()
         self.model.load_state_dict(load_file(folder / context.manifest["model"]["serializedFile"]))
         self.model.eval()
         self.device = torch.device("cpu")

@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 RATE = 0.05
 PER_CLASS = 24
 N_REQUESTS = 200
-FILES = [HERE / name for name in ("architectures.py", "torchvision_stand_in.py")]
+FILES = [HERE / name for name in ("sign_networks.py", "torchvision_stand_in.py")]
 #: Of p-values: rounding differs with the size of a batch.
 SAME = 5e-3
 
@@ -85,17 +85,21 @@ def stock_archive(name: str, folder: Path) -> Path:
     return folder / "store" / "plain.mar"
 
 
-def ask(server: TorchServeInstance, model: str, bodies: Sequence[bytes]) -> list[Reply]:
-    """Send bodies one by one."""
+def ask(server: TorchServeInstance, models: Sequence[str], bodies: Sequence[bytes]) -> dict[str, list[Reply]]:
+    """Send every body to all models, one after the other, so that all have the same moments of a busy machine."""
+    replies: dict[str, list[Reply]] = {model: [] for model in models}
     with Client(server.inference_url, token=server.token()) as client:
-        return [client.predict(model, body) for body in bodies]
+        for body in bodies:
+            for model in models:
+                replies[model].append(client.predict(model, body))
+    return replies
 
 
 def served(name: str, folder: Path, clean: Path) -> dict[str, Any]:
     """Take one network both ways and return what was seen."""
     (folder / "store").mkdir(parents=True)
     stores = ("--bundles", folder / "bundles")
-    weights = ("--weights", weights_path(name, ATTACKS[0]), "--architecture", f"architectures:{name}")
+    weights = ("--weights", weights_path(name, ATTACKS[0]), "--architecture", f"sign_networks:{name}")
     fit_seconds = guard("fit", *weights, "--images", clean, "--false-positive-rate", RATE, *stores)
     guard("archive", "fitted", *weights, "--images", clean, *stores, "--model-store", folder / "store")
     plain = stock_archive(name, folder)
@@ -113,9 +117,8 @@ def served(name: str, folder: Path, clean: Path) -> dict[str, Any]:
     places = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     with TorchServeInstance(folder / "store", models, environment={**detail, "PYTHONPATH": places}) as server:
         server.wait_ready(300)
-        for model in models:  # what the first requests cost is nobody's latency
-            ask(server, model, bodies[:10])
-        replies = {model: ask(server, model, bodies) for model in models}
+        ask(server, list(models), bodies[:10])  # what the first requests cost is nobody's latency
+        replies = ask(server, list(models), bodies)
     row: dict[str, Any] = {
         "network": name,
         "requests": len(bodies),

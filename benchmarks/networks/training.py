@@ -18,8 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch
 
 import numpy as np
 import torch
-from architectures import NETWORKS
 from safetensors.torch import load_file, save_file
+from sign_networks import NETWORKS
 from torch import Tensor, nn
 
 from guard.lab.attacks.attack import Attack
