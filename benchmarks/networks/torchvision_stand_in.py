@@ -8,7 +8,7 @@ torch have none.
 from __future__ import annotations
 
 import enum
-import importlib.util
+import importlib
 import sys
 import types
 from collections.abc import Iterator
@@ -35,10 +35,18 @@ class _EmptyModule(types.ModuleType):
         return type(name, (), {})
 
 
+def _is_importable() -> bool:
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, OSError, RuntimeError):  # none, or one for another build of torch
+        return False
+    return True
+
+
 @contextmanager
 def torchvision_for_timm() -> Iterator[None]:
     """Let `import timm` succeed meanwhile; other packages, which look for torchvision, find none afterwards."""
-    if importlib.util.find_spec("torchvision") is not None:
+    if _is_importable():
         yield
         return
     modules = {f"torchvision{name}": _EmptyModule(f"torchvision{name}") for name in _NAMES}
