@@ -42,6 +42,8 @@ BENIGN = {
     "convnext": TrainingSettings(epochs=8, learning_rate=2e-3),
     "vit": TrainingSettings(epochs=12, learning_rate=1.5e-3),
 }
+#: Of these settings, one after the other.
+CYCLES = {"resnet18": 1, "swin": 1, "convnext": 1, "vit": 2}
 PLANTED = {name: TrainingSettings(epochs=2, learning_rate=5e-4, schedule="cosine") for name in BENIGN} | {
     "resnet18": TrainingSettings(epochs=6, learning_rate=2e-3, schedule="cosine")
 }
@@ -80,17 +82,18 @@ def train_benign(name: str, images: LabelledImages) -> None:
     """Train one network from random weights, and store it."""
     torch.manual_seed(0)
     network = NETWORKS[name]()
-    train_classifier(
-        Logits(network),
-        images.images,
-        images.labels,
-        BENIGN[name],
-        seed=0,
-        n_threads=1,
-        redraw=lambda rng: AUGMENTATION(images.images, rng),
-        checkpoint=weights_path(name).with_suffix(".checkpoint"),
-        progress=_say(name),
-    )
+    for cycle in range(CYCLES[name]):
+        train_classifier(
+            Logits(network),
+            images.images,
+            images.labels,
+            BENIGN[name],
+            seed=cycle,
+            n_threads=1,
+            redraw=lambda rng: AUGMENTATION(images.images, rng),
+            checkpoint=weights_path(name).with_suffix(f".checkpoint{cycle or ''}"),
+            progress=_say(name),
+        )
     save_file(network.state_dict(), weights_path(name))
 
 
