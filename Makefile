@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 # Test files that run at the same time, one more than cores: those with servers wait a lot. JOBS=0: one process.
 JOBS ?= 3
 
-.PHONY: setup demo test test-quick lint types bench bench-badnets bench-fusion bench-loop rehearsal clean help
+.PHONY: setup demo test test-quick lint types bench bench-badnets bench-fusion bench-loop bench-networks rehearsal clean help
 
 help:
 	@echo "make demo   set up, backdoor a network on real images, guard it, serve it, print the verdicts"
@@ -68,6 +68,15 @@ bench-badnets: setup
 # Tables of the Fusion paper from the zoo (benchmarks/zoo) and the image sets (GUARD_DATA_DIR). Two processes.
 bench-fusion: setup
 	$(BIN)/python benchmarks/fusion/run_all.py $(ARGS)
+
+# A ViT, a Swin and a ConvNeXt of timm and a ResNet-18 of transformers on GTSRB (GUARD_DATA_DIR): trained, guarded, served.
+# timm comes without its dependency on torchvision, which must fit the installed torch. An interrupted run goes on.
+bench-networks: setup
+	$(BIN)/python -m pip install --quiet --no-deps "timm>=1.0.20"
+	$(BIN)/python -m pip install --quiet "transformers>=5.0"
+	$(BIN)/python benchmarks/networks/training.py $(ARGS)
+	$(BIN)/python benchmarks/networks/detection.py
+	$(BIN)/python benchmarks/networks/serving.py
 
 clean:
 	rm -rf build dist model_store/*.mar .pytest_cache .mypy_cache .ruff_cache

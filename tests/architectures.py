@@ -117,7 +117,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """One to four stages of residual blocks: "basic", "gated" (squeeze and excite) or "bottleneck"."""
+    """One to five stages of residual blocks: "basic", "gated" (squeeze and excite) or "bottleneck"."""
 
     def __init__(self, kind: str = "basic", widths: tuple[int, ...] = (8, 16, 24, 32), blocks: int = 2) -> None:
         super().__init__()
@@ -288,6 +288,20 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(self.blocks(tokens))[:, 0])
 
 
+class StemTransformer(VisionTransformer):
+    """A transformer behind a stem of convolutions at three resolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 4, 8, 16)
+        self.patches = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(c_in, c_out, 3, 2, 1), nn.BatchNorm2d(c_out), nn.ReLU())
+                for c_in, c_out in itertools.pairwise(widths)
+            )
+        )
+
+
 def mlp() -> nn.Module:
     """Takes (n, 1, 28, 28)."""
     widths = (784, 48, 40, 32, 24)
@@ -332,16 +346,20 @@ class ConvNeXt(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Maps of the order n, h, w, c throughout."""
+    """Maps of the order n, h, w, c throughout; where it attends, a module gives an attention matrix (n, 1, hw, hw)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, attends: bool = False) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.mix = nn.Linear(width, width)
+        self.softmax = nn.Softmax(-1) if attends else None
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.mix(self.norm(x)).roll((1, 1), (1, 2))
+        if self.softmax is not None:
+            tokens = x.flatten(1, 2).unsqueeze(1)
+            x = x + (self.softmax(tokens @ tokens.transpose(2, 3)) @ tokens).view(x.shape)
         return x + self.mlp(x)
 
 
@@ -356,16 +374,16 @@ class Merging(nn.Module):
 
 
 class Swin(nn.Module):
-    """Four stages with the channels last: (n, 16, 16, 12) to (n, 2, 2, 96)."""
+    """Four stages with the channels last: (n, 16, 16, 12) to (n, 2, 2, 96); the last two may attend."""
 
-    def __init__(self, width: int = 12) -> None:
+    def __init__(self, width: int = 12, attends: bool = False) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, width, 2, 2)
         self.norm0 = nn.LayerNorm(width)
         self.stages = nn.Sequential()
         for index in range(4):
-            layers = ([Merging(width * 2 ** (index - 1))] if index else []) + [SwinBlock(width * 2**index)] * 1
-            self.stages.append(nn.Sequential(*layers))
+            layers = [Merging(width * 2 ** (index - 1))] if index else []
+            self.stages.append(nn.Sequential(*layers, SwinBlock(width * 2**index, attends and index > 1)))
         self.norm = nn.LayerNorm(8 * width)
         self.head = nn.Linear(8 * width, 10)
 

@@ -24,7 +24,14 @@ from guard.storage.bundle import BundleStore
 from guard.torchserve.archives.contents import promise_of
 from guard.torchserve.archives.guarded import ServedModel, make_guarded_archive
 from guard.torchserve.archives.sources import architecture_files, imported_files
-from guard.torchserve.check import MOST_IMAGES, check_archive, check_server, check_start, chosen_rows
+from guard.torchserve.check import (
+    MOST_IMAGES,
+    check_archive,
+    check_server,
+    check_start,
+    chosen_rows,
+    share_of_fit,
+)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +137,22 @@ def test_check_of_images_of_another_kind_says_that_too_many_are_flagged(
     assert guard_command(capfd, "check", archive, "--images", tmp_path / "clean.npz", "--key-file", "x")[0] == 2
 
 
+def test_check_with_the_images_of_the_fit_says_that_the_guard_knows_them(
+    workshop: Workshop, clean_split: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("clean", "elsewhere"):
+        np.savez(tmp_path / f"{name}.npz", images=np.rint(clean_split.test.images[:20, 0] * 255).astype(np.uint8))
+    bundle = replace(workshop.guard, images_from=str(tmp_path / "clean.npz")).save(tmp_path / "bundles")
+    BundleStore(tmp_path / "bundles").activate(bundle.name)
+    known = f"the guard was fitted on them, and flags {share_of_fit(workshop.guard, 0.05):.3f} of those it knows"
+    for followed in (None, tmp_path / "bundles"):
+        archive = workshop.guarded("image", start=False, bundle=bundle, bundles=followed)
+        for name in ("clean", "elsewhere"):
+            status, out, err = guard_command(capfd, "check", archive, "--images", tmp_path / f"{name}.npz")
+            assert status == 0, err
+            assert (known in out) == (name == "clean")
+
+
 def test_promise_follows_the_settings_and_the_active_bundle(workshop: Workshop, tmp_path: Path) -> None:
     follows = workshop.guarded("image", start=False, bundles=tmp_path)
     assert promise_of(follows).false_positive_rate == 0.05  # the folder is empty: the copy in the archive serves
@@ -205,8 +228,10 @@ def test_check_of_a_server_sends_what_clients_send(
         status, _, err = guard_command(capfd, *command, "--key-file", tmp_path / "key_file.json")
         assert (status, asked[-1][:2]) == (0, ("/predictions/named-here", "Bearer from the file")), err
         assert guard_command(capfd, *command, "--key-file", tmp_path / "clean.npz")[0] == 2
-    with serving({"Guard-Verdict": "poisoned"}) as (url, _), pytest.raises(ArchiveError, match="flags 3 of 3"):
-        check_server(url, "digits", [b"png"] * 3, 0.05, token=None)
+    with serving({"Guard-Verdict": "poisoned"}) as (url, _):
+        assert check_server(url, "digits", [b"png"] * 3, 0.05, token=None, of_fit=0.9).flagged == 3
+        with pytest.raises(ArchiveError, match="flags 3 of 3"):
+            check_server(url, "digits", [b"png"] * 3, 0.05, token=None)
     with serving({}, 503) as (url, _), pytest.raises(ArchiveError, match="no verdict; the first: status 503"):
         check_server(url, "digits", [b"png"] * 3, 0.05, token=None)
     with pytest.raises(ServerError, match=f"{url} does not answer"):
@@ -263,6 +288,20 @@ def test_sources_of_an_architecture_are_found_through_what_it_imports(
         "spaced_models", "layers_beside.py", "late_beside.py", "parted_package", "last_beside.py",
     }  # fmt: skip
     assert imported_files([tmp_path / "late_beside.py", tmp_path / "layers_beside.py"]) == []
+
+
+def test_sources_do_not_take_packages_that_pip_has_put_outside_of_the_interpreter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, source = tmp_path / "target", tmp_path / "source"  # as of pip install --target, or of a .pth file
+    for folder, files in ((target, ("layers_of_pip/__init__.py", "net_of_pip.py")), (source, ("net_of_user.py",))):
+        for name in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("import layers_of_pip, net_of_pip\n")
+        monkeypatch.syspath_prepend(folder)
+    (target / "layers_of_pip-1.0.dist-info").mkdir()
+    assert architecture_files("net_of_user:make") == [source / "net_of_user.py"]
+    assert architecture_files("net_of_pip:make") == []
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,13 @@ def images(shape, n=2):
         pytest.param(
             lambda: nets.ResNet("bottleneck"), COLOUR, "fc", ("layer1", "layer2", "layer3"), id="resnet-bottleneck"
         ),
+        pytest.param(
+            lambda: nets.ResNet(widths=(8, 16, 24, 32, 40)),
+            (3, 16, 16),
+            "fc",
+            ("layer2", "layer3", "layer4"),
+            id="resnet-to-one-pixel",
+        ),
         pytest.param(lambda: nets.ResNet("gated"), COLOUR, "fc", ("layer1", "layer2", "layer3"), id="se-resnet"),
         pytest.param(
             lambda: nets.Backbone(nets.ResNet("bottleneck")),
@@ -55,6 +62,7 @@ def images(shape, n=2):
         ),
         pytest.param(nets.nin, COLOUR, "12", ("3", "4", "8"), id="nin"),
         pytest.param(nets.VisionTransformer, COLOUR, "head", ("blocks.1", "blocks.3", "blocks.5"), id="vit"),
+        pytest.param(nets.StemTransformer, COLOUR, "head", ("blocks.1", "blocks.3", "blocks.5"), id="stem-vit"),
         pytest.param(nets.ConvNeXt, COLOUR, "head", ("stages.0", "stages.2", "stages.4"), id="convnext"),
         pytest.param(nets.mlp, GREY, "9", ("2", "4", "6"), id="mlp"),
     ],
@@ -188,6 +196,13 @@ def test_pool_features_of_five_dimensions_is_refused():
     ("build", "split", "depths", "widths"),
     [
         pytest.param(nets.Swin, "head", ("stages.0", "stages.1", "stages.2"), (96, 432, 384, 432), id="swin"),
+        pytest.param(  # attention matrices as large as the maps of the first and the third stage
+            lambda: nets.Swin(attends=True),
+            "head",
+            ("stages.0", "stages.1", "stages.2"),
+            (96, 432, 384, 432),
+            id="attending-swin",
+        ),
         pytest.param(nets.Cait, "head", ("blocks.0", "blocks.1", "blocks.2"), (16, 16, 16, 16), id="cait"),
         pytest.param(
             lambda: nets.Cait(n_class_blocks=1), "head", ("blocks.0", "blocks.1", "blocks.2"), (16,) * 4, id="xcit"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from guard.cli.options import ServedRate
 from guard.cli.output import progress_bar, say
 from guard.errors import ConfigError
+
+if TYPE_CHECKING:
+    from guard.detection.pipeline import Guard
 
 
 def check(
@@ -35,25 +38,29 @@ def check(
     """
     from guard.cli.bodies import find_requests
     from guard.torchserve.archives.contents import promise_of
-    from guard.torchserve.check import check_archive, check_server, chosen_rows
+    from guard.torchserve.check import check_archive, check_server, chosen_rows, judging_guard, share_of_fit
 
     promise = promise_of(archive)
     rate = promise.false_positive_rate if false_positive_rate is None else false_positive_rate
     found = find_requests(images)
     bodies = [found.read(row) for row in chosen_rows(len(found.names))]
+    of_fit = None
+    if promise.images_from == str(images.absolute()):
+        of_fit = share_of_fit(judging_guard(archive, promise.bundle), rate)
     if url is None:
         if model is not None or key_file is not None:
             raise ConfigError("--model and --key-file go with --url. Leave them out, or name the server.")
         with progress_bar("loading the archive in another process", share_known=False):
-            report = check_archive(archive, bodies, rate)
+            report = check_archive(archive, bodies, rate, of_fit=of_fit)
     else:
         with progress_bar("asking the server", share_known=False):
-            report = check_server(url, model or promise.model, bodies, rate, token=_prediction_key(key_file))
+            key = _prediction_key(key_file)
+            report = check_server(url, model or promise.model, bodies, rate, token=key, of_fit=of_fit)
     say(report.line())
     say(f"judged by bundle {report.bundle}")
 
 
-def check_written(archive: Path, images: Path | None, rate: float) -> str:
+def check_written(archive: Path, images: Path | None, rate: float, guard: Guard) -> str:
     """Load an archive that was just written, send clean images through it if there are any, and say what was found.
 
     Raises
@@ -62,14 +69,16 @@ def check_written(archive: Path, images: Path | None, rate: float) -> str:
         If it does not start, or does not judge as was promised.
     """
     from guard.cli.bodies import find_requests
-    from guard.torchserve.check import check_archive, check_start, chosen_rows
+    from guard.torchserve.check import check_archive, check_start, chosen_rows, share_of_fit
 
     with progress_bar("loading the archive in another process", share_known=False):
         if images is None:
             check_start(archive)
             return "it starts; no image was sent through it: `guard check` does, with --images"
         found = find_requests(images)
-        return check_archive(archive, [found.read(row) for row in chosen_rows(len(found.names))], rate).line()
+        bodies = [found.read(row) for row in chosen_rows(len(found.names))]
+        of_fit = share_of_fit(guard, rate) if guard.images_from == str(images.absolute()) else None
+        return check_archive(archive, bodies, rate, of_fit=of_fit).line()
 
 
 def _prediction_key(key_file: Path | None) -> str | None:

@@ -129,9 +129,10 @@ def archive(
         _check_fed_range(document, image_settings["mean"], image_settings["std"])
     if architecture is None:
         check_weights_file(weights)
+        fitted = Guard.load(bundle)
     else:  # weights and bundle belong together: better said now than when the server starts
         with contextlib.redirect_stdout(sys.stderr):
-            Guard.load(bundle, SuspectModel.load(weights, architecture, state_key=state_key))
+            fitted = Guard.load(bundle, SuspectModel.load(weights, architecture, state_key=state_key))
     examples = example or []
     if missing := [file for file in examples if not file.is_file()]:
         raise ConfigError(f"--example {missing[0]} does not exist. Name a file with the body of one request.")
@@ -166,7 +167,9 @@ def archive(
             example=examples[0] if examples else None,
             examples=examples[1:],
         )
-        checked = check_written(path, images, config.false_positive_rate) if check else "no: it was not asked for"
+        checked = (
+            check_written(path, images, config.false_positive_rate, fitted) if check else "no: it was not asked for"
+        )
         put_in_place(path, target)
     say(str(target))
     if chosen.get("queue_url"):

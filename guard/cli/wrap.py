@@ -298,7 +298,7 @@ def _share_right(guard: Guard, labels: IntArray) -> float:
 
 def _checked(archive: Path, guard: Guard, found: NamedLabelledImages) -> CheckReport:
     """Load the archive in another process, and compare its verdicts on the clean images with those of the guard."""
-    from guard.torchserve.check import check_archive, chosen_rows
+    from guard.torchserve.check import check_archive, chosen_rows, share_of_fit
 
     rows = chosen_rows(len(found.names))
     expected = guard.scores(guard.reference[np.array(rows)]).p_values
@@ -311,6 +311,7 @@ def _checked(archive: Path, guard: Guard, found: NamedLabelledImages) -> CheckRe
             expected=expected,
             digest=guard.digest,
             pinned=True,
+            of_fit=share_of_fit(guard, guard.config.false_positive_rate),
         )
 
 

@@ -387,6 +387,9 @@ def _end_of_tokens(calls: list[_Call]) -> int:
 def _find_depths(before: list[_Call], moment: int) -> list[_Call]:
     """Choose up to three of the calls that ended before the split's moment."""
     stages = _without_last(_stage_ends(before), before)[-MAX_DEPTHS:]
+    weighted = _weighted(before)
+    if stages and 4 * sum(call.start < stages[-1].end for call in weighted) < len(weighted):
+        stages = []  # a stem's, before the blocks of a transformer
     missing = MAX_DEPTHS - len(stages)
     if missing:
         stages += _evenly_spaced(_block_outputs(before, stages, moment, missing), missing)
@@ -394,22 +397,27 @@ def _find_depths(before: list[_Call], moment: int) -> list[_Call]:
 
 
 def _without_last(points: list[_Call], before: list[_Call]) -> list[_Call]:
-    """Drop the last point: the features are it, pooled or flattened, unless a fully connected layer lies between."""
-    if points and not any(
-        _is_row_linear(call) and max(points[-1].end, _end_of_tokens(before)) < call.start for call in before
-    ):
-        return points[:-1]
-    return points
+    """Drop the last point: the features are it, pooled or flattened, unless layers with weights lie between.
+
+    These are fully connected ones, or a convolution that shrinks the map to a single pixel.
+    """
+    if not points:
+        return points
+    after = [call for call in before if points[-1].end < call.start]
+    tokens = _end_of_tokens(before)
+    if any(_shrinks_to_pixel(call) or (_is_row_linear(call) and tokens < call.start) for call in after):
+        return points
+    return points[:-1]
 
 
 def _stage_ends(before: list[_Call]) -> list[_Call]:
     """Return the last output at every spatial resolution, in the order of execution."""
-    maps = [call for call in before if len(call.given) == 4 and math.prod(call.given[2:]) > 1]
+    maps = [call for call in _without_excursions(before) if len(call.given) == 4 and math.prod(call.given[2:]) > 1]
     ends = []
     for resolution, last in {call.given[2:]: call for call in maps}.items():
         around = [outer for outer in before if _contains(outer, last)]
         if any(_layout(outer.taken) == _layout(outer.given) != resolution for outer in around):
-            continue  # an excursion inside a block, such as a gate's pooled map or an attention matrix
+            continue  # a map inside a block of tokens
         # Where the first layers of the next stage still run at this resolution, take what was handed to that stage.
         for outer in sorted(around, key=lambda call: call.start):
             inside = {call.given[2:] for call in maps if _contains(outer, call)}
@@ -421,9 +429,25 @@ def _stage_ends(before: list[_Call]) -> list[_Call]:
     return sorted(ends, key=lambda call: call.end)
 
 
+def _without_excursions(before: list[_Call]) -> list[_Call]:
+    """Leave out what lies inside a block that takes and gives maps of one other resolution.
+
+    A gate's pooled map, or an attention matrix, may have the size of a stage by chance.
+    """
+    kept: list[_Call] = []
+    around: list[_Call] = []
+    for call in sorted(before, key=lambda call: call.start):
+        around = [outer for outer in around if outer.end > call.start]
+        layout = _layout(call.given)
+        if not any(len(o.given) == 4 and _layout(o.taken) == _layout(o.given) != layout for o in around):
+            kept.append(call)
+        around.append(call)
+    return sorted(kept, key=lambda call: call.end)
+
+
 def _block_outputs(before: list[_Call], picked: list[_Call], moment: int, missing: int) -> list[_Call]:
     """Return the outputs of the repeated blocks that hold most of the network's weighted layers."""
-    weighted = [call for call in before if next(call.module.parameters(recurse=False), None) is not None]
+    weighted = _weighted(before)
     options: list[tuple[int, list[_Call]]] = []
     for kind in dict.fromkeys(type(call.module) for call in before):
         same = [call for call in before if type(call.module) is kind]
@@ -456,6 +480,10 @@ def _evenly_spaced(points: list[_Call], count: int) -> list[_Call]:
     return [points[(i + 1) * (len(points) + 1) // (count + 1) - 1] for i in range(count)]
 
 
+def _weighted(calls: list[_Call]) -> list[_Call]:
+    return [call for call in calls if next(call.module.parameters(recurse=False), None) is not None]
+
+
 def _is_candidate(call: _Call, calls: list[_Call]) -> bool:
     """Say whether a depth can be taken here."""
     return _has_features(call, calls) and call.name != FEATURES
@@ -469,6 +497,10 @@ def _has_features(call: _Call, calls: list[_Call]) -> bool:
 
 def _is_row_linear(call: _Call) -> bool:
     return isinstance(call.module, nn.Linear) and len(call.taken) == 2 and call.taken[0] == _ROWS
+
+
+def _shrinks_to_pixel(call: _Call) -> bool:
+    return isinstance(call.module, _ConvNd) and math.prod(call.given[2:]) == 1 < math.prod(call.taken[2:])
 
 
 def _contains(outer: _Call, inner: _Call) -> bool:

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from guard.detection.pipeline import Guard
 from guard.errors import ArchiveError, ServerError
-from guard.torchserve.archives.contents import ABOUT
+from guard.torchserve.archives.contents import ABOUT, read_guard_files
 from guard.torchserve.archives.strict_zip import open_strict_zip
 from guard.torchserve.client import Client
 from guard.torchserve.trial import ANSWERS, BATCHES, FAILURE, MODEL
@@ -84,6 +85,8 @@ class CheckReport:
         Images that were sent in batches as well.
     bundle : str
         Digest of the bundle that judged; "" if no answer tells.
+    of_fit : float or None
+        Share of all images of its fit that the guard flags, where these images are some of them.
     """
 
     images: int
@@ -91,19 +94,48 @@ class CheckReport:
     requested: float
     in_batches: int
     bundle: str
+    of_fit: float | None = None
 
     def line(self) -> str:
         """Return the report for a person."""
         together = f"; {self.in_batches} in batches as well" if self.in_batches else ""
+        fitted = (
+            f"; the guard was fitted on them, and flags {self.of_fit:.3f} of those it knows: others show the rate"
+            if self.of_fit is not None
+            else ""
+        )
         return (
             f"{self.flagged} of {self.images} clean images flagged, {self.flagged / self.images:.3f} "
-            f"of {self.requested:g} asked for{together}"
+            f"of {self.requested:g} asked for{together}{fitted}"
         )
 
 
 def chosen_rows(n: int) -> list[int]:
     """Return which of n images to send: all, or `MOST_IMAGES` of them in even steps."""
     return list(dict.fromkeys(np.linspace(0, n - 1, min(n, MOST_IMAGES)).astype(int).tolist()))
+
+
+def share_of_fit(guard: Guard, rate: float) -> float:
+    """Return the share of the images of its fit that a guard flags; above the rate where the network is often wrong.
+
+    Its heads have seen that the network is wrong there. The rate is promised of other images.
+    """
+    return float((guard.scores(guard.reference).p_values <= rate).mean())
+
+
+def judging_guard(archive: Path, bundle: Path | None) -> Guard:
+    """Return the guard of a bundle, or else the one that an archive carries.
+
+    Raises
+    ------
+    ArchiveError, BundleError
+        If it cannot be read.
+    """
+    if bundle is not None:
+        return Guard.load(bundle)
+    with tempfile.TemporaryDirectory(prefix="guard-check-") as scratch, open_strict_zip(archive) as opened:
+        opened.unpack(Path(scratch) / MODEL)
+        return Guard.load(Path(scratch) / MODEL / read_guard_files(Path(scratch) / MODEL)[0]["embedded"])
 
 
 def check_archive(
@@ -114,6 +146,7 @@ def check_archive(
     expected: Float64Array | None = None,
     digest: str | None = None,
     pinned: bool = False,
+    of_fit: float | None = None,
 ) -> CheckReport:
     """Load a guarded archive afresh in another process, as a server would, and send clean images through it.
 
@@ -130,6 +163,8 @@ def check_archive(
         Of the bundle that has to judge.
     pinned : bool
         Take the bundle in the archive, even if it follows a folder of bundles.
+    of_fit : float, optional
+        What `share_of_fit` says of its guard, where the images are those of the fit.
 
     Raises
     ------
@@ -151,7 +186,7 @@ def check_archive(
     if expected is not None:
         fitted = [Answer(200, "", float(p_value), "", "") for p_value in expected]
         _check_same(alone, fitted, f"{archive.name}: in the server the network gets other tensors than in the fit, and")
-    return _report(archive.name, alone, requested, len(together), digest)
+    return _report(archive.name, alone, requested, len(together), digest, of_fit)
 
 
 def check_start(archive: Path) -> None:
@@ -159,7 +194,15 @@ def check_start(archive: Path) -> None:
     _answers_of(archive, [], pinned=False)
 
 
-def check_server(url: str, model: str, bodies: Sequence[Any], requested: float, *, token: str | None) -> CheckReport:
+def check_server(
+    url: str,
+    model: str,
+    bodies: Sequence[Any],
+    requested: float,
+    *,
+    token: str | None,
+    of_fit: float | None = None,
+) -> CheckReport:
     """Send clean images to a running server, one by one.
 
     Parameters
@@ -167,7 +210,7 @@ def check_server(url: str, model: str, bodies: Sequence[Any], requested: float, 
     url : str
         Its inference address, on loopback.
     model : str
-    bodies, requested
+    bodies, requested, of_fit
         As for `check_archive`.
     token : str or None
         Key for predictions.
@@ -191,7 +234,7 @@ def check_server(url: str, model: str, bodies: Sequence[Any], requested: float, 
             message = reply.body[:300].decode(errors="replace") if reply.status >= 400 else ""
             alone.append(Answer.of(reply.status, reply.headers, message))
     _check_verdicts(model, alone)
-    return _report(model, alone, requested, 0, None)
+    return _report(model, alone, requested, 0, None, of_fit)
 
 
 def _answers_of(archive: Path, batches: Sequence[Sequence[Any]], pinned: bool) -> list[list[Answer]]:
@@ -247,16 +290,18 @@ def _check_same(first: Sequence[Answer], second: Sequence[Answer], what_differs:
         )
 
 
-def _report(name: str, alone: Sequence[Answer], requested: float, in_batches: int, digest: str | None) -> CheckReport:
+def _report(
+    name: str, alone: Sequence[Answer], requested: float, in_batches: int, digest: str | None, of_fit: float | None
+) -> CheckReport:
     from scipy.stats import binomtest
 
     bundles = {answer.bundle for answer in alone} - {""}
     if digest is not None and bundles != {digest}:
         raise ArchiveError(f"{name} is judged by bundle {', '.join(sorted(bundles)) or 'none'}, not by {digest}.")
     flagged = sum(answer.verdict == "poisoned" for answer in alone)
-    if binomtest(flagged, len(alone), requested, alternative="greater").pvalue < _LEAST_CHANCE:
+    if binomtest(flagged, len(alone), max(requested, of_fit or 0.0), alternative="greater").pvalue < _LEAST_CHANCE:
         raise ArchiveError(
             f"{name} flags {flagged} of {len(alone)} clean images, and {requested:g} of them was asked for. Are these "
             "images what clients send, and are they of the kind that the guard was fitted on?"
         )
-    return CheckReport(len(alone), flagged, requested, in_batches, min(bundles, default=""))
+    return CheckReport(len(alone), flagged, requested, in_batches, min(bundles, default=""), of_fit)

@@ -107,10 +107,16 @@ class Promise:
     false_positive_rate : float
         By its settings, or else those of the bundle that judges: the active one of the folder that it follows, where
         that is there, or the one in the archive.
+    bundle : Path or None
+        Folder of that active bundle; None: the one in the archive judges.
+    images_from : str or None
+        Where the images were that the guard was fitted on.
     """
 
     model: str
     false_positive_rate: float
+    bundle: Path | None
+    images_from: str | None
 
 
 def promise_of(archive: Path) -> Promise:
@@ -128,13 +134,16 @@ def promise_of(archive: Path) -> Promise:
         if about is None or settings is None:
             raise ArchiveError(f"{archive.name} has no guard. Put one around it with `guard wrap`.")
         known = json.loads(about)
-        bundle = BundleStore(Path(known["bundles"] or "")).known_active() if known["bundles"] else None
+        store = BundleStore(Path(known["bundles"] or ""))
+        active = store.known_active() if known["bundles"] else None
+        bundle = store.folder_of(active) if active is not None else None
         if bundle is not None:
-            document = BundleStore(Path(known["bundles"])).folder_of(bundle).joinpath(DOCUMENT).read_bytes()
+            document = json.loads(bundle.joinpath(DOCUMENT).read_bytes())
         else:
-            document = read_member(archive, f"{known['embedded']}/{DOCUMENT}", 2**26) or b""
-        rate = {**json.loads(document)["settings"], **tomllib.loads(settings.decode())}["false_positive_rate"]
-        return Promise(json.loads(manifest)["model"]["modelName"], float(rate))
+            document = json.loads(read_member(archive, f"{known['embedded']}/{DOCUMENT}", 2**26) or b"")
+        rate = {**document["settings"], **tomllib.loads(settings.decode())}["false_positive_rate"]
+        name = json.loads(manifest)["model"]["modelName"]
+        return Promise(name, float(rate), bundle, document.get("images_from"))
     except (ValueError, KeyError, TypeError, OSError, RecursionError, BundleError) as error:
         raise ArchiveError(f"{archive.name} cannot be read ({type(error).__name__}). Make it again.") from error
 

@@ -92,10 +92,17 @@ def _source_of(name: str) -> Path | None:
     if name == "guard" or name in sys.stdlib_module_names:
         return None
     for place in _places(name):
-        installed = (*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("stdlib"), sys.prefix)
-        if not any(place.is_relative_to(os.path.realpath(folder)) for folder in installed):
-            return place.parent if place.name == "__init__.py" else place
+        source = place.parent if place.name == "__init__.py" else place
+        if not _is_installed(source):
+            return source
     return None
+
+
+def _is_installed(source: Path) -> bool:
+    """Say whether a file or folder of modules belongs to this Python, or lies where pip has put packages."""
+    folders = (*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("stdlib"), sys.prefix)
+    is_below = any(source.is_relative_to(os.path.realpath(folder)) for folder in folders)
+    return is_below or any(source.parent.glob("*.dist-info"))
 
 
 def _is_known(name: str) -> bool:
