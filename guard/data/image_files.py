@@ -128,8 +128,8 @@ def _as_labels(labels: AnyArray, n: int) -> IntArray:
             if several.any():
                 raise DataError(
                     f"labels are multi-label, {labels.shape} of 0 and 1, with none or several classes on "
-                    f"{100 * several.mean():.0f} % of the images: a guard needs one class per image. Guard each label by "
-                    "itself, with labels of 0 and 1 of shape (n,)"
+                    f"{100 * several.mean():.0f} % of the images: a guard needs one class per image. Guard each label "
+                    "by itself, with labels of 0 and 1 of shape (n,)"
                 )
             found = found.argmax(axis=1)
     is_whole = found.dtype.kind in "iu" or (found.dtype.kind == "f" and bool((found == np.rint(found)).all()))
