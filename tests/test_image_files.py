@@ -100,7 +100,7 @@ def test_load_images_npz_labels_of_every_usual_form_are_numbers(tmp_path, labels
         ({"x": np.zeros((2, 4, 4), np.uint8), "y": [0, 0.5]}, "labels must be whole numbers"),
         ({"x": np.zeros((2, 4, 4), np.uint8), "y": [0, np.nan]}, "labels must be whole numbers"),
         ({"x": np.zeros((2, 4, 4), np.uint8), "y": ["cat", "dog"]}, "got <U3 .* Number the classes from 0"),
-        ({"x": np.zeros((2, 4, 4), np.uint8), "y": [[1, 1, 0], [0, 0, 1]]}, r"got int64 \(2, 3\)"),
+        ({"x": np.zeros((2, 4, 4), np.uint8), "y": [[2, 1, 0], [0, 0, 1]]}, r"got int64 \(2, 3\)"),
         ({"x": np.array([None])}, "holds Python objects"),
     ],
 )
