@@ -123,13 +123,16 @@ def test_wrap_fits_keeps_every_file_and_unwrap_gives_the_same_bytes_back(
 def test_wrap_keeps_headers_statuses_yaml_and_helpers_of_a_handler_of_its_own(
     badnet: MnistCnn, clean: Path, clean_split: Any, tmp_path: Path, capfd: Any, workers: Any
 ) -> None:
-    archive = scaled_archive(tmp_path, badnet)
+    home = tmp_path / "my models"
+    home.mkdir()
+    archive = scaled_archive(home, badnet)
     settings = tmp_path / "settings.toml"
     settings.write_text('model_attribute = "net"\n')
     more = ("--settings", settings, "--queue", tmp_path / "queue.db")
     status, out, err = guard_command(capfd, "wrap", archive, "--images", clean, *more)
     assert status == 0, err
     assert "batches         images are answered together" in out
+    assert f"guard serve scaled=scaled.guarded.mar --model-store '{archive.parent}'" in out
     assert "version 2.3, as before" in out
     guarded = archive.with_name("scaled.guarded.mar")
     held = contents(guarded)

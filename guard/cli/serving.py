@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import signal
 import sys
 import tempfile
@@ -336,7 +337,7 @@ def serve(
         if review:
             say(f"review page on http://127.0.0.1:{review_port}")
         stack.start_companions()
-        say(f"to watch it: guard observe --targets {stack.targets}")
+        say(f"to watch it: guard observe --targets {shlex.quote(str(stack.targets))}")
         say("Ctrl-C stops it.")
         sys.stdout.flush()
         while not stopped.wait(0.5):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 import tempfile
 from dataclasses import replace
@@ -162,10 +163,12 @@ def wrap(
         )
         say(f"batches         {batches}")
         if checked is None:
-            print_warning(f"not checked: `guard check {target} --images {images}` does it.")
+            again = shlex.join([str(target), "--images", str(images)])
+            print_warning(f"not checked: `guard check {again}` does it.")
         else:
             say(f"checked         {checked.line()}")
-        say(f"serve it        guard serve {opened.manifest.name}={target.name} --model-store {target.parent}")
+        served = shlex.join([f"{opened.manifest.name}={target.name}", "--model-store", str(target.parent)])
+        say(f"serve it        guard serve {served}")
         tell_passed_over(found.passed_over)
         tell_missing(guard)
         if accuracy < 0.5:
