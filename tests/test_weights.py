@@ -1,3 +1,4 @@
+import argparse
 import contextlib
 import hashlib
 import io
@@ -20,7 +21,7 @@ from guard.errors import SuspectModelError, UnsafeWeightsError
 from guard.suspect.checkpoints import load_weights
 from guard.suspect.digest import weights_digest
 from guard.suspect.model import SuspectModel
-from guard.suspect.weights import check_weights_file, load_state_dict
+from guard.suspect.weights import check_weights_file, load_state_dict, read_weights
 
 
 class Bomb:
@@ -624,3 +625,28 @@ def test_digest_is_the_same_before_and_after_a_forward_pass(tmp_path):
     again = SuspectModel(later.module)
     again.activations(np.zeros((2, 1, 28, 28), dtype=np.float32) + 0.5)
     assert again.digest == later.digest
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "before 1.6"])
+def test_arguments_paths_and_numpy_numbers_beside_the_weights_are_passed_over(tmp_path: Path, is_zip: bool) -> None:
+    module, path = nn.Linear(3, 2), tmp_path / "last.pth.tar"
+    arguments = argparse.Namespace(lr=1e-3, data=Path("/data"), best=np.float64(0.9), more=argparse.Namespace(x=[1]))
+    beside = {"epoch": 3, "args": arguments, "best": np.float32(71.2), "step": np.int64(7), "where": [Path("a")]}
+    torch.save({"state_dict": module.state_dict(), **beside}, path, _use_new_zipfile_serialization=is_zip)
+    check_weights_file(path)
+    other = nn.Linear(3, 2)
+    load_weights(other, path, state_key=None, architecture="net:make")
+    assert torch.equal(other.weight, module.weight)
+    held = read_weights(path)
+    assert {type(held[name]).__name__ for name in ("args", "best", "step")} == {"_Ignored"}
+    assert not any(vars(held[name]) for name in ("args", "best", "step"))
+
+
+def test_subclass_of_arguments_is_still_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": nn.Linear(3, 2).state_dict(), "args": _Arguments()}, tmp_path / "w.pt")
+    with pytest.raises(UnsafeWeightsError, match="_Arguments, and loading it could run code"):
+        check_weights_file(tmp_path / "w.pt")
+
+
+class _Arguments(argparse.Namespace):
+    """Code of the user's own."""

@@ -43,6 +43,15 @@ _MAX_PICKLE = 2**23  # bytes; room for the names and shapes of 50,000 tensors
 #: The one thing that torch's tensors-only reader calls with a size of the file's choice: 20 bytes become gigabytes.
 _SIZED = re.compile(rb"c(__builtin__|builtins)\nbytearray\n")
 
+#: What trainers put beside the weights (timm, torchvision's references): their arguments, paths, NumPy numbers.
+_BESIDE = (
+    *("argparse.Namespace", "types.SimpleNamespace"),
+    *("pathlib.Path", "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath"),
+    *("pathlib._local.PosixPath", "pathlib._local.WindowsPath"),  # Python 3.13
+    *("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
+    *("numpy.dtypes.Float32DType", "numpy.dtypes.Float64DType", "numpy.dtypes.Int64DType"),
+)
+
 #: (bytes, offset, what the file is): foreign formats worth a name of their own.
 _FOREIGN = (
     (b"\x7fELF", 0, "a compiled library (ELF), which runs code when loaded"),
@@ -229,9 +238,21 @@ def _check_old_pickle(path: Path) -> None:
             )
 
 
+class _Ignored:
+    """Stands for every object of `_BESIDE` that a file asks for: takes whatever it is given, keeps and does nothing."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
 def _read_torch(path: Path, device: str) -> Any:
+    ignored = torch.serialization.safe_globals([(_Ignored, name) for name in _BESIDE])
     try:
-        with path.open("rb") as file:  # given a path instead, torch.load would let the extension choose the reader
+        with (
+            ignored,
+            path.open("rb") as file,
+        ):  # given a path instead, torch.load would let the extension choose the reader
             return torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UnsafeWeightsError(f"weights file {path} is {_name_pickle(str(error))}. {CONVERT}") from None
