@@ -211,9 +211,16 @@ def test_truncated_file_is_refused_in_one_line(model, tmp_path, save, kept):
 def test_missing_and_empty_file_are_refused(tmp_path):
     (tmp_path / "empty").touch()
 
-    for name, match in (("absent", "cannot read"), ("empty", "is empty"), (".", "cannot read")):
+    for name, match in (("absent", "cannot read"), ("empty", "is empty"), (".", "is a folder. .* joined first")):
         with pytest.raises(SuspectModelError, match=match):
             check_weights_file(tmp_path / name)
+
+
+def test_index_of_weights_in_several_files_says_what_to_do(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"metadata": {}, "weight_map": {"conv.weight": "model-00001-of-00002.safetensors"}}')
+    with pytest.raises(UnsafeWeightsError, match="JSON, .* joined first"):
+        check_weights_file(index)
 
 
 def test_weights_digest_is_the_same_for_module_and_every_file(model, tmp_path):

@@ -52,8 +52,10 @@ _BESIDE = (
     *("numpy.dtypes.Float32DType", "numpy.dtypes.Float64DType", "numpy.dtypes.Int64DType"),
 )
 
+_JOIN = "weights in several files must be joined first: load each, and save all tensors in one with safetensors"
 #: (bytes, offset, what the file is): foreign formats worth a name of their own.
 _FOREIGN = (
+    (b"{", 0, f"JSON, and holds no tensors. If it is an index: {_JOIN}"),
     (b"\x7fELF", 0, "a compiled library (ELF), which runs code when loaded"),
     (b"MZ", 0, "a Windows program or library, which runs code when loaded"),
     (b"\xcf\xfa\xed\xfe", 0, "a compiled library (Mach-O), which runs code when loaded"),
@@ -149,6 +151,8 @@ def check_dense(path: str, name: str, tensor: Tensor) -> None:
 
 def _read(path: Path, map_only: bool) -> Any:
     """Return what the file holds; with `map_only` the tensors' bytes are left on disk where the format allows it."""
+    if path.is_dir():
+        raise SuspectModelError(f"weights file {path} is a folder. Name the file in it; {_JOIN}.")
     try:
         with path.open("rb") as file:
             head = file.read(512)
