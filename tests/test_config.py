@@ -128,7 +128,7 @@ def test_config_unknown_key_unlike_all_others_lists_the_known_ones():
         ({"rows_per_request": 2}, "rows_per_request: input should be 1 or 'any', got 2."),
         ({"folds": 1}, "folds: input should be greater than or equal to 2, got 1."),
         ({"seed": True}, "seed: input should not be true or false, got True."),
-        ({"false_positive_rate": False}, "false_positive_rate"),
+        ({"false_positive_rate": False}, "false_positive_rate must be in (0, 1), got False."),
         ({"seed": -1}, "seed: input should be greater than or equal to 0, got -1."),
         ({"norm_orders": ("l7",)}, "norm_orders.0: input should be 'l0', 'l1', 'l2' or 'linf', got 'l7'."),
         ({"image_noise_std": float("inf")}, "image_noise_std: input should be a finite number, got inf."),

@@ -219,7 +219,7 @@ def test_missing_and_empty_file_are_refused(tmp_path):
 def test_index_of_weights_in_several_files_says_what_to_do(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"metadata": {}, "weight_map": {"conv.weight": "model-00001-of-00002.safetensors"}}')
-    with pytest.raises(UnsafeWeightsError, match="JSON, .* joined first"):
+    with pytest.raises(UnsafeWeightsError, match=r"JSON, .* joined first"):
         check_weights_file(index)
 
 
