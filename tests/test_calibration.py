@@ -288,3 +288,19 @@ def test_guard_realised_false_positive_rate_with_nine_images_per_class_is_not_ab
         allowed = tolerance(exact, n_clean, n_new)
         assert realised[:, column].max() <= exact + allowed
         assert 0.25 * exact <= realised[:, column].mean() <= exact + allowed / np.sqrt(len(realised))
+
+
+@pytest.mark.parametrize("apart", [3.0, 10.0])
+def test_heads_of_the_folds_end_training_as_the_final_ones_do(apart):
+    """Of 128 images a tenth is enough to stop early, of four fifths it is not: sure otherwise, they would not agree."""
+    centres = np.random.default_rng(0).normal(0, apart, (4, 256))
+
+    def draw(n, seed):
+        labels = np.arange(n) % 4
+        features = centres[labels] + np.random.default_rng(seed).normal(size=(n, 256))
+        logits = -((features[:, None] - centres) ** 2).sum(axis=2) / 2
+        return Activations(logits.astype(np.float32), features.astype(np.float32)), labels
+
+    guard = Guard.fit_activations(*draw(128, 1), GuardConfig(false_positive_rate=0.1))
+    realised = guard.scores(draw(2000, 2)[0]).is_poisoned.mean()
+    assert realised <= 0.1 + tolerance(0.1, 128, 2000)

@@ -576,18 +576,18 @@ def test_demo_attacks_name_known_triggers_once():
 # Clean accuracy (CA), attack success rate (ASR) that each demo attack must reach on 2,000 unseen images. Measured with
 # seeds 0, 1 and 2: CA 0.981 to 0.990; ASR 0.996 to 1.000 (single pixel), 0.997 to 0.999 (pattern), 0.980 to 0.985.
 @pytest.mark.parametrize(
-    ("recipe", "least_success"),
+    ("attack", "least_success"),
     [pytest.param(recipe, 0.95 if recipe.name == "all-to-all" else 0.98, id=recipe.name) for recipe in DEMO_ATTACKS],
 )
-def test_train_badnet_demo_attack_works_on_unseen_images(recipe, least_success, badnet):
+def test_train_badnet_demo_attack_works_on_unseen_images(attack, least_success, badnet):
     mnist = load_dataset("mnist", "test")
     images = to_tensor_images(mnist.images)
     train_rows, _, test_rows = split_rows(10_000, (6000, 2000, 2000), np.random.default_rng(0))
     network = badnet  # trained on the same rows with the same seed
-    if recipe.name != "pattern":
-        network, poisoned, _ = train_badnet(recipe, images[train_rows], mnist.labels[train_rows], seed=0)
-        assert poisoned.is_poisoned.sum() == round(recipe.rate * 6000)
-    triggered = poisoned_test_set(images[test_rows], mnist.labels[test_rows], recipe.apply_trigger, recipe.target)
+    if attack.name != "pattern":
+        network, poisoned, _ = train_badnet(attack, images[train_rows], mnist.labels[train_rows], seed=0)
+        assert poisoned.is_poisoned.sum() == round(attack.rate * 6000)
+    triggered = poisoned_test_set(images[test_rows], mnist.labels[test_rows], attack.apply_trigger, attack.target)
     clean = clean_accuracy(predict_labels(network, images[test_rows]), mnist.labels[test_rows])
     success = attack_success_rate(predict_labels(network, triggered.images), triggered.labels, triggered.true_labels)
     assert clean >= 0.97

@@ -11,6 +11,7 @@ from guard.config import GuardConfig
 from guard.detection.detectors.lof import PerClassLof
 from guard.detection.ensemble import Ensemble
 from guard.detection.fusion import Fusion, new_fusion
+from guard.detection.heads.decision_head import holds_out_enough
 from guard.detection.training_set import TrainingSet
 from guard.statistics.calibration import conformal_p_values, largest_surprises, stratified_folds
 from guard.types import BACKUP, BoolArray, Float64Array, IntArray
@@ -80,6 +81,8 @@ def cross_fit(config: GuardConfig, training: TrainingSet, *, progress: Progress 
     part = stratified_folds(labels, config.folds, config.seed, training.groups)
     scored = np.flatnonzero(training.is_distinct)
     part_scored = part[scored]
+    # With early stopping here and without it there, heads of the folds would be sure otherwise than the final ones.
+    stops_early = all(holds_out_enough(labels[training.teaches & (part != fold)]) for fold in range(config.folds))
     wanted = Ensemble.for_mode(config, depths, with_anomalies=training.has_anomalies)
     raw = np.empty((len(scored), len(wanted.names)))
     layers = [depth for depth in depths if depth != BACKUP] if config.anytime else []
@@ -88,12 +91,12 @@ def cross_fit(config: GuardConfig, training: TrainingSet, *, progress: Progress 
         report(f"cross-fitting, part {fold + 1} of {config.folds}", 0.1 + 0.7 * fold / config.folds)
         hold = part_scored == fold
         held_out = activations[scored[hold]]
-        fitted = _fitted_ensemble(config, training, training.teaches & (part != fold))
+        fitted = _fitted_ensemble(config, training, training.teaches & (part != fold), stops_early)
         raw[hold] = fitted.score(held_out)
         for k, scores in enumerate(early_raw):
             scores[hold] = fitted.up_to(layers[: k + 1]).score(held_out)
     report("fitting the detectors on all clean images", 0.8)
-    ensemble = _fitted_ensemble(config, training, training.teaches)
+    ensemble = _fitted_ensemble(config, training, training.teaches, stops_early)
     report("calibrating", 0.97)
     early = [
         EarlyFit(layers[k], ensemble.up_to(layers[: k + 1]), *_calibrated(config, scores, part_scored))
@@ -107,7 +110,7 @@ def _silent(_text: str, _share: float) -> None:
     """Report nothing."""
 
 
-def _fitted_ensemble(config: GuardConfig, training: TrainingSet, rows: BoolArray) -> Ensemble:
+def _fitted_ensemble(config: GuardConfig, training: TrainingSet, rows: BoolArray, stops_early: bool) -> Ensemble:
     """Fit on the chosen rows of the clean inputs, and on everything else that may be learned from."""
     # As many fewer neighbours as images: with the same number among fewer, the factors of a fold would spread less than
     # the final ones do (nearly all of a class are neighbours), and its scores would calibrate too low.
@@ -115,7 +118,10 @@ def _fitted_ensemble(config: GuardConfig, training: TrainingSet, rows: BoolArray
     n_seen = int(np.isin(chosen.sources, [*PerClassLof.learns_from]).sum())
     share = n_seen / (n_seen + training.copies * int((training.teaches & ~rows).sum()))
     scaled = config.replace(n_neighbors=max(1, round(config.n_neighbors * share)))
-    return Ensemble.for_mode(scaled, training.depths, with_anomalies=training.has_anomalies).fit(*chosen)
+    ensemble = Ensemble.for_mode(
+        scaled, training.depths, with_anomalies=training.has_anomalies, stops_early=stops_early
+    )
+    return ensemble.fit(*chosen)
 
 
 def _calibrated(config: GuardConfig, raw: Float64Array, part: IntArray) -> tuple[Fusion, Float64Array, float]:

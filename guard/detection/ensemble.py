@@ -36,12 +36,14 @@ class Ensemble:
         self.names = tuple(member.name for member in self.members)
 
     @classmethod
-    def for_mode(cls, config: GuardConfig, depths: Sequence[str], *, with_anomalies: bool = False) -> Self:
+    def for_mode(
+        cls, config: GuardConfig, depths: Sequence[str], *, with_anomalies: bool = False, stops_early: bool = True
+    ) -> Self:
         """Make the unfitted detectors of a mode.
 
         In `calibrated` mode every registered detector joins that has a reason to, see `Detector.joins`. A setting that
-        a detector shares by name with `GuardConfig` takes its value from there. `paper` mode has two detectors and no
-        place for others.
+        a detector shares by name with `GuardConfig` takes its value from there, and `stops_early` is that of all heads.
+        `paper` mode has two detectors and no place for others.
         """
         if config.mode == "paper":
             novelty = PerClassLof(
@@ -50,7 +52,9 @@ class Ensemble:
                 l0_tolerance=config.l0_tolerance,
                 compare="any",
             )
-            head = HeadDisagreement(feature_noise_std=config.feature_noise_std, seed=config.seed)
+            head = HeadDisagreement(
+                feature_noise_std=config.feature_noise_std, stops_early=stops_early, seed=config.seed
+            )
             return cls([Member("lof:norms", "lof", novelty), Member(f"disagreement:{FEATURES}", "disagreement", head)])
         layers = [depth for depth in depths if depth != BACKUP]
         places: dict[Joins, list[dict[str, Any]]] = {
@@ -62,8 +66,8 @@ class Ensemble:
         }
         members = []
         for kind, detector_class in DETECTORS.items():
-            shared = [name for name in _setting_names(detector_class) if name in GuardConfig.model_fields]
-            settings = {name: getattr(config, name) for name in shared}
+            known = {**dict(config), "stops_early": stops_early}
+            settings = {name: known[name] for name in _setting_names(detector_class) if name in known}
             for place in places[detector_class.joins]:
                 detector = detector_class(**settings, **place)
                 depth = getattr(detector, "depth", "")

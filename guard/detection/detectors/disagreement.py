@@ -28,6 +28,8 @@ class HeadDisagreement:
         Where the head reads: `"features"` or a depth's name.
     feature_noise_std : float
         See `DecisionHead.noise_std`.
+    stops_early : bool
+        See `DecisionHead.stops_early`; a guard decides it for all its heads.
     seed : int
         See `DecisionHead.seed`.
     """
@@ -37,14 +39,14 @@ class HeadDisagreement:
 
     depth: str = FEATURES
     feature_noise_std: float = 0.0
+    stops_early: bool = True
     seed: int = 0
     head_: DecisionHead = field(default_factory=DecisionHead, init=False, repr=False)
 
     def fit(self, activations: Activations, labels: IntArray) -> Self:
         """Train the head on activations and true labels, shape (n,)."""
-        self.head_ = DecisionHead(noise_std=self.feature_noise_std, seed=self.seed).fit(
-            activations.at(self.depth), labels, activations.logits.shape[1]
-        )
+        head = DecisionHead(noise_std=self.feature_noise_std, stops_early=self.stops_early, seed=self.seed)
+        self.head_ = head.fit(activations.at(self.depth), labels, activations.logits.shape[1])
         return self
 
     def score(self, activations: Activations) -> Float64Array:

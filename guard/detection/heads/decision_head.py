@@ -22,6 +22,11 @@ _HOLD_OUT = 0.1  # share of the clean data that decides when to stop
 _MIN_HOLD_OUT = 10  # fewer held-out rows say nothing; then all epochs run
 
 
+def holds_out_enough(labels: IntArray) -> bool:
+    """Whether a tenth of each class, of labels of shape (n,), is enough to decide when training stops."""
+    return int((_HOLD_OUT * np.bincount(labels)).astype(np.int64).sum()) >= _MIN_HOLD_OUT
+
+
 def hidden_widths(n_features: int, n_classes: int) -> tuple[int, int]:
     """Choose the two hidden widths: about twice the geometric mean of input and output, and half of that.
 
@@ -49,6 +54,8 @@ class DecisionHead:
         Adam's; no unit.
     noise_std : float
         Gaussian noise on the standardised inputs while training, in standard deviations of each feature; 0 = none.
+    stops_early : bool
+        False: all epochs run, however many rows are held out. Heads that are compared with each other must end alike.
     seed : int
         Seeds initial weights, batches, hold-out and noise; the global generators are not touched.
     """
@@ -59,6 +66,7 @@ class DecisionHead:
     learning_rate: float = 2e-3
     weight_decay: float = 1e-4
     noise_std: float = 0.0
+    stops_early: bool = True
     seed: int = 0
     layers_: dict[str, Float32Array] = field(default_factory=dict, init=False, repr=False)
 
@@ -124,7 +132,7 @@ class DecisionHead:
                     batch = batch + self.noise_std * torch.randn(batch.shape, generator=generator)
                 loss = functional.cross_entropy(_forward(batch, weights), targets[rows])
                 optimize(torch.autograd.grad(loss, weights))
-            if len(held_out) < _MIN_HOLD_OUT:
+            if not self.stops_early or len(held_out) < _MIN_HOLD_OUT:
                 best = [tensor.detach().clone() for tensor in weights]
                 continue
             with torch.no_grad():

@@ -198,18 +198,22 @@ class _Round:
         self.target_label = int(np.random.default_rng(0).permutation(classes)[seed % len(classes)])
         self.held_out = np.concatenate([self.to_fit, self.to_test])  # more of them, for a steadier clean accuracy
         self.accuracy_before = clean_accuracy(bench.answers[self.held_out], bench.labels[self.held_out])
-        self.control: tuple[SuspectModel, Guard] | None = None
+        self.control: tuple[SuspectModel, Guard] | None = None  # until it has run; none if no guard can be fitted to it
 
     def run_control(self, report: Progress) -> Trial:
         """Fine-tune without a trigger, and keep that copy and its guard to compare with."""
         started = time.perf_counter()
         planted, copy, held_out = self._plant(None, report)
-        guard = self._fit(copy, report)
+        about = self._about(CONTROL, planted, held_out, started)
+        try:
+            guard = self._fit(copy, report)
+        except DataError as error:  # fine-tuning has destroyed it
+            return Trial(**about, why_not=f"no guard can be fitted to this copy: {error}")
         clean = held_out[len(self.to_fit) :]
         self.control = (copy, guard)
         alarms = guard.scores(clean).is_poisoned
         return Trial(
-            **self._about(CONTROL, planted, held_out, started),
+            **about,
             **_of_clean(clean, self.bench.labels[self.to_test], alarms),
         )
 
@@ -240,11 +244,16 @@ class _Round:
         why_not = _why_not_planted(bench.planting, about)
         if why_not:
             return Trial(**about, why_not=why_not), sample
-        guard = self._fit(copy, report)
+        try:
+            guard = self._fit(copy, report)
+        except DataError as error:
+            return Trial(**about, why_not=f"no guard can be fitted to this copy: {error}"), sample
         of_clean, of_poisoned = guard.scores(clean), guard.scores(poisoned)
         flagged = of_poisoned.is_poisoned
-        assert self.control is not None  # run first
-        bare, bare_guard = self.control
+        bare_alarms = None
+        if self.control is not None:
+            bare, bare_guard = self.control
+            bare_alarms = float(bare_guard.scores(bare.activations(inputs)).is_poisoned.mean())
         trial = Trial(
             **about | {"seconds": time.perf_counter() - started},
             **_of_clean(clean, test.labels, of_clean.is_poisoned),
@@ -256,7 +265,7 @@ class _Round:
                 np.concatenate([of_clean.combined, of_poisoned.combined]),
                 np.arange(len(clean) + len(poisoned)) >= len(clean),
             ),
-            flagged_without_backdoor=float(bare_guard.scores(bare.activations(inputs)).is_poisoned.mean()),
+            flagged_without_backdoor=bare_alarms,
         )
         return trial, sample
 

@@ -52,7 +52,7 @@ class Trial:
     planted : bool
         The attack took, at little cost in clean accuracy. If not, nothing is said of the guard.
     why_not : str
-        Why it does not count as planted; empty if it does, and for the control.
+        Why it does not count as planted; empty if it does. Of the control: why it has no guard, empty if it has.
     clean_accuracy_guarded : float or None
         Of the copy, with flagged images counted as wrong.
     attack_success_unguarded, attack_success_guarded : float or None
@@ -63,7 +63,7 @@ class Trial:
     auroc : float or None
     flagged_without_backdoor : float or None
         Share of the same triggered images flagged on the control, where the trigger means nothing: how much of the
-        detection owes to odd pictures rather than to the backdoor.
+        detection owes to odd pictures rather than to the backdoor. None as well where the control has no guard.
     """
 
     attack: str
