@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,10 @@ def test_queue_of_the_first_schema_is_upgraded(backend, tmp_path, request):
         queue.decide("ann", 3, is_poisoned=True, true_label=5)
         assert queue.gold_results("ann").right == 1
         assert queue.counts().by_state[State.CLAIMED] == 3
+
+
+def test_copy_of_the_first_schema_never_keeps_a_request_id_of_one_digit():
+    other_id = importlib.import_module("guard.relabel.migrations.versions.0002_shares")._other_id
+    others = {other_id("request-0") for _ in range(200)}
+    assert "request-0" not in others
+    assert len(others) > 1

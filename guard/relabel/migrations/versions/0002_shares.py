@@ -60,4 +60,5 @@ def _disguise_gold(connection: sa.Connection) -> None:
 def _other_id(text: str) -> str:
     if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", text):
         return str(uuid.uuid4())
-    return re.sub("[0-9]", lambda _: random.SystemRandom().choice("0123456789"), text)
+    other = re.sub("[0-9]", lambda _: random.SystemRandom().choice("0123456789"), text)
+    return _other_id(text) if other == text and re.search("[0-9]", text) else other
