@@ -20,6 +20,10 @@ class SuspectModelError(GuardError):
     """The suspect model cannot be built, loaded, or split."""
 
 
+class NotApplicableError(SuspectModelError):
+    """A detector has no meaning for networks of this kind."""
+
+
 class DataError(GuardError, ValueError):
     """Images, labels or activations break a rule (shape, type, range, count)."""
 
