@@ -142,6 +142,7 @@ _SLOW_FILES = (
     "test_guard_handler",
     "test_retrainer",
     "test_zoo",
+    "test_rivals_contract",
     "test_soundness",
     "test_copies",
     "test_guard_backup",

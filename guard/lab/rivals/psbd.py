@@ -27,19 +27,20 @@ class Psbd(Rival):
     dropout rate is the lowest at which the predictions of the asked share of the clean images shift to another label,
     on average over the k passes, so that what does not shift stands out.
 
-    Chosen where [1]_ leaves it open: dropout is in front of every convolution and fully connected layer but the first,
-    on single units, the others divided by the kept share; each of the k passes has masks of its own, which all images
-    share, so that a score does not depend on the batch. [1]_ looks for poisoned *training* images and may compare their
-    shifts with those of clean ones; here only clean images are there to choose the rate.
+    Chosen where [1]_ leaves it open, or as what is known of it here: k is 3 and the share 0.8; dropout is in front of
+    every convolution and fully connected layer but the first, on single units, the others divided by the kept share;
+    each of the k passes has masks of its own, which all images share, so that a score does not depend on the batch.
+    [1]_ looks for poisoned *training* images and may compare their shifts with those of clean ones; here only clean
+    images are there to choose the rate.
 
     Parameters
     ----------
     seed : int
         Of the masks.
     runs : int
-        k, >= 1; 3 as in the paper.
+        k, >= 1.
     shift_share : float
-        In (0, 1); 0.8 as in the paper. The highest rate is taken where none reaches it.
+        In (0, 1). The highest rate is taken where none reaches it.
 
     References
     ----------

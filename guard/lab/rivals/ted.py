@@ -7,6 +7,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from scipy.spatial.distance import cdist
 
+from guard.errors import DataError
 from guard.lab.rivals.base import Rival, executed_layers, weighted_layers
 from guard.suspect.model import SuspectModel
 from guard.types import Activations, Float32Array, Float64Array, IntArray
@@ -56,6 +57,11 @@ class Ted(Rival):
         self._watched = SuspectModel(self.network.module, depths=names)
         activations = self._watched.activations(images)
         is_right = activations.predicted_labels == labels
+        if not is_right.any():
+            raise DataError(
+                f"{self.title} compares with clean images that the suspect model gets right, and it gets none of the "
+                f"{len(labels)} clean images right. Check the order of the classes."
+            )
         self._references, self._labels = activations[is_right], labels[is_right]
         self._outliers = PcaOutliers.fit(self._trajectories(self._references, are_references=True))
 
@@ -92,7 +98,7 @@ class PcaOutliers(NamedTuple):
     @classmethod
     def fit(cls, rows: Float64Array) -> Self:
         """Learn from normal rows (n, d)."""
-        n = max(len(rows), 1)
+        n = len(rows)
         centre = rows.mean(axis=0)
         spread = np.maximum(rows.std(axis=0), 1.0 / np.sqrt(n))
         standardised = (rows - centre) / spread
