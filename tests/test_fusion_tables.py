@@ -14,9 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from guard import Activations, Guard, GuardConfig
+from guard import Activations, Guard, GuardConfig, SuspectModel
 from guard.detection.heads.decision_head import DecisionHead
+from guard.lab.zoo.splits import LabelledImages
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "benchmarks" / "fusion"
@@ -209,6 +212,41 @@ def test_three_triggers_give_a_value_each(scripts: SimpleNamespace) -> None:
     ]
     assert found["guarded_attack_success_eyebrows"].paper == 0.03
     assert found["guarded_clean_accuracy"].paper == 87.7
+
+
+def test_strip_of_ours_stands_beside_the_printed_one(scripts: SimpleNamespace) -> None:
+    model = scripts.common.CASES["j"].models[0]
+    held = {(model, scripts.studies.STRIP): {"strip": {"false_acceptance": [0.1, 0.625, 0.0]}}}
+    rows = scripts.common.rows_of(scripts.table_4.TABLE, records_of(scripts, held))
+    found = {row.quantity: row[3:] for row in rows if row.case == "j" and row.mode == "strip"}
+    assert found == {
+        "strip_false_acceptance_lipstick": (10.0, 11.7),
+        "strip_false_acceptance_eyebrows": (62.5, 63.7),
+        "strip_false_acceptance_sunglasses": (0.0, 5.8),
+    }
+
+
+@pytest.mark.parametrize(("trigger", "accepted"), [(1.0, 0.0), (0.0, 1.0)], ids=["loud", "silent"])
+def test_strip_rejects_what_stays_surer_than_clean_images_do(
+    scripts: SimpleNamespace, trigger: float, accepted: float
+) -> None:
+    """Logits (40 x, noise): a bright first pixel outweighs the others, whatever is laid over it."""
+    layer = nn.Linear(9, 2, bias=False)
+    layer.weight.data = torch.zeros(2, 9)
+    layer.weight.data[0, 0], layer.weight.data[1, 1:] = 40.0, 0.5
+    images = np.random.default_rng(0).random((80, 1, 3, 3), dtype=np.float32)
+    images[..., 0, 0] = 0.0
+    triggered = images.copy()
+    triggered[..., 0, 0] = trigger
+    labels = np.zeros(80, np.int64)
+    subject = SimpleNamespace(
+        card=SimpleNamespace(seed=1),
+        suspect=SuspectModel(nn.Sequential(nn.Flatten(), layer)),
+        split=SimpleNamespace(validation=LabelledImages(images, labels)),
+        triggered=[(None, SimpleNamespace(images=triggered))],
+    )
+    record = scripts.studies.study_strip(subject, scripts.studies.STRIP)
+    assert record["strip"]["false_acceptance"] == pytest.approx([accepted], abs=0.1)
 
 
 def test_a_missing_model_is_reported_in_rows_and_text(scripts: SimpleNamespace) -> None:

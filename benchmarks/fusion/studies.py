@@ -2,7 +2,8 @@
 
 A record holds rates only (fractions), in groups: `unguarded` (the suspect model alone), `novelty` and `head` (the two
 detectors of the paper each alone), `paper` (both, eq. 13), `calibrated` (our combination), `calibrated_usual` (the same
-at a rate that has nothing to do with the paper). Attack success and false negatives are lists, one rate per trigger.
+at a rate that has nothing to do with the paper), `strip` (a rival). Attack success, false negatives and false
+acceptance are lists, one rate per trigger.
 
 Guards see clean validation images only. The rate that `calibrated` asks for is the one that `paper` shows on the
 validation images, out of fold; test images, clean or poisoned, are looked at when both guards are fitted.
@@ -36,6 +37,7 @@ from guard.detection.detectors.lof import PerClassLof
 from guard.detection.fusion import NOVELTY_OFFSET
 from guard.detection.pipeline import Guard
 from guard.lab.attacks.poisoning import Poisoned
+from guard.lab.rivals.strip import Strip, detection_boundary
 from guard.lab.zoo.card import ZooCard
 from guard.lab.zoo.collection import Zoo
 from guard.statistics.calibration import stratified_folds
@@ -53,6 +55,11 @@ SEEN_SHARE = 0.2
 #: Seed of the images that are seen first; the guards take the seed of their model.
 STREAM_SEED = 0
 
+#: Of STRIP: the share of clean inputs that its boundary may reject, as in its paper, and how many validation images it
+#: is fitted on, and triggered images per trigger it is measured on, as each takes a hundred forward passes.
+STRIP_FALSE_REJECTION = 0.01
+STRIP_IMAGES = 500
+
 #: Files of `guard` that decide the numbers: a record made by other code is not used again.
 _DECIDING = (
     *(f"lab/attacks/{name}.py" for name in ("attack", "networks", "poisoning", "targets")),
@@ -61,8 +68,12 @@ _DECIDING = (
     *("statistics/*.py", "suspect/*.py"),
 )
 
-#: The same for what happens in service.
-_DECIDING_ONLINE = ("relabel/*.py", "retrainer/*.py", "serving/*.py", "torchserve/*.py")
+#: The same of some kinds of requests, and scripts of this folder.
+_DECIDING_MORE = {
+    "online": ("relabel/*.py", "retrainer/*.py", "serving/*.py", "torchserve/*.py"),
+    "strip": ("lab/rivals/base.py", "lab/rivals/strip.py"),
+}
+_SCRIPTS_MORE = {"online": ("online",)}
 
 PLAIN = Request("guard")
 AUGMENTED = Request("guard", noise_std=NOISE_STD)
@@ -70,6 +81,7 @@ HALF = Request("guard", validation_quarters=2)
 THREE_QUARTERS = Request("guard", validation_quarters=3)
 LAST_LAYER = Request("last_layer")
 ONLINE = Request("online", noise_std=NOISE_STD)
+STRIP = Request("strip")
 RETRAINED_PLAIN = Request("retraining")
 NORM_STUDY = Request("norm_orders")
 NOISE_STUDY = Request("noise_std")
@@ -189,6 +201,17 @@ def study_online(subject: Subject, request: Request) -> Record:
     return learn_in_service(subject, request)
 
 
+def study_strip(subject: Subject, request: Request) -> Record:
+    """Measure STRIP: the share of triggered images whose entropy is above the boundary that clean images tell."""
+    rng = np.random.default_rng(subject.card.seed)
+    validation = subject.split.validation
+    rows = rng.permutation(len(validation))[:STRIP_IMAGES]
+    rival = Strip(seed=subject.card.seed).fit(subject.suspect, validation.images[rows], validation.labels[rows])
+    boundary = detection_boundary(rival.score(validation.images[rows]), STRIP_FALSE_REJECTION)
+    triggered = [entry.images[rng.permutation(len(entry.images))[:STRIP_IMAGES]] for _, entry in subject.triggered]
+    return {"strip": {"false_acceptance": [float((rival.score(images) <= boundary).mean()) for images in triggered]}}
+
+
 def study_norm_orders(subject: Subject, request: Request) -> Record:
     """Measure the novelty detector alone under several summaries of the features.
 
@@ -254,6 +277,7 @@ STUDIES: Mapping[str, Callable[[Subject, Request], Record]] = {
     "last_layer": study_last_layer,
     "retraining": study_retraining,
     "online": study_online,
+    "strip": study_strip,
     "norm_orders": study_norm_orders,
     "noise_std": study_noise_std,
     "benign_noise": study_benign_noise,
@@ -321,22 +345,20 @@ def record_path(folder: Path, card: ZooCard, request: Request) -> Path:
         "request": asdict(request),
         "constants": [SEEN_SHARE, STREAM_SEED, USUAL_RATE, card.seed, NORM_CHOICES, NOISE_CHOICES],
         "config": GuardConfig().model_dump(mode="json", exclude={"data_dir"}),
-        "code": code_digest(request.kind == "online"),
+        "code": code_digest(request.kind),
     }
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     return folder / f"{card.name}.{request.label}.{digest[:16]}.json"
 
 
 @functools.cache
-def code_digest(online: bool) -> str:
+def code_digest(kind: str) -> str:
     """Return a digest of the code that decides the numbers: what `guard` computes with, and this folder's studies."""
     package, folder = Path(guard.__file__).parent, Path(__file__).parent
-    patterns = (*_DECIDING, *_DECIDING_ONLINE) if online else _DECIDING
+    patterns = (*_DECIDING, *_DECIDING_MORE.get(kind, ()))
     files = [path for pattern in patterns for path in package.glob(pattern)]
-    files += [
-        folder / f"{name}.py"
-        for name in ("studies", "subjects", "last_layer", "trained_once", *(["online"] if online else []))
-    ]
+    scripts = ("studies", "subjects", "last_layer", "trained_once", *_SCRIPTS_MORE.get(kind, ()))
+    files += [folder / f"{name}.py" for name in scripts]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from common import LETTERED, Column, Panel, Table, both_guards
 from publishing import main
-from studies import PLAIN, USUAL_RATE
+from studies import PLAIN, STRIP, STRIP_FALSE_REJECTION, STRIP_IMAGES, USUAL_RATE
 
 _MEASURES = {"clean_accuracy": "clean", "attack_success": "attack"}
 _OTHERS = {"neural_cleanse": ("Neural Cleanse", ""), "fine_pruning": ("fine-pruning", "fine-pruning")}
@@ -37,7 +37,7 @@ TABLE = Table(
             for other, (words, backup) in _OTHERS.items()
             for measure, short in _MEASURES.items()
         ),
-        Column("strip_false_acceptance", "strip", "STRIP FAR"),
+        Column("strip_false_acceptance", "strip", "STRIP FAR", STRIP, ("strip", "false_acceptance")),
     ),
     panels=tuple(
         (Panel(f"Trojaned model: {title}", f"unguarded_{measure}"), Panel(f"Guarded: {title}", f"guarded_{measure}"))
@@ -45,7 +45,9 @@ TABLE = Table(
     ),
     notes=(
         "Fine-pruning: ours from benchmarks/results/backups.csv, the twin alone, where it has been measured; it pools "
-        "the triggers of a model. Neural Cleanse and STRIP: printed values only, the project has neither.",
+        "the triggers of a model. Neural Cleanse: printed values only, the project has none.",
+        f"STRIP: triggered images that are accepted where {100 * STRIP_FALSE_REJECTION:g} % of the clean ones may be "
+        f"rejected; 100 overlays, {STRIP_IMAGES} validation images, {STRIP_IMAGES} images of each trigger.",
         'For case a (Neural Cleanse) the paper prints "Fails", for case f "Fail".',
     ),
 )
