@@ -243,7 +243,7 @@ def test_strip_rejects_what_stays_surer_than_clean_images_do(
         card=SimpleNamespace(seed=1),
         suspect=SuspectModel(nn.Sequential(nn.Flatten(), layer)),
         split=SimpleNamespace(validation=LabelledImages(images, labels)),
-        triggered=[(None, SimpleNamespace(images=triggered))],
+        triggered_sets=[SimpleNamespace(images=triggered)],
     )
     record = scripts.studies.study_strip(subject, scripts.studies.STRIP)
     assert record["strip"]["false_acceptance"] == pytest.approx([accepted], abs=0.1)

@@ -302,7 +302,7 @@ def test_psbd_says_that_a_network_of_one_layer_is_not_for_it() -> None:
 def test_badexpert_is_the_log_ratio_of_two_probabilities() -> None:
     suspect = linear([[2.0, 0.0], [0.0, 2.0]], [0.0, 0.0])
     images = pixels([[0.9, 0.1], [0.1, 0.9], [0.8, 0.3], [0.2, 0.7]])
-    rival = BadExpert(expert_rate=0.5).fit(suspect, images, labels(0, 1, 0, 1))
+    rival = BadExpert(learning_rate=0.1).fit(suspect, images, labels(0, 1, 0, 1))
     answers = np.array([0, 1, 0, 1])
 
     def probability(network: CountedNetwork) -> np.ndarray:
@@ -353,7 +353,7 @@ def test_layers_are_those_that_run_in_their_order_once() -> None:
         (lambda: Psbd(shift_share=1.0), r"shift_share in \(0, 1\)"),
         (lambda: BadExpert(left_accuracy=0.0), r"left_accuracy must be in \(0, 1\)"),
         (lambda: BadExpert(epochs=0), "epochs"),
-        (lambda: BadExpert(expert_rate=0.0), "learning_rate must be > 0"),
+        (lambda: BadExpert(learning_rate=0.0), "learning_rate must be > 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(make: object, words: str) -> None:

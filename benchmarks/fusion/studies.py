@@ -58,7 +58,7 @@ STREAM_SEED = 0
 #: Of STRIP: the share of clean inputs that its boundary may reject, as in its paper, and how many validation images it
 #: is fitted on, and triggered images per trigger it is measured on, as each takes a hundred forward passes.
 STRIP_FALSE_REJECTION = 0.01
-STRIP_IMAGES = 500
+STRIP_IMAGES = 100
 
 #: Files of `guard` that decide the numbers: a record made by other code is not used again.
 _DECIDING = (
@@ -208,7 +208,7 @@ def study_strip(subject: Subject, request: Request) -> Record:
     rows = rng.permutation(len(validation))[:STRIP_IMAGES]
     rival = Strip(seed=subject.card.seed).fit(subject.suspect, validation.images[rows], validation.labels[rows])
     boundary = detection_boundary(rival.score(validation.images[rows]), STRIP_FALSE_REJECTION)
-    triggered = [entry.images[rng.permutation(len(entry.images))[:STRIP_IMAGES]] for _, entry in subject.triggered]
+    triggered = [entry.images[rng.permutation(len(entry.images))[:STRIP_IMAGES]] for entry in subject.triggered_sets]
     return {"strip": {"false_acceptance": [float((rival.score(images) <= boundary).mean()) for images in triggered]}}
 
 

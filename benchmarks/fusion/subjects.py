@@ -79,11 +79,14 @@ class Subject:
         return self.suspect.activations(self.split.test.images)
 
     @functools.cached_property
+    def triggered_sets(self) -> list[Poisoned]:
+        """The test images with the trigger, one set per trigger."""
+        return self.card.restore_attack().test_sets(self.split.test.images, self.split.test.labels)
+
+    @functools.cached_property
     def triggered(self) -> list[tuple[Activations, Poisoned]]:
         """Of the test images with the trigger, one set per trigger."""
-        test = self.split.test
-        sets = self.card.restore_attack().test_sets(test.images, test.labels)
-        return [(self.suspect.activations(test_set.images), test_set) for test_set in sets]
+        return [(self.suspect.activations(test_set.images), test_set) for test_set in self.triggered_sets]
 
     def guards(self, noise_std: float, quarters: int) -> Guards:
         """Return both guards, fitted once."""

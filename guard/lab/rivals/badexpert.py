@@ -23,15 +23,15 @@ class BadExpert(Rival):
     log p_c(expert) - log p_c(auxiliary): the backdoor expert agrees, and the auxiliary model does not.
 
     Chosen where [1]_ leaves it open, or as what is known of it here: the joint rule on both confidences is their ratio;
-    the expert learns by AdamW with a low rate, an epoch at a time; the auxiliary model with a tenfold rate for ten
-    epochs; no augmentation, and running statistics of batch norm stay as they are, as few images would spoil them.
+    both learn by AdamW, the auxiliary model for all epochs with a rate that falls, the expert an epoch at a time; no
+    augmentation, and running statistics of batch norm stay as they are, as few images would spoil them.
 
     Parameters
     ----------
     seed : int
         Of the order of the images.
-    expert_rate, auxiliary_rate : float
-        Learning rates, > 0.
+    learning_rate : float
+        > 0.
     left_accuracy : float
         Clean accuracy at which the expert has unlearned enough, in (0, 1).
     epochs : int
@@ -50,8 +50,7 @@ class BadExpert(Rival):
         self,
         *,
         seed: int = 0,
-        expert_rate: float = 1e-4,
-        auxiliary_rate: float = 1e-3,
+        learning_rate: float = 1e-3,
         left_accuracy: float = 0.2,
         epochs: int = 10,
     ) -> None:
@@ -59,14 +58,13 @@ class BadExpert(Rival):
         if not 0.0 < left_accuracy < 1.0:
             raise DataError(f"left_accuracy must be in (0, 1), got {left_accuracy}.")
         self.left_accuracy = left_accuracy
-        self._auxiliary_settings = FitSettings(epochs, epochs, learning_rate=auxiliary_rate, augmentation=None)
-        self._expert_settings = dataclasses.replace(self._auxiliary_settings, learning_rate=expert_rate)
+        self._settings = FitSettings(epochs, epochs, learning_rate=learning_rate, augmentation=None)
 
     def _fit(self, images: Float32Array, labels: IntArray) -> None:
         self._expert, self._auxiliary = (self.counted(self.network.module) for _ in range(2))
-        self._train(self._auxiliary, images, labels, self._auxiliary_settings, self.seed)
-        wrong, one_epoch = (labels + 1) % self.n_classes, dataclasses.replace(self._expert_settings, epochs=1)
-        for epoch in range(self._expert_settings.epochs):
+        self._train(self._auxiliary, images, labels, self._settings, self.seed)
+        wrong, one_epoch = (labels + 1) % self.n_classes, dataclasses.replace(self._settings, epochs=1)
+        for epoch in range(self._settings.epochs):
             self._train(self._expert, images, wrong, one_epoch, self.seed + epoch)
             if accuracy_of(self._expert.module, images, labels) <= self.left_accuracy:
                 break

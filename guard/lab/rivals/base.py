@@ -16,6 +16,8 @@ from guard.errors import DataError, NotFittedError
 from guard.suspect.model import SuspectModel
 from guard.types import Float32Array, Float64Array, IntArray
 
+_BATCH = 64  # rows of a forward pass: on one core 1.4 to 1.8 times faster than 256, whose maps fit no cache
+
 
 class CountedNetwork:
     """A copy of a network, in eval mode, that counts the images that pass through it, whoever sends them.
@@ -43,7 +45,7 @@ class CountedNetwork:
 
     def logits(self, images: Float32Array) -> Float64Array:
         """Return logits of shape (n, n_classes), float64."""
-        return predict_logits(self.module, images).astype(np.float64)
+        return predict_logits(self.module, images, _BATCH).astype(np.float64)
 
     def probabilities(self, images: Float32Array) -> Float64Array:
         """Return the softmax of the logits, shape (n, n_classes), float64."""

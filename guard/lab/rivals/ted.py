@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple, Self
 
 import numpy as np
-from scipy.spatial.distance import cdist
 
+from guard.detection.detectors.distances import AllDistances
 from guard.errors import DataError
 from guard.lab.rivals.base import Rival, executed_layers, weighted_layers
 from guard.suspect.model import SuspectModel
@@ -126,13 +126,13 @@ def nearest_of_class(
     are_references : bool
         Whether query i is reference i, which then is not compared with itself.
     """
-    ranks, distances = np.empty(len(queries)), np.empty(len(queries))
+    ranks, squared, squares = np.empty(len(queries)), np.empty(len(queries)), AllDistances(references)
     for start in range(0, len(queries), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        apart = cdist(queries[rows], references)
+        apart = squares(queries[rows].astype(np.float64))
         if are_references:
             apart[np.arange(len(apart)), start + np.arange(len(apart))] = np.inf
         same = np.where(classes[rows, np.newaxis] == labels, apart, np.inf)
-        distances[rows] = same.min(axis=1, initial=np.inf)
-        ranks[rows] = 1 + (apart < distances[rows, np.newaxis]).sum(axis=1)
-    return Nearest(ranks, distances)
+        squared[rows] = same.min(axis=1, initial=np.inf)
+        ranks[rows] = 1 + (apart < squared[rows, np.newaxis]).sum(axis=1)
+    return Nearest(ranks, np.sqrt(squared))
