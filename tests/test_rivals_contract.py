@@ -38,7 +38,7 @@ LEAST_AUROC = dict.fromkeys(PASSES, 0.6) | {"scale-up": 0.0, "scale-up-limited":
 
 def quick(name: str, **settings: Any) -> Rival:
     """A rival whose training is short."""
-    return RIVALS[name](**settings, **({"epochs": 4} if name == "badexpert" else {}))
+    return RIVALS[name](**settings, **({"epochs": 2} if name == "badexpert" else {}))
 
 
 class NormedMnist(nn.Module):

@@ -302,7 +302,7 @@ def test_psbd_says_that_a_network_of_one_layer_is_not_for_it() -> None:
 def test_badexpert_is_the_log_ratio_of_two_probabilities() -> None:
     suspect = linear([[2.0, 0.0], [0.0, 2.0]], [0.0, 0.0])
     images = pixels([[0.9, 0.1], [0.1, 0.9], [0.8, 0.3], [0.2, 0.7]])
-    rival = BadExpert(learning_rate=0.1).fit(suspect, images, labels(0, 1, 0, 1))
+    rival = BadExpert(learning_rate=0.5).fit(suspect, images, labels(0, 1, 0, 1))
     answers = np.array([0, 1, 0, 1])
 
     def probability(network: CountedNetwork) -> np.ndarray:

@@ -13,6 +13,8 @@ from guard.errors import DataError
 from guard.lab.rivals.base import CountedNetwork, Rival
 from guard.types import Float32Array, Float64Array, IntArray
 
+_LONGER = 5
+
 
 class BadExpert(Rival):
     """Probability of the suspect model's answer in a backdoor expert, over that in a finetuned auxiliary model.
@@ -35,7 +37,7 @@ class BadExpert(Rival):
     left_accuracy : float
         Clean accuracy at which the expert has unlearned enough, in (0, 1).
     epochs : int
-        At most for the expert, and for the auxiliary model, >= 1.
+        Of the auxiliary model, >= 1; the expert has up to five times as many, as a hundred images teach little in one.
 
     References
     ----------
@@ -64,7 +66,7 @@ class BadExpert(Rival):
         self._expert, self._auxiliary = (self.counted(self.network.module) for _ in range(2))
         self._train(self._auxiliary, images, labels, self._settings, self.seed)
         wrong, one_epoch = (labels + 1) % self.n_classes, dataclasses.replace(self._settings, epochs=1)
-        for epoch in range(self._settings.epochs):
+        for epoch in range(_LONGER * self._settings.epochs):
             self._train(self._expert, images, wrong, one_epoch, self.seed + epoch)
             if accuracy_of(self._expert.module, images, labels) <= self.left_accuracy:
                 break
