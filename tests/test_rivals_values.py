@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from guard import SuspectModel
 from guard.errors import DataError, NotApplicableError
 from guard.lab.rivals.badexpert import BadExpert
-from guard.lab.rivals.base import CountedNetwork, executed_layers, weighted_layers
+from guard.lab.rivals.base import CountedNetwork, Layer, executed_layers, weighted_layers
 from guard.lab.rivals.beatrix import Band, Beatrix, gram_entries
 from guard.lab.rivals.ibd_psc import IbdPsc
 from guard.lab.rivals.max_softmax import MaxSoftmax
@@ -334,6 +334,14 @@ def test_layers_are_those_that_run_in_their_order_once() -> None:
         ("last", (1, 2)),
     ]
     assert [layer.name for layer in weighted_layers(layers)] == ["first", "last"]
+    assert [layer.positions for layer in layers] == [4, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "positions"), [((1, 8, 4, 4), 16), ((1, 64, 192), 64), ((1, 10), 1), ((4, 16, 8), 0), ((1,), 0), ((), 0)]
+)
+def test_positions_are_pixels_or_tokens_of_what_has_a_row_per_image(shape: tuple[int, ...], positions: int) -> None:
+    assert Layer("any", nn.Identity(), shape).positions == positions
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+import math
 from typing import ClassVar, NamedTuple, Self, final
 
 import numpy as np
 from scipy.special import softmax
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from guard.backups.backup_training import copy_network, predict_logits
 from guard.backups.clean_set import check_images
@@ -110,7 +112,7 @@ class Rival(abc.ABC):
             If the network cannot be copied or run.
         """
         _check_pixels(images)
-        self._networks = []
+        self._networks, self._shape = [], None
         self.network = self.counted(suspect.module)
         self.n_classes = self.network.logits(images[:1]).shape[1]
         self._fit(images, check_labels(labels, len(images), self.n_classes, "labels", "image"))
@@ -145,7 +147,10 @@ class Rival(abc.ABC):
 
     @property
     def passes(self) -> float:
-        """Forward passes per image scored since `fit`, of all networks together, as they were counted; NaN of none."""
+        """Forward passes per image scored since `fit`, of all networks together, as they were counted; NaN of none.
+
+        The answer to the image itself is among them only where the score needs it: STRIP's does not.
+        """
         rows = sum(network.rows for network in self._networks)
         return rows / self._scored if self._scored else float("nan")
 
@@ -173,12 +178,19 @@ class Layer(NamedTuple):
         In its network.
     module : Module
     shape : tuple of int
-        Of its output for one image, with the leading 1; () if that is no tensor.
+        Of its output for one image; () if that is no tensor.
     """
 
     name: str
     module: nn.Module
     shape: tuple[int, ...]
+
+    @property
+    def positions(self) -> int:
+        """Pixels or tokens of a feature map with one row per image; 1 of a vector, 0 of anything else."""
+        if self.shape[:1] != (1,) or len(self.shape) not in (2, 3, 4):
+            return 0
+        return math.prod(self.shape[2:]) if len(self.shape) != 3 else self.shape[1]
 
 
 def executed_layers(network: CountedNetwork, image: Float32Array) -> list[Layer]:
@@ -210,7 +222,7 @@ def executed_layers(network: CountedNetwork, image: Float32Array) -> list[Layer]
 
 def weighted_layers(layers: list[Layer]) -> list[Layer]:
     """Return the convolutions and the fully connected layers among them."""
-    return [layer for layer in layers if isinstance(layer.module, nn.modules.conv._ConvNd | nn.Linear)]
+    return [layer for layer in layers if isinstance(layer.module, _ConvNd | nn.Linear)]
 
 
 def _check_pixels(images: Float32Array) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -87,9 +86,9 @@ class Beatrix(Rival):
         self.orders, self.width = orders, width
 
     def _fit(self, images: Float32Array, labels: IntArray) -> None:
-        layers = executed_layers(self.network, images[:1])
-        maps = [layer for layer in layers if _positions(layer.shape) > 1]
-        self._layer: nn.Module = (maps[-1] if maps else layers[max(len(layers) - 2, 0)]).module
+        layers = [layer for layer in executed_layers(self.network, images[:1]) if layer.positions]
+        maps = [layer for layer in layers if layer.positions > 1] or layers[-2:-1] or layers
+        self._layer: nn.Module = maps[-1].module
         features, _ = self._features(images)
         rng = np.random.default_rng(self.seed)
         rows = [rng.permutation(np.flatnonzero(labels == label))[:_MOST] for label in range(self.n_classes)]
@@ -147,10 +146,6 @@ def gram_entries(features: Float32Array, order: int) -> Float64Array:
         products = (powers @ powers.transpose(0, 2, 1))[:, rows, columns]
         entries[start : start + _CHUNK] = np.sign(products) * np.abs(products) ** (1.0 / order)
     return entries
-
-
-def _positions(shape: tuple[int, ...]) -> int:
-    return math.prod(shape[2:]) if len(shape) == 4 else shape[1] if len(shape) == 3 else 1
 
 
 def _as_map(output: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ class Ted(Rival):
     source = "Mo et al. 2024, arXiv 2312.02673"
 
     def _fit(self, images: Float32Array, labels: IntArray) -> None:
-        names = [layer.name for layer in weighted_layers(executed_layers(self.network, images[:1]))]
+        layers = weighted_layers(executed_layers(self.network, images[:1]))
+        names = [layer.name for layer in layers if layer.positions]
         self._watched = SuspectModel(self.network.module, depths=names)
         activations = self._watched.activations(images)
         is_right = activations.predicted_labels == labels
