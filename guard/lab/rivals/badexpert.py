@@ -52,7 +52,7 @@ class BadExpert(Rival):
         self,
         *,
         seed: int = 0,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 3e-4,
         left_accuracy: float = 0.2,
         epochs: int = 10,
     ) -> None:
