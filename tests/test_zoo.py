@@ -111,6 +111,19 @@ def test_split_same_every_time_read_only_and_named_by_a_digest(numbered_sets):
     assert load_split("cifar100").digest != digest
 
 
+def test_split_of_some_classes_numbers_them_anew_and_keeps_their_images(numbered_sets):
+    numbered_sets["cifar100", "train"], numbered_sets["cifar100", "test"] = numbered(12_000, 100), numbered(3000, 100)
+    split = load_split("cifar100_30")
+    assert [len(part) for part in (split.train, split.monitor, split.validation, split.test)] == [3450, 150, 450, 450]
+    assert split.class_names[:3] == ("0", "8", "17")
+    assert len(split.class_names) == 30
+    assert sorted(rows_of(split.validation).tolist() + rows_of(split.test).tolist()) == [
+        row for row in range(3000) if str(row % 100) in split.class_names
+    ]
+    for part in (split.train, split.monitor, split.validation, split.test):
+        assert [split.class_names[label] for label in part.labels] == [str(row % 100) for row in rows_of(part)]
+
+
 def test_split_guard_side_needs_no_training_file(numbered_sets):
     numbered_sets["mnist", "test"] = numbered(9000, 10)
     assert len(load_split("mnist").test) == 4000
