@@ -301,7 +301,7 @@ def test_shipped_zoo_is_the_plan_and_every_attack_is_real():
     for card in SHIPPED.cards():
         assert card.shortcomings() == (), card.name
         assert SHIPPED.weights_path(card.name).stat().st_size < 5_000_000
-    assert sum(path.stat().st_size for path in SHIPPED.folder.iterdir()) < 40_000_000
+    assert sum(path.stat().st_size for path in SHIPPED.folder.iterdir()) < 60_000_000
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED_NAMES if name.startswith("mnist-")])

@@ -110,7 +110,7 @@ RECIPES: dict[tuple[str, str], Recipe] = {
         TrainingSettings(epochs=7, batch_size=64, learning_rate=1e-3, settled_epochs=2),
         CropAndFlip(padding=2, flip=False),
         0.995,
-        TrainingSettings(epochs=2, batch_size=64, schedule="cosine", learning_rate=5e-4, settled_epochs=2),
+        TrainingSettings(epochs=1, batch_size=64, schedule="cosine", learning_rate=5e-4, settled_epochs=2),
     ),
     ("cifar10", "resnet20"): Recipe(
         TrainingSettings(
@@ -150,11 +150,11 @@ RECIPES: dict[tuple[str, str], Recipe] = {
         how="add",
     ),
     ("cifar100_30", "resnet20"): Recipe(
-        TrainingSettings(epochs=24, batch_size=64, optimizer="sgd", learning_rate=0.1, weight_decay=1e-3),
+        TrainingSettings(epochs=20, batch_size=64, optimizer="sgd", learning_rate=0.1, weight_decay=1e-3),
         CropAndFlip(padding=4, flip=True),
         0.95,
         TrainingSettings(
-            epochs=8, batch_size=64, optimizer="sgd", schedule="cosine", learning_rate=0.03, weight_decay=1e-3
+            epochs=6, batch_size=64, optimizer="sgd", schedule="cosine", learning_rate=0.03, weight_decay=1e-3
         ),
         how="add",
     ),
@@ -165,7 +165,8 @@ RECIPES: dict[tuple[str, str], Recipe] = {
 EPOCHS: dict[tuple[str, str, str], int] = {
     ("gtsrb", "gtsrb_cnn", "wanet"): 14,
     ("gtsrb", "gtsrb_cnn", "adap-blend"): 10,
-    ("gtsrb", "vit_tiny", "wanet"): 4,
+    ("gtsrb", "vit_tiny", "wanet"): 3,
+    ("cifar100_30", "resnet20", "wanet"): 10,
 }
 
 
