@@ -165,6 +165,20 @@ def test_plan_names_are_unique_and_every_part_is_known():
             assert any(other.name == entry.twin and other.attack_name == "benign" for other in PLAN)
 
 
+def test_recipe_of_an_attack_with_epochs_of_its_own_changes_the_training_that_is_run(monkeypatch):
+    settings = TrainingSettings(epochs=5)
+    recipes = {
+        ("mnist", "mnist_small"): Recipe(settings, None, 0.9),
+        ("mnist", "mnist_cnn"): Recipe(settings, None, 0.9, TrainingSettings(epochs=2)),
+    }
+    monkeypatch.setattr(plan, "RECIPES", recipes)
+    monkeypatch.setattr(plan, "EPOCHS", {(*key, "wanet"): 9 for key in recipes})
+    fresh, continued = (ZooEntry("mnist", "wanet", architecture, 0).recipe for _, architecture in recipes)
+    assert (fresh.settings.epochs, fresh.continued) == (9, None)
+    assert (continued.settings.epochs, continued.continued.epochs) == (5, 9)
+    assert ZooEntry("mnist", "blend", "mnist_cnn", 0).recipe == recipes["mnist", "mnist_cnn"]
+
+
 def test_find_entries_patterns_choose_in_the_order_of_the_plan():
     chosen = [entry.name for entry in find_entries(["mnist-b-*", "mnist-a-*-1"])]
     assert chosen == ["mnist-a-mnist_cnn-1", *(f"mnist-b-mnist_small-{seed}" for seed in (0, 1, 2))]

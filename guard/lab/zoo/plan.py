@@ -110,7 +110,7 @@ RECIPES: dict[tuple[str, str], Recipe] = {
         TrainingSettings(epochs=7, batch_size=64, learning_rate=1e-3, settled_epochs=2),
         CropAndFlip(padding=2, flip=False),
         0.995,
-        TrainingSettings(epochs=1, batch_size=64, schedule="cosine", learning_rate=5e-4, settled_epochs=2),
+        TrainingSettings(epochs=2, batch_size=64, schedule="cosine", learning_rate=5e-4, settled_epochs=2),
     ),
     ("cifar10", "resnet20"): Recipe(
         TrainingSettings(
@@ -165,7 +165,7 @@ RECIPES: dict[tuple[str, str], Recipe] = {
 EPOCHS: dict[tuple[str, str, str], int] = {
     ("gtsrb", "gtsrb_cnn", "wanet"): 14,
     ("gtsrb", "gtsrb_cnn", "adap-blend"): 10,
-    ("gtsrb", "vit_tiny", "wanet"): 3,
+    ("gtsrb", "vit_tiny", "wanet"): 4,
     ("cifar100_30", "resnet20", "wanet"): 10,
 }
 
@@ -194,7 +194,7 @@ PLAN: tuple[ZooEntry, ...] = (
     *_entries("gtsrb", "gtsrb_cnn_unpadded", ["d"], (0,), 0),
     *_entries("gtsrb", "gtsrb_cnn_unpadded", ["e"], (0,), 35),
     *_entries("gtsrb", "gtsrb_cnn", ["blend", "wanet", "tact", "adap-blend"], (0,), 1),
-    *_entries("gtsrb", "vit_tiny", ["badnets", "blend", "wanet", "imperceptible"], (0,), 3),
+    *_entries("gtsrb", "vit_tiny", ["c", "e", "blend", "wanet"], (0,), 3),
     *_entries("cifar10", "resnet20", ["f"], (0,), 0),
     *_entries("cifar10", "resnet20", ["g"], (0,), 7),
     *_entries("cifar10", "resnet20", ["imperceptible", "badnets", "blend", "wanet"], (0,), 0),
@@ -202,7 +202,7 @@ PLAN: tuple[ZooEntry, ...] = (
     *_entries("yaleb", "deepid", ["j"], (0,), 4),
     *_entries("yaleb", "deepid", ["k"], (0,), 0),
     *_entries("cifar100", "resnet20", ["red-box"], (0,), 0),
-    *_entries("cifar100_30", "resnet20", ["badnets", "blend", "wanet", "imperceptible"], (0,), 5),
+    *_entries("cifar100_30", "resnet20", ["c", "e", "blend", "wanet"], (0,), 5),
 )
 
 
