@@ -166,7 +166,8 @@ EPOCHS: dict[tuple[str, str, str], int] = {
     ("gtsrb", "gtsrb_cnn", "wanet"): 14,
     ("gtsrb", "gtsrb_cnn", "adap-blend"): 10,
     ("gtsrb", "vit_tiny", "wanet"): 4,
-    ("cifar100_30", "resnet20", "wanet"): 10,
+    ("cifar100_30", "resnet20", "c"): 12,
+    ("cifar100_30", "resnet20", "wanet"): 12,
 }
 
 
