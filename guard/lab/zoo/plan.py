@@ -165,7 +165,8 @@ RECIPES: dict[tuple[str, str], Recipe] = {
 EPOCHS: dict[tuple[str, str, str], int] = {
     ("gtsrb", "gtsrb_cnn", "wanet"): 14,
     ("gtsrb", "gtsrb_cnn", "adap-blend"): 10,
-    ("cifar100_30", "resnet20", "c"): 12,
+    ("cifar100_30", "resnet20", "red-box"): 10,
+    ("cifar100_30", "resnet20", "warp"): 12,
 }
 
 
@@ -193,7 +194,7 @@ PLAN: tuple[ZooEntry, ...] = (
     *_entries("gtsrb", "gtsrb_cnn_unpadded", ["d"], (0,), 0),
     *_entries("gtsrb", "gtsrb_cnn_unpadded", ["e"], (0,), 35),
     *_entries("gtsrb", "gtsrb_cnn", ["blend", "wanet", "tact", "adap-blend"], (0,), 1),
-    *_entries("gtsrb", "vit_tiny", ["c", "e", "blend", "warp"], (0,), 3),
+    *_entries("gtsrb", "vit_tiny", ["c", "blend"], (0,), 3),
     *_entries("cifar10", "resnet20", ["f"], (0,), 0),
     *_entries("cifar10", "resnet20", ["g"], (0,), 7),
     *_entries("cifar10", "resnet20", ["imperceptible", "badnets", "blend", "wanet"], (0,), 0),
@@ -201,7 +202,7 @@ PLAN: tuple[ZooEntry, ...] = (
     *_entries("yaleb", "deepid", ["j"], (0,), 4),
     *_entries("yaleb", "deepid", ["k"], (0,), 0),
     *_entries("cifar100", "resnet20", ["red-box"], (0,), 0),
-    *_entries("cifar100_30", "resnet20", ["c", "e", "blend", "warp"], (0,), 5),
+    *_entries("cifar100_30", "resnet20", ["red-box", "blend", "warp"], (0,), 5),
 )
 
 
