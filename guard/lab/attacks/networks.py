@@ -422,7 +422,7 @@ class VisionTransformer(nn.Module):
     """Vision transformer for 32 x 32 images: 64 patches of 4 x 4, blocks of three heads, no class token.
 
     Conv 3-width k4 s4, learned positions, blocks with 2 * width hidden units, layer norm, average over the patches,
-    Linear width-10. Small: six blocks of width 192; 1,806,154 weights. Tiny: four blocks of width 96; 311,434 weights.
+    Linear width-10. Small: six blocks of width 192; 1,806,154 weights. Tiny: four blocks of width 96; 311,146 weights.
 
     References
     ----------
