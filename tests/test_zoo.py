@@ -151,6 +151,12 @@ def test_plan_holds_all_that_is_required():
     }
     for data_set, attacks in required.items():
         assert all(have[data_set, attack] for attack in attacks)
+    for architecture, data_set in (("vit_tiny", "gtsrb"), ("resnet20", "cifar100_30")):  # right less often
+        found = {
+            entry.attack_name for entry in PLAN if (entry.architecture, entry.data_set) == (architecture, data_set)
+        }
+        assert "benign" in found
+        assert len(found) >= 3
     for data_set in ("mnist", *required):
         assert len([entry for entry in PLAN if entry.data_set == data_set and entry.attack_name == "benign"]) >= 2
 
