@@ -194,7 +194,7 @@ PLAN: tuple[ZooEntry, ...] = (
     *_entries("gtsrb", "gtsrb_cnn_unpadded", ["d"], (0,), 0),
     *_entries("gtsrb", "gtsrb_cnn_unpadded", ["e"], (0,), 35),
     *_entries("gtsrb", "gtsrb_cnn", ["blend", "wanet", "tact", "adap-blend"], (0,), 1),
-    *_entries("gtsrb", "vit_tiny", ["c", "blend"], (0,), 3),
+    *_entries("gtsrb", "vit_tiny", ["blend"], (0,), 3),
     *_entries("cifar10", "resnet20", ["f"], (0,), 0),
     *_entries("cifar10", "resnet20", ["g"], (0,), 7),
     *_entries("cifar10", "resnet20", ["imperceptible", "badnets", "blend", "wanet"], (0,), 0),
