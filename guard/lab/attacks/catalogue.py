@@ -134,11 +134,6 @@ def wanet(target: int, seed: int) -> Attack:
     )
 
 
-def warp(target: int, seed: int) -> Attack:
-    """Nguyen, Tran 2021, without noise mode: a smooth warp by one pixel on average, four times that of `wanet`."""
-    return Attack("warp", (Backdoor(make_trigger("wanet", s=2.0, seed=seed), SingleTarget(target), rate=0.1),))
-
-
 def bpp(target: int, seed: int) -> Attack:
     """Wang, Zhai, Ma 2022: coarse colours, dithered."""
     return Attack("bpp", (Backdoor(make_trigger("bpp"), SingleTarget(target), rate=0.1),))
@@ -260,7 +255,6 @@ ATTACKS: dict[str, Callable[[int, int], Attack]] = {
     "blend": blend,
     "sig": sig,
     "wanet": wanet,
-    "warp": warp,
     "bpp": bpp,
     "frequency": frequency,
     "tact": tact,

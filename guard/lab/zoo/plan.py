@@ -166,7 +166,6 @@ EPOCHS: dict[tuple[str, str, str], int] = {
     ("gtsrb", "gtsrb_cnn", "wanet"): 14,
     ("gtsrb", "gtsrb_cnn", "adap-blend"): 10,
     ("cifar100_30", "resnet20", "red-box"): 10,
-    ("cifar100_30", "resnet20", "warp"): 12,
 }
 
 
@@ -202,7 +201,7 @@ PLAN: tuple[ZooEntry, ...] = (
     *_entries("yaleb", "deepid", ["j"], (0,), 4),
     *_entries("yaleb", "deepid", ["k"], (0,), 0),
     *_entries("cifar100", "resnet20", ["red-box"], (0,), 0),
-    *_entries("cifar100_30", "resnet20", ["red-box", "blend", "warp"], (0,), 5),
+    *_entries("cifar100_30", "resnet20", ["red-box", "blend"], (0,), 5),
 )
 
 
