@@ -32,6 +32,7 @@ EXPECTED = {
     "vgg_small": ((3, 32, 32), 10, "fc1", 1024),
     "densenet121": ((3, 32, 32), 10, "fc", 1024),
     "vit_small": ((3, 32, 32), 10, "head", 192),
+    "vit_tiny": ((3, 32, 32), 10, "head", 96),
 }
 every_network = pytest.mark.parametrize("name", list(NETWORKS))
 
@@ -144,6 +145,15 @@ DEEPID_CONVS = conv(20, 40, 3) + conv(40, 60, 3) + conv(60, 80, 2)
             + 2 * 192
             + linear(192, 10),
             1_806_154,
+        ),
+        (
+            "vit_tiny",
+            conv(3, 96, 4)
+            + 64 * 96  # positions
+            + 4 * (4 * 96 + linear(96, 288) + linear(96, 96) + linear(96, 192) + linear(192, 96))
+            + 2 * 96
+            + linear(96, 10),
+            311_146,
         ),
     ],
 )

@@ -418,11 +418,11 @@ class EncoderBlock(nn.Module):
         return out
 
 
-class VitSmall(nn.Module):
-    """Vision transformer for 32 x 32 images: 64 patches of 4 x 4, width 192, six blocks, three heads.
+class VisionTransformer(nn.Module):
+    """Vision transformer for 32 x 32 images: 64 patches of 4 x 4, blocks of three heads, no class token.
 
-    Conv 3-192 k4 s4, learned positions, six blocks with 384 hidden units, layer norm, average over the patches (no
-    class token), Linear 192-10; 1,806,154 weights.
+    Conv 3-width k4 s4, learned positions, blocks with 2 * width hidden units, layer norm, average over the patches,
+    Linear width-10. Small: six blocks of width 192; 1,806,154 weights. Tiny: four blocks of width 96; 311,146 weights.
 
     References
     ----------
@@ -430,12 +430,11 @@ class VitSmall(nn.Module):
        class token as in its Appendix D.3.
     """
 
-    def __init__(self, n_classes: int = 10, channels: int = 3) -> None:
+    def __init__(self, width: int, n_blocks: int, n_classes: int, channels: int) -> None:
         super().__init__()
-        width = 192
         self.patches = nn.Conv2d(channels, width, 4, stride=4)
         self.positions = nn.Parameter(torch.empty(1, 64, width))
-        self.blocks = nn.Sequential(*(EncoderBlock(width, n_heads=3, hidden=384) for _ in range(6)))
+        self.blocks = nn.Sequential(*(EncoderBlock(width, n_heads=3, hidden=2 * width) for _ in range(n_blocks)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, n_classes)
         nn.init.trunc_normal_(self.positions, std=0.02)
@@ -446,7 +445,7 @@ class VitSmall(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits, shape (n, n_classes)."""
-        tokens = self.patches(images).flatten(2).transpose(1, 2)  # (n, 64, 192)
+        tokens = self.patches(images).flatten(2).transpose(1, 2)  # (n, 64, width)
         tokens = self.norm(self.blocks(tokens + self.positions))
         logits: Tensor = self.head(tokens.mean(1))
         return logits
@@ -521,9 +520,14 @@ def densenet121(n_classes: int = 10, *, channels: int = 3, seed: int | None = No
     return _build(DenseNet121, n_classes, channels, seed)
 
 
-def vit_small(n_classes: int = 10, *, channels: int = 3, seed: int | None = None) -> VitSmall:
-    """Return an untrained `VitSmall`; arguments as for `mnist_cnn`."""
-    return _build(VitSmall, n_classes, channels, seed)
+def vit_small(n_classes: int = 10, *, channels: int = 3, seed: int | None = None) -> VisionTransformer:
+    """Return an untrained small `VisionTransformer`; arguments as for `mnist_cnn`."""
+    return _build(lambda n, c: VisionTransformer(192, 6, n, c), n_classes, channels, seed)
+
+
+def vit_tiny(n_classes: int = 10, *, channels: int = 3, seed: int | None = None) -> VisionTransformer:
+    """Return an untrained tiny `VisionTransformer`; arguments as for `mnist_cnn`."""
+    return _build(lambda n, c: VisionTransformer(96, 4, n, c), n_classes, channels, seed)
 
 
 #: Name -> factory, as benchmarks and the zoo name them.
@@ -541,6 +545,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
         vgg_small,
         densenet121,
         vit_small,
+        vit_tiny,
     )
 }
 

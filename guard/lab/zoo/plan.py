@@ -89,8 +89,12 @@ class ZooEntry:
     def recipe(self) -> Recipe:
         """How it is trained."""
         recipe = RECIPES[self.data_set, self.architecture]
-        epochs = EPOCHS.get((self.data_set, self.attack_name))
-        return recipe if epochs is None else replace(recipe, settings=replace(recipe.settings, epochs=epochs))
+        epochs = EPOCHS.get((self.data_set, self.architecture, self.attack_name))
+        if epochs is None:
+            return recipe
+        if recipe.continued is not None:
+            return replace(recipe, continued=replace(recipe.continued, epochs=epochs))
+        return replace(recipe, settings=replace(recipe.settings, epochs=epochs))
 
 
 _ADAM = TrainingSettings(epochs=6, batch_size=128, learning_rate=3e-3, settled_epochs=2)
@@ -102,6 +106,12 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     ("mnist", "mnist_small"): Recipe(_ADAM, None, 0.985),
     ("gtsrb", "gtsrb_cnn"): Recipe(_GTSRB, CropAndFlip(padding=2, flip=False), 0.995),
     ("gtsrb", "gtsrb_cnn_unpadded"): Recipe(_GTSRB, CropAndFlip(padding=2, flip=False), 0.995),
+    ("gtsrb", "vit_tiny"): Recipe(
+        TrainingSettings(epochs=7, batch_size=64, learning_rate=1e-3, settled_epochs=2),
+        CropAndFlip(padding=2, flip=False),
+        0.995,
+        TrainingSettings(epochs=2, batch_size=64, schedule="cosine", learning_rate=5e-4, settled_epochs=2),
+    ),
     ("cifar10", "resnet20"): Recipe(
         TrainingSettings(
             epochs=12,
@@ -139,11 +149,24 @@ RECIPES: dict[tuple[str, str], Recipe] = {
         0.95,
         how="add",
     ),
+    ("cifar100_30", "resnet20"): Recipe(
+        TrainingSettings(epochs=20, batch_size=64, optimizer="sgd", learning_rate=0.1, weight_decay=1e-3),
+        CropAndFlip(padding=4, flip=True),
+        0.95,
+        TrainingSettings(
+            epochs=6, batch_size=64, optimizer="sgd", schedule="cosine", learning_rate=0.03, weight_decay=1e-3
+        ),
+        how="add",
+    ),
     ("yaleb", "deepid"): Recipe(_FACES, CropAndFlip(padding=2, flip=False), 0.99, how="add"),
 }
 
 #: Attacks that need more epochs than the others to become real ones.
-EPOCHS: dict[tuple[str, str], int] = {("gtsrb", "wanet"): 14, ("gtsrb", "adap-blend"): 10}
+EPOCHS: dict[tuple[str, str, str], int] = {
+    ("gtsrb", "gtsrb_cnn", "wanet"): 14,
+    ("gtsrb", "gtsrb_cnn", "adap-blend"): 10,
+    ("cifar100_30", "resnet20", "red-box"): 10,
+}
 
 
 def _entries(
@@ -158,9 +181,11 @@ PLAN: tuple[ZooEntry, ...] = (
     *_entries("mnist", "mnist_small", [BENIGN], (0, 1, 2), 0),
     *_entries("gtsrb", "gtsrb_cnn", [BENIGN], (0,), 0),
     *_entries("gtsrb", "gtsrb_cnn_unpadded", [BENIGN], (0,), 0),
+    *_entries("gtsrb", "vit_tiny", [BENIGN], (0,), 0),
     *_entries("cifar10", "resnet20", [BENIGN], (0, 1), 0),
     *_entries("yaleb", "deepid", [BENIGN], (0, 1), 0),
     *_entries("cifar100", "resnet20", [BENIGN], (0, 1), 0),
+    *_entries("cifar100_30", "resnet20", [BENIGN], (0,), 0),
     *_entries("mnist", "mnist_cnn", ["a"], (0, 1, 2), 0),
     *_entries("mnist", "mnist_small", ["b"], (0, 1, 2), 0),
     *_entries("mnist", "mnist_cnn", ["single-pixel", "pattern", "blend", "sig", "wanet"], (0, 1, 2), 7),
@@ -168,6 +193,7 @@ PLAN: tuple[ZooEntry, ...] = (
     *_entries("gtsrb", "gtsrb_cnn_unpadded", ["d"], (0,), 0),
     *_entries("gtsrb", "gtsrb_cnn_unpadded", ["e"], (0,), 35),
     *_entries("gtsrb", "gtsrb_cnn", ["blend", "wanet", "tact", "adap-blend"], (0,), 1),
+    *_entries("gtsrb", "vit_tiny", ["blend"], (0,), 3),
     *_entries("cifar10", "resnet20", ["f"], (0,), 0),
     *_entries("cifar10", "resnet20", ["g"], (0,), 7),
     *_entries("cifar10", "resnet20", ["imperceptible", "badnets", "blend", "wanet"], (0,), 0),
@@ -175,6 +201,7 @@ PLAN: tuple[ZooEntry, ...] = (
     *_entries("yaleb", "deepid", ["j"], (0,), 4),
     *_entries("yaleb", "deepid", ["k"], (0,), 0),
     *_entries("cifar100", "resnet20", ["red-box"], (0,), 0),
+    *_entries("cifar100_30", "resnet20", ["red-box", "blend"], (0,), 5),
 )
 
 
