@@ -23,7 +23,7 @@ def fitted_on(raw, temperature: float = 1.0) -> CalibratedFusion:
 
 
 def test_calibrated_fusion_combine_by_hand():
-    fusion = fitted_on(np.zeros((2, 1)))
+    fusion = fitted_on(np.zeros((2, 2)))
     surprise = -np.log([[0.5, 0.5], [norm.sf(1.0), norm.sf(3.0)], [1.0, 1.0]])
     softplus = np.log1p(np.exp([[0.0, 0.0], [1.0, 3.0]]))
     expected = [*np.sqrt(np.square(softplus).mean(axis=1)), 0.0]
@@ -40,15 +40,35 @@ def test_calibrated_fusion_temperature_says_how_sure_the_network_is():
 
 
 def test_calibrated_fusion_factor_is_at_least_a_half_however_unsure_the_network_is():
-    fusion = fitted_on(np.zeros((2, 1)))
+    fusion = fitted_on(np.zeros((2, 2)))
     surprise = np.array([[9.0, 4.0]])
     unsure, sure = fusion.combine(surprise, np.zeros((1, 10_000)))[0], fusion.combine(surprise, SURE)[0]
     assert 0.5 <= unsure / sure < 0.501
 
 
+def test_calibrated_fusion_gives_every_kind_the_same_weight():
+    raw = np.random.default_rng(0).normal(size=(100, 4))
+    kinds = ["lof", "lof", "lof", "demarcation"]
+    fusion = CalibratedFusion().fit(raw, np.zeros((100, 2)), np.zeros(100, dtype=int), kinds)
+    surprise = -np.log([[0.5, 0.5, 0.5, norm.sf(3.0)]])
+    low, high = np.log(2.0), np.log1p(np.exp(3.0))
+    assert fusion.combine(surprise, SURE)[0] == pytest.approx(np.sqrt((low**2 + high**2) / 2), rel=1e-12)
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.6], [1.0, 0.0], [1.0], [np.nan, 0.5]])
+def test_calibrated_fusion_restore_refuses_weights_that_are_none(weights):
+    arrays = {**fitted_on(np.zeros((5, 2))).arrays(), "weights": np.array(weights)}
+    with pytest.raises(DataError, match="array weights"):
+        CalibratedFusion().restore(arrays)
+
+
 def test_calibrated_fusion_of_an_older_version_is_the_root_mean_square_of_surprise():
     surprise = np.array([[3.0, 4.0], [0.0, 0.0], [1.0, 7.0], [5.0, 5.0]])
-    older = {name: array for name, array in fitted_on(np.zeros((5, 2))).arrays().items() if name != "temperature"}
+    older = {
+        name: array
+        for name, array in fitted_on(np.zeros((5, 2))).arrays().items()
+        if name not in ("temperature", "weights")
+    }
     combined = CalibratedFusion().restore(older).combine(surprise, np.zeros((4, 2)))
     np.testing.assert_allclose(combined, [np.sqrt(12.5), 0.0, 5.0, 5.0], rtol=1e-15)
 

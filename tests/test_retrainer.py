@@ -22,6 +22,7 @@ from retrainer_helpers import fit_guard, flagged_input, save_as_of_a_network, wo
 
 from guard import Activations, Guard
 from guard.cli import run
+from guard.detection.detectors import DETECTORS
 from guard.errors import BundleError, QueueUnavailable, RetrainingError
 from guard.relabel.items import Answer, State
 from guard.relabel.queue import Queue
@@ -217,7 +218,8 @@ def test_round_is_due_by_number_by_schedule_and_by_the_button(place, quick):
     assert place.step(**settings) is not None
     place.clock.forward(hours=25)
     assert place.step(**settings) is None  # nothing new
-    activations, labels = place.traffic(1, 78, 0)
+    activations, labels = place.traffic(3, 78, 0)
+    assert len(labels) > 0
     place.decide(place.enqueue(activations), labels, is_poisoned=True)
     Rounds(place.queue).request(MODEL, "boss")
     assert place.step(**settings).report["why"] == "asked for by boss"
@@ -311,9 +313,9 @@ def test_only_false_alarms_are_nothing_to_learn_from(place):
     assert " false alarms, which are only measured on" in finished.line
 
 
-def test_round_without_anything_poisoned_says_what_could_not_be_measured(place, quick):
-    place.review(triggers=())
-    finished = place.step(max_false_alarms_per_class=2)
+def test_round_without_anything_poisoned_says_what_could_not_be_measured(place):
+    place.review(triggers=(), n=120, seed=20)
+    finished = place.step(max_false_alarms_per_class=20)
     assert finished.outcome == "promoted"
     unmeasured = [check["text"] for check in finished.report["checks"] if check["passed"] is None]
     assert "no poisoned input of other groups is held out: nothing to measure by." in unmeasured
@@ -333,7 +335,20 @@ def test_a_trigger_that_is_called_clean_is_not_learned_as_a_normal_sight(place):
     assert place.store.active_digest() == place.digest
 
 
-def test_false_alarms_that_let_other_inputs_pass_are_dropped_however_high_the_cap(place):
+def test_lies_teach_the_default_detectors_too_little_to_matter(place):
+    call_triggers_clean(place)
+    finished = place.step(max_false_alarms_per_class=1000)
+    assert finished.outcome == "refused"
+    assert finished.report["learned_from"]["false_alarms"] > 100
+    assert "what the active guard does: nothing is gained by it." in finished.line
+
+
+def test_false_alarms_that_let_other_inputs_pass_are_dropped_however_high_the_cap(place, monkeypatch):
+    """Of the detectors, only the local outlier factor learns from false alarms; alone with the heads it can be moved."""
+    few = {kind: DETECTORS[kind] for kind in ("lof", "disagreement", "demarcation")}
+    monkeypatch.setattr("guard.detection.ensemble.DETECTORS", few)
+    place.guard = fit_guard()
+    save_as_of_a_network(place.guard, place.root / "bundles")
     call_triggers_clean(place)
     finished = place.step(max_false_alarms_per_class=1000)
     assert finished.outcome == "refused"
@@ -342,7 +357,7 @@ def test_false_alarms_that_let_other_inputs_pass_are_dropped_however_high_the_ca
 
 
 def test_clean_inputs_called_poisoned_bear_each_other_out_no_more_than_chance_does(place):
-    activations, labels = place.traffic(2000, 7)
+    activations, labels = place.traffic(2500, 7)
     assert len(labels) > 40
     place.decide(place.enqueue(activations), (labels + 1) % 5, is_poisoned=True)
     finished = place.step()
@@ -725,12 +740,13 @@ def test_round_with_poisoned_decisions_draws_a_line(place):
     assert finished.outcome == "promoted"
     candidate = Guard.load(place.store.active_path())
     assert candidate.ensemble.names[-1] == "demarcation:features"
-    assert rates(candidate)[1] > rates(place.guard)[1] + 0.1
+    missed, missed_before = (1 - rates(guard)[1] for guard in (candidate, place.guard))
+    assert missed < 0.8 * missed_before
 
 
 def test_round_without_a_person_learns_from_what_was_flagged(place):
     for trigger in (0, 1):
-        place.enqueue(place.traffic(60, 10 + trigger, trigger)[0])
+        place.enqueue(place.traffic(60, 100 + trigger, trigger)[0])
     place.enqueue(place.traffic(1200, 60)[0])
     assert place.step(enough_flagged=50) is None  # a person is asked for by default
     assert place.step(demarcation="purified", enough_flagged=1000) is None

@@ -130,7 +130,8 @@ def test_flagged_requests_of_a_batch_are_queued_and_clean_ones_are_not(
         assert entry.reason == verdict.reason
         assert dict(entry.raw) == pytest.approx(verdict.detector_scores, rel=1e-4)
         assert entry.surprise.keys() == verdict.detector_scores.keys()
-        assert entry.combined == pytest.approx(np.sqrt(np.mean(np.square(list(entry.surprise.values())))), rel=1e-9)
+        assert entry.surprise == pytest.approx(verdict.surprise, rel=1e-4)
+        assert entry.combined == pytest.approx(verdict.score, rel=1e-4)
         assert 0 < entry.backup_confidence <= 1
         assert timedelta(0) <= entry.received_at - before < timedelta(minutes=1)
         np.testing.assert_allclose(entry.inputs, image, atol=0.5 / 255 + 1e-6)

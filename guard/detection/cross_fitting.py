@@ -83,7 +83,7 @@ def cross_fit(config: GuardConfig, training: TrainingSet, *, progress: Progress 
     activations, labels, depths = training.clean, training.labels, training.depths
     scored = np.flatnonzero(training.is_distinct)
     folds = config.folds
-    if 2 * _MORE_FOLDS <= len(scored) < _FEW_IMAGES:
+    if config.mode == "calibrated" and 2 * _MORE_FOLDS <= len(scored) < _FEW_IMAGES:
         folds = max(folds, _MORE_FOLDS)
     part = stratified_folds(labels, folds, config.seed, training.groups)
     part_scored = part[scored]
@@ -106,11 +106,12 @@ def cross_fit(config: GuardConfig, training: TrainingSet, *, progress: Progress 
     report("calibrating", 0.97)
     answers = activations.logits[scored], labels[scored]
     early = [
-        EarlyFit(layers[k], ensemble.up_to(layers[: k + 1]), *_calibrated(config, scores, *answers, part_scored))
+        EarlyFit(layers[k], early_ensemble, *_calibrated(config, early_ensemble, scores, *answers, part_scored))
         for k, scores in enumerate(early_raw)
+        for early_ensemble in [ensemble.up_to(layers[: k + 1])]
     ]
     report("fitted", 1.0)
-    return CrossFit(ensemble, *_calibrated(config, raw, *answers, part_scored), tuple(early))
+    return CrossFit(ensemble, *_calibrated(config, ensemble, raw, *answers, part_scored), tuple(early))
 
 
 def _silent(_text: str, _share: float) -> None:
@@ -132,15 +133,16 @@ def _fitted_ensemble(config: GuardConfig, training: TrainingSet, rows: BoolArray
 
 
 def _calibrated(
-    config: GuardConfig, raw: Float64Array, logits: FloatArray, labels: IntArray, part: IntArray
+    config: GuardConfig, ensemble: Ensemble, raw: Float64Array, logits: FloatArray, labels: IntArray, part: IntArray
 ) -> tuple[Fusion, Float64Array, float]:
     """Return fusion, ascending combined scores and realised rate of out-of-fold scores."""
-    fusion = new_fusion(config.mode).fit(raw, logits, labels)
+    kinds = [member.kind for member in ensemble.members]
+    fusion = new_fusion(config.mode).fit(raw, logits, labels, kinds)
     # Ranking new inputs among scores whose own fusion had seen them would flag more clean inputs than asked for.
     combined = np.empty(len(raw))
     for fold in np.unique(part):
         hold = part == fold
-        others = new_fusion(config.mode).fit(raw[~hold], logits[~hold], labels[~hold])
+        others = new_fusion(config.mode).fit(raw[~hold], logits[~hold], labels[~hold], kinds)
         combined[hold] = others.combine(others.surprise(raw[hold]), logits[hold])
     # A fold with a class of few images may score without bound.
     ordered = np.minimum(np.sort(combined), fusion.largest_scores(*raw.shape))

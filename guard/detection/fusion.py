@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -10,19 +11,20 @@ import numpy as np
 from scipy.special import ndtri_exp
 
 from guard.arrays import require
-from guard.errors import NotFittedError
+from guard.errors import DataError, NotFittedError
 from guard.statistics.calibration import SurpriseMap, largest_surprises
 from guard.statistics.confidence import confidence, fit_temperature
 from guard.types import AnyArray, BoolArray, Float64Array, FloatArray, IntArray
 
 #: Local outlier factor above which scikit-learn, and with it the paper, calls a point novel.
 NOVELTY_OFFSET = 1.5
+_LEAST_WEIGHT = 1e-4  # of a detector; at 0 it would be asked in vain
 
 
 class Fusion(Protocol):
     """Turns raw detector scores into one score per input, and says which inputs are poisoned."""
 
-    def fit(self, raw: Float64Array, logits: FloatArray, labels: IntArray) -> Self:
+    def fit(self, raw: Float64Array, logits: FloatArray, labels: IntArray, kinds: Sequence[str] | None = None) -> Self:
         """Learn from clean out-of-fold scores, shape (n, n_detectors), and the suspect's answers to the same inputs.
 
         Parameters
@@ -32,6 +34,8 @@ class Fusion(Protocol):
             The suspect model's own.
         labels : ndarray of shape (n,), int
             True labels.
+        kinds : sequence of str, optional
+            Of the detectors, in order; without it each is of a kind of its own.
         """
 
     def surprise(self, raw: Float64Array) -> Float64Array:
@@ -68,9 +72,10 @@ class CalibratedFusion:
     Each detector's score becomes surprise, -log of its estimated p-value p among clean inputs, and then a normal score
     z, the quantile of the standard normal distribution that is exceeded with probability p. The combination is
 
-        sqrt(mean over detectors of softplus(z)^2) * (1 + c) / 2,   softplus(z) = log(1 + exp(z)),
+        sqrt(mean over kinds of the mean over detectors of softplus(z)^2) * (1 + c) / 2
 
-    with c the suspect's own probability of its answer. Below the median a detector says next to nothing, far above it
+    with softplus(z) = log(1 + exp(z)) and c the suspect's own probability of its answer. A kind that looks once counts as much as one that looks at every
+    depth. Below the median a detector says next to nothing, far above it
     as much as z. The factor is there because clean inputs that the suspect gets wrong contradict the heads as triggered
     ones do, but the suspect is seldom sure of them; it is at least a half, so that an attacker gains little by making
     the network unsure. docs/detection.md has what this was compared with.
@@ -81,14 +86,19 @@ class CalibratedFusion:
     temperature_ : float or None
         Of the suspect's probabilities, see `fit_temperature`. None for a guard of an older version: its combination is
         the root mean square of surprise, without a factor.
+    weights_ : ndarray of shape (n_detectors,), float64, or None
+        Of the squares in the mean, > 0, their sum 1; None with the temperature.
     """
 
     surprise_map_: SurpriseMap | None = None
     temperature_: float | None = None
+    weights_: Float64Array | None = None
 
-    def fit(self, raw: Float64Array, logits: FloatArray, labels: IntArray) -> Self:
+    def fit(self, raw: Float64Array, logits: FloatArray, labels: IntArray, kinds: Sequence[str] | None = None) -> Self:
         """See `Fusion.fit`."""
         self.surprise_map_ = SurpriseMap.fit(raw)
+        counts = Counter(kinds if kinds is not None else range(raw.shape[1]))
+        self.weights_ = np.array([1.0 / (len(counts) * counts[kind]) for kind in kinds or range(raw.shape[1])])
         self.temperature_ = fit_temperature(logits, labels)
         return self
 
@@ -100,10 +110,12 @@ class CalibratedFusion:
 
     def combine(self, surprise: Float64Array, logits: FloatArray) -> Float64Array:
         """See `Fusion.combine`."""
-        scores = self._graded(surprise)
-        combined: Float64Array = np.sqrt(np.square(scores).mean(axis=1))
-        if self.temperature_ is not None:
-            combined *= 0.5 * (1.0 + confidence(logits, self.temperature_))
+        squares = np.square(self._graded(surprise))
+        if self.temperature_ is None or self.weights_ is None:
+            older: Float64Array = np.sqrt(squares.mean(axis=1))
+            return older
+        combined: Float64Array = np.sqrt(squares @ self.weights_)
+        combined *= 0.5 * (1.0 + confidence(logits, self.temperature_))
         return combined
 
     def largest_scores(self, n: int, n_detectors: int) -> Float64Array:
@@ -124,13 +136,18 @@ class CalibratedFusion:
     def arrays(self) -> dict[str, AnyArray]:
         """See `Fusion.arrays`."""
         arrays = self.surprise_map_.arrays() if self.surprise_map_ is not None else {}
-        return arrays if self.temperature_ is None else {**arrays, "temperature": np.array([self.temperature_])}
+        if self.temperature_ is None or self.weights_ is None:
+            return arrays
+        return {**arrays, "temperature": np.array([self.temperature_]), "weights": self.weights_}
 
     def restore(self, arrays: Mapping[str, AnyArray]) -> Self:
         """See `Fusion.restore`."""
         self.surprise_map_ = SurpriseMap.from_arrays(arrays)
         if "temperature" in arrays:
             self.temperature_ = float(require(arrays, "temperature", (1,), low=1e-30, high=1e30)[0])
+            self.weights_ = require(arrays, "weights", (len(self.surprise_map_.knots),), low=_LEAST_WEIGHT, high=1.0)
+            if abs(total := float(self.weights_.sum()) - 1.0) > 1e-9:
+                raise DataError(f"the sum of array weights must be 1, got {1.0 + total}.")
         return self
 
 
@@ -144,7 +161,7 @@ class PaperFusion:
     has no influence; that is how the paper has it.
     """
 
-    def fit(self, raw: Float64Array, logits: FloatArray, labels: IntArray) -> Self:
+    def fit(self, raw: Float64Array, logits: FloatArray, labels: IntArray, kinds: Sequence[str] | None = None) -> Self:
         """Learn nothing: both thresholds are the paper's."""
         return self
 

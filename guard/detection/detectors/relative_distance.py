@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from guard.arrays import check_range, require
-from guard.detection.detectors.base import WHAT_IS_CLEAN, Joins, Reads, Source
+from guard.detection.detectors.base import Joins, Reads, Source
 from guard.errors import DataError, NotFittedError
 from guard.types import FEATURES, Activations, AnyArray, BoolArray, Float64Array, IntArray
 
@@ -21,7 +21,8 @@ class RelativeDistance:
     """Log-ratio of two distances: to the mean of the predicted class, and to the nearest mean of another class.
 
     It reads the leading columns of the whitened space, those that tell classes apart: there, below 0 the linear
-    discriminant agrees with the suspect's answer, above 0 it contradicts. Mahalanobis distances relative to another
+    discriminant agrees with the suspect's answer, above 0 it contradicts. No false alarm moves a mean: a triggered
+    input that somebody calls one would pull its class towards the trigger. Mahalanobis distances relative to another
     one are from [1]_, which compares with all classes together; the nearest other class is a choice of this project.
 
     Parameters
@@ -35,7 +36,7 @@ class RelativeDistance:
     """
 
     joins: ClassVar[Joins] = "once_per_depth"
-    learns_from: ClassVar[frozenset[Source]] = WHAT_IS_CLEAN
+    learns_from: ClassVar[frozenset[Source]] = frozenset({Source.CLEAN})
     reads: ClassVar[Reads] = "leading"
 
     depth: str = FEATURES

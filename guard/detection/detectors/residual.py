@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from guard.arrays import require
-from guard.detection.detectors.base import WHAT_IS_CLEAN, Joins, Reads, Source
+from guard.detection.detectors.base import Joins, Reads, Source
 from guard.errors import DataError, NotFittedError
 from guard.types import FEATURES, Activations, AnyArray, Float64Array, IntArray
 
@@ -29,7 +29,7 @@ class Residual:
     """
 
     joins: ClassVar[Joins] = "once_per_depth"
-    learns_from: ClassVar[frozenset[Source]] = WHAT_IS_CLEAN
+    learns_from: ClassVar[frozenset[Source]] = frozenset({Source.CLEAN})
     reads: ClassVar[Reads] = "trailing"
 
     depth: str = FEATURES
