@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from guard.config import GuardConfig
+from guard.detection.contradictions import Contradictions
 from guard.detection.detectors.lof import PerClassLof
 from guard.detection.ensemble import Ensemble
 from guard.detection.fusion import Fusion, new_fusion
 from guard.detection.heads.decision_head import holds_out_enough
 from guard.detection.training_set import TrainingSet
 from guard.statistics.calibration import conformal_p_values, largest_surprises, stratified_folds
-from guard.types import BACKUP, BoolArray, Float64Array, IntArray
+from guard.types import BACKUP, FEATURES, BoolArray, Float64Array, IntArray
 
 #: Called with a line for a person and the share done, in [0, 1].
 Progress = Callable[[str, float], None]
@@ -53,6 +54,8 @@ class CrossFit:
         Combined scores of the distinct clean rows, each under detectors and a fusion that had not seen it.
     realised_false_positive_rate : float
         Share of distinct clean rows flagged when each fold is ranked among the others.
+    contradictions : Contradictions
+        Among the distinct clean rows.
     early : tuple of EarlyFit
         Where the settings ask for verdicts at several depths, one per depth before the split layer, in order.
     """
@@ -61,6 +64,7 @@ class CrossFit:
     fusion: Fusion
     clean_scores: Float64Array
     realised_false_positive_rate: float
+    contradictions: Contradictions
     early: tuple[EarlyFit, ...] = ()
 
 
@@ -103,7 +107,9 @@ def cross_fit(config: GuardConfig, training: TrainingSet, *, progress: Progress 
         for k, scores in enumerate(early_raw)
     ]
     report("fitted", 1.0)
-    return CrossFit(ensemble, *_calibrated(config, raw, part_scored), tuple(early))
+    of_head = raw[:, wanted.names.index(f"disagreement:{FEATURES}")]
+    contradictions = Contradictions.among(of_head, activations.logits[scored])
+    return CrossFit(ensemble, *_calibrated(config, raw, part_scored), contradictions, tuple(early))
 
 
 def _silent(_text: str, _share: float) -> None:

@@ -222,6 +222,8 @@ def _check_document(document: Mapping[str, Any]) -> None:
         _rate(share, f"recovery of {name}")
     for early in document.get("early", []):
         _rate(early["realised_false_positive_rate"], "realised_false_positive_rate")
+    if about := document.get("contradictions"):
+        _count(about["n"], "n of contradictions", least=max(1, _count(about["count"], "count of contradictions", 0)))
     if document.get("split_points") is not None and document.get("weights_digest") is None:
         raise DataError("split_points name layers of a network, and weights_digest does not say which.")
 

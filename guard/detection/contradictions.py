@@ -1,0 +1,76 @@
+"""Clean images that a network is sure about and its own features contradict: a sign of an attack on the calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from scipy.special import logsumexp
+from scipy.stats import binom
+
+from guard.types import Float32Array, Float64Array
+
+#: The network is sure from this probability of its answer on; a head, from this log-ratio on (55 to 1).
+SURE, HEAD_SURE = 0.8, 4.0
+#: Honest networks of the zoo had up to this share; chosen from their clean images alone, see docs/detection.md.
+HONEST = 0.008
+_CHANCE = 0.01
+
+
+class Contradictions(NamedTuple):
+    """How many clean images the network is sure about, and a head that has read its features is sure about otherwise.
+
+    The threshold of a guard is a quantile of clean scores, and the attacker's network gives these. One that was trained
+    to answer a share of its clean inputs wrong, and to be sure of it, makes them as loud as triggered ones, and raises
+    the threshold above these: the false-positive rate is as asked for, and no trigger is flagged. Mistakes of an honest
+    network come from features that do not tell the classes apart, and either the network or the head is unsure.
+
+    Attributes
+    ----------
+    count : int
+    n : int
+        Distinct clean images, all of them scored by heads that had not seen them.
+    """
+
+    count: int
+    n: int
+
+    @classmethod
+    def among(cls, disagreement: Float64Array, logits: Float32Array) -> Self:
+        """Count among clean images.
+
+        Parameters
+        ----------
+        disagreement : ndarray of shape (n,), float64
+            Of the head at the split layer, out of fold; see `guard.detection.detectors.disagreement`.
+        logits : ndarray of shape (n, n_classes), float32
+            Of the network.
+        """
+        wide = logits.astype(np.float64)
+        probability = np.exp(wide.max(axis=1) - logsumexp(wide, axis=1))
+        return cls(int(((probability >= SURE) & (disagreement >= HEAD_SURE)).sum()), len(logits))
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> Self | None:
+        """Return what a bundle says; None for one of an older version."""
+        about = document.get("contradictions")
+        return cls(int(about["count"]), int(about["n"])) if about else None
+
+    @property
+    def share(self) -> float:
+        """Share of the clean images, in [0, 1]."""
+        return self.count / self.n
+
+    @property
+    def is_noticed(self) -> bool:
+        """Whether there are more than honest networks show and than chance makes of that."""
+        return float(binom.sf(self.count - 1, self.n, HONEST)) < _CHANCE
+
+    @property
+    def told(self) -> str:
+        """The number in words, without a full stop."""
+        return (
+            f"the network is sure of its answer to {self.count} of {self.n} clean images ({100 * self.share:.1f} %), "
+            f"and its own features speak clearly for another; honest networks show up to {100 * HONEST:g} %"
+        )
