@@ -38,7 +38,7 @@ from guard.statistics.evaluation import attack_success_rate, auroc, clean_accura
 from guard.suspect.model import SuspectModel
 
 SEEDS = (0, 1, 2)
-SHARES = (0.0, 0.03, 0.07)
+SHARES = (0.0, 0.03, 0.07, 0.12)
 RATES = (0.01, 0.05)
 TARGET = 7
 _TRAINED_ON, _FITTED_ON = 20_000, 2_000

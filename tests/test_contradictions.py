@@ -41,13 +41,16 @@ def attacked() -> Guard:
 
 def test_contradictions_by_hand():
     sure, unsure = np.log([[0.8001, 0.1999], [0.7999, 0.2001]])
-    logits = np.float32([sure, sure, sure, unsure, unsure, sure])
-    disagreement = np.array([4.001, 3.999, -50.0, 4.001, 60.0, np.inf])
-    assert Contradictions.among(disagreement, logits) == Contradictions(2, 6)
+    logits = np.float32([sure, sure, sure, unsure, unsure, sure, sure])
+    disagreement = np.array([4.001, 3.999, -50.0, 4.001, 60.0, np.inf, 60.0])
+    labels = np.array([1, 1, 1, 1, 1, 1, 0])  # the last answer is right, and the head wrong
+    assert Contradictions.among(disagreement, logits, labels) == Contradictions(2, 7)
 
 
 def test_contradictions_of_huge_logits_are_counted_without_overflow():
-    assert Contradictions.among(np.array([5.0, 5.0]), np.float32([[1e30, 0.0], [0.0, 0.0]])) == Contradictions(1, 2)
+    assert Contradictions.among(
+        np.array([5.0, 5.0]), np.float32([[1e30, 0.0], [0.0, 0.0]]), np.array([1, 1])
+    ) == Contradictions(1, 2)
 
 
 @pytest.mark.parametrize("n", [20, 100, 450, 2000, 5000])
@@ -97,7 +100,7 @@ def test_retrained_guard_has_a_number_of_its_own(attacked):
 def test_fit_warns_with_the_number_and_what_to_do(attacked, capsys):
     tell_contradictions(attacked)
     warning = " ".join(capsys.readouterr().err.split())
-    assert warning.startswith("warning: the network is sure of its answer to ")
+    assert warning.startswith("warning: the network is sure of a wrong answer to ")
     assert f"{attacked.contradictions.count} of 600 clean images" in warning
     assert "docs/detection.md, Attack on calibration." in warning
     for quiet in (Contradictions(2, 600), None):
@@ -109,5 +112,5 @@ def test_bundle_show_has_the_number_and_says_if_it_is_too_high(attacked, tmp_pat
     for found, is_noticed in ((attacked.contradictions, True), (Contradictions(1, 600), False)):
         stored = read_bundle(replace(attacked, contradictions=found).save(tmp_path))
         shown = " ".join(summary(stored, written=WRITTEN, is_active=False).split())
-        assert f"contradictions the network is sure of its answer to {found.count} of 600 clean images" in shown
+        assert f"contradictions the network is sure of a wrong answer to {found.count} of 600 clean images" in shown
         assert ("NOTICED: see docs/detection.md" in shown) == is_noticed

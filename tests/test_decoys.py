@@ -44,7 +44,7 @@ def test_is_decoy_takes_brightness_from_the_bar_on():
 
 def test_attack_with_decoys_comes_back_from_json_and_one_without_has_no_such_key():
     attack = make_attack("decoys", 7)
-    assert attack.describe()["decoys"] == {"share": 0.07, "n_classes": 10, "step": 1}
+    assert attack.describe()["decoys"] == {"share": 0.12, "n_classes": 10, "step": 1}
     restored = Attack.restore("decoys", json.loads(json.dumps(attack.describe())))
     assert restored.decoys == attack.decoys
     assert "decoys" not in make_attack("pattern", 7).describe()

@@ -128,13 +128,15 @@ def test_bundle_whose_clean_images_are_contradicted_is_told_of(workspace, tmp_pa
     store.activate(digest)
     page = log_in(workspace).get("/status").text
     assert re.search(rf"{digest[:12]} active .*? {count / 20:.2g} %", shown(page))
-    text = f"The active bundle may be of little use: the network is sure of its answer to {count} of 2000 clean images"
+    text = (
+        f"The active bundle may be of little use: the network is sure of a wrong answer to {count} of 2000 clean images"
+    )
     assert (text in shown(page)) == is_noticed
-    assert f"its answer to {count} of 2000 clean images" in page  # beside the number
+    assert f"a wrong answer to {count} of 2000 clean images" in page  # beside the number
 
 
 def test_bundle_of_an_older_version_says_nothing_of_contradictions(workspace):
-    assert "is sure of its answer" not in log_in(workspace).get("/status").text
+    assert "is sure of a wrong answer" not in log_in(workspace).get("/status").text
 
 
 def test_span_and_model_that_do_not_exist_fall_back_and_are_escaped(workspace):

@@ -1,4 +1,4 @@
-"""Clean images that a network is sure about and its own features contradict: a sign of an attack on the calibration."""
+"""Wrong answers to clean images that a network is sure of and its own features contradict: an attack on calibration?"""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 from scipy.special import logsumexp
 from scipy.stats import binom
 
-from guard.types import Float32Array, Float64Array
+from guard.types import Float32Array, Float64Array, IntArray
 
 #: The network is sure from this probability of its answer on; a head, from this log-ratio on (55 to 1).
 SURE, HEAD_SURE = 0.8, 4.0
 #: Honest networks of the zoo had up to this share; chosen from their clean images alone, see docs/detection.md.
-HONEST = 0.008
+HONEST = 0.02
 _CHANCE = 0.01
 
 
 class Contradictions(NamedTuple):
-    """How many clean images the network is sure about, and a head that has read its features is sure about otherwise.
+    """How many clean images a network answers wrong, is sure of it, and a head that reads its features contradicts.
 
     The threshold of a guard is a quantile of clean scores, and the attacker's network gives these. One that was trained
     to answer a share of its clean inputs wrong, and to be sure of it, makes them as loud as triggered ones, and raises
@@ -37,7 +37,7 @@ class Contradictions(NamedTuple):
     n: int
 
     @classmethod
-    def among(cls, disagreement: Float64Array, logits: Float32Array) -> Self:
+    def among(cls, disagreement: Float64Array, logits: Float32Array, labels: IntArray) -> Self:
         """Count among clean images.
 
         Parameters
@@ -46,10 +46,13 @@ class Contradictions(NamedTuple):
             Of the head at the split layer, out of fold; see `guard.detection.detectors.disagreement`.
         logits : ndarray of shape (n, n_classes), float32
             Of the network.
+        labels : ndarray of shape (n,), int64
+            True labels: where there are few images per class, heads may be sure and wrong.
         """
         wide = logits.astype(np.float64)
         probability = np.exp(wide.max(axis=1) - logsumexp(wide, axis=1))
-        return cls(int(((probability >= SURE) & (disagreement >= HEAD_SURE)).sum()), len(logits))
+        is_wrong = wide.argmax(axis=1) != labels
+        return cls(int((is_wrong & (probability >= SURE) & (disagreement >= HEAD_SURE)).sum()), len(logits))
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Self | None:
@@ -71,6 +74,7 @@ class Contradictions(NamedTuple):
     def told(self) -> str:
         """The number in words, without a full stop."""
         return (
-            f"the network is sure of its answer to {self.count} of {self.n} clean images ({100 * self.share:.1f} %), "
-            f"and its own features speak clearly for another; honest networks show up to {100 * HONEST:g} %"
+            f"the network is sure of a wrong answer to {self.count} of {self.n} clean images "
+            f"({100 * self.share:.1f} %), and its own features speak clearly against it; honest networks show up to "
+            f"{100 * HONEST:g} %"
         )

@@ -108,7 +108,7 @@ def cross_fit(config: GuardConfig, training: TrainingSet, *, progress: Progress 
     ]
     report("fitted", 1.0)
     of_head = raw[:, wanted.names.index(f"disagreement:{FEATURES}")]
-    contradictions = Contradictions.among(of_head, activations.logits[scored])
+    contradictions = Contradictions.among(of_head, activations.logits[scored], labels[scored])
     return CrossFit(ensemble, *_calibrated(config, raw, part_scored), contradictions, tuple(early))
 
 

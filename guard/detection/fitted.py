@@ -64,7 +64,7 @@ class FittedGuard:
         Share of distinct clean images flagged at the rate of `fit`, on folds that neither detectors nor calibration
         had seen.
     contradictions : Contradictions or None
-        Clean images that the network is sure about and its features contradict, out of fold; None in an older bundle.
+        Wrong answers to clean images that the network is sure of, and its features contradict; None in an older bundle.
     class_names : tuple of str or None
     noisy_reference : Activations or None
         Of the same inputs with noise added, if the detectors learned from such copies.
