@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -78,7 +78,7 @@ def test_bundle_keeps_the_number_and_one_of_an_older_version_loads_without(attac
     folder = attacked.save(tmp_path)
     assert Guard.load(folder).contradictions == attacked.contradictions
     stored = read_bundle(folder)
-    assert stored.document["contradictions"] == attacked.contradictions._asdict()
+    assert stored.document["contradictions"] == asdict(attacked.contradictions)
     older = {name: value for name, value in stored.document.items() if name != "contradictions"}
     assert Guard.load(write_bundle(tmp_path, older, stored.arrays)).contradictions is None
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 from scipy.special import logsumexp
@@ -18,7 +19,8 @@ HONEST = 0.02
 _CHANCE = 0.01
 
 
-class Contradictions(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Contradictions:
     """How many clean images a network answers wrong, is sure of it, and a head that reads its features contradicts.
 
     The threshold of a guard is a quantile of clean scores, and the attacker's network gives these. One that was trained

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -182,7 +182,7 @@ class FittedGuard:
                 for early in self.early
             ],
             "retrained_with": self.retrained_with._asdict() if self.retrained_with is not None else None,
-            "contradictions": self.contradictions._asdict() if self.contradictions is not None else None,
+            "contradictions": asdict(self.contradictions) if self.contradictions is not None else None,
         }
         if self.images_from is not None:
             document["images_from"] = self.images_from
