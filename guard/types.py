@@ -111,6 +111,15 @@ class Activations:
             raise DataError(f"{depth} must be finite, got {n_bad} of {len(features)} rows with NaN or infinity.")
         return features
 
+    def with_features(self, layers: Mapping[str, Float32Array]) -> Activations:
+        """Return the same logits with other arrays, finite where these are, at the split layer and at every depth."""
+        depths = {name: array for name, array in layers.items() if name != FEATURES}
+        other = Activations(self.logits, layers[FEATURES], depths)
+        for name in ("predicted_labels", "finite_rows"):
+            if name in self.__dict__:
+                other.__dict__[name] = self.__dict__[name]
+        return other
+
     def __len__(self) -> int:
         return len(self.logits)
 

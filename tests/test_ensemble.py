@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from guard import Activations, GuardConfig
+from guard.detection.detectors.base import Source
 from guard.detection.detectors.disagreement import HeadDisagreement
 from guard.detection.detectors.lof import PerClassLof
+from guard.detection.detectors.relative_distance import RelativeDistance
 from guard.detection.ensemble import Ensemble, Member
-from guard.errors import BundleError, DataError
+from guard.errors import BundleError, DataError, NotFittedError
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,9 @@ def clean():
 def test_ensemble_calibrated_mode_holds_every_detector_once_per_depth():
     names = Ensemble.for_mode(GuardConfig(), ("conv1", "conv2")).names
     assert names == tuple(
-        f"{kind}:{depth}" for kind in ("lof", "disagreement") for depth in ("features", "conv1", "conv2")
+        f"{kind}:{depth}"
+        for kind in ("lof", "disagreement", "residual", "relative_distance")
+        for depth in ("features", "conv1", "conv2")
     )
     assert len(set(names)) == len(names)
 
@@ -57,8 +61,49 @@ def test_ensemble_score_has_one_column_per_detector(clean):
     raw = ensemble.score(activations)
     assert raw.shape == (120, len(ensemble.names))
     assert raw.dtype == np.float64
-    for column, member in enumerate(ensemble.members):
-        np.testing.assert_array_equal(raw[:, column], member.detector.score(activations))
+    lead, trail = ensemble.spaces["early"](activations.at("early"))
+    columns = dict(zip(ensemble.names, raw.T, strict=True))
+    np.testing.assert_allclose(columns["residual:early"], np.linalg.norm(trail, axis=1), rtol=1e-6)
+    whitened = Activations(activations.logits, lead)
+    for name, detector in (("lof:early", PerClassLof()), ("relative_distance:early", RelativeDistance())):
+        np.testing.assert_allclose(columns[name], detector.fit(whitened, labels).score(whitened), rtol=1e-6, atol=1e-9)
+    head = HeadDisagreement(depth="early").fit(activations, labels)
+    np.testing.assert_array_equal(columns["disagreement:early"], head.score(activations))
+
+
+def test_ensemble_spaces_are_learned_from_clean_inputs_alone(clean):
+    activations, labels = clean
+    ensemble = Ensemble.for_mode(GuardConfig(), tuple(activations.depths)).fit(activations, labels)
+    few = activations[:30]
+    strange = Activations(few.logits, few.features + 50, few.depths)
+    both = Activations.concatenate([activations, strange])
+    sources = np.r_[np.full(120, Source.CLEAN), np.full(30, Source.FALSE_ALARM)]
+    again = Ensemble.for_mode(GuardConfig(), tuple(activations.depths)).fit(both, np.r_[labels, labels[:30]], sources)
+    for name, array in ensemble.spaces["features"].state().items():
+        np.testing.assert_array_equal(again.spaces["features"].state()[name], array)
+
+
+def test_ensemble_unfitted_cannot_score(clean):
+    activations, _ = clean
+    with pytest.raises(NotFittedError, match=r"^Ensemble is not fitted\. Call fit\("):
+        Ensemble.for_mode(GuardConfig(), tuple(activations.depths)).score(activations)
+
+
+def test_ensemble_of_an_older_version_reads_activations_as_they_are(clean):
+    activations, labels = clean
+    older = Ensemble([Member("lof:features", "lof", PerClassLof())]).fit(activations, labels)
+    restored = Ensemble.restore(older.describe(), older.arrays())
+    assert restored.spaces == {}
+    expected = PerClassLof().fit(activations, labels).score(activations)
+    np.testing.assert_array_equal(restored.score(activations)[:, 0], expected)
+
+
+def test_ensemble_up_to_a_depth_projects_no_other(clean):
+    activations, labels = clean
+    early = Ensemble.for_mode(GuardConfig(), ("early",)).fit(activations, labels).up_to(["early"])
+    assert [*early.spaces] == ["early"]
+    assert early.names == ("lof:early", "disagreement:early", "residual:early", "relative_distance:early")
+    assert np.isfinite(early.score(activations)).all()
 
 
 @pytest.mark.parametrize("mode", ["calibrated", "paper"])

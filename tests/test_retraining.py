@@ -195,6 +195,8 @@ def test_retrain_limits_poisoned_inputs_of_one_label_to_the_commonest_class(pape
 
 def test_ensemble_fit_gives_every_detector_its_rows(few):
     class Recorder:
+        reads = "activations"
+
         def __init__(self, learns_from):
             self.learns_from = learns_from
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-import numpy as np
-from scipy.special import logsumexp
 from scipy.stats import binom
 
-from guard.types import Float32Array, Float64Array, IntArray
+from guard.statistics.confidence import confidence, fit_temperature
+from guard.types import Float64Array, FloatArray, IntArray
 
-#: The network is sure from this probability of its answer on; a head, from this log-ratio on (55 to 1).
-SURE, HEAD_SURE = 0.8, 4.0
+#: The network is sure from this probability of its answer on, at the temperature that the clean images tell; a head, from
+#: this log-ratio on (55 to 1).
+SURE, HEAD_SURE = 0.7, 4.0
 #: Honest networks of the zoo had up to this share; chosen from their clean images alone, see docs/detection.md.
 HONEST = 0.02
 _CHANCE = 0.01
@@ -39,22 +39,21 @@ class Contradictions:
     n: int
 
     @classmethod
-    def among(cls, disagreement: Float64Array, logits: Float32Array, labels: IntArray) -> Self:
+    def among(cls, disagreement: Float64Array, logits: FloatArray, labels: IntArray) -> Self:
         """Count among clean images.
 
         Parameters
         ----------
         disagreement : ndarray of shape (n,), float64
             Of the head at the split layer, out of fold; see `guard.detection.detectors.disagreement`.
-        logits : ndarray of shape (n, n_classes), float32
+        logits : ndarray of shape (n, n_classes), finite
             Of the network.
         labels : ndarray of shape (n,), int64
             True labels: where there are few images per class, heads may be sure and wrong.
         """
-        wide = logits.astype(np.float64)
-        probability = np.exp(wide.max(axis=1) - logsumexp(wide, axis=1))
-        is_wrong = wide.argmax(axis=1) != labels
-        return cls(int((is_wrong & (probability >= SURE) & (disagreement >= HEAD_SURE)).sum()), len(logits))
+        is_sure = confidence(logits, fit_temperature(logits, labels)) >= SURE
+        is_wrong = logits.argmax(axis=1) != labels
+        return cls(int((is_wrong & is_sure & (disagreement >= HEAD_SURE)).sum()), len(logits))
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Self | None:

@@ -14,9 +14,12 @@ from guard.detection.ensemble import Ensemble
 from guard.detection.fusion import Fusion, new_fusion
 from guard.detection.heads.decision_head import holds_out_enough
 from guard.detection.training_set import TrainingSet
-from guard.statistics.calibration import conformal_p_values, largest_surprises, stratified_folds
-from guard.types import BACKUP, FEATURES, BoolArray, Float64Array, IntArray
+from guard.statistics.calibration import conformal_p_values, stratified_folds
+from guard.types import BACKUP, FEATURES, BoolArray, Float64Array, FloatArray, IntArray
 
+#: Of so few images four fifths fit noticeably worse detectors than all do, and calibration would be too cautious: then
+#: there are more folds.
+_FEW_IMAGES, _MORE_FOLDS = 500, 10
 #: Called with a line for a person and the share done, in [0, 1].
 Progress = Callable[[str, float], None]
 
@@ -82,17 +85,20 @@ def cross_fit(config: GuardConfig, training: TrainingSet, *, progress: Progress 
     """
     report = progress or _silent
     activations, labels, depths = training.clean, training.labels, training.depths
-    part = stratified_folds(labels, config.folds, config.seed, training.groups)
     scored = np.flatnonzero(training.is_distinct)
+    folds = config.folds
+    if 2 * _MORE_FOLDS <= len(scored) < _FEW_IMAGES:
+        folds = max(folds, _MORE_FOLDS)
+    part = stratified_folds(labels, folds, config.seed, training.groups)
     part_scored = part[scored]
     # With early stopping here and without it there, heads of the folds would be sure otherwise than the final ones.
-    stops_early = all(holds_out_enough(labels[training.teaches & (part != fold)]) for fold in range(config.folds))
+    stops_early = all(holds_out_enough(labels[training.teaches & (part != fold)]) for fold in range(folds))
     wanted = Ensemble.for_mode(config, depths, with_anomalies=training.has_anomalies)
     raw = np.empty((len(scored), len(wanted.names)))
     layers = [depth for depth in depths if depth != BACKUP] if config.anytime else []
     early_raw = [np.empty((len(scored), len(wanted.up_to(layers[: k + 1]).names))) for k in range(len(layers))]
-    for fold in range(config.folds):
-        report(f"cross-fitting, part {fold + 1} of {config.folds}", 0.1 + 0.7 * fold / config.folds)
+    for fold in range(folds):
+        report(f"cross-fitting, part {fold + 1} of {folds}", 0.1 + 0.7 * fold / folds)
         hold = part_scored == fold
         held_out = activations[scored[hold]]
         fitted = _fitted_ensemble(config, training, training.teaches & (part != fold), stops_early)
@@ -102,14 +108,14 @@ def cross_fit(config: GuardConfig, training: TrainingSet, *, progress: Progress 
     report("fitting the detectors on all clean images", 0.8)
     ensemble = _fitted_ensemble(config, training, training.teaches, stops_early)
     report("calibrating", 0.97)
+    answers = activations.logits[scored], labels[scored]
     early = [
-        EarlyFit(layers[k], ensemble.up_to(layers[: k + 1]), *_calibrated(config, scores, part_scored))
+        EarlyFit(layers[k], ensemble.up_to(layers[: k + 1]), *_calibrated(config, scores, *answers, part_scored))
         for k, scores in enumerate(early_raw)
     ]
     report("fitted", 1.0)
-    of_head = raw[:, wanted.names.index(f"disagreement:{FEATURES}")]
-    contradictions = Contradictions.among(of_head, activations.logits[scored], labels[scored])
-    return CrossFit(ensemble, *_calibrated(config, raw, part_scored), contradictions, tuple(early))
+    contradictions = Contradictions.among(raw[:, wanted.names.index(f"disagreement:{FEATURES}")], *answers)
+    return CrossFit(ensemble, *_calibrated(config, raw, *answers, part_scored), contradictions, tuple(early))
 
 
 def _silent(_text: str, _share: float) -> None:
@@ -130,32 +136,25 @@ def _fitted_ensemble(config: GuardConfig, training: TrainingSet, rows: BoolArray
     return ensemble.fit(*chosen)
 
 
-def _calibrated(config: GuardConfig, raw: Float64Array, part: IntArray) -> tuple[Fusion, Float64Array, float]:
+def _calibrated(
+    config: GuardConfig, raw: Float64Array, logits: FloatArray, labels: IntArray, part: IntArray
+) -> tuple[Fusion, Float64Array, float]:
     """Return fusion, ascending combined scores and realised rate of out-of-fold scores."""
-    fusion = new_fusion(config.mode).fit(raw)
-    combined = _cross_fitted_scores(config, raw, part)
-    ordered = np.sort(combined)
-    if config.mode == "calibrated":  # a fold with a class of few images may score without bound
-        ordered = np.minimum(ordered, largest_surprises(raw.shape[1], len(raw)))
-    return fusion, ordered, _realised_rate(config, fusion, combined, part)
-
-
-def _cross_fitted_scores(config: GuardConfig, raw: Float64Array, part: IntArray) -> Float64Array:
-    """Return the combined score of every clean row under a fusion that was fitted on the other folds.
-
-    Ranking new inputs among scores whose own fusion had seen them would flag more clean inputs than asked for.
-    """
+    fusion = new_fusion(config.mode).fit(raw, logits, labels)
+    # Ranking new inputs among scores whose own fusion had seen them would flag more clean inputs than asked for.
     combined = np.empty(len(raw))
-    for fold in range(config.folds):
+    for fold in np.unique(part):
         hold = part == fold
-        fusion = new_fusion(config.mode).fit(raw[~hold])
-        combined[hold] = fusion.combine(fusion.surprise(raw[hold]))
-    return combined
+        others = new_fusion(config.mode).fit(raw[~hold], logits[~hold], labels[~hold])
+        combined[hold] = others.combine(others.surprise(raw[hold]), logits[hold])
+    # A fold with a class of few images may score without bound.
+    ordered = np.minimum(np.sort(combined), fusion.largest_scores(*raw.shape))
+    return fusion, ordered, _realised_rate(config, fusion, combined, part)
 
 
 def _realised_rate(config: GuardConfig, fusion: Fusion, combined: Float64Array, part: IntArray) -> float:
     flagged = 0
-    for fold in range(config.folds):
+    for fold in np.unique(part):
         hold = part == fold
         p_values = conformal_p_values(combined[hold], np.sort(combined[~hold]))
         flagged += int(fusion.decide(combined[hold], p_values, config.false_positive_rate).sum())

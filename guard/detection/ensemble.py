@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 
 from guard.config import GuardConfig
 from guard.detection.detectors import DETECTORS, Detector
 from guard.detection.detectors.anytime import AnytimeDisagreement
-from guard.detection.detectors.base import Joins, Source
+from guard.detection.detectors.base import Joins, Reads, Source
 from guard.detection.detectors.disagreement import HeadDisagreement
 from guard.detection.detectors.lof import PerClassLof
-from guard.errors import BundleError, DataError
+from guard.detection.whitening import WhitenedSpace
+from guard.errors import BundleError, DataError, NotFittedError
 from guard.types import BACKUP, FEATURES, Activations, AnyArray, Float32Array, Float64Array, IntArray
+
+_SPACE = "space."
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +32,20 @@ class Member:
 
 
 class Ensemble:
-    """A fixed list of detectors that see the same activations."""
+    """A fixed list of detectors that see the same activations.
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    Parameters
+    ----------
+    members : sequence of Member
+    spaces : mapping of str to (WhitenedSpace or None), optional
+        The whitened space of each depth, None before `fit`. Without any, as in `paper` mode and in guards of older
+        versions, all detectors read the activations as they are.
+    """
+
+    def __init__(self, members: Sequence[Member], spaces: Mapping[str, WhitenedSpace | None] | None = None) -> None:
         self.members = tuple(members)
         self.names = tuple(member.name for member in self.members)
+        self.spaces = dict(spaces or {})
 
     @classmethod
     def for_mode(
@@ -72,7 +84,7 @@ class Ensemble:
                 detector = detector_class(**settings, **place)
                 depth = getattr(detector, "depth", "")
                 members.append(Member(f"{kind}:{depth}" if depth else kind, kind, detector))
-        return cls(members)
+        return cls(members, dict.fromkeys((FEATURES, *layers)))
 
     def fit(self, activations: Activations, labels: IntArray, sources: IntArray | None = None) -> Self:
         """Fit every detector on what it learns from.
@@ -92,9 +104,13 @@ class Ensemble:
         """
         if sources is None:
             sources = np.full(len(labels), Source.CLEAN)
+        clean = sources == Source.CLEAN
+        for depth in self.spaces:
+            self.spaces[depth] = WhitenedSpace.fit(activations.at(depth)[clean], labels[clean])
+        views = self._views(activations)
         for member in self.members:
             rows = np.isin(sources, [*member.detector.learns_from])
-            member.detector.fit(activations[rows], labels[rows])
+            member.detector.fit(views[member.detector.reads][rows], labels[rows])
         return self
 
     def up_to(self, depths: Sequence[str]) -> Self:
@@ -106,14 +122,29 @@ class Ensemble:
                 members.append(Member(member.name, member.kind, detector.up_to(len(depths))))
             elif detector.joins == "once_per_depth" and getattr(detector, "depth", FEATURES) in depths:
                 members.append(member)
-        return type(self)(members)
+        return type(self)(members, {depth: space for depth, space in self.spaces.items() if depth in depths})
 
     def score(self, activations: Activations) -> Float64Array:
         """Return the raw scores, shape (n, n_detectors), columns in the order of `names`."""
         raw = np.empty((len(activations), len(self.members)))
+        views = self._views(activations)
         for column, member in enumerate(self.members):
-            raw[:, column] = member.detector.score(activations)
+            raw[:, column] = member.detector.score(views[member.detector.reads])
         return raw
+
+    def _views(self, activations: Activations) -> dict[Reads, Activations]:
+        """Return what detectors read, by name; whitened are the depths that there is a space for, and only these."""
+        if not self.spaces:
+            return dict.fromkeys(get_args(Reads), activations)
+        lead, trail = dict(activations.depths), dict(activations.depths)
+        lead[FEATURES] = trail[FEATURES] = activations.features
+        for depth, space in self.spaces.items():
+            if space is None:
+                raise NotFittedError("Ensemble is not fitted. Call fit(activations, labels) first.")
+            lead[depth], trail[depth] = space(activations.at(depth))
+        views: dict[Reads, Activations] = {"activations": activations}
+        views["leading"], views["trailing"] = (activations.with_features(part) for part in (lead, trail))
+        return views
 
     def replacement_logits(self, activations: Activations) -> Float32Array:
         """Return the logits of the replacement head at the split layer, shape (n, n_classes)."""
@@ -134,12 +165,16 @@ class Ensemble:
         ]
 
     def arrays(self) -> dict[str, AnyArray]:
-        """Return everything that was learned, keyed by position and name."""
-        return {
+        """Return everything that was learned, keyed by position or space, and name."""
+        learned = {
             f"{index}.{name}": array
             for index, member in enumerate(self.members)
             for name, array in member.detector.state().items()
         }
+        for depth, space in self.spaces.items():
+            if space is not None:
+                learned |= {f"{_SPACE}{depth}.{name}": array for name, array in space.state().items()}
+        return learned
 
     @classmethod
     def restore(cls, description: Sequence[Mapping[str, Any]], arrays: Mapping[str, AnyArray]) -> Self:
@@ -154,7 +189,12 @@ class Ensemble:
             members.append(
                 Member(entry["name"], kind, DETECTORS[kind].from_state(state, **_untupled(entry["settings"])))
             )
-        return cls(members)
+        states: dict[str, dict[str, AnyArray]] = {}
+        for key, array in arrays.items():
+            if key.startswith(_SPACE):
+                depth, _, name = key.removeprefix(_SPACE).rpartition(".")
+                states.setdefault(depth, {})[name] = array
+        return cls(members, {depth: WhitenedSpace.from_state(state) for depth, state in states.items()})
 
 
 def _setting_names(detector_class: type[Detector]) -> list[str]:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 import numpy as np
+from scipy.special import ndtri_exp
 
+from guard.arrays import require
 from guard.errors import NotFittedError
-from guard.statistics.calibration import SurpriseMap
-from guard.types import AnyArray, BoolArray, Float64Array
+from guard.statistics.calibration import SurpriseMap, largest_surprises
+from guard.statistics.confidence import confidence, fit_temperature
+from guard.types import AnyArray, BoolArray, Float64Array, FloatArray, IntArray
 
-#: Exponent of the calibrated combination: 1 is Fisher's sum, infinity lets the most surprised detector decide alone.
-COMBINATION_ORDER = 2.0
 #: Local outlier factor above which scikit-learn, and with it the paper, calls a point novel.
 NOVELTY_OFFSET = 1.5
 
@@ -21,14 +22,34 @@ NOVELTY_OFFSET = 1.5
 class Fusion(Protocol):
     """Turns raw detector scores into one score per input, and says which inputs are poisoned."""
 
-    def fit(self, raw: Float64Array) -> Self:
-        """Learn from clean out-of-fold scores, shape (n, n_detectors)."""
+    def fit(self, raw: Float64Array, logits: FloatArray, labels: IntArray) -> Self:
+        """Learn from clean out-of-fold scores, shape (n, n_detectors), and the suspect's answers to the same inputs.
+
+        Parameters
+        ----------
+        raw : ndarray of shape (n, n_detectors), float64
+        logits : ndarray of shape (n, n_classes)
+            The suspect model's own.
+        labels : ndarray of shape (n,), int
+            True labels.
+        """
 
     def surprise(self, raw: Float64Array) -> Float64Array:
         """Return how unusual each detector's score is, shape (n, n_detectors); comparable across detectors."""
 
-    def combine(self, surprise: Float64Array) -> Float64Array:
-        """Return one score per input, shape (n,), higher = more suspicious, from what `surprise` returned."""
+    def combine(self, surprise: Float64Array, logits: FloatArray) -> Float64Array:
+        """Return one score per input, shape (n,), higher = more suspicious.
+
+        Parameters
+        ----------
+        surprise : ndarray of shape (n, n_detectors), float64
+            What `surprise` returned.
+        logits : ndarray of shape (n, n_classes)
+            The suspect model's own.
+        """
+
+    def largest_scores(self, n: int, n_detectors: int) -> Float64Array:
+        """Return what the combined scores of n clean inputs can be at most, ascending, shape (n,)."""
 
     def decide(self, combined: Float64Array, p_values: Float64Array, false_positive_rate: float) -> BoolArray:
         """Return which inputs are poisoned, shape (n,)."""
@@ -44,30 +65,57 @@ class Fusion(Protocol):
 class CalibratedFusion:
     """All detectors at once, at the false-positive rate that was asked for.
 
-    Each detector's score becomes surprise (-log of its estimated p-value among clean inputs); the combination is the
-    root mean square over detectors. An unweighted sum (order 1, Fisher) is dragged down by weak detectors; the maximum
-    (order infinity, Tippett) throws agreement away. Between the two, several mildly surprised detectors add up and a
-    single strong one can still win. The order is a constant; docs/detection.md says what it was compared with.
+    Each detector's score becomes surprise, -log of its estimated p-value p among clean inputs, and then a normal score
+    z, the quantile of the standard normal distribution that is exceeded with probability p. The combination is
+
+        sqrt(mean over detectors of softplus(z)^2) * (1 + c) / 2,   softplus(z) = log(1 + exp(z)),
+
+    with c the suspect's own probability of its answer. Below the median a detector says next to nothing, far above it
+    as much as z. The factor is there because clean inputs that the suspect gets wrong contradict the heads as triggered
+    ones do, but the suspect is seldom sure of them; it is at least a half, so that an attacker gains little by making
+    the network unsure. docs/detection.md has what this was compared with.
+
+    Attributes
+    ----------
+    surprise_map_ : SurpriseMap or None
+    temperature_ : float or None
+        Of the suspect's probabilities, see `fit_temperature`. None for a guard of an older version: its combination is
+        the root mean square of surprise, without a factor.
     """
 
     surprise_map_: SurpriseMap | None = None
+    temperature_: float | None = None
 
-    def fit(self, raw: Float64Array) -> Self:
+    def fit(self, raw: Float64Array, logits: FloatArray, labels: IntArray) -> Self:
         """See `Fusion.fit`."""
         self.surprise_map_ = SurpriseMap.fit(raw)
+        self.temperature_ = fit_temperature(logits, labels)
         return self
 
     def surprise(self, raw: Float64Array) -> Float64Array:
         """See `Fusion.surprise`."""
         if self.surprise_map_ is None:
-            raise NotFittedError("CalibratedFusion is not fitted. Call fit(raw) first.")
+            raise NotFittedError("CalibratedFusion is not fitted. Call fit(raw, logits, labels) first.")
         return self.surprise_map_.surprise(raw)
 
-    def combine(self, surprise: Float64Array) -> Float64Array:
-        """See `Fusion.combine`: the root mean square over detectors."""
-        total = (surprise**COMBINATION_ORDER).sum(axis=1)
-        combined: Float64Array = (total / surprise.shape[1]) ** (1 / COMBINATION_ORDER)
+    def combine(self, surprise: Float64Array, logits: FloatArray) -> Float64Array:
+        """See `Fusion.combine`."""
+        scores = self._graded(surprise)
+        combined: Float64Array = np.sqrt(np.square(scores).mean(axis=1))
+        if self.temperature_ is not None:
+            combined *= 0.5 * (1.0 + confidence(logits, self.temperature_))
         return combined
+
+    def largest_scores(self, n: int, n_detectors: int) -> Float64Array:
+        """See `Fusion.largest_scores`: no mean is above what all detectors together allow, and no factor above 1."""
+        return self._graded(largest_surprises(n_detectors, n))
+
+    def _graded(self, surprise: Float64Array) -> Float64Array:
+        """Return softplus of normal scores, shape of `surprise`."""
+        if self.temperature_ is None:
+            return surprise
+        graded: Float64Array = np.logaddexp(0.0, -ndtri_exp(-surprise))
+        return graded
 
     def decide(self, combined: Float64Array, p_values: Float64Array, false_positive_rate: float) -> BoolArray:
         """Return p <= false_positive_rate."""
@@ -75,11 +123,14 @@ class CalibratedFusion:
 
     def arrays(self) -> dict[str, AnyArray]:
         """See `Fusion.arrays`."""
-        return self.surprise_map_.arrays() if self.surprise_map_ is not None else {}
+        arrays = self.surprise_map_.arrays() if self.surprise_map_ is not None else {}
+        return arrays if self.temperature_ is None else {**arrays, "temperature": np.array([self.temperature_])}
 
     def restore(self, arrays: Mapping[str, AnyArray]) -> Self:
         """See `Fusion.restore`."""
         self.surprise_map_ = SurpriseMap.from_arrays(arrays)
+        if "temperature" in arrays:
+            self.temperature_ = float(require(arrays, "temperature", (1,), low=1e-30, high=1e30)[0])
         return self
 
 
@@ -93,7 +144,7 @@ class PaperFusion:
     has no influence; that is how the paper has it.
     """
 
-    def fit(self, raw: Float64Array) -> Self:
+    def fit(self, raw: Float64Array, logits: FloatArray, labels: IntArray) -> Self:
         """Learn nothing: both thresholds are the paper's."""
         return self
 
@@ -102,10 +153,14 @@ class PaperFusion:
         beyond: Float64Array = raw - np.array([NOVELTY_OFFSET, 0.0])
         return beyond
 
-    def combine(self, surprise: Float64Array) -> Float64Array:
+    def combine(self, surprise: Float64Array, logits: FloatArray) -> Float64Array:
         """Return the larger of the two."""
         combined: Float64Array = surprise.max(axis=1)
         return combined
+
+    def largest_scores(self, n: int, n_detectors: int) -> Float64Array:
+        """Return infinity: nothing bounds them."""
+        return np.full(n, np.inf)
 
     def decide(self, combined: Float64Array, p_values: Float64Array, false_positive_rate: float) -> BoolArray:
         """Return eq. 13."""

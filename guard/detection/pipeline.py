@@ -319,7 +319,7 @@ class Guard(FittedGuard):
         """Return all scores of a batch as arrays; one row per input."""
         raw = self.ensemble.score(activations)
         surprise = self.fusion.surprise(raw)
-        combined = self.fusion.combine(surprise)
+        combined = self.fusion.combine(surprise, activations.logits)
         p_values = conformal_p_values(combined, self.clean_scores)
         is_poisoned = self.fusion.decide(combined, p_values, self.config.false_positive_rate)
         return Scores(raw, surprise, combined, p_values, is_poisoned)

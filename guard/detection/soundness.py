@@ -16,7 +16,7 @@ from guard.arrays import require
 from guard.detection.ensemble import Ensemble
 from guard.detection.fusion import CalibratedFusion, Fusion
 from guard.errors import BundleError, DataError
-from guard.statistics.calibration import SurpriseMap, check_rate, conformal_p_values, largest_surprises
+from guard.statistics.calibration import SurpriseMap, check_rate, conformal_p_values
 from guard.storage.bundle import StoredBundle
 from guard.types import FEATURES, Activations, AnyArray, BoolArray, Float64Array, IntArray
 
@@ -25,7 +25,8 @@ _ROWS = 256
 #: Two machines round differently: so far apart may the scores of a row be, and so many rows may be farther.
 _RELATIVE, _ABSOLUTE, _STRAY_ROWS = 2e-3, 2e-3, 0.02
 #: In `calibrated` mode each detector's surprise at clean inputs spreads like an exponential variable of mean 1, for any
-#: network, and the combined score is their root mean square: its median is 0.7 (all alike) to 1.4 (independent).
+#: network. The root mean square of it, the combined score of older versions, has a median of 0.7 (all alike) to 1.4
+#: (independent); that of softplus of normal scores 0.7 to 1.0, of which the factor may leave half.
 _MEDIAN_SCORE = (0.2, 3.0)
 #: Detectors have seen the reference, and find it a little less suspicious than calibration does: seen were median
 #: p-values of 0.39 to 0.77, and 0.9 with 40 images and less. Heads know the true labels of the reference by heart, so
@@ -36,6 +37,8 @@ _LARGEST_COUNT = 2**31
 GROUPS = "groups"
 #: So far beyond the clean images, in units of their spread, must an input be flagged at a rate of half a percent.
 _FAR, _FAR_P = 100.0, 0.005
+#: Logits of an input that any network is sure of.
+_SURE = np.array([[1e30, 0.0]])
 #: What helps where a stored bundle is not sound.
 REMEDY = "Fit again with this version, or activate another one of `guard bundle list`."
 
@@ -57,7 +60,7 @@ def rows_scored(n: int) -> IntArray:
 def reproduction(calibration: Calibration, sample: Activations) -> Float64Array:
     """Return combined scores and p-values of the sample, shape (2, m): kept in a bundle, to be compared when loaded."""
     ensemble, fusion, clean_scores = calibration
-    combined = fusion.combine(fusion.surprise(ensemble.score(sample)))
+    combined = fusion.combine(fusion.surprise(ensemble.score(sample)), sample.logits)
     return np.stack([combined, conformal_p_values(combined, clean_scores)])
 
 
@@ -112,7 +115,7 @@ def check_calibration(
         _check_map(fusion.surprise_map_, ensemble, clean_scores)
     with np.errstate(all="ignore"):  # what overflows is refused below
         raw = ensemble.score(sample)
-        combined = fusion.combine(fusion.surprise(raw))
+        combined = fusion.combine(fusion.surprise(raw), sample.logits)
     if bad := int((np.isnan(raw).any(axis=1) | ~np.isfinite(combined)).sum()):
         raise DataError(f"{name}: {bad} of {len(raw)} of its own clean images get scores that are not finite.")
     if isinstance(fusion, CalibratedFusion) and fusion.surprise_map_ is not None:
@@ -173,10 +176,10 @@ def _check_map(surprise_map: SurpriseMap | None, ensemble: Ensemble, clean_score
 
 
 def _check_tail(name: str, fusion: CalibratedFusion, raw: Float64Array, clean_scores: Float64Array) -> None:
-    """Refuse a calibration whose middle is right, and beyond whose tail nothing can be; see `largest_surprises`."""
+    """Refuse a calibration whose middle is right, and beyond whose tail nothing can be; see `Fusion.largest_scores`."""
     assert fusion.surprise_map_ is not None
     knots, n = fusion.surprise_map_.knots, len(clean_scores)
-    most = largest_surprises(len(knots), n)
+    most = fusion.largest_scores(n, len(knots))
     if (clean_scores > most).any():
         row = int((clean_scores > most).argmax())
         raise DataError(
@@ -185,7 +188,7 @@ def _check_tail(name: str, fusion: CalibratedFusion, raw: Float64Array, clean_sc
         )
     spread = np.maximum(knots[:, -1] - knots[:, 0], raw.max(axis=0) - raw.min(axis=0))
     with np.errstate(all="ignore"):
-        far = fusion.combine(fusion.surprise((knots[:, -1] + _FAR * spread)[np.newaxis]))
+        far = fusion.combine(fusion.surprise((knots[:, -1] + _FAR * spread)[np.newaxis]), _SURE)
     if (p_value := float(conformal_p_values(far, clean_scores)[0])) > max(_FAR_P, 1.0 / (n + 1)):
         raise DataError(
             f"{name}: an input far beyond all clean images has a p-value of {p_value:.3g}: too little would be flagged."

@@ -14,7 +14,7 @@ from safetensors.numpy import load, save
 
 from guard import Activations, Guard, GuardConfig
 from guard.detection.detectors import DETECTORS, Detector
-from guard.detection.detectors.base import NO_LABEL, WHAT_IS_CLEAN, Joins, Source
+from guard.detection.detectors.base import NO_LABEL, WHAT_IS_CLEAN, Joins, Reads, Source
 from guard.detection.detectors.demarcation import Demarcation
 from guard.errors import DataError, NotFittedError
 from guard.types import BACKUP, FEATURES
@@ -132,11 +132,11 @@ def test_detector_score_is_one_finite_float64_per_row(fitted):
         assert np.isfinite(scores).all()
 
 
-def test_detector_scores_a_far_out_input_higher_than_every_clean_one(fitted):
-    """Beyond class 1 as seen from class 0, and the suspect says 0: far from both, and a lie."""
-    far = CENTRES[1] + np.array([[3.0], [6.0], [9.0]]) * AWAY
-    scores = fitted.score(make(np.tile([5.0, 0.0, 0.0], (3, 1)), far))
-    assert scores.min() > fitted.score(NEW).max()
+def test_detector_scores_a_lie_or_what_lies_far_out_higher_than_every_clean_input(fitted):
+    """The suspect says 0. The lie shows class 1; far out, beyond class 1, it shows none. One of them each must see."""
+    lie, far = (CENTRES[1] + np.array(places)[:, np.newaxis] * AWAY for places in ([0.0, 0.1, 0.2], [3.0, 6.0, 9.0]))
+    least = [fitted.score(make(np.tile([5.0, 0.0, 0.0], (3, 1)), inputs)).min() for inputs in (lie, far)]
+    assert max(least) > fitted.score(NEW).max()
 
 
 def test_detector_batch_equals_single(fitted):
@@ -227,6 +227,7 @@ class FarFromTheMiddle:
 
     joins: ClassVar[Joins] = "once_per_depth"
     learns_from: ClassVar[frozenset[Source]] = WHAT_IS_CLEAN
+    reads: ClassVar[Reads] = "activations"
 
     depth: str = FEATURES
 

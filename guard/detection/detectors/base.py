@@ -12,6 +12,9 @@ from guard.types import Activations, AnyArray, Float64Array, IntArray
 #: where the activations hold a backup's logits, where there are anomalies of the traffic to learn from, or where the
 #: settings ask for verdicts at several depths.
 Joins = Literal["once", "once_per_depth", "with_backup", "with_anomalies", "with_early_verdicts"]
+#: What a detector looks at: activations as they are, or the leading or the trailing columns of every depth, whitened
+#: (`guard.detection.whitening`), where the guard has whitened spaces.
+Reads = Literal["activations", "leading", "trailing"]
 #: Label of an anomaly of the traffic: nobody has said what it shows.
 NO_LABEL = -1
 
@@ -48,10 +51,13 @@ class Detector(Protocol):
         When it is part of a guard. One that joins once per depth has a setting `depth`.
     learns_from : frozenset of Source
         Which inputs `fit` is given: `WHAT_IS_CLEAN`, `WHAT_IS_WHAT`, or a choice of its own.
+    reads : Reads
+        What `fit` and `score` are given.
     """
 
     joins: ClassVar[Joins]
     learns_from: ClassVar[frozenset[Source]]
+    reads: ClassVar[Reads]
 
     def fit(self, activations: Activations, labels: IntArray) -> Self:
         """Learn from activations and their true labels, shape (n,); return self."""

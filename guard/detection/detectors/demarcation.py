@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from guard.arrays import require
-from guard.detection.detectors.base import NO_LABEL, Joins, Source
+from guard.detection.detectors.base import NO_LABEL, Joins, Reads, Source
 from guard.errors import DataError, NotFittedError
 from guard.types import FEATURES, Activations, AnyArray, Float64Array, IntArray
 
@@ -42,6 +42,7 @@ class Demarcation:
 
     joins: ClassVar[Joins] = "with_anomalies"
     learns_from: ClassVar[frozenset[Source]] = frozenset({Source.CLEAN, Source.ANOMALY})
+    reads: ClassVar[Reads] = "activations"
 
     depth: str = FEATURES
     softness: float = 0.5

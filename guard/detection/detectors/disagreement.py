@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from guard.detection.detectors.base import WHAT_IS_CLEAN, WHAT_IS_WHAT, Joins, Source
+from guard.detection.detectors.base import WHAT_IS_CLEAN, WHAT_IS_WHAT, Joins, Reads, Source
 from guard.detection.heads.decision_head import DecisionHead
 from guard.errors import DataError
 from guard.types import BACKUP, FEATURES, Activations, AnyArray, Float32Array, Float64Array, IntArray
@@ -36,6 +36,7 @@ class HeadDisagreement:
 
     joins: ClassVar[Joins] = "once_per_depth"
     learns_from: ClassVar[frozenset[Source]] = WHAT_IS_WHAT
+    reads: ClassVar[Reads] = "activations"
 
     depth: str = FEATURES
     feature_noise_std: float = 0.0
@@ -88,6 +89,7 @@ class BackupDisagreement:
 
     joins: ClassVar[Joins] = "with_backup"
     learns_from: ClassVar[frozenset[Source]] = WHAT_IS_CLEAN
+    reads: ClassVar[Reads] = "activations"
 
     def fit(self, activations: Activations, labels: IntArray) -> Self:
         """Learn nothing; refuse activations without the backup's logits (DataError)."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 import numpy as np
 
 from guard.arrays import check_range, require
-from guard.detection.detectors.base import WHAT_IS_CLEAN, Joins, Source
+from guard.detection.detectors.base import WHAT_IS_CLEAN, Joins, Reads, Source
 from guard.detection.detectors.local_outlier_factor import DENSITY_FLOOR, ClassReferences, order_for_storage
 from guard.detection.detectors.norms import check_orders, norm_summary
 from guard.errors import ConfigError, DataError, NotFittedError
@@ -68,6 +68,7 @@ class PerClassLof:
 
     joins: ClassVar[Joins] = "once_per_depth"
     learns_from: ClassVar[frozenset[Source]] = WHAT_IS_CLEAN
+    reads: ClassVar[Reads] = "leading"
 
     depth: str = FEATURES
     n_neighbors: int = 20
