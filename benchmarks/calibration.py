@@ -13,6 +13,9 @@ of m fresh images is beta-binomial, and the band lies between its 2.5 % and 97.5
 of m images at the asked rate, as if the n images were no draw, is printed beside it. Rates that n images cannot show
 are left out.
 
+`calibration_notices.csv` has a row per draw: how many of the n images are contradictions, and whether the guard says
+so, which would be a false notice, as no model of the zoo attacks the calibration.
+
 An interrupted run goes on from `build/calibration`; delete that folder to start anew. About 20 minutes on one core.
 
 [1] Vovk (2012), Conditional validity of inductive conformal predictors, proposition 2.
@@ -35,6 +38,7 @@ import numpy as np
 from scipy.stats import betabinom, binom
 
 from guard.config import GuardConfig
+from guard.detection.contradictions import Contradictions
 from guard.detection.pipeline import Guard
 from guard.lab.zoo.collection import Zoo, default_zoo_dir
 from guard.lab.zoo.splits import load_split
@@ -45,28 +49,28 @@ from guard.types import FEATURES, Activations, IntArray
 RATES = (0.001, 0.01, 0.05, 0.1)
 #: Images per class that stand for half of all there are.
 ALL = 0
-_FEW = {10: 7, 20: 4, 100: 2, ALL: 1}
-#: Models, and how many splits with how many images per class; cheap ones have more of them.
+_CHEAP, _DEAR = {10: 8, 20: 4, 100: 3, ALL: 1}, {10: 2, 20: 1, ALL: 1}
+#: Models, and how many splits with how many images per class; those that are quick to fit have more of them.
 PLAN: dict[str, dict[int, int]] = {
-    "mnist-benign-mnist_cnn-0": _FEW,
-    "cifar10-benign-resnet20-0": _FEW,
-    "gtsrb-benign-vit_tiny-0": {10: 7, 20: 4, ALL: 1},
-    "cifar100_30-benign-resnet20-0": {10: 10, ALL: 4},
-    "mnist-benign-mnist_small-1": _FEW,
-    "gtsrb-benign-gtsrb_cnn-0": {10: 4, 20: 2, ALL: 1},
-    "yaleb-benign-deepid-0": {10: 2},
-    "mnist-single-pixel-mnist_cnn-0": _FEW,
-    "cifar10-badnets-resnet20-0": _FEW,
-    "gtsrb-blend-vit_tiny-0": {10: 7, 20: 4, ALL: 1},
-    "cifar100_30-blend-resnet20-0": {10: 10, ALL: 4},
-    "mnist-b-mnist_small-1": _FEW,
-    "mnist-wanet-mnist_cnn-0": _FEW,
-    "cifar10-wanet-resnet20-0": _FEW,
-    "gtsrb-wanet-gtsrb_cnn-0": {10: 4, 20: 2, ALL: 1},
-    "cifar100_30-red-box-resnet20-0": {10: 10, ALL: 4},
-    "mnist-blend-mnist_cnn-0": _FEW,
-    "cifar10-blend-resnet20-0": _FEW,
-    "yaleb-h-deepid-0": {10: 2},
+    "mnist-benign-mnist_cnn-0": _CHEAP,
+    "mnist-benign-mnist_small-1": _CHEAP,
+    "mnist-single-pixel-mnist_cnn-0": _CHEAP,
+    "mnist-wanet-mnist_cnn-0": _CHEAP,
+    "mnist-blend-mnist_cnn-0": _CHEAP,
+    "mnist-b-mnist_small-1": _CHEAP,
+    "cifar10-benign-resnet20-0": _CHEAP,
+    "cifar10-badnets-resnet20-0": _CHEAP,
+    "cifar10-wanet-resnet20-0": _CHEAP,
+    "cifar10-blend-resnet20-0": _CHEAP,
+    "gtsrb-benign-vit_tiny-0": {10: 5, 20: 3, ALL: 1},
+    "gtsrb-blend-vit_tiny-0": {10: 5, 20: 3, ALL: 1},
+    "gtsrb-benign-gtsrb_cnn-0": _DEAR,
+    "gtsrb-wanet-gtsrb_cnn-0": _DEAR,
+    "cifar100_30-benign-resnet20-0": {10: 4, ALL: 1},
+    "cifar100_30-blend-resnet20-0": {10: 4, ALL: 1},
+    "cifar100_30-red-box-resnet20-0": {10: 4, ALL: 1},
+    "yaleb-benign-deepid-0": {10: 1},
+    "yaleb-h-deepid-0": {10: 1},
 }
 
 
@@ -88,6 +92,8 @@ class Row:
     requested, realised : float
     n, m : int
         Distinct clean images that it was fitted on, and fresh images that it was asked about.
+    contradictions : int
+        Among the n images, see `guard.detection.contradictions`.
     """
 
     draw: Draw
@@ -95,6 +101,7 @@ class Row:
     realised: float
     n: int
     m: int
+    contradictions: int
 
     @property
     def band(self) -> tuple[float, float]:
@@ -117,14 +124,19 @@ class Row:
 
 
 def draws(count: int | None = None) -> list[Draw]:
-    """Return the first draws of the plan, models taking turns; all if `count` is None. No two splits share a seed."""
+    """Return the first draws of the plan, models taking turns; all if `count` is None. No two splits share a seed.
+
+    Every model of the zoo that the plan does not name has one draw.
+    """
     of_models = [
         [Draw(model, 1000 * number + 100 * place + split, size)
          for place, (size, splits) in enumerate(sizes.items()) for split in range(splits)]
         for number, (model, sizes) in enumerate(PLAN.items())
     ]  # fmt: skip
+    others = [card.name for card in Zoo(default_zoo_dir()).cards() if card.name not in PLAN]
     turns = range(max(map(len, of_models)))
-    return [planned[turn] for turn in turns for planned in of_models if turn < len(planned)][:count]
+    in_turn = [planned[turn] for turn in turns for planned in of_models if turn < len(planned)]
+    return [*in_turn, *(Draw(model, 100_000 + number, ALL) for number, model in enumerate(others))][:count]
 
 
 def divide(labels: IntArray, per_class: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
@@ -177,10 +189,11 @@ def measure(draw: Draw, activations: Activations, labels: IntArray) -> list[Row]
     guard = Guard.fit_activations(
         activations[fit], labels[fit], GuardConfig(false_positive_rate=max(RATES), seed=draw.split)
     )
-    n = len(guard.clean_scores)
+    n, found = len(guard.clean_scores), guard.contradictions
+    assert found is not None  # every fit counts them
     asked = [rate for rate in RATES if n >= images_needed(rate)]
     p_values = guard.scores(activations[fresh]).p_values
-    return [Row(draw, rate, float((p_values <= rate).mean()), n, len(fresh)) for rate in asked]
+    return [Row(draw, rate, float((p_values <= rate).mean()), n, len(fresh), found.count) for rate in asked]
 
 
 def _read(path: Path) -> list[Row]:
@@ -191,7 +204,7 @@ def _read(path: Path) -> list[Row]:
             Row(
                 Draw(line["model"], int(line["split"]), int(line["per_class"])),
                 *(float(line[name]) for name in ("requested", "realised")),
-                *(int(line[name]) for name in ("n", "m")),
+                *(int(line[name]) for name in ("n", "m", "contradictions")),
             )
             for line in csv.DictReader(file)
         ]
@@ -202,8 +215,8 @@ def _append(path: Path, rows: Sequence[Row]) -> None:
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if is_new:
-            writer.writerow([*Draw._fields, "requested", "realised", "n", "m"])
-        writer.writerows([*row.draw, row.requested, row.realised, row.n, row.m] for row in rows)
+            writer.writerow([*Draw._fields, "requested", "realised", "n", "m", "contradictions"])
+        writer.writerows([*row.draw, row.requested, row.realised, row.n, row.m, row.contradictions] for row in rows)
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
@@ -217,6 +230,23 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
             band = (f"{end:.6f}" for end in row.band)
             writer.writerow([model, split, size or round(row.n / n_classes[model]), row.requested,
                              f"{row.realised:.6f}", *band])  # fmt: skip
+
+
+def write_notices(path: Path, rows: Sequence[Row]) -> None:
+    """Write how many contradictions each guard found among its clean images, and print which notices are false."""
+    found = {row.draw: Contradictions(row.contradictions, row.n) for row in rows}
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["model", "split", "clean_images", "contradictions", "noticed"])
+        writer.writerows([draw.model, draw.split, one.n, one.count, one.is_noticed] for draw, one in found.items())
+    noticed = [f"{draw.model} ({one.count} of {one.n})" for draw, one in found.items() if one.is_noticed]
+    print(f"\n{len(noticed)} of {len(found)} guards notice contradictions: {', '.join(noticed) or '-'}")
+    of_models: dict[str, list[Contradictions]] = {}
+    for draw, one in found.items():
+        of_models.setdefault(draw.model, []).append(one)
+    shares = {model: sum(one.count for one in ones) / sum(one.n for one in ones) for model, ones in of_models.items()}
+    for model, share in sorted(shares.items(), key=lambda entry: -entry[1]):
+        print(f"  {model:36}{100 * share:6.2f} % of {sum(one.n for one in of_models[model])} clean images")
 
 
 def report(rows: Sequence[Row]) -> None:
@@ -253,10 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted, kept = draws(chosen.draws), chosen.work_dir / "rows.csv"
     done = {row.draw for row in _read(kept)}
     splits = [draw.split for draw in wanted]
-    print(
-        f"{len(wanted)} draws, {len(done & set(wanted))} done, seeds {min(splits)} to {max(splits)}", flush=True
-    )
-    for model in PLAN:
+    print(f"{len(wanted)} draws, {len(done & set(wanted))} done, seeds {min(splits)} to {max(splits)}", flush=True)
+    for model in dict.fromkeys(draw.model for draw in wanted):
         missing = [draw for draw in wanted if draw.model == model and draw not in done]
         if not missing:
             continue
@@ -270,6 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                   f"{time.perf_counter() - started:.1f} s: {told}", flush=True)  # fmt: skip
     rows = [row for row in _read(kept) if row.draw in set(wanted)]
     write_table(chosen.output_dir / "calibration.csv", rows)
+    write_notices(chosen.output_dir / "calibration_notices.csv", rows)
     report(rows)
 
 

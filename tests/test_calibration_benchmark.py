@@ -67,7 +67,7 @@ def test_band_holds_95_of_100_exchangeable_experiments_and_the_binomial_one_hold
     for _ in range(1000):
         clean, fresh = np.sort(rng.normal(size=n)), rng.normal(size=m)
         realised = float((conformal_p_values(fresh, clean) <= rate).mean())
-        row = benchmark.Row(benchmark.Draw("x", 0, 10), rate, realised, n, m)
+        row = benchmark.Row(benchmark.Draw("x", 0, 10), rate, realised, n, m, 0)
         for name, found in places.items():
             found.append(row.where(getattr(row, name)))
     assert 0.93 <= places["band"].count("within") / 1000 <= 0.975
@@ -77,7 +77,7 @@ def test_band_holds_95_of_100_exchangeable_experiments_and_the_binomial_one_hold
 
 
 def test_rows_come_back_as_they_were_written(benchmark: ModuleType, tmp_path: Path) -> None:
-    rows = [benchmark.Row(benchmark.Draw("x", 3, 10), rate, 0.04, 100, 50) for rate in (0.05, 0.1)]
+    rows = [benchmark.Row(benchmark.Draw("x", 3, 10), rate, 0.04, 100, 50, 3) for rate in (0.05, 0.1)]
     for row in rows:
         benchmark._append(tmp_path / "rows.csv", [row])
     assert benchmark._read(tmp_path / "rows.csv") == rows

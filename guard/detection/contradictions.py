@@ -11,8 +11,8 @@ from scipy.stats import binom
 from guard.statistics.confidence import confidence, fit_temperature
 from guard.types import Float64Array, FloatArray, IntArray
 
-#: The network is sure from this probability of its answer on, at the temperature that the clean images tell; a head, from
-#: this log-ratio on (55 to 1).
+#: The network is sure from this probability of its answer on, at the temperature that the clean images tell, and a head
+#: from this log-ratio on (55 to 1).
 SURE, HEAD_SURE = 0.7, 4.0
 #: Honest networks of the zoo had up to this share; chosen from their clean images alone, see docs/detection.md.
 HONEST = 0.02
