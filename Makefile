@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 # Test files that run at the same time, one more than cores: those with servers wait a lot. JOBS=0: one process.
 JOBS ?= 3
 
-.PHONY: setup demo test test-quick lint types bench bench-badnets bench-fusion bench-loop bench-networks rehearsal clean help
+.PHONY: setup demo test test-quick lint types bench bench-badnets bench-fusion bench-loop bench-networks leaderboard ablation rehearsal clean help
 
 help:
 	@echo "make demo   set up, backdoor a network on real images, guard it, serve it, print the verdicts"
@@ -68,6 +68,15 @@ bench-badnets: setup
 # Tables of the Fusion paper from the zoo (benchmarks/zoo) and the image sets (GUARD_DATA_DIR). Two processes.
 bench-fusion: setup
 	$(BIN)/python benchmarks/fusion/run_all.py $(ARGS)
+
+# The guard and every rival on the zoo (GUARD_DATA_DIR), docs/leaderboard.md. Days of one core in all; an interrupted run
+# goes on, and ARGS="--minutes 60" ends by itself.
+leaderboard: setup
+	$(BIN)/python benchmarks/leaderboard/run.py $(ARGS)
+
+# What each part of the default mode is worth (GUARD_DATA_DIR); an interrupted run goes on.
+ablation: setup
+	$(BIN)/python benchmarks/ablation.py
 
 # A ViT, a Swin and a ConvNeXt of timm and a ResNet-18 of transformers on GTSRB (GUARD_DATA_DIR): trained, guarded, served.
 # timm comes without its dependency on torchvision, which must fit the installed torch. An interrupted run goes on.

@@ -6,8 +6,8 @@ Writes `guard_time.csv`: one row per shape, batch and part, median milliseconds 
 
 Data are synthetic: Gaussian classes behind a ReLU at four depths, at the shapes of MNIST (10 classes x 500 clean
 images, 512 columns), GTSRB (43 x 116) and YouTube Face (1,283 x 9, 160 columns as in the Fusion paper's network). Only
-speed is measured, and it does not depend on the images; decision heads have their usual widths, but train for one
-epoch. One thread. Every call takes other queries, and the parts take turns.
+speed is measured, and it does not depend on the images. One thread. Every call takes other queries, and the parts take
+turns.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from __future__ import annotations
 import argparse
 import csv
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from guard.config import GuardConfig
-from guard.detection.detectors.disagreement import HeadDisagreement
+from guard.detection.detectors.base import Reads
 from guard.detection.ensemble import Ensemble
 from guard.detection.fusion import CalibratedFusion
-from guard.detection.heads.decision_head import DecisionHead
 from guard.detection.pipeline import Guard
 from guard.types import Activations, Float32Array, Float64Array, IntArray
 
@@ -39,6 +38,8 @@ ROUNDS = {1: 4, 16: 40}  # by batch
 QUERIES = 256
 #: Figures of the design for `decide` at batch 1, in milliseconds, by number of classes.
 LARGEST = {10: 0.5, 43: 0.5, 1283: 1.5}
+KINDS = ("lof", "disagreement", "residual", "relative_distance")
+PARTS = ("decide", "whitening", *KINDS, "fusion")
 
 
 class Row(TypedDict):
@@ -72,20 +73,14 @@ def make_guard(classes: int, per_class: int, n_features: int) -> tuple[Guard, Ac
     labels = np.repeat(np.arange(classes), per_class)
     clean, held_out = activations_of(labels), activations_of(labels[:: max(1, len(labels) // 1000)])
     config = GuardConfig(seed=SEED)
-    ensemble = Ensemble.for_mode(config, DEPTHS)
-    for member in ensemble.members:
-        if isinstance(member.detector, HeadDisagreement):
-            head = DecisionHead(max_epochs=1, seed=SEED)
-            member.detector.head_ = head.fit(clean.at(member.detector.depth), labels, classes)
-        else:
-            member.detector.fit(clean, labels)
+    ensemble = Ensemble.for_mode(config, DEPTHS).fit(clean, labels)
     raw = ensemble.score(held_out)
-    fusion = CalibratedFusion().fit(raw)
+    fusion = CalibratedFusion().fit(raw, held_out.logits, labels[:: max(1, len(labels) // 1000)])
     guard = Guard(
         config=config,
         ensemble=ensemble,
         fusion=fusion,
-        clean_scores=np.sort(fusion.combine(fusion.surprise(raw))),
+        clean_scores=np.sort(fusion.combine(fusion.surprise(raw), held_out.logits)),
         reference=clean,
         reference_labels=labels,
         realised_false_positive_rate=config.false_positive_rate,
@@ -93,32 +88,42 @@ def make_guard(classes: int, per_class: int, n_features: int) -> tuple[Guard, Ac
     return guard, activations_of(rng.integers(0, classes, QUERIES))
 
 
-def parts_of(guard: Guard) -> dict[str, Callable[[Activations, Float64Array], object]]:
-    """Return what is timed: the whole, every kind of detector at all its depths, and what follows them."""
-    by_kind = {
-        kind: [member.detector for member in guard.ensemble.members if member.kind == kind]
-        for kind in ("lof", "disagreement")
-    }
-    fusion = guard.fusion
+class Given(NamedTuple):
+    """One batch, with what the parts before have made of it."""
+
+    batch: Activations
+    views: Mapping[Reads, Activations]
+    raw: Float64Array
+
+
+def parts_of(guard: Guard) -> dict[str, Callable[[Given], object]]:
+    """Return what is timed: the whole, whitening, every kind of detector at all its depths, and what follows them."""
+    ensemble, fusion = guard.ensemble, guard.fusion
+    by_kind = {kind: [m.detector for m in ensemble.members if m.kind == kind] for kind in KINDS}
+
+    def score(kind: str) -> Callable[[Given], object]:
+        return lambda given: [detector.score(given.views[detector.reads]) for detector in by_kind[kind]]
+
     return {
-        "decide": lambda batch, _: guard.decide(batch),
-        "lof": lambda batch, _: [detector.score(batch) for detector in by_kind["lof"]],
-        "disagreement": lambda batch, _: [detector.score(batch) for detector in by_kind["disagreement"]],
-        "surprise": lambda _, raw: fusion.combine(fusion.surprise(raw)),
+        "decide": lambda given: guard.decide(given.batch),
+        "whitening": lambda given: ensemble.views(given.batch),
+        **{kind: score(kind) for kind in KINDS},
+        "fusion": lambda given: fusion.combine(fusion.surprise(given.raw), given.batch.logits),
     }
 
 
 def measure(guard: Guard, queries: Activations, batch: int) -> dict[str, float]:
     """Return median milliseconds per call of every part."""
+    ensemble = guard.ensemble
     batches = [queries[start : start + batch] for start in range(0, QUERIES, batch)]
-    raw = [guard.ensemble.score(rows) for rows in batches]  # warms up, too
+    given = [Given(rows, ensemble.views(rows), ensemble.score(rows)) for rows in batches]  # warms up, too
     parts = parts_of(guard)
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(ROUNDS[batch]):
         for name, part in parts.items():
-            for rows, scores in zip(batches, raw, strict=True):
+            for one in given:
                 start = time.perf_counter()
-                part(rows, scores)
+                part(one)
                 seconds[name].append(time.perf_counter() - start)
     return {name: 1e3 * float(np.median(values)) for name, values in seconds.items()}
 
@@ -131,7 +136,7 @@ def main() -> None:
     table = (arguments.output_dir or project / "benchmarks" / "results") / "guard_time.csv"
     torch.set_num_threads(1)
     print(f"seed {SEED}, one thread, {1 + len(DEPTHS)} depths, synthetic classes; milliseconds per call")
-    print("classes per_class columns batch  " + " ".join(f"{part:>12}" for part in ("decide", "lof", "disagreement")))
+    print("classes per_class columns batch  " + " ".join(f"{part:>17}" for part in PARTS))
     rows: list[Row] = []
     for classes, per_class, n_features in SHAPES:
         with threadpool_limits(1):
@@ -139,7 +144,7 @@ def main() -> None:
             for batch in BATCHES:
                 found = measure(guard, queries, batch)
                 line = f"{classes:>7} {per_class:>9} {n_features:>7} {batch:>5}  "
-                line += " ".join(f"{found[part]:>12.3f}" for part in ("decide", "lof", "disagreement"))
+                line += " ".join(f"{found[part]:>17.3f}" for part in PARTS)
                 if batch == 1:
                     holds = "holds" if found["decide"] <= LARGEST[classes] else "MISSED"
                     line += f"   at most {LARGEST[classes]} ms: {holds}"

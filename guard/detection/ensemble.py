@@ -107,7 +107,7 @@ class Ensemble:
         clean = sources == Source.CLEAN
         for depth in self.spaces:
             self.spaces[depth] = WhitenedSpace.fit(activations.at(depth)[clean], labels[clean])
-        views = self._views(activations)
+        views = self.views(activations)
         for member in self.members:
             rows = np.isin(sources, [*member.detector.learns_from])
             member.detector.fit(views[member.detector.reads][rows], labels[rows])
@@ -127,12 +127,12 @@ class Ensemble:
     def score(self, activations: Activations) -> Float64Array:
         """Return the raw scores, shape (n, n_detectors), columns in the order of `names`."""
         raw = np.empty((len(activations), len(self.members)))
-        views = self._views(activations)
+        views = self.views(activations)
         for column, member in enumerate(self.members):
             raw[:, column] = member.detector.score(views[member.detector.reads])
         return raw
 
-    def _views(self, activations: Activations) -> dict[Reads, Activations]:
+    def views(self, activations: Activations) -> dict[Reads, Activations]:
         """Return what detectors read, by name; whitened are the depths that there is a space for, and only these."""
         if not self.spaces:
             return dict.fromkeys(get_args(Reads), activations)

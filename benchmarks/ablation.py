@@ -1,0 +1,198 @@
+"""What each part of the default mode is worth: the guard without it, on the attacked networks of the zoo.
+
+    python benchmarks/ablation.py
+
+Writes `ablation.csv`: one row per rule, model and trigger, with AUROC and the share of all triggered inputs, those that
+miss the target too, that are caught where 1 % of clean test images are flagged. Detectors are fitted once per model, on
+the zoo's clean validation images; rules differ in which of them they ask and how they combine. The earlier rule is that
+of the versions before: LOF on the features as they are and the heads, root mean square of surprise. The rule was chosen
+on these models, so this is no test. What `build/ablation` holds is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch
+
+import numpy as np
+import torch
+
+from guard.config import GuardConfig
+from guard.detection.detectors.lof import PerClassLof
+from guard.detection.ensemble import Ensemble, Member
+from guard.detection.fusion import CalibratedFusion
+from guard.lab.zoo.collection import Zoo, default_zoo_dir
+from guard.lab.zoo.splits import load_split
+from guard.statistics.calibration import stratified_folds
+from guard.statistics.evaluation import auroc
+from guard.suspect.model import SuspectModel
+from guard.types import Activations, Float64Array, IntArray
+
+PROJECT = Path(__file__).resolve().parent.parent
+RATE, FOLDS, LARGEST_SET = 0.01, 5, 2500
+KINDS = ("lof", "disagreement", "residual", "relative_distance")
+EARLIER = "lof of features"
+
+
+class Case(NamedTuple):
+    """Scores of one model's images, (n, n_detectors), and the suspect's logits; clean out-of-fold ones first."""
+
+    kinds: tuple[str, ...]
+    fitted: tuple[Float64Array, Float64Array, IntArray]
+    clean: tuple[Float64Array, Float64Array]
+    triggered: Mapping[str, tuple[Float64Array, Float64Array]]
+
+
+class Rule(NamedTuple):
+    """Which kinds of detectors are asked, and how their surprise becomes one score."""
+
+    kinds: tuple[str, ...] = KINDS
+    combine: Callable[[CalibratedFusion, Float64Array, Float64Array], Float64Array] = CalibratedFusion.combine
+
+
+def without_factor(fusion: CalibratedFusion, surprise: Float64Array, logits: Float64Array) -> Float64Array:
+    return fusion.combine(surprise, np.tile([1e30, 0.0], (len(surprise), 1)))
+
+
+def of_surprise(fusion: CalibratedFusion, surprise: Float64Array, logits: Float64Array) -> Float64Array:
+    factor = fusion.combine(surprise, logits) / without_factor(fusion, surprise, logits)
+    combined: Float64Array = np.sqrt(np.square(surprise).mean(axis=1)) * factor
+    return combined
+
+
+def earlier(_fusion: CalibratedFusion, surprise: Float64Array, _logits: Float64Array) -> Float64Array:
+    combined: Float64Array = np.sqrt(np.square(surprise).mean(axis=1))
+    return combined
+
+
+RULES = {
+    "default": Rule(),
+    **{f"without {kind}": Rule(tuple(other for other in KINDS if other != kind)) for kind in KINDS},
+    "without the factor": Rule(combine=without_factor),
+    "surprise instead of normal scores": Rule(combine=of_surprise),
+    "LOF of features": Rule((EARLIER, *KINDS[1:])),
+    "earlier rule": Rule((EARLIER, "disagreement"), earlier),
+}
+
+
+def fitted_ensemble(seed: int, activations: Activations, labels: IntArray, share: float) -> Ensemble:
+    """Return the default detectors and LOF on features as they are, fitted as in `cross_fit`."""
+    config = GuardConfig(seed=seed, n_neighbors=max(1, round(20 * share)))
+    depths = tuple(activations.depths)
+    ensemble = Ensemble.for_mode(config, depths).fit(activations, labels)
+    plain = [
+        Member(
+            f"{EARLIER}:{depth}", EARLIER, _Plain(depth=depth, n_neighbors=config.n_neighbors).fit(activations, labels)
+        )
+        for depth in ("features", *depths)
+    ]
+    return Ensemble([*ensemble.members, *plain], ensemble.spaces)
+
+
+class _Plain(PerClassLof):
+    """LOF on the features as they are."""
+
+    reads = "activations"
+
+
+def measure_scores(zoo: Zoo, name: str) -> Case:
+    """Return all scores of one model."""
+    card, suspect = zoo.card(name), SuspectModel(zoo.load(name))
+    split = load_split(card.data_set)
+    activations, labels = suspect.activations(split.validation.images), split.validation.labels
+    part = stratified_folds(labels, FOLDS, card.seed)
+    raw = np.empty(0)
+    for fold in range(FOLDS):
+        held = part == fold
+        ensemble = fitted_ensemble(card.seed, activations[~held], labels[~held], 1 - 1 / FOLDS)
+        if fold == 0:
+            raw = np.empty((len(labels), len(ensemble.names)))
+        raw[held] = ensemble.score(activations[held])
+    ensemble = fitted_ensemble(card.seed, activations, labels, 1.0)
+    rng = np.random.default_rng(card.seed)
+    test = rng.permutation(len(split.test))[:LARGEST_SET]
+
+    def scored(images: Float64Array) -> tuple[Float64Array, Float64Array]:
+        found = suspect.activations(images)
+        return ensemble.score(found), found.logits
+
+    sets = card.restore_attack().test_sets(split.test.images[test], split.test.labels[test])
+    triggered = {str(place): scored(entry.images) for place, entry in enumerate(sets)}
+    kinds = tuple(member.kind for member in ensemble.members)
+    return Case(kinds, (raw, activations.logits, labels), scored(split.test.images[test]), triggered)
+
+
+def figures(case: Case) -> Iterator[tuple[str, str, float, float]]:
+    """Yield rule, trigger, AUROC and the share caught."""
+    for title, rule in RULES.items():
+        columns = np.isin(case.kinds, rule.kinds)
+        raw, logits, labels = case.fitted
+        fusion = CalibratedFusion().fit(raw[:, columns], logits, labels)
+
+        def combined(scores: Float64Array, logits: Float64Array) -> Float64Array:
+            return rule.combine(fusion, fusion.surprise(scores[:, columns]), logits)  # noqa: B023 - used in this turn
+
+        clean = combined(*case.clean)
+        threshold = np.quantile(clean, 1 - RATE, method="higher")
+        for trigger, scores in case.triggered.items():
+            found = combined(*scores)
+            is_poisoned = np.r_[np.zeros(len(clean), dtype=bool), np.ones(len(found), dtype=bool)]
+            yield title, trigger, auroc(np.r_[clean, found], is_poisoned), float((found > threshold).mean())
+
+
+def print_table(rows: list[dict[str, str]]) -> None:
+    """Print means and worst by rule, as in docs/detection.md."""
+    print("\n| rule | AUROC mean | worst | TPR at FPR 0.01 mean | worst |\n|---|---|---|---|---|")
+    for title in RULES:
+        of_rule = [row for row in rows if row["rule"] == title]
+        areas, caught = ([float(row[key]) for row in of_rule] for key in ("auroc", "tpr_at_fpr_0_01"))
+        worst = of_rule[int(np.argmin(caught))]
+        print(
+            f"| {title} | {np.mean(areas):.4f} | {min(areas):.3f} | {np.mean(caught):.3f} | "
+            f"{min(caught):.3f} ({worst['model']}) |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the default mode without each of its parts.")
+    parser.add_argument("models", nargs="*", help="models of the zoo; default: every attacked one of seed 0")
+    parser.add_argument("--records", type=Path, default=PROJECT / "build" / "ablation", help="folder of measured rates")
+    parser.add_argument("--output-dir", type=Path, default=PROJECT / "benchmarks" / "results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    zoo = Zoo(default_zoo_dir())
+    names = arguments.models or [card.name for card in zoo.cards() if card.seed == 0 and not card.is_benign]
+    arguments.records.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, str]] = []
+    for name in names:
+        record = arguments.records / f"{name}.json"
+        if not record.exists():
+            print(f"{name}, seed {zoo.card(name).seed}", flush=True)
+            found = [
+                {
+                    "rule": rule,
+                    "model": name,
+                    "trigger": trigger,
+                    "auroc": f"{area:.5f}",
+                    "tpr_at_fpr_0_01": f"{tpr:.4f}",
+                }
+                for rule, trigger, area, tpr in figures(measure_scores(zoo, name))
+            ]
+            record.write_text(json.dumps(found))
+        rows += json.loads(record.read_text())
+    with (arguments.output_dir / "ablation.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["rule", "model", "trigger", "auroc", "tpr_at_fpr_0_01"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
