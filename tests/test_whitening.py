@@ -122,6 +122,14 @@ def test_whitened_space_does_not_depend_on_the_unit_of_a_feature():
     np.testing.assert_allclose(np.square(rows).sum(axis=1), np.square(scaled).sum(axis=1), rtol=1e-3)
 
 
+@pytest.mark.parametrize("unit", [1e-36, 1e-20, 1e20, 1e36])
+def test_whitened_space_of_tiny_and_large_features_is_finite_and_loads_again(unit):
+    features, labels = draw(100, 20, 3)
+    features = features * np.float32(unit)
+    space = WhitenedSpace.from_state(WhitenedSpace.fit(features, labels).state())
+    assert np.isfinite(whole(space, features)).all()
+
+
 def test_whitened_space_one_by_one_equals_batch():
     features, labels = draw(300, 200, 3)
     space = WhitenedSpace.fit(features, labels)
@@ -148,7 +156,7 @@ def test_whitened_space_roundtrip_gives_equal_rows():
     ("name", "array", "text"),
     [
         ("mean", None, "array mean is missing"),
-        ("scale", np.zeros(8, np.float32), "array scale must be >= 1e-30, got 0.0"),
+        ("scale", np.zeros(8, np.float32), "array scale must be >= 5e-31, got 0.0"),
         ("rest", np.zeros(1, np.float32), "array rest must be >= 1e-30, got 0.0"),
         ("rotation", np.zeros((8, 7), np.float32), r"array rotation must have shape \(8, 8\)"),
         ("rotation", np.zeros((8, 8), np.float32), "must not be zero everywhere"),

@@ -18,6 +18,7 @@ _COMPONENTS, _IMAGES_EACH = 128, 4
 _RANK = 32
 #: Share of the mean variance within classes that every direction gets, so that no direction counts without bound.
 _SHRINKAGE = 0.1
+_LEAST_SCALE = 1e-30
 _FARTHEST = np.float32(1e15)  # in standard deviations; what is longer has no square in float32
 _ITERATIONS = 4  # of the subspace
 _EXTRA = 8  # columns more than wanted while iterating
@@ -73,7 +74,7 @@ class WhitenedSpace:
             raise DataError("features must be finite: a NaN or an infinity was found.")
         varies = spread > 1e-6 * spread.max(initial=0.0)
         scale = np.where(varies, spread, spread[varies].mean() if varies.any() else 1.0)
-        mean, scale = mean.astype(np.float32), scale.astype(np.float32)
+        mean, scale = mean.astype(np.float32), np.maximum(scale, _LEAST_SCALE).astype(np.float32)
         standard = (rows - mean) / scale
         components = _principal_components(standard)
         d, m = components.shape
@@ -125,9 +126,9 @@ class WhitenedSpace:
         """Return a space from what `state` returned; DataError if its arrays do not fit together."""
         d = len(require(state, "mean", (None,)))
         m = require(state, "components", (d, None)).shape[1]
-        require(state, "scale", (d,), low=1e-30)
+        require(state, "scale", (d,), low=_LEAST_SCALE / 2)
         require(state, "rotation", (m, m))
-        require(state, "rest", (1,), low=1e-30)
+        require(state, "rest", (1,), low=_LEAST_SCALE)
         if not (state["components"].any() and state["rotation"].any()):
             raise DataError("arrays components and rotation must not be zero everywhere.")
         return cls(**{part.name: np.ascontiguousarray(state[part.name], dtype=np.float32) for part in fields(cls)})
