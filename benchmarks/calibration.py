@@ -4,8 +4,8 @@
 
 Needs the zoo's images (`GUARD_DATA_DIR`). A draw is a model, a split seed and a number of images per class: a guard is
 fitted on that many clean images of each class, chosen at random among validation and test part, and asked about as many
-others of every class as the rarest class has. `all` takes half of the images to fit, in the classes' own shares, and
-asks about the other half. Detectors see clean images only; models of the zoo are benign and backdoored.
+others of every class as the rarest class has, 200 at most. `all` takes half of the images to fit, in the classes' own
+shares, and asks about the other half. Detectors see clean images only; models of the zoo are benign and backdoored.
 
 Writes `calibration.csv`, a row per draw and rate: the realised rate and its 95 % band. With n distinct clean images,
 the rate of one guard is Beta(j, n + 1 - j) over draws of these images, j = floor(rate (n + 1)) [1]; the number flagged
@@ -49,28 +49,29 @@ from guard.types import FEATURES, Activations, IntArray
 RATES = (0.001, 0.01, 0.05, 0.1)
 #: Images per class that stand for half of all there are.
 ALL = 0
-_CHEAP, _DEAR = {10: 8, 20: 4, 100: 3, ALL: 1}, {10: 2, 20: 1, ALL: 1}
+_CHEAP = {10: 12, 20: 5, 100: 1}
+#: Fresh images of each class at most, where the classes have the same number.
+_FRESH = 200
 #: Models, and how many splits with how many images per class; those that are quick to fit have more of them.
 PLAN: dict[str, dict[int, int]] = {
-    "mnist-benign-mnist_cnn-0": _CHEAP,
+    "mnist-benign-mnist_cnn-0": {**_CHEAP, ALL: 1},
     "mnist-benign-mnist_small-1": _CHEAP,
     "mnist-single-pixel-mnist_cnn-0": _CHEAP,
     "mnist-wanet-mnist_cnn-0": _CHEAP,
     "mnist-blend-mnist_cnn-0": _CHEAP,
-    "mnist-b-mnist_small-1": _CHEAP,
-    "cifar10-benign-resnet20-0": _CHEAP,
+    "mnist-b-mnist_small-1": {**_CHEAP, ALL: 1},
+    "cifar10-benign-resnet20-0": {**_CHEAP, ALL: 1},
     "cifar10-badnets-resnet20-0": _CHEAP,
-    "cifar10-wanet-resnet20-0": _CHEAP,
+    "cifar10-wanet-resnet20-0": {**_CHEAP, ALL: 1},
     "cifar10-blend-resnet20-0": _CHEAP,
-    "gtsrb-benign-vit_tiny-0": {10: 5, 20: 3, ALL: 1},
-    "gtsrb-blend-vit_tiny-0": {10: 5, 20: 3, ALL: 1},
-    "gtsrb-benign-gtsrb_cnn-0": _DEAR,
-    "gtsrb-wanet-gtsrb_cnn-0": _DEAR,
-    "cifar100_30-benign-resnet20-0": {10: 4, ALL: 1},
-    "cifar100_30-blend-resnet20-0": {10: 4, ALL: 1},
-    "cifar100_30-red-box-resnet20-0": {10: 4, ALL: 1},
+    "gtsrb-benign-vit_tiny-0": {10: 2, 20: 1},
+    "gtsrb-blend-vit_tiny-0": {10: 2, 20: 1},
+    "gtsrb-benign-gtsrb_cnn-0": {10: 1},
+    "gtsrb-wanet-gtsrb_cnn-0": {10: 1, ALL: 1},
+    "cifar100_30-benign-resnet20-0": {10: 2},
+    "cifar100_30-blend-resnet20-0": {10: 2, ALL: 1},
+    "cifar100_30-red-box-resnet20-0": {10: 2},
     "yaleb-benign-deepid-0": {10: 1},
-    "yaleb-h-deepid-0": {10: 1},
 }
 
 
@@ -134,8 +135,8 @@ def draws(count: int | None = None) -> list[Draw]:
         for number, (model, sizes) in enumerate(PLAN.items())
     ]  # fmt: skip
     others = [card.name for card in Zoo(default_zoo_dir()).cards() if card.name not in PLAN]
-    turns = range(max(map(len, of_models)))
-    in_turn = [planned[turn] for turn in turns for planned in of_models if turn < len(planned)]
+    places = [((turn + 0.5) / len(planned), draw) for planned in of_models for turn, draw in enumerate(planned)]
+    in_turn = [draw for _, draw in sorted(places, key=lambda entry: entry[0])]
     return [*in_turn, *(Draw(model, 100_000 + number, ALL) for number, model in enumerate(others))][:count]
 
 
@@ -153,10 +154,10 @@ def divide(labels: IntArray, per_class: int, rng: np.random.Generator) -> tuple[
     if per_class == ALL:
         counts = [(len(rows) // 2, len(rows) // 2) for rows in of_classes]
     else:
-        others = min(map(len, of_classes)) - per_class
-        if others < 1:
-            raise ValueError(f"the rarest class has {others + per_class} images, too few for {per_class} to fit on.")
-        counts = [(per_class, others)] * len(of_classes)
+        left = min(map(len, of_classes)) - per_class
+        if left < 1:
+            raise ValueError(f"the rarest class has {left + per_class} images, too few for {per_class} to fit on.")
+        counts = [(per_class, min(left, _FRESH))] * len(of_classes)
     fit, fresh = [], []
     for rows, (n, m) in zip(of_classes, counts, strict=True):
         fit.append(rows[:n])
@@ -284,18 +285,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     done = {row.draw for row in _read(kept)}
     splits = [draw.split for draw in wanted]
     print(f"{len(wanted)} draws, {len(done & set(wanted))} done, seeds {min(splits)} to {max(splits)}", flush=True)
-    for model in dict.fromkeys(draw.model for draw in wanted):
-        missing = [draw for draw in wanted if draw.model == model and draw not in done]
-        if not missing:
+    for draw in wanted:
+        if draw in done:
             continue
-        activations, labels = clean_images(model, chosen.work_dir)
-        for draw in missing:
-            started = time.perf_counter()
-            rows = measure(draw, activations, labels)
-            _append(kept, rows)
-            told = ", ".join(f"{row.requested:g}: {row.realised:.4f}" for row in rows)
-            print(f"{model}, split {draw.split}, {draw.per_class or 'half'} per class, "
-                  f"{time.perf_counter() - started:.1f} s: {told}", flush=True)  # fmt: skip
+        started = time.perf_counter()
+        rows = measure(draw, *clean_images(draw.model, chosen.work_dir))
+        _append(kept, rows)
+        told = ", ".join(f"{row.requested:g}: {row.realised:.4f}" for row in rows)
+        size = draw.per_class or "half"
+        print(
+            f"{draw.model}, split {draw.split}, {size} per class, {time.perf_counter() - started:.1f} s: {told}",
+            flush=True,
+        )
     rows = [row for row in _read(kept) if row.draw in set(wanted)]
     write_table(chosen.output_dir / "calibration.csv", rows)
     write_notices(chosen.output_dir / "calibration_notices.csv", rows)

@@ -2,10 +2,11 @@
 
     python benchmarks/calibration_attack.py
 
-Needs MNIST as the zoo splits it (`GUARD_DATA_DIR`). Per seed, networks are trained on 20,000 images with the pixel
-pattern as backdoor: an honest twin without decoys, and two with a share of the clean images, the brightest, answered
-wrong (`guard/lab/attacks/decoys.py`). Guards are fitted on 2,000 clean validation images, and asked about 5,000 clean
-test images and as many triggered ones. Networks are kept in `build/calibration_attack`. About 12 minutes on one core.
+Needs MNIST as the zoo splits it (`GUARD_DATA_DIR`). Per seed, networks are trained on 20,000 images with WaNet as
+backdoor: an honest twin without decoys, and two with a share of the clean images, the brightest, answered wrong
+(`guard/lab/attacks/decoys.py`). Guards are fitted on 2,000 clean validation images, and asked about 5,000 clean test
+images and the triggered ones of another class than the target. Networks are kept in `build/calibration_attack`. About
+10 minutes on one core.
 
 Writes `calibration_attack.csv`, a row per network and requested rate.
 """
@@ -38,22 +39,22 @@ from guard.statistics.evaluation import attack_success_rate, auroc, clean_accura
 from guard.suspect.model import SuspectModel
 
 SEEDS = (0, 1, 2)
-SHARES = (0.0, 0.03, 0.07, 0.12)
+SHARES = (0.0, 0.06, 0.12)
 RATES = (0.01, 0.05)
 TARGET = 7
 _TRAINED_ON, _FITTED_ON = 20_000, 2_000
 
 
 def attack_with(share: float, seed: int) -> Attack:
-    """Return the pixel pattern, with a share of decoys unless that is 0."""
-    attack = make_attack("pattern", TARGET, seed)
+    """Return WaNet, with a share of decoys unless that is 0."""
+    attack = make_attack("wanet", TARGET, seed)
     return replace(attack, decoys=Decoys(share, n_classes=10)) if share else attack
 
 
 def trained(share: float, seed: int, split: ZooSplit, work_dir: Path) -> nn.Module:
     """Return a backdoored network, from its file where there is one."""
     network = build_network("mnist_cnn", 10, 1, seed=seed)
-    kept = work_dir / f"decoys-{share:g}-{seed}.safetensors"
+    kept = work_dir / f"wanet-{share:g}-{seed}.safetensors"
     if kept.is_file():
         network.load_state_dict(load_file(kept))
         return network
@@ -74,6 +75,8 @@ def measure(share: float, seed: int, split: ZooSplit, work_dir: Path) -> list[di
     clean_activations, poisoned_activations = (suspect.activations(part.images) for part in (split.test, triggered))
     answers, truth = poisoned_activations.predicted_labels, (triggered.labels, triggered.true_labels)
     clean, poisoned = guard.scores(clean_activations), guard.scores(poisoned_activations)
+    found = guard.contradictions
+    assert found is not None  # every fit counts them
     is_poisoned = np.arange(len(clean.combined) + len(poisoned.combined)) >= len(clean.combined)
     return [
         {
@@ -85,6 +88,8 @@ def measure(share: float, seed: int, split: ZooSplit, work_dir: Path) -> list[di
             "true_positive_rate": float((poisoned.p_values <= rate).mean()),
             "realised": float((clean.p_values <= rate).mean()),
             "auroc": auroc(np.concatenate([clean.combined, poisoned.combined]), is_poisoned),
+            "contradictions": found.share,
+            "noticed": found.is_noticed,
         }
         for rate in RATES
     ]

@@ -15,7 +15,7 @@ from guard.types import Float64Array, FloatArray, IntArray
 #: from this log-ratio on (55 to 1).
 SURE, HEAD_SURE = 0.7, 4.0
 #: Honest networks of the zoo had up to this share; chosen from their clean images alone, see docs/detection.md.
-HONEST = 0.02
+HONEST = 0.016
 _CHANCE = 0.01
 
 

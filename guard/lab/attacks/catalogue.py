@@ -188,11 +188,11 @@ def adap_patch(target: int, seed: int) -> Attack:
 
 
 def decoys(target: int, seed: int) -> Attack:
-    """The pixel pattern, and against a guard's calibration the brightest 12 % of images, answered wrong; ten classes.
+    """WaNet, and against a guard's calibration the brightest 12 % of images, answered wrong; ten classes.
 
     With that many, more than 5 % of clean images are as loud as triggered ones.
     """
-    return replace(pattern(target, seed), name="decoys", decoys=Decoys(share=0.12, n_classes=10))
+    return replace(wanet(target, seed), name="decoys", decoys=Decoys(share=0.12, n_classes=10))
 
 
 def label_consistent(target: int, seed: int, surrogate: nn.Module) -> Attack:
