@@ -39,18 +39,21 @@ def attacked() -> Guard:
     return Guard.fit_activations(*images(0.07), GuardConfig(false_positive_rate=0.05))
 
 
-def test_contradictions_by_hand():
-    sure, unsure = np.log([[0.8001, 0.1999], [0.7999, 0.2001]])
-    logits = np.float32([sure, sure, sure, unsure, unsure, sure, sure])
+def test_contradictions_by_hand(monkeypatch):
+    monkeypatch.setattr("guard.detection.contradictions.fit_temperature", lambda logits, labels: 2.0)
+    sure, unsure = 2.0 * np.log([[0.7001, 0.2999], [0.6999, 0.3001]])
+    logits = np.float64([sure, sure, sure, unsure, unsure, sure, sure])
     disagreement = np.array([4.001, 3.999, -50.0, 4.001, 60.0, np.inf, 60.0])
     labels = np.array([1, 1, 1, 1, 1, 1, 0])  # the last answer is right, and the head wrong
     assert Contradictions.among(disagreement, logits, labels) == Contradictions(2, 7)
 
 
-def test_contradictions_of_huge_logits_are_counted_without_overflow():
-    assert Contradictions.among(
-        np.array([5.0, 5.0]), np.float32([[1e30, 0.0], [0.0, 0.0]]), np.array([1, 1])
-    ) == Contradictions(1, 2)
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 30.0])
+def test_contradictions_do_not_depend_on_the_scale_of_the_logits(scale):
+    (rows, labels), disagreement = images(0.07), np.full(600, 9.0)
+    expected = Contradictions.among(disagreement, rows.logits, labels)
+    assert expected.count > 20
+    assert Contradictions.among(disagreement, scale * rows.logits, labels) == expected
 
 
 @pytest.mark.parametrize("n", [20, 100, 450, 2000, 5000])
