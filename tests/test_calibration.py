@@ -51,6 +51,31 @@ def test_conformal_p_values_equal_the_definition_counted_one_by_one():
     np.testing.assert_array_equal(conformal_p_values(scores, clean), counted)
 
 
+def p_values_of_crepes(scores: Float64Array, clean: Float64Array) -> Float64Array:
+    """The oracle: p-values of another package, without its random tie-breaking."""
+    crepes = pytest.importorskip("crepes", reason="crepes is not installed")
+    oracle = crepes.ConformalClassifier()
+    oracle.fit(clean)
+    return oracle.predict_p(scores[:, None], smoothing=False)[:, 0]
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 12], ids=["many-ties", "some-ties", "no-ties"])
+@pytest.mark.parametrize("n_clean", [1, 19, 500])
+def test_conformal_p_values_equal_those_of_crepes(decimals, n_clean):
+    rng = np.random.default_rng(n_clean)
+    clean = np.round(rng.exponential(2.0, n_clean), decimals)
+    scores = np.concatenate([np.round(rng.exponential(2.0, 300), decimals), clean, [-1.0, 0.0, 1e9]])
+    ours = conformal_p_values(scores, np.sort(clean))
+    np.testing.assert_allclose(ours, p_values_of_crepes(scores, clean), rtol=0, atol=1e-15)
+    assert len(np.unique(ours)) > 1
+
+
+def test_guard_p_values_equal_those_of_crepes_on_its_clean_scores(fitted_guard, clean_activations):
+    found = fitted_guard.scores(clean_activations)
+    expected = p_values_of_crepes(found.combined, fitted_guard.clean_scores)
+    np.testing.assert_allclose(found.p_values, expected, rtol=0, atol=1e-15)
+
+
 def test_conformal_p_values_without_clean_scores_are_one():
     np.testing.assert_array_equal(conformal_p_values(np.array([0.0, 9.0]), np.empty(0)), [1.0, 1.0])
 

@@ -344,7 +344,7 @@ def test_lies_teach_the_default_detectors_too_little_to_matter(place):
 
 
 def test_false_alarms_that_let_other_inputs_pass_are_dropped_however_high_the_cap(place, monkeypatch):
-    """Of the detectors, only the local outlier factor learns from false alarms; alone with the heads it can be moved."""
+    """Only the local outlier factor learns from false alarms; alone with the heads it can be moved."""
     few = {kind: DETECTORS[kind] for kind in ("lof", "disagreement", "demarcation")}
     monkeypatch.setattr("guard.detection.ensemble.DETECTORS", few)
     place.guard = fit_guard()

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +24,8 @@ from guard.review.workspace import Workspace
 from guard.storage.bundle import JOURNAL, BundleStore, read_bundle, write_bundle
 
 
-def bundle(folder: Path, rate: float, parent: str = "") -> str:
-    more = {"realised_false_positive_rate": rate, "lineage": {"retrained_from": parent}}
+def bundle(folder: Path, rate: float, parent: str = "", **more: Any) -> str:
+    more |= {"realised_false_positive_rate": rate, "lineage": {"retrained_from": parent}}
     return small_bundle(folder, None, np.eye(2, 6), np.arange(2), **more)
 
 
@@ -118,6 +119,24 @@ def test_every_chart_has_a_text_and_a_table_and_the_policy_is_as_strict(workspac
         assert f'aria-labelledby="title-{chart}" aria-describedby="now-sum-{chart}"' in page.text
         assert re.search(rf'id="now-sum-{chart}"[^>]*>[^<]{{10,}}', page.text)
         assert f'data-table="{chart}"' in page.text
+
+
+@pytest.mark.parametrize(("count", "is_noticed"), [(3, False), (58, True)])
+def test_bundle_whose_clean_images_are_contradicted_is_told_of(workspace, tmp_path, count, is_noticed):
+    store = BundleStore(tmp_path / "bundles")
+    digest = bundle(store.root, 0.0101, contradictions={"count": count, "n": 2000})
+    store.activate(digest)
+    page = log_in(workspace).get("/status").text
+    assert re.search(rf"{digest[:12]} active .*? {count / 20:.2g} %", shown(page))
+    text = (
+        f"The active bundle may be of little use: the network is sure of a wrong answer to {count} of 2000 clean images"
+    )
+    assert (text in shown(page)) == is_noticed
+    assert f"a wrong answer to {count} of 2000 clean images" in page  # beside the number
+
+
+def test_bundle_of_an_older_version_says_nothing_of_contradictions(workspace):
+    assert "is sure of a wrong answer" not in log_in(workspace).get("/status").text
 
 
 def test_span_and_model_that_do_not_exist_fall_back_and_are_escaped(workspace):

@@ -37,6 +37,7 @@ def summary(stored: StoredBundle, written: datetime, *, is_active: bool) -> str:
 
 def _lines(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     from guard.config import PLACES, GuardConfig
+    from guard.detection.contradictions import Contradictions
 
     settings = about["settings"]
     yield "action", f"{settings['action']}; of what cannot be scored: {settings['failure_mode']}"
@@ -48,6 +49,9 @@ def _lines(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     right = about.get("reference_accuracy")
     accuracy = "" if right is None else f", of which the suspect model gets {100 * right:.1f} % right"
     yield "clean images", f"{about['clean_images']}{accuracy}"
+    if (found := Contradictions.from_document(about)) is not None:
+        warning = ". NOTICED: see docs/detection.md, Attack on calibration" if found.is_noticed else ""
+        yield "contradictions", f"{found.told}{warning}"
     if about.get("images_from"):
         yield "images from", about["images_from"]
     names = about["class_names"]

@@ -223,6 +223,18 @@ def tell_membership(suspect: SuspectModel, inputs: Float32Array, guard: Guard) -
         )
 
 
+def tell_contradictions(guard: Guard) -> None:
+    """Warn of as many sure mistakes of the network as an attack on the calibration needs."""
+    found = guard.contradictions
+    if found is not None and found.is_noticed:
+        print_warning(
+            f"{found.told}. A network may be trained so, to raise the guard's threshold above its triggered inputs: "
+            "the false-positive rate is then as asked for, and few of them are flagged. Are the labels right? If they "
+            f"are, do not trust the network; at least ask for a rate well above {100 * found.share:.1f} %. See "
+            "docs/detection.md, Attack on calibration."
+        )
+
+
 def tell_multi_label(guard: Guard) -> None:
     """Warn of a network that seems to answer several labels of one image."""
     logits = guard.reference.logits

@@ -94,6 +94,7 @@ def fit(
         check_order,
         copies_among,
         images_per_class,
+        tell_contradictions,
         tell_membership,
         tell_missing,
         tell_multi_label,
@@ -149,6 +150,7 @@ def fit(
             guard = Guard.fit(suspect, inputs, found.labels, config, class_names=found.class_names, progress=report)
         tell_membership(suspect, inputs, guard)
         tell_multi_label(guard)
+        tell_contradictions(guard)
         guard = replace(guard, preprocessing=f"handler {handler}" if handler is not None else preprocess)
         depends = guard.batch_dependence or (user.batch_dependence if user is not None else "")
         guard = replace(guard, images_from=str(images.absolute()), batch_dependence=depends)

@@ -268,7 +268,7 @@ def _fitted(
     fit_anyway: bool,
 ) -> tuple[Guard, float]:
     """Return a guard fitted on what the handler makes of the images, and the share of labels that the model gets."""
-    from guard.cli.classes import check_classes, check_order, tell_membership, tell_multi_label
+    from guard.cli.classes import check_classes, check_order, tell_contradictions, tell_membership, tell_multi_label
     from guard.cli.images import naming_rows, read_all
     from guard.detection.pipeline import Guard
 
@@ -292,6 +292,7 @@ def _fitted(
         guard = Guard.fit(suspect, inputs, found.labels, config, class_names=names, progress=report)
     tell_membership(suspect, inputs, guard)
     tell_multi_label(guard)
+    tell_contradictions(guard)
     return guard, _share_right(guard, found.labels)
 
 

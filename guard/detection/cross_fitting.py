@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from guard.config import GuardConfig
+from guard.detection.contradictions import Contradictions
 from guard.detection.detectors.lof import PerClassLof
 from guard.detection.ensemble import Ensemble
 from guard.detection.fusion import Fusion, new_fusion
 from guard.detection.heads.decision_head import holds_out_enough
 from guard.detection.training_set import TrainingSet
 from guard.statistics.calibration import conformal_p_values, stratified_folds
-from guard.types import BACKUP, BoolArray, Float64Array, FloatArray, IntArray
+from guard.types import BACKUP, FEATURES, BoolArray, Float64Array, FloatArray, IntArray
 
 #: Of so few images four fifths fit noticeably worse detectors than all do, and calibration would be too cautious: then
 #: there are more folds.
@@ -56,6 +57,8 @@ class CrossFit:
         Combined scores of the distinct clean rows, each under detectors and a fusion that had not seen it.
     realised_false_positive_rate : float
         Share of distinct clean rows flagged when each fold is ranked among the others.
+    contradictions : Contradictions
+        Among the distinct clean rows.
     early : tuple of EarlyFit
         Where the settings ask for verdicts at several depths, one per depth before the split layer, in order.
     """
@@ -64,6 +67,7 @@ class CrossFit:
     fusion: Fusion
     clean_scores: Float64Array
     realised_false_positive_rate: float
+    contradictions: Contradictions
     early: tuple[EarlyFit, ...] = ()
 
 
@@ -111,7 +115,9 @@ def cross_fit(config: GuardConfig, training: TrainingSet, *, progress: Progress 
         for early_ensemble in [ensemble.up_to(layers[: k + 1])]
     ]
     report("fitted", 1.0)
-    return CrossFit(ensemble, *_calibrated(config, ensemble, raw, *answers, part_scored), tuple(early))
+    contradictions = Contradictions.among(raw[:, wanted.names.index(f"disagreement:{FEATURES}")], *answers)
+    calibrated = _calibrated(config, ensemble, raw, *answers, part_scored)
+    return CrossFit(ensemble, *calibrated, contradictions, tuple(early))
 
 
 def _silent(_text: str, _share: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ import numpy as np
 from guard.arrays import require
 from guard.backups.backup import Backup
 from guard.config import PLACES, GuardConfig
+from guard.detection.contradictions import Contradictions
 from guard.detection.cross_fitting import EarlyFit
 from guard.detection.ensemble import Ensemble
 from guard.detection.fusion import Fusion, new_fusion
@@ -62,6 +63,8 @@ class FittedGuard:
     realised_false_positive_rate : float
         Share of distinct clean images flagged at the rate of `fit`, on folds that neither detectors nor calibration
         had seen.
+    contradictions : Contradictions or None
+        Wrong answers to clean images that the network is sure of, and its features contradict; None in an older bundle.
     class_names : tuple of str or None
     noisy_reference : Activations or None
         Of the same inputs with noise added, if the detectors learned from such copies.
@@ -106,6 +109,7 @@ class FittedGuard:
     reference: Activations
     reference_labels: IntArray
     realised_false_positive_rate: float
+    contradictions: Contradictions | None = None
     reference_groups: IntArray | None = None
     class_names: tuple[str, ...] | None = None
     noisy_reference: Activations | None = None
@@ -178,6 +182,7 @@ class FittedGuard:
                 for early in self.early
             ],
             "retrained_with": self.retrained_with._asdict() if self.retrained_with is not None else None,
+            "contradictions": asdict(self.contradictions) if self.contradictions is not None else None,
         }
         if self.images_from is not None:
             document["images_from"] = self.images_from
@@ -251,6 +256,7 @@ class FittedGuard:
                 clean_scores=stored.arrays["clean_scores"],
                 reference=_activations(_below(stored.arrays, "reference."), depths),
                 reference_labels=stored.arrays["labels"],
+                contradictions=Contradictions.from_document(document),
                 reference_groups=stored.arrays.get(GROUPS),
                 realised_false_positive_rate=document["realised_false_positive_rate"],
                 class_names=tuple(document["class_names"]) if document["class_names"] else None,

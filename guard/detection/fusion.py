@@ -74,11 +74,11 @@ class CalibratedFusion:
 
         sqrt(mean over kinds of the mean over detectors of softplus(z)^2) * (1 + c) / 2
 
-    with softplus(z) = log(1 + exp(z)) and c the suspect's own probability of its answer. A kind that looks once counts as much as one that looks at every
-    depth. Below the median a detector says next to nothing, far above it
-    as much as z. The factor is there because clean inputs that the suspect gets wrong contradict the heads as triggered
-    ones do, but the suspect is seldom sure of them; it is at least a half, so that an attacker gains little by making
-    the network unsure. docs/detection.md has what this was compared with.
+    with softplus(z) = log(1 + exp(z)) and c the suspect's own probability of its answer. A kind that looks once counts
+    as much as one that looks at every depth. Below the median a detector says next to nothing, far above it as much as
+    z. The factor is there because clean inputs that the suspect gets wrong contradict the heads as triggered ones do,
+    but the suspect is seldom sure of them; it is at least a half, so that an attacker gains little by making the
+    network unsure. docs/detection.md has what this was compared with.
 
     Attributes
     ----------

@@ -179,6 +179,7 @@ class Guard(FittedGuard):
             reference=activations,
             reference_labels=training.labels,
             realised_false_positive_rate=fitted.realised_false_positive_rate,
+            contradictions=fitted.contradictions,
             class_names=tuple(class_names) if class_names is not None else None,
             reference_groups=training.groups if n < len(activations) else None,
             noisy_reference=noisy,

@@ -87,6 +87,7 @@ def retrain(
         reference_labels=guard.reference_labels.copy(),
         noisy_reference=_copied(guard.noisy_reference) if guard.noisy_reference is not None else None,
         realised_false_positive_rate=fitted.realised_false_positive_rate,
+        contradictions=fitted.contradictions,
         early=fitted.early,
         retrained_with=labelled.counts,
         digest=None,

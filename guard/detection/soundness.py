@@ -32,6 +32,8 @@ _MEDIAN_SCORE = (0.2, 3.0)
 #: p-values of 0.39 to 0.77, and 0.9 with 40 images and less. Heads know the true labels of the reference by heart, so
 #: this holds of images that the network gets right: a wrong answer disagrees with them as nothing unseen would.
 _LEAST_MEDIAN_P, _GREATEST_MEDIAN_P, _ENOUGH, _ENOUGH_RIGHT = 0.05, 0.97, 100, 10
+#: Of fewer images whitened detectors know their own far better than any others: seen were median p-values up to 1.
+_ENOUGH_WHITENED = 500
 _LARGEST_COUNT = 2**31
 #: Array that says which clean images are copies of each other, in a bundle of a set that has some.
 GROUPS = "groups"
@@ -128,7 +130,8 @@ def check_calibration(
         if len(clean_scores) >= _ENOUGH:  # the tail of fewer may be anywhere
             _check_tail(name, fusion, raw, clean_scores)
     is_right = sample.predicted_labels == labels
-    _check_p_values(name, conformal_p_values(combined, clean_scores), is_right, len(clean_scores))
+    enough = _ENOUGH_WHITENED if isinstance(fusion, CalibratedFusion) else _ENOUGH
+    _check_p_values(name, conformal_p_values(combined, clean_scores), is_right, len(clean_scores) >= enough)
     if kept is None:
         return
     before, p_before = require({"kept": kept}, "kept", (2, len(sample)))
@@ -195,13 +198,13 @@ def _check_tail(name: str, fusion: CalibratedFusion, raw: Float64Array, clean_sc
         )
 
 
-def _check_p_values(name: str, p_values: Float64Array, is_right: BoolArray, n_clean: int) -> None:
+def _check_p_values(name: str, p_values: Float64Array, is_right: BoolArray, are_enough: bool) -> None:
     if is_right.sum() >= _ENOUGH_RIGHT and (median := float(np.median(p_values[is_right]))) < _LEAST_MEDIAN_P:
         raise DataError(
             f"{name}: the median p-value of its own clean images that the network gets right is {median:.3g}, below "
             f"{_LEAST_MEDIAN_P:g}."
         )
-    if n_clean >= _ENOUGH and (median := float(np.median(p_values))) > _GREATEST_MEDIAN_P:
+    if are_enough and (median := float(np.median(p_values))) > _GREATEST_MEDIAN_P:
         raise DataError(
             f"{name}: the median p-value of its own clean images is {median:.3g}, above {_GREATEST_MEDIAN_P:g}: "
             "nothing would be flagged."
@@ -225,6 +228,8 @@ def _check_document(document: Mapping[str, Any]) -> None:
         _rate(share, f"recovery of {name}")
     for early in document.get("early", []):
         _rate(early["realised_false_positive_rate"], "realised_false_positive_rate")
+    if about := document.get("contradictions"):
+        _count(about["n"], "n of contradictions", least=max(1, _count(about["count"], "count of contradictions", 0)))
     if document.get("split_points") is not None and document.get("weights_digest") is None:
         raise DataError("split_points name layers of a network, and weights_digest does not say which.")
 

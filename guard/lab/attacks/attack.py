@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from guard.errors import DataError
+from guard.lab.attacks.decoys import Decoys
 from guard.lab.attacks.perturbation import PgdPerturbation
 from guard.lab.attacks.poisoning import Backdoor, Cover, Perturb, Poisoned, poison, poisoned_test_set
 from guard.lab.attacks.targets import AllToAll, SingleTarget, SourceSpecific, Target
@@ -33,12 +34,15 @@ class Attack:
     covers : tuple of Cover
     controls : tuple of callable
         Triggers that must *not* work: the parts of one that needs all of them.
+    decoys : Decoys or None
+        Clean images that are taught with a wrong label as well, against the calibration of a guard.
     """
 
     name: str
     backdoors: tuple[Backdoor, ...]
     covers: tuple[Cover, ...] = ()
     controls: tuple[Trigger, ...] = ()
+    decoys: Decoys | None = None
 
     def __post_init__(self) -> None:
         if not self.backdoors:
@@ -52,8 +56,9 @@ class Attack:
         *,
         how: Literal["add", "replace"] = "replace",
     ) -> Poisoned:
-        """Poison a training set as `guard.lab.attacks.poison` does."""
-        return poison(images, labels, self.backdoors, rng, covers=self.covers, how=how)
+        """Poison a training set as `guard.lab.attacks.poison` does, and plant the decoys."""
+        poisoned = poison(images, labels, self.backdoors, rng, covers=self.covers, how=how)
+        return poisoned if self.decoys is None else self.decoys.plant(poisoned)
 
     def test_sets(self, images: Float32Array, labels: IntArray) -> list[Poisoned]:
         """Return what measures the attack, one set per backdoor."""
@@ -92,6 +97,7 @@ class Attack:
                 for cover in self.covers
             ],
             "controls": [_describe_trigger(trigger) for trigger in self.controls],
+            **({"decoys": self.decoys.describe()} if self.decoys is not None else {}),
         }
 
     @classmethod
@@ -104,7 +110,7 @@ class Attack:
             If something in the description is missing or unknown.
         """
         try:
-            _known(description, ("backdoors", "covers", "controls"))
+            _known(description, ("backdoors", "covers", "controls", "decoys"))
             return cls(
                 name,
                 tuple(
@@ -124,6 +130,7 @@ class Attack:
                     for entry in (_known(written, _COVER_KEYS) for written in description["covers"])
                 ),
                 tuple(_restore_trigger(entry) for entry in description["controls"]),
+                Decoys(**description["decoys"]) if "decoys" in description else None,
             )
         except (AttributeError, KeyError, TypeError) as error:
             raise DataError(f"the description of attack {name!r} lacks or misuses {error}. Write it anew.") from error

@@ -6,11 +6,13 @@ To add one, write a function of a target label and a seed, and give it a line in
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import nn
 
 from guard.errors import DataError, did_you_mean
 from guard.lab.attacks.attack import Attack
+from guard.lab.attacks.decoys import Decoys
 from guard.lab.attacks.perturbation import PgdPerturbation
 from guard.lab.attacks.poisoning import Backdoor, Cover
 from guard.lab.attacks.targets import AllToAll, SingleTarget, SourceSpecific
@@ -185,6 +187,14 @@ def adap_patch(target: int, seed: int) -> Attack:
     )
 
 
+def decoys(target: int, seed: int) -> Attack:
+    """WaNet, and against a guard's calibration the brightest 12 % of images, answered wrong; ten classes.
+
+    With that many, more than 5 % of clean images are as loud as triggered ones.
+    """
+    return replace(wanet(target, seed), name="decoys", decoys=Decoys(share=0.12, n_classes=10))
+
+
 def label_consistent(target: int, seed: int, surrogate: nn.Module) -> Attack:
     """Turner, Tsipras, Madry 2019: images of the target class, made hard to learn, with a pattern; no label is wrong.
 
@@ -260,6 +270,7 @@ ATTACKS: dict[str, Callable[[int, int], Attack]] = {
     "tact": tact,
     "adap-blend": adap_blend,
     "adap-patch": adap_patch,
+    "decoys": decoys,
 }
 
 #: Builders of attacks that need a network as well: target label, seed, network -> attack.

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from guard.detection.contradictions import Contradictions
 from guard.detection.soundness import check_stored
 from guard.errors import BundleError
 from guard.files import read_plain
@@ -41,6 +42,8 @@ class ListedBundle:
         What came of that retraining.
     rate, realised : float
         False-positive rate that was asked for, and the one measured on clean images.
+    contradictions : Contradictions or None
+        Among its clean images; None of an older version.
     """
 
     digest: str
@@ -52,6 +55,7 @@ class ListedBundle:
     outcome: str
     rate: float | None
     realised: float | None
+    contradictions: Contradictions | None
 
 
 class BundleList:
@@ -87,9 +91,13 @@ class BundleList:
 
     def expected_rate(self) -> float | None:
         """Return the share of clean inputs that the active bundle flags, as measured; None if nobody knows."""
-        digest = self.store.known_active() if self.store is not None else None
-        document = self._document(self.store.folder_of(digest)) if self.store is not None and digest else None
+        document = self._active()
         return None if document is None else document.get("realised_false_positive_rate")
+
+    def contradictions(self) -> Contradictions | None:
+        """Return what the active bundle says of its clean images; None if nobody knows."""
+        document = self._active()
+        return None if document is None else Contradictions.from_document(document)
 
     def answers_needed(self) -> dict[str, int]:
         """Return how many new answers start a retraining, by model, as the retrainer of the folder has written."""
@@ -131,6 +139,10 @@ class BundleList:
             self.store.roll_back()
         _log.warning("%s rolled the bundle back from %s to %s", reviewer, active[:12], target[:12])
 
+    def _active(self) -> dict[str, Any] | None:
+        digest = self.store.known_active() if self.store is not None else None
+        return self._document(self.store.folder_of(digest)) if self.store is not None and digest else None
+
     def _document(self, folder: Path) -> dict[str, Any] | None:
         with self._lock:
             if folder.name not in self._documents:
@@ -154,6 +166,7 @@ def _listed(
         made_by.outcome or "" if made_by is not None else "",
         document["settings"].get("false_positive_rate"),
         document.get("realised_false_positive_rate"),
+        Contradictions.from_document(document),
     )
 
 

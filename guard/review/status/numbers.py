@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from guard.detection.contradictions import Contradictions
 from guard.relabel.activity import Activity, Share
 from guard.relabel.items import Counts, State
 from guard.relabel.rounds import Round
@@ -109,6 +110,8 @@ class Numbers:
         Digest that ACTIVE names.
     has_metrics : bool
         False if the page was given no metrics address.
+    contradictions : Contradictions or None
+        Among the clean images of the active bundle.
     """
 
     history: History
@@ -117,6 +120,7 @@ class Numbers:
     last_round: Round | None = None
     active: str | None = None
     has_metrics: bool = True
+    contradictions: Contradictions | None = None
 
     @property
     def verdicts(self) -> dict[str, int]:

@@ -82,6 +82,7 @@ def _context(workspace: Workspace, session: Session, span_name: str, model_name:
         next((entry for entry in rounds if entry.outcome is not None), None),
         store.known_active() if store is not None else None,
         workspace.metrics is not None,
+        workspace.bundle_list.contradictions(),
     )
     charts = status_numbers.charts(numbers)
     middles = [round((begin + end) / 2) for begin, end in zip(history.edges, history.edges[1:], strict=False)]

@@ -136,6 +136,8 @@ def _of_bundles(numbers: Numbers) -> list[Finding]:
         began = datetime.fromtimestamp(history.edges[0], UTC)
         if last.finished_at >= began:
             found.append(Finding("look", f"the last retraining, round {last.id}, was {_outcome_text(last.outcome)}"))
+    if (sure := numbers.contradictions) is not None and sure.is_noticed:
+        found.append(Finding("look", f"the active bundle may be of little use: {sure.told}"))
     if numbers.active and history.in_use and numbers.active not in history.in_use:
         used = ", ".join(digest[:12] for digest in history.in_use)
         found.append(Finding("look", f"bundle {numbers.active[:12]} is active, but the server uses {used}"))
