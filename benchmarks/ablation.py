@@ -6,7 +6,8 @@ Writes `ablation.csv`: one row per rule, model and trigger, with AUROC and the s
 miss the target too, that are caught where 1 % of clean test images are flagged. Detectors are fitted once per model, on
 the zoo's clean validation images; rules differ in which of them they ask and how they combine. The earlier rule is that
 of the versions before: LOF on the features as they are and the heads, root mean square of surprise. The rule was chosen
-on these models, so this is no test. What `build/ablation` holds is not measured again.
+on these models, so this is no test. With all models the table goes into docs/detection.md. What `build/ablation` holds
+is not measured again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import csv
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +38,7 @@ from guard.suspect.model import SuspectModel
 from guard.types import Activations, Float64Array, IntArray
 
 PROJECT = Path(__file__).resolve().parent.parent
+DOCUMENT = PROJECT / "docs" / "detection.md"
 RATE, FOLDS, LARGEST_SET = 0.01, 5, 2500
 KINDS = ("lof", "disagreement", "residual", "relative_distance")
 EARLIER = "lof of features"
@@ -147,17 +150,16 @@ def figures(case: Case) -> Iterator[tuple[str, str, float, float]]:
             yield title, trigger, auroc(np.r_[clean, found], is_poisoned), float((found > threshold).mean())
 
 
-def print_table(rows: list[dict[str, str]]) -> None:
-    """Print means and worst by rule, as in docs/detection.md."""
-    print("\n| rule | AUROC mean | worst | TPR at FPR 0.01 mean | worst |\n|---|---|---|---|---|")
+def as_table(rows: list[dict[str, str]]) -> str:
+    """Return means and worst by rule, as in docs/detection.md."""
+    lines = ["| rule | AUROC mean | worst | TPR at FPR 0.01 mean | worst | of |", "|---|---|---|---|---|---|"]
     for title in RULES:
         of_rule = [row for row in rows if row["rule"] == title]
         areas, caught = ([float(row[key]) for row in of_rule] for key in ("auroc", "tpr_at_fpr_0_01"))
-        worst = of_rule[int(np.argmin(caught))]
-        print(
-            f"| {title} | {np.mean(areas):.4f} | {min(areas):.3f} | {np.mean(caught):.3f} | "
-            f"{min(caught):.3f} ({worst['model']}) |"
-        )
+        worst = of_rule[int(np.argmin(caught))]["model"].removesuffix("-0")
+        figures_of = f"{np.mean(areas):.4f} | {min(areas):.3f} | {np.mean(caught):.3f} | {min(caught):.3f}"
+        lines.append(f"| {title} | {figures_of} | {worst} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -191,7 +193,12 @@ def main() -> None:
         writer = csv.DictWriter(file, ["rule", "model", "trigger", "auroc", "tpr_at_fpr_0_01"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    print_table(rows)
+    table = as_table(rows)
+    print(f"\n{table}")
+    if not arguments.models:
+        pattern = re.compile(r"(<!-- ablation -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = DOCUMENT.read_text(encoding="utf-8")
+        DOCUMENT.write_text(pattern.sub(lambda found: f"{found[1]}{table}\n{found[2]}", text), encoding="utf-8")
 
 
 if __name__ == "__main__":

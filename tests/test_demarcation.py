@@ -109,8 +109,11 @@ def test_retrain_anomalies_of_another_network_are_refused(guard, anomalies):
 
 def test_purify_keeps_most_of_the_poisoned_and_half_of_the_false_alarms(guard):
     clean, poisoned = world(8000, 31)[0], world(400, 32, 1, STRONG)[0]
-    flagged = clean[guard.scores(clean).is_poisoned], poisoned[guard.scores(poisoned).is_poisoned]
-    false_alarms, hits = (purify(guard, entry).mean() for entry in flagged)
+    shares = []
+    for entry in (guard, fit_guard(seed=1), fit_guard(seed=2)):  # one draw of clean images says it within a tenth only
+        flagged = clean[entry.scores(clean).is_poisoned], poisoned[entry.scores(poisoned).is_poisoned]
+        shares.append([purify(entry, part).mean() for part in flagged])
+    false_alarms, hits = np.mean(shares, axis=0)
     assert hits > 0.7
-    assert false_alarms < 0.6
+    assert 0.4 < false_alarms < 0.6
     assert purify(guard, clean[:0]).shape == (0,)

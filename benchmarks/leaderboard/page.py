@@ -63,6 +63,7 @@ def publish(
     _write(RESULTS / "leaderboard_images.csv", curve_fields, by_images)
     titles = {name: rival.title for name, rival in contestants.items()}
     not_applicable = [entry for entry in found if "not_applicable" in entry]
+    _draw(rows, titles, by_images)
     text = DOCUMENT.read_text(encoding="utf-8")
     for name, markdown in (
         ("detectors", _detectors(rows, titles, not_applicable)),
@@ -74,7 +75,6 @@ def publish(
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text = pattern.sub(lambda match, table=markdown: f"{match[1]}{table}\n{match[2]}", text)
     DOCUMENT.write_text(text, encoding="utf-8")
-    _draw(rows, titles, by_images)
 
 
 def _rows(found: list[Row]) -> Iterable[Row]:
