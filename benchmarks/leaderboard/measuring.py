@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -173,28 +174,53 @@ def _after(guard: Guard, subject: Subject) -> dict[str, float]:
 
 
 class Records:
-    """Measured figures in a folder, one file each; a detector whose code or images have changed is measured again."""
+    """Measured figures, a line of JSON each, in one file per detector; those of other code are passed over.
+
+    Parameters
+    ----------
+    folder : path
+        Made if it is not there.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-
-    def path(self, model: str, detector: str, seed: int, n_fit: int | None = None) -> Path:
-        """Return where a record is or belongs."""
-        code = _digest_of_code(detector)
-        images = f"-{n_fit}images" if n_fit is not None else ""
-        return self._folder / f"{model}-{detector}-seed{seed}{images}-{code}.json"
+        self._known: dict[str, dict[tuple[Any, ...], Figures]] = {}
 
     def read(self, model: str, detector: str, seed: int, n_fit: int | None = None) -> Figures | None:
-        """Return a record, or None."""
-        path = self.path(model, detector, seed, n_fit)
-        return json.loads(path.read_text()) if path.is_file() else None
+        """Return what was measured, or None."""
+        if detector not in self._known:
+            path = self._path(detector)
+            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            entries = [json.loads(line) for line in lines]
+            code = _digest_of_code(detector)
+            self._known[detector] = {
+                (entry["model"], entry["seed"], entry["n_fit"]): entry["figures"]
+                for entry in entries
+                if entry["code"] == code
+            }
+        return self._known[detector].get((model, seed, n_fit))
 
     def write(self, figures: Figures, model: str, detector: str, seed: int, n_fit: int | None = None) -> None:
-        """Keep a record."""
-        self.path(model, detector, seed, n_fit).write_text(json.dumps(figures))
+        """Keep what was measured."""
+        self.read(model, detector, seed, n_fit)
+        self._known[detector][model, seed, n_fit] = figures
+        entry = {"model": model, "seed": seed, "n_fit": n_fit, "code": _digest_of_code(detector), "figures": figures}
+        with self._path(detector).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_rounded(entry)) + "\n")
+
+    def _path(self, detector: str) -> Path:
+        return self._folder / f"{detector}.jsonl"
 
 
+def _rounded(value: Any) -> Any:
+    """Return the same with six significant digits, so that files stay small."""
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+@functools.cache
 def _digest_of_code(detector: str) -> str:
     digest = hashlib.sha256()
     for path in sorted(_sources(detector)):

@@ -6,8 +6,8 @@
     python benchmarks/leaderboard/run.py --page-only            # tables and plots of what has been measured so far
 
 Every detector learns from the zoo's clean validation images, never from a triggered one. Records are kept in
-`build/leaderboard`; `leaderboard.csv`, `leaderboard_guard.csv`, `leaderboard_images.csv`, docs/leaderboard.md and its
-pictures are written anew from them after each model. Seeds are printed.
+`benchmarks/results/leaderboard/`; at the end `leaderboard.csv`, `leaderboard_guard.csv`, `leaderboard_images.csv`,
+docs/leaderboard.md and its pictures are written anew from them. Seeds are printed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
     contestants = dict(CONTESTANTS)
     for path in options.add:
         contestants |= from_file(path)
-    zoo, records = Zoo(options.zoo), Records(PROJECT / "build" / "leaderboard")
+    zoo, records = Zoo(options.zoo), Records(PROJECT / "benchmarks" / "results" / "leaderboard")
     models = options.models or [card.name for card in zoo.cards()]
     detectors = options.detectors or list(contestants)
     end = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
