@@ -117,3 +117,16 @@ def test_bundle_show_has_the_number_and_says_if_it_is_too_high(attacked, tmp_pat
         shown = " ".join(summary(stored, written=WRITTEN, is_active=False).split())
         assert f"contradictions the network is sure of a wrong answer to {found.count} of 600 clean images" in shown
         assert ("NOTICED: see docs/detection.md" in shown) == is_noticed
+
+
+@pytest.mark.parametrize(
+    "about", [None, {}, 3, [], {"count": 1}, {"count": "x", "n": 5}, {"count": 1, "n": 0}, {"count": 9, "n": 5}]
+)
+def test_contradictions_of_a_document_that_says_nonsense_are_none(about):
+    """The status page reads documents that nobody has checked."""
+    assert Contradictions.from_document({"contradictions": about}) is None
+
+
+def test_contradictions_of_a_document_come_back():
+    assert Contradictions.from_document({"contradictions": {"count": 2, "n": 50}}) == Contradictions(2, 50)
+    assert Contradictions.from_document({}) is None

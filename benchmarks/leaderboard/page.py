@@ -242,12 +242,15 @@ def _draw(rows: list[Row], titles: Mapping[str, str], by_images: list[Row]) -> N
         for name in names
     }
     names.sort(key=lambda name: statistics.fmean(caught[name]))
-    figure, axes = pyplot.subplots(figsize=(7, 0.4 * len(names) + 1.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7.5, 0.4 * len(names) + 1.4), layout="constrained")
     for place, name in enumerate(names):
         axes.plot(caught[name], [place] * len(caught[name]), "|", color="tab:blue", markersize=14)
         axes.plot(statistics.fmean(caught[name]), place, "o", color="tab:orange")
     axes.set_yticks(range(len(names)), [titles[name] for name in names])
-    axes.set_xlabel("share of all triggered inputs caught at a false-positive rate of 0.01: each model, and the mean")
+    axes.set_xlabel(
+        "share of all triggered inputs caught at a false-positive rate of 0.01\n(a line per model, the dot is the mean)"
+    )
+    axes.set_ylim(-0.6, len(names) - 0.4)
     axes.set_xlim(-0.02, 1.02)
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(PICTURES / "caught.png", dpi=110)

@@ -57,9 +57,13 @@ class Contradictions:
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Self | None:
-        """Return what a bundle says; None for one of an older version."""
+        """Return what a bundle says; None for one of an older version, or one that says what cannot be."""
         about = document.get("contradictions")
-        return cls(int(about["count"]), int(about["n"])) if about else None
+        try:
+            count, n = int(about["count"]), int(about["n"])  # type: ignore[index]
+        except (KeyError, TypeError, ValueError, OverflowError):
+            return None
+        return cls(count, n) if 0 <= count <= n and n > 0 else None
 
     @property
     def share(self) -> float:
