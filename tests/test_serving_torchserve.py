@@ -432,7 +432,10 @@ class Load:
 
 def test_hot_swap_under_load_loses_and_mixes_nothing(site: Site) -> None:
     differ = np.abs(np.subtract(site.p_values[site.first], site.p_values[site.second]))
-    assert np.mean(differ > 2 * TOLERANCE) >= 0.4  # the bundles can be told apart by their p-values
+    # The bundles can be told apart by their p-values, but for triggered images, which have the least one with both.
+    flagged = np.logical_and(site.verdicts[site.first], site.verdicts[site.second])
+    assert np.mean(differ[~flagged] > 2 * TOLERANCE) >= 0.6
+    assert np.sum(~flagged) >= 50
     assert site.store.active_digest() == site.first
     before = settled(site, "digits")
     with Load(site, "digits") as clients:
