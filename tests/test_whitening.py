@@ -137,6 +137,14 @@ def test_whitened_space_one_by_one_equals_batch():
     np.testing.assert_allclose(single, whole(space, features[:20]), rtol=1e-3, atol=1e-3)
 
 
+def test_whitened_space_of_equal_images_is_equal_wherever_they_stand_in_a_batch():
+    features, labels = draw(300, 400, 3)
+    space = WhitenedSpace.fit(features, labels)
+    for n in (2, 9, 33):
+        lead, _ = space(np.repeat(features[:1], n, axis=0))
+        np.testing.assert_array_equal(lead, np.repeat(lead[:1], n, axis=0))
+
+
 def test_whitened_space_refuses_other_widths_and_values_that_are_not_finite():
     features, labels = draw(60, 8, 3)
     with pytest.raises(DataError, match=r"^features have 5 columns, fit saw 8\. Is the split layer the same\?$"):

@@ -10,7 +10,7 @@ import numpy as np
 
 from guard.arrays import require
 from guard.errors import DataError
-from guard.types import AnyArray, Float32Array, FloatArray, IntArray
+from guard.types import AnyArray, Float32Array, Float64Array, FloatArray, IntArray
 
 #: Principal components that are looked at, and images that each of them takes; all else is one number, the last column.
 _COMPONENTS, _IMAGES_EACH = 128, 4
@@ -39,9 +39,9 @@ class WhitenedSpace:
     ----------
     mean, scale : ndarray of shape (d,), float32
         Standardise the features; a feature that does not vary has the mean scale of those that do.
-    components : ndarray of shape (d, m), float32
-        Orthonormal.
-    rotation : ndarray of shape (m, m), float32
+    components : ndarray of shape (d, m), float64
+        Orthonormal. In double precision, so that equal images have equal rows wherever they stand in a batch.
+    rotation : ndarray of shape (m, m), float64
         From components to whitened directions.
     rest : ndarray of shape (1,), float32
         Standard deviation within classes outside the components, of each standardised feature; > 0.
@@ -54,8 +54,8 @@ class WhitenedSpace:
 
     mean: Float32Array
     scale: Float32Array
-    components: Float32Array
-    rotation: Float32Array
+    components: Float64Array
+    rotation: Float64Array
     rest: Float32Array
 
     @classmethod
@@ -76,11 +76,11 @@ class WhitenedSpace:
         scale = np.where(varies, spread, spread[varies].mean() if varies.any() else 1.0)
         mean, scale = mean.astype(np.float32), np.maximum(scale, _LEAST_SCALE).astype(np.float32)
         standard = (rows - mean) / scale
-        components = _principal_components(standard)
+        components = _principal_components(standard).astype(np.float64)
         d, m = components.shape
         centred = _less_class_means(standard, labels)
         variance = float(np.einsum("ij,ij->", centred, centred, dtype=np.float64)) / len(rows)  # of all d features
-        inner, centred_inner = ((part @ components).astype(np.float64) for part in (standard, centred))
+        inner, centred_inner = (part.astype(np.float64) @ components for part in (standard, centred))
         within = centred_inner.T @ centred_inner / len(rows)
         left = max(variance - float(within.trace()), 0.0) / max(1, d - m)
         prior = max(variance / d, 1e-6)
@@ -89,7 +89,7 @@ class WhitenedSpace:
         whiten = vectors / np.sqrt(values)
         white = inner @ whiten
         _, turn = np.linalg.eigh(white.T @ white)
-        rotation = np.ascontiguousarray((whiten @ turn)[:, ::-1], dtype=np.float32)
+        rotation = np.ascontiguousarray((whiten @ turn)[:, ::-1])
         rest = np.sqrt((1 - _SHRINKAGE) * left + _SHRINKAGE * prior)
         return cls(mean, scale, components, rotation, np.array([rest], dtype=np.float32))
 
@@ -108,14 +108,16 @@ class WhitenedSpace:
         with np.errstate(over="ignore"):
             standard = (features.astype(np.float32, copy=False) - self.mean) / self.scale
         np.clip(standard, -_FARTHEST, _FARTHEST, out=standard)
-        inner = standard.dot(self.components)
+        exact = standard.astype(np.float64)
+        inner = exact.dot(self.components)
         white = inner.dot(self.rotation)
-        left = np.einsum("ij,ij->i", standard, standard) - np.einsum("ij,ij->i", inner, inner)
-        if inner.shape[1] == standard.shape[1]:
+        left = np.einsum("ij,ij->i", exact, exact) - np.einsum("ij,ij->i", inner, inner)
+        if inner.shape[1] == exact.shape[1]:
             left[:] = 0.0  # but for rounding
         rest = np.sqrt(np.maximum(left, 0.0)) / self.rest
         rank = min(_RANK, (white.shape[1] + 1) // 2)
-        return white[:, :rank], np.column_stack([white[:, rank:], rest])
+        white = white.astype(np.float32)
+        return white[:, :rank], np.column_stack([white[:, rank:], rest.astype(np.float32)])
 
     def state(self) -> dict[str, AnyArray]:
         """Return everything that was learned, as arrays."""
@@ -131,7 +133,9 @@ class WhitenedSpace:
         require(state, "rest", (1,), low=_LEAST_SCALE)
         if not (state["components"].any() and state["rotation"].any()):
             raise DataError("arrays components and rotation must not be zero everywhere.")
-        return cls(**{part.name: np.ascontiguousarray(state[part.name], dtype=np.float32) for part in fields(cls)})
+        mean, scale, rest = (state[name].astype(np.float32) for name in ("mean", "scale", "rest"))
+        components, rotation = (np.ascontiguousarray(state[name], np.float64) for name in ("components", "rotation"))
+        return cls(mean, scale, components, rotation, rest)
 
 
 def _principal_components(standard: Float32Array) -> Float32Array:
