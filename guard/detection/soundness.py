@@ -130,7 +130,7 @@ def check_calibration(
         if len(clean_scores) >= _ENOUGH:  # the tail of fewer may be anywhere
             _check_tail(name, fusion, raw, clean_scores)
     is_right = sample.predicted_labels == labels
-    enough = _ENOUGH_WHITENED if isinstance(fusion, CalibratedFusion) else _ENOUGH
+    enough = _ENOUGH_WHITENED if ensemble.spaces else _ENOUGH
     _check_p_values(name, conformal_p_values(combined, clean_scores), is_right, len(clean_scores) >= enough)
     if kept is None:
         return

@@ -29,11 +29,11 @@ class WhitenedSpace:
     """Features of one depth, whitened by how much they vary within classes, and ordered by how much between them.
 
     Features are standardised and projected on their principal components: 128 at most, and one for each four images, as
-    fewer tell no covariance. There the covariance within
-    classes, shrunk towards its mean by a tenth, is made the identity, and the directions are turned so that the first
-    ones spread most over all images: Fisher's linear discriminants [1]_. The 32 leading directions tell classes apart;
-    the trailing ones hardly do. What the components leave out is the last trailing column: its length, in units of the
-    mean spread within classes there. So the squared length of a whole row is (nearly) a squared Mahalanobis distance.
+    fewer tell no covariance. There the covariance within classes, shrunk towards its mean by a tenth, is made the
+    identity, and the directions are turned so that the first ones spread most over all images: Fisher's linear
+    discriminants [1]_. The 32 leading directions tell classes apart; the trailing ones hardly do. What the components
+    leave out is the last trailing column: its length, in units of the mean spread within classes there. So the squared
+    length of a whole row is (nearly) a squared Mahalanobis distance.
 
     Attributes
     ----------
