@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.special import ndtri_exp
 from scipy.stats import norm
 
 from guard import Activations, Guard, GuardConfig
+from guard.detection.detectors.base import Kind
 from guard.detection.detectors.disagreement import HeadDisagreement
 from guard.detection.detectors.lof import PerClassLof
 from guard.detection.fusion import CalibratedFusion, PaperFusion
+from guard.detection.kind_scores import KindScores
 from guard.errors import DataError, NotFittedError
+from guard.statistics.calibration import SurpriseMap
 
 #: Two answers that the network cannot decide between, and one that it is sure of.
 UNSURE, SURE = np.zeros((1, 2)), np.array([[1e9, 0.0]])
@@ -22,14 +26,34 @@ def fitted_on(raw, temperature: float = 1.0) -> CalibratedFusion:
     return fusion
 
 
+#: Two novel kinds, of which one looks at two depths, and a contradiction.
+KINDS = (Kind("lof"), Kind("lof"), Kind("residual", over_depths="compared"), Kind("disagreement", "contradiction"))
+
+
+def softplus(z):
+    return np.log1p(np.exp(z))
+
+
 def test_calibrated_fusion_combine_by_hand():
-    fusion = fitted_on(np.zeros((2, 2)))
-    surprise = -np.log([[0.5, 0.5], [norm.sf(1.0), norm.sf(3.0)], [1.0, 1.0]])
-    softplus = np.log1p(np.exp([[0.0, 0.0], [1.0, 3.0]]))
-    expected = [*np.sqrt(np.square(softplus).mean(axis=1)), 0.0]
-    sure = np.repeat(SURE, 3, axis=0)
-    np.testing.assert_allclose(fusion.combine(surprise, sure), expected, rtol=1e-12)
-    np.testing.assert_allclose(fusion.combine(surprise, 0 * sure), 0.75 * np.array(expected), rtol=1e-12)
+    raw = np.random.default_rng(0).normal(size=(400, 4))
+    fusion = CalibratedFusion().fit(raw, np.zeros((400, 2)), np.zeros(400, dtype=int), KINDS)
+    fusion.temperature_ = 1.0
+    z = np.array([[0.0, 1.0, 2.0, 3.0], [-1.0, 0.5, -2.0, -9.0]])
+    residual = z[:, 2]
+    clean_z = (-ndtri_exp(-SurpriseMap.fit(raw).surprise(raw)))[:, 2].clip(-4)
+    of_kinds = np.column_stack(
+        [softplus(z[:, :2]).mean(axis=1), np.abs(residual - clean_z.mean()) / clean_z.std(), softplus(z[:, 3].clip(-4))]
+    )
+    again = softplus((-ndtri_exp(-fusion.kind_map_.surprise(of_kinds))).clip(-4))
+    novelty, contradiction = np.square(again[:, :2]).mean(axis=1), np.square(again[:, 2])
+    surprise = -norm.logsf(z)
+    for logits, sure in (
+        (np.array([[1e9, 0.0]] * 2), 1.0),
+        (np.log([[3.0, 1.0]] * 2), 0.75),
+        (np.zeros((2, 9)), 1 / 9),
+    ):
+        expected = np.sqrt((novelty * ((1 + sure) / 2) ** 2 + contradiction * max(sure, 0.5) ** 2) / 2)
+        np.testing.assert_allclose(fusion.combine(surprise, logits), expected, rtol=1e-9)
 
 
 def test_calibrated_fusion_temperature_says_how_sure_the_network_is():
@@ -46,20 +70,62 @@ def test_calibrated_fusion_factor_is_at_least_a_half_however_unsure_the_network_
     assert 0.5 <= unsure / sure < 0.501
 
 
-def test_calibrated_fusion_gives_every_kind_the_same_weight():
-    raw = np.random.default_rng(0).normal(size=(100, 4))
-    kinds = ["lof", "lof", "lof", "demarcation"]
+def test_calibrated_fusion_bounds_the_factor_of_contradictions_as_well():
+    raw = np.random.default_rng(0).normal(size=(100, 2))
+    kinds = [Kind("disagreement", "contradiction")] * 2
     fusion = CalibratedFusion().fit(raw, np.zeros((100, 2)), np.zeros(100, dtype=int), kinds)
-    surprise = -np.log([[0.5, 0.5, 0.5, norm.sf(3.0)]])
-    low, high = np.log(2.0), np.log1p(np.exp(3.0))
-    assert fusion.combine(surprise, SURE)[0] == pytest.approx(np.sqrt((low**2 + high**2) / 2), rel=1e-12)
+    surprise = np.array([[9.0, 4.0]])
+    unsure, sure = fusion.combine(surprise, np.zeros((1, 10_000)))[0], fusion.combine(surprise, SURE)[0]
+    assert unsure / sure == pytest.approx(0.5, rel=1e-12)
 
 
-@pytest.mark.parametrize("weights", [[0.5, 0.6], [1.0, 0.0], [1.0], [np.nan, 0.5]])
-def test_calibrated_fusion_restore_refuses_weights_that_are_none(weights):
-    arrays = {**fitted_on(np.zeros((5, 2))).arrays(), "weights": np.array(weights)}
-    with pytest.raises(DataError, match="array weights"):
-        CalibratedFusion().restore(arrays)
+def test_calibrated_fusion_gives_every_kind_the_same_weight_however_many_depths_it_has():
+    raw = np.random.default_rng(0).normal(size=(400, 2))[:, [0, 0, 0, 1]]
+    kinds = [Kind("lof"), Kind("lof"), Kind("lof"), Kind("demarcation")]
+    fusion = CalibratedFusion().fit(raw, np.zeros((400, 2)), np.zeros(400, dtype=int), kinds)
+    middle, loud = np.log(2.0), -norm.logsf(4.0)
+    lof = fusion.combine(np.array([[loud, loud, loud, middle]]), SURE)[0]
+    demarcation = fusion.combine(np.array([[middle, middle, middle, loud]]), SURE)[0]
+    assert lof == pytest.approx(demarcation, rel=0.1)
+
+
+def test_compared_depths_tell_an_input_that_is_unusual_at_one_depth_from_those_that_are_at_all():
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=(2000, 1))
+    z = common + 0.3 * rng.normal(size=(2000, 4))
+    compared = KindScores.fit(z, [Kind("residual", over_depths="compared")] * 4)
+    averaged = KindScores.fit(z, [Kind("residual")] * 4)
+    everywhere, once = np.full((1, 4), 2.0), np.array([[2.0, 0.0, 0.0, 0.0]])
+    assert compared(once)[0, 0] > 1.5 * compared(everywhere)[0, 0]
+    assert averaged(once)[0, 0] < averaged(everywhere)[0, 0]
+    covariance = np.cov(z.T, bias=True)
+    shrunk = 0.9 * covariance + 0.1 * covariance.trace() / 4 * np.eye(4)
+    from_mean = z[:5] - z.mean(axis=0)
+    expected = np.sqrt(np.einsum("ij,jk,ik->i", from_mean, np.linalg.inv(shrunk), from_mean))
+    np.testing.assert_allclose(compared(z[:5])[:, 0], expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("kinds", np.array([0, 3, 1, 2])),
+        ("kinds", np.array([0, 0, 1])),
+        ("is_contradiction", np.array([0, 0, 2])),
+        ("centre", np.array([0.0, 0.0, np.nan, 0.0])),
+        ("whiten", np.zeros((4, 3))),
+        ("whiten", np.full((4, 4), np.inf)),
+        ("kind.knots", np.zeros((2, 33))),
+        ("kind.scale", np.zeros(3)),
+    ],
+)
+def test_calibrated_fusion_restore_refuses_scores_of_kinds_that_are_none(name, array):
+    raw = np.random.default_rng(0).normal(size=(50, 4))
+    fusion = CalibratedFusion().fit(raw, np.zeros((50, 2)), np.zeros(50, dtype=int), KINDS)
+    CalibratedFusion().restore(fusion.arrays())
+    with pytest.raises(
+        DataError, match=r"^array \w+ must" if name == "kind.knots" else f"array {name.removeprefix('kind.')} must"
+    ):
+        CalibratedFusion().restore({**fusion.arrays(), name: array})
 
 
 def test_calibrated_fusion_of_an_older_version_is_the_root_mean_square_of_surprise():
@@ -67,16 +133,17 @@ def test_calibrated_fusion_of_an_older_version_is_the_root_mean_square_of_surpri
     older = {
         name: array
         for name, array in fitted_on(np.zeros((5, 2))).arrays().items()
-        if name not in ("temperature", "weights")
+        if name in ("knots", "levels", "scale", "shape")
     }
     combined = CalibratedFusion().restore(older).combine(surprise, np.zeros((4, 2)))
     np.testing.assert_allclose(combined, [np.sqrt(12.5), 0.0, 5.0, 5.0], rtol=1e-15)
 
 
 def test_calibrated_fusion_combine_of_huge_surprise_stays_finite():
-    combined = fitted_on(np.zeros((2, 2))).combine(np.array([[1e11, 0.0], [1e30, 1e30]]), np.zeros((2, 2)))
+    fusion = fitted_on(np.random.default_rng(0).normal(size=(100, 2)))
+    combined = fusion.combine(np.array([[1e11, 0.0], [1e30, 1e30]]), np.zeros((2, 2)))
     assert np.isfinite(combined).all()
-    assert combined[1] > combined[0] > 1e5
+    assert combined[1] > combined[0] > 10
 
 
 def test_calibrated_fusion_largest_scores_bound_what_clean_inputs_reach():
@@ -115,7 +182,9 @@ def test_calibrated_fusion_arrays_roundtrip_gives_equal_surprise():
     raw = rng.normal(size=(200, 3))
     fusion = fitted_on(raw, temperature=2.5)
     restored = CalibratedFusion().restore(fusion.arrays())
-    np.testing.assert_array_equal(restored.surprise(raw), fusion.surprise(raw))
+    surprise, logits = fusion.surprise(raw), rng.normal(size=(200, 5))
+    np.testing.assert_array_equal(restored.surprise(raw), surprise)
+    np.testing.assert_array_equal(restored.combine(surprise, logits), fusion.combine(surprise, logits))
     assert restored.temperature_ == 2.5
 
 

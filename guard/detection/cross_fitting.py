@@ -86,9 +86,7 @@ def cross_fit(config: GuardConfig, training: TrainingSet, *, progress: Progress 
     report = progress or _silent
     activations, labels, depths = training.clean, training.labels, training.depths
     scored = np.flatnonzero(training.is_distinct)
-    folds = config.folds
-    if config.mode == "calibrated" and 2 * _MORE_FOLDS <= len(scored) < _FEW_IMAGES:
-        folds = max(folds, _MORE_FOLDS)
+    folds = folds_for(config, len(scored))
     part = stratified_folds(labels, folds, config.seed, training.groups)
     part_scored = part[scored]
     # With early stopping here and without it there, heads of the folds would be sure otherwise than the final ones.
@@ -120,6 +118,13 @@ def cross_fit(config: GuardConfig, training: TrainingSet, *, progress: Progress 
     return CrossFit(ensemble, *calibrated, contradictions, tuple(early))
 
 
+def folds_for(config: GuardConfig, n_images: int) -> int:
+    """Return in how many parts so many distinct clean images are cut: more than the setting where these are few."""
+    if config.mode == "calibrated" and 2 * _MORE_FOLDS <= n_images < _FEW_IMAGES:
+        return max(config.folds, _MORE_FOLDS)
+    return config.folds
+
+
 def _silent(_text: str, _share: float) -> None:
     """Report nothing."""
 
@@ -142,13 +147,12 @@ def _calibrated(
     config: GuardConfig, ensemble: Ensemble, raw: Float64Array, logits: FloatArray, labels: IntArray, part: IntArray
 ) -> tuple[Fusion, Float64Array, float]:
     """Return fusion, ascending combined scores and realised rate of out-of-fold scores."""
-    kinds = [member.kind for member in ensemble.members]
-    fusion = new_fusion(config.mode).fit(raw, logits, labels, kinds)
+    fusion = new_fusion(config.mode).fit(raw, logits, labels, ensemble.kinds)
     # Ranking new inputs among scores whose own fusion had seen them would flag more clean inputs than asked for.
     combined = np.empty(len(raw))
     for fold in np.unique(part):
         hold = part == fold
-        others = new_fusion(config.mode).fit(raw[~hold], logits[~hold], labels[~hold], kinds)
+        others = new_fusion(config.mode).fit(raw[~hold], logits[~hold], labels[~hold], ensemble.kinds)
         combined[hold] = others.combine(others.surprise(raw[hold]), logits[hold])
     # A fold with a class of few images may score without bound.
     ordered = np.minimum(np.sort(combined), fusion.largest_scores(*raw.shape))

@@ -12,7 +12,7 @@ import numpy as np
 from guard.config import GuardConfig
 from guard.detection.detectors import DETECTORS, Detector
 from guard.detection.detectors.anytime import AnytimeDisagreement
-from guard.detection.detectors.base import Joins, Reads, Source
+from guard.detection.detectors.base import Joins, Kind, Reads, Source
 from guard.detection.detectors.disagreement import HeadDisagreement
 from guard.detection.detectors.lof import PerClassLof
 from guard.detection.whitening import WhitenedSpace
@@ -46,6 +46,11 @@ class Ensemble:
         self.members = tuple(members)
         self.names = tuple(member.name for member in self.members)
         self.spaces = dict(spaces or {})
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Kind of each detector, in order, as `Fusion.fit` takes them."""
+        return tuple(Kind(part.kind, part.detector.shows, part.detector.over_depths) for part in self.members)
 
     @classmethod
     def for_mode(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -11,20 +10,24 @@ import numpy as np
 from scipy.special import ndtri_exp
 
 from guard.arrays import require
-from guard.errors import DataError, NotFittedError
+from guard.detection.detectors.base import Kind
+from guard.detection.kind_scores import KindScores
+from guard.errors import NotFittedError
 from guard.statistics.calibration import SurpriseMap, largest_surprises
 from guard.statistics.confidence import confidence, fit_temperature
 from guard.types import AnyArray, BoolArray, Float64Array, FloatArray, IntArray
 
 #: Local outlier factor above which scikit-learn, and with it the paper, calls a point novel.
 NOVELTY_OFFSET = 1.5
-_LEAST_WEIGHT = 1e-4  # of a detector; at 0 it would be asked in vain
+#: Least normal score; below every clean one it would be minus infinity.
+_LEAST_Z = -4.0
+_KIND = "kind."  # before the names of arrays that map the scores of kinds
 
 
 class Fusion(Protocol):
     """Turns raw detector scores into one score per input, and says which inputs are poisoned."""
 
-    def fit(self, raw: Float64Array, logits: FloatArray, labels: IntArray, kinds: Sequence[str] | None = None) -> Self:
+    def fit(self, raw: Float64Array, logits: FloatArray, labels: IntArray, kinds: Sequence[Kind] | None = None) -> Self:
         """Learn from clean out-of-fold scores, shape (n, n_detectors), and the suspect's answers to the same inputs.
 
         Parameters
@@ -34,8 +37,8 @@ class Fusion(Protocol):
             The suspect model's own.
         labels : ndarray of shape (n,), int
             True labels.
-        kinds : sequence of str, optional
-            Of the detectors, in order; without it each is of a kind of its own.
+        kinds : sequence of Kind, optional
+            Of the detectors, in order; without it each is of a kind of its own, which sees what is novel.
         """
 
     def surprise(self, raw: Float64Array) -> Float64Array:
@@ -70,35 +73,41 @@ class CalibratedFusion:
     """All detectors at once, at the false-positive rate that was asked for.
 
     Each detector's score becomes surprise, -log of its estimated p-value p among clean inputs, and then a normal score
-    z, the quantile of the standard normal distribution that is exceeded with probability p. The combination is
+    z, the quantile of the standard normal distribution that is exceeded with probability p. The detectors of one kind
+    make one score of theirs (`KindScores`), which becomes a normal score in the same way. With N the mean square of
+    softplus(z) = log(1 + exp(z)) over the kinds that see what is novel, C that over the kinds that contradict the
+    suspect's answer, and c the suspect's own probability of its answer, the combination is
 
-        sqrt(mean over kinds of the mean over detectors of softplus(z)^2) * (1 + c) / 2
+        sqrt((N * ((1 + c) / 2)^2 + C * max(c, 1 / 2)^2) / 2)
 
-    with softplus(z) = log(1 + exp(z)) and c the suspect's own probability of its answer. A kind that looks once counts
-    as much as one that looks at every depth. Below the median a detector says next to nothing, far above it as much as
-    z. The factor is there because clean inputs that the suspect gets wrong contradict the heads as triggered ones do,
-    but the suspect is seldom sure of them; it is at least a half, so that an attacker gains little by making the
-    network unsure. docs/detection.md has what this was compared with.
+    Below its median a kind says next to nothing, far above it as much as z. The factors are there because clean inputs
+    that the suspect gets wrong contradict the heads as triggered ones do, but the suspect is seldom sure of them. They
+    are at least a half, so that an attacker gains little by making the network unsure. docs/detection.md has what this
+    was compared with.
 
     Attributes
     ----------
     surprise_map_ : SurpriseMap or None
+        Of the detectors.
+    kind_scores_ : KindScores or None
+        None for a guard of an older version: its combination is the root mean square of surprise, without a factor.
+    kind_map_ : SurpriseMap or None
+        Of the kinds; None with `kind_scores_`.
     temperature_ : float or None
-        Of the suspect's probabilities, see `fit_temperature`. None for a guard of an older version: its combination is
-        the root mean square of surprise, without a factor.
-    weights_ : ndarray of shape (n_detectors,), float64, or None
-        Of the squares in the mean, > 0, their sum 1; None with the temperature.
+        Of the suspect's probabilities, see `fit_temperature`; None with `kind_scores_`.
     """
 
     surprise_map_: SurpriseMap | None = None
+    kind_scores_: KindScores | None = None
+    kind_map_: SurpriseMap | None = None
     temperature_: float | None = None
-    weights_: Float64Array | None = None
 
-    def fit(self, raw: Float64Array, logits: FloatArray, labels: IntArray, kinds: Sequence[str] | None = None) -> Self:
+    def fit(self, raw: Float64Array, logits: FloatArray, labels: IntArray, kinds: Sequence[Kind] | None = None) -> Self:
         """See `Fusion.fit`."""
         self.surprise_map_ = SurpriseMap.fit(raw)
-        counts = Counter(kinds if kinds is not None else range(raw.shape[1]))
-        self.weights_ = np.array([1.0 / (len(counts) * counts[kind]) for kind in kinds or range(raw.shape[1])])
+        z = _normal_scores(self.surprise_map_.surprise(raw))
+        self.kind_scores_ = KindScores.fit(z, kinds or [Kind(str(place)) for place in range(raw.shape[1])])
+        self.kind_map_ = SurpriseMap.fit(self.kind_scores_(z))
         self.temperature_ = fit_temperature(logits, labels)
         return self
 
@@ -110,24 +119,24 @@ class CalibratedFusion:
 
     def combine(self, surprise: Float64Array, logits: FloatArray) -> Float64Array:
         """See `Fusion.combine`."""
-        squares = np.square(self._graded(surprise))
-        if self.temperature_ is None or self.weights_ is None:
-            older: Float64Array = np.sqrt(squares.mean(axis=1))
+        if self.kind_scores_ is None or self.kind_map_ is None or self.temperature_ is None:
+            older: Float64Array = np.sqrt(np.square(surprise).mean(axis=1))
             return older
-        combined: Float64Array = np.sqrt(squares @ self.weights_)
-        combined *= 0.5 * (1.0 + confidence(logits, self.temperature_))
+        graded = _graded(self.kind_map_.surprise(self.kind_scores_(_normal_scores(surprise))))
+        sure = confidence(logits, self.temperature_)
+        contradicts = self.kind_scores_.is_contradiction
+        families = []
+        for of_family, factor in ((~contradicts, 0.5 * (1.0 + sure)), (contradicts, np.maximum(sure, 0.5))):
+            if of_family.any():
+                families.append(np.square(graded[:, of_family]).mean(axis=1) * np.square(factor))
+        combined: Float64Array = np.sqrt(np.mean(families, axis=0))
         return combined
 
     def largest_scores(self, n: int, n_detectors: int) -> Float64Array:
-        """See `Fusion.largest_scores`: no mean is above what all detectors together allow, and no factor above 1."""
-        return self._graded(largest_surprises(n_detectors, n))
-
-    def _graded(self, surprise: Float64Array) -> Float64Array:
-        """Return softplus of normal scores, shape of `surprise`."""
-        if self.temperature_ is None:
-            return surprise
-        graded: Float64Array = np.logaddexp(0.0, -ndtri_exp(-surprise))
-        return graded
+        """See `Fusion.largest_scores`: no mean is above what all together allow, and no factor above 1."""
+        if self.kind_scores_ is None:
+            return largest_surprises(n_detectors, n)
+        return _graded(largest_surprises(len(self.kind_scores_.is_contradiction), n))
 
     def decide(self, combined: Float64Array, p_values: Float64Array, false_positive_rate: float) -> BoolArray:
         """Return p <= false_positive_rate."""
@@ -136,19 +145,36 @@ class CalibratedFusion:
     def arrays(self) -> dict[str, AnyArray]:
         """See `Fusion.arrays`."""
         arrays = self.surprise_map_.arrays() if self.surprise_map_ is not None else {}
-        if self.temperature_ is None or self.weights_ is None:
+        if self.kind_scores_ is None or self.kind_map_ is None or self.temperature_ is None:
             return arrays
-        return {**arrays, "temperature": np.array([self.temperature_]), "weights": self.weights_}
+        of_kinds = {
+            **self.kind_scores_.arrays(),
+            **{_KIND + name: part for name, part in self.kind_map_.arrays().items()},
+        }
+        return {**arrays, **of_kinds, "temperature": np.array([self.temperature_])}
 
     def restore(self, arrays: Mapping[str, AnyArray]) -> Self:
         """See `Fusion.restore`."""
         self.surprise_map_ = SurpriseMap.from_arrays(arrays)
         if "temperature" in arrays:
             self.temperature_ = float(require(arrays, "temperature", (1,), low=1e-30, high=1e30)[0])
-            self.weights_ = require(arrays, "weights", (len(self.surprise_map_.knots),), low=_LEAST_WEIGHT, high=1.0)
-            if abs(total := float(self.weights_.sum()) - 1.0) > 1e-9:
-                raise DataError(f"the sum of array weights must be 1, got {1.0 + total}.")
+            self.kind_scores_ = KindScores.from_arrays(arrays, len(self.surprise_map_.knots))
+            self.kind_map_ = SurpriseMap.from_arrays(
+                {name.removeprefix(_KIND): part for name, part in arrays.items() if name.startswith(_KIND)}
+            )
+            require({"knots": self.kind_map_.knots}, "knots", (len(self.kind_scores_.is_contradiction), None))
         return self
+
+
+def _normal_scores(surprise: Float64Array) -> Float64Array:
+    z: Float64Array = np.maximum(-ndtri_exp(-surprise), _LEAST_Z)
+    return z
+
+
+def _graded(surprise: Float64Array) -> Float64Array:
+    """Return softplus of normal scores, shape of `surprise`."""
+    graded: Float64Array = np.logaddexp(0.0, _normal_scores(surprise))
+    return graded
 
 
 @dataclass
@@ -161,7 +187,7 @@ class PaperFusion:
     has no influence; that is how the paper has it.
     """
 
-    def fit(self, raw: Float64Array, logits: FloatArray, labels: IntArray, kinds: Sequence[str] | None = None) -> Self:
+    def fit(self, raw: Float64Array, logits: FloatArray, labels: IntArray, kinds: Sequence[Kind] | None = None) -> Self:
         """Learn nothing: both thresholds are the paper's."""
         return self
 

@@ -9,13 +9,14 @@ from typing import Self
 import numpy as np
 
 from guard.arrays import require
+from guard.detection.detectors.base import check_columns
 from guard.errors import DataError
-from guard.types import AnyArray, Float32Array, Float64Array, FloatArray, IntArray
+from guard.types import FEATURES, AnyArray, Float32Array, Float64Array, FloatArray, IntArray
 
 #: Principal components that are looked at, and images that each of them takes; all else is one number, the last column.
 _COMPONENTS, _IMAGES_EACH = 128, 4
 #: Leading directions, those that tell classes apart; half of all where that is less.
-_RANK = 32
+_RANK = 16
 #: Share of the mean variance within classes that every direction gets, so that no direction counts without bound.
 _SHRINKAGE = 0.1
 _LEAST_SCALE = 1e-30
@@ -31,7 +32,7 @@ class WhitenedSpace:
     Features are standardised and projected on their principal components: 128 at most, and one for each four images, as
     fewer tell no covariance. There the covariance within classes, shrunk towards its mean by a tenth, is made the
     identity, and the directions are turned so that the first ones spread most over all images: Fisher's linear
-    discriminants [1]_. The 32 leading directions tell classes apart; the trailing ones hardly do. What the components
+    discriminants [1]_. The 16 leading directions tell classes apart; the trailing ones hardly do. What the components
     leave out is the last trailing column: its length, in units of the mean spread within classes there. So the squared
     length of a whole row is (nearly) a squared Mahalanobis distance.
 
@@ -101,10 +102,7 @@ class WhitenedSpace:
         DataError
             If the number of columns differs from `fit`.
         """
-        if features.shape[1] != len(self.mean):
-            raise DataError(
-                f"features have {features.shape[1]} columns, fit saw {len(self.mean)}. Is the split layer the same?"
-            )
+        check_columns(FEATURES, features, len(self.mean))
         with np.errstate(over="ignore"):
             standard = (features.astype(np.float32, copy=False) - self.mean) / self.scale
         np.clip(standard, -_FARTHEST, _FARTHEST, out=standard)

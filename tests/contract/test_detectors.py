@@ -14,7 +14,7 @@ from safetensors.numpy import load, save
 
 from guard import Activations, Guard, GuardConfig
 from guard.detection.detectors import DETECTORS, Detector
-from guard.detection.detectors.base import NO_LABEL, WHAT_IS_CLEAN, Joins, Reads, Source
+from guard.detection.detectors.base import NO_LABEL, WHAT_IS_CLEAN, Joins, OverDepths, Reads, Shows, Source
 from guard.detection.detectors.demarcation import Demarcation
 from guard.errors import DataError, NotFittedError
 from guard.types import BACKUP, FEATURES
@@ -228,6 +228,8 @@ class FarFromTheMiddle:
     joins: ClassVar[Joins] = "once_per_depth"
     learns_from: ClassVar[frozenset[Source]] = WHAT_IS_CLEAN
     reads: ClassVar[Reads] = "activations"
+    shows: ClassVar[Shows] = "novelty"
+    over_depths: ClassVar[OverDepths] = "averaged"
 
     depth: str = FEATURES
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-from guard.detection.detectors.base import WHAT_IS_WHAT, Joins, Reads, Source
+from guard.detection.detectors.base import WHAT_IS_WHAT, Joins, OverDepths, Reads, Shows, Source
 from guard.detection.detectors.disagreement import disagreement_with
 from guard.detection.heads.anytime import AnytimeHeads
 from guard.types import FEATURES, Activations, AnyArray, Float64Array, IntArray
@@ -30,6 +30,8 @@ class AnytimeDisagreement:
     joins: ClassVar[Joins] = "with_early_verdicts"
     learns_from: ClassVar[frozenset[Source]] = WHAT_IS_WHAT
     reads: ClassVar[Reads] = "activations"
+    shows: ClassVar[Shows] = "contradiction"
+    over_depths: ClassVar[OverDepths] = "averaged"
 
     depths: tuple[str, ...] = (FEATURES,)
     seed: int = 0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import IntEnum
-from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
+from guard.errors import DataError
 from guard.types import Activations, AnyArray, Float64Array, IntArray
 
 #: When a detector is part of a guard in `calibrated` mode: always, once for everything or once per depth; or only
@@ -15,6 +16,10 @@ Joins = Literal["once", "once_per_depth", "with_backup", "with_anomalies", "with
 #: What a detector looks at: activations as they are, or the leading or the trailing columns of every depth, whitened
 #: (`guard.detection.whitening`), where the guard has whitened spaces.
 Reads = Literal["activations", "leading", "trailing"]
+#: What a high score says: an input is unlike the clean ones, or is like those of another class than the answer.
+Shows = Literal["novelty", "contradiction"]
+#: What becomes of the scores of one kind at several depths: their mean, or how unusual they are beside each other.
+OverDepths = Literal["averaged", "compared"]
 #: Label of an anomaly of the traffic: nobody has said what it shows.
 NO_LABEL = -1
 
@@ -38,6 +43,14 @@ WHAT_IS_CLEAN = frozenset({Source.CLEAN, Source.FALSE_ALARM})
 WHAT_IS_WHAT = frozenset({Source.CLEAN, Source.POISONED})
 
 
+class Kind(NamedTuple):
+    """What a combination must know of a detector: the name of its kind, and what `Detector` says of the others."""
+
+    name: str
+    shows: Shows = "novelty"
+    over_depths: OverDepths = "averaged"
+
+
 @runtime_checkable
 class Detector(Protocol):
     """Learns what clean activations look like, and scores how far new ones are from that.
@@ -53,11 +66,17 @@ class Detector(Protocol):
         Which inputs `fit` is given: `WHAT_IS_CLEAN`, `WHAT_IS_WHAT`, or a choice of its own.
     reads : Reads
         What `fit` and `score` are given.
+    shows : Shows
+        What a high score says.
+    over_depths : OverDepths
+        How its scores at several depths become one.
     """
 
     joins: ClassVar[Joins]
     learns_from: ClassVar[frozenset[Source]]
     reads: ClassVar[Reads]
+    shows: ClassVar[Shows]
+    over_depths: ClassVar[OverDepths]
 
     def fit(self, activations: Activations, labels: IntArray) -> Self:
         """Learn from activations and their true labels, shape (n,); return self."""
@@ -71,3 +90,10 @@ class Detector(Protocol):
     @classmethod
     def from_state(cls, state: Mapping[str, AnyArray], **settings: Any) -> Self:
         """Return a fitted detector from what `state` returned and the settings it was made with."""
+
+
+def check_columns(name: str, rows: AnyArray, fitted: int) -> None:
+    """Refuse logits, or features of a depth, with other columns than `fit` saw, with DataError."""
+    if rows.shape[1] != fitted:
+        same = "Is it the same suspect model?" if name == "logits" else "Is the split layer the same?"
+        raise DataError(f"{name} have {rows.shape[1]} columns, fit saw {fitted}. {same}")

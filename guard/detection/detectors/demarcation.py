@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from guard.arrays import require
-from guard.detection.detectors.base import NO_LABEL, Joins, Reads, Source
+from guard.detection.detectors.base import NO_LABEL, Joins, OverDepths, Reads, Shows, Source, check_columns
 from guard.errors import DataError, NotFittedError
 from guard.types import FEATURES, Activations, AnyArray, Float64Array, IntArray
 
@@ -43,6 +43,8 @@ class Demarcation:
     joins: ClassVar[Joins] = "with_anomalies"
     learns_from: ClassVar[frozenset[Source]] = frozenset({Source.CLEAN, Source.ANOMALY})
     reads: ClassVar[Reads] = "activations"
+    shows: ClassVar[Shows] = "novelty"
+    over_depths: ClassVar[OverDepths] = "averaged"
 
     depth: str = FEATURES
     softness: float = 0.5
@@ -87,11 +89,7 @@ class Demarcation:
         if not hasattr(self, "weights_"):
             raise NotFittedError("Demarcation is not fitted. Call fit(activations, labels) first.")
         features = activations.at(self.depth)
-        if features.shape[1] != len(self.weights_):
-            raise DataError(
-                f"{self.depth} have {features.shape[1]} columns, fit saw {len(self.weights_)}."
-                " Is the split layer the same?"
-            )
+        check_columns(self.depth, features, len(self.weights_))
         scores: Float64Array = features.astype(np.float64) @ self.weights_ + self.offset_
         return scores
 

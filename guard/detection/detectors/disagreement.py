@@ -8,9 +8,17 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from guard.detection.detectors.base import WHAT_IS_CLEAN, WHAT_IS_WHAT, Joins, Reads, Source
+from guard.detection.detectors.base import (
+    WHAT_IS_CLEAN,
+    WHAT_IS_WHAT,
+    Joins,
+    OverDepths,
+    Reads,
+    Shows,
+    Source,
+    check_columns,
+)
 from guard.detection.heads.decision_head import DecisionHead
-from guard.errors import DataError
 from guard.types import BACKUP, FEATURES, Activations, AnyArray, Float32Array, Float64Array, IntArray
 
 
@@ -37,6 +45,8 @@ class HeadDisagreement:
     joins: ClassVar[Joins] = "once_per_depth"
     learns_from: ClassVar[frozenset[Source]] = WHAT_IS_WHAT
     reads: ClassVar[Reads] = "activations"
+    shows: ClassVar[Shows] = "contradiction"
+    over_depths: ClassVar[OverDepths] = "averaged"
 
     depth: str = FEATURES
     feature_noise_std: float = 0.0
@@ -90,6 +100,8 @@ class BackupDisagreement:
     joins: ClassVar[Joins] = "with_backup"
     learns_from: ClassVar[frozenset[Source]] = WHAT_IS_CLEAN
     reads: ClassVar[Reads] = "activations"
+    shows: ClassVar[Shows] = "contradiction"
+    over_depths: ClassVar[OverDepths] = "averaged"
 
     def fit(self, activations: Activations, labels: IntArray) -> Self:
         """Learn nothing; refuse activations without the backup's logits (DataError)."""
@@ -119,11 +131,7 @@ def disagreement_with(head_logits: Float32Array, activations: Activations) -> Fl
     DataError
         If they know different numbers of classes.
     """
-    if head_logits.shape != activations.logits.shape:
-        raise DataError(
-            f"logits have {activations.logits.shape[1]} columns, fit saw {head_logits.shape[1]}."
-            " Is it the same suspect model?"
-        )
+    check_columns("logits", activations.logits, head_logits.shape[1])
     return disagreement(head_logits, activations.predicted_labels)
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 import numpy as np
 
 from guard.arrays import check_range, require
-from guard.detection.detectors.base import WHAT_IS_CLEAN, Joins, Reads, Source
+from guard.detection.detectors.base import WHAT_IS_CLEAN, Joins, OverDepths, Reads, Shows, Source, check_columns
 from guard.detection.detectors.local_outlier_factor import DENSITY_FLOOR, ClassReferences, order_for_storage
 from guard.detection.detectors.norms import check_orders, norm_summary
 from guard.errors import ConfigError, DataError, NotFittedError
@@ -69,6 +69,8 @@ class PerClassLof:
     joins: ClassVar[Joins] = "once_per_depth"
     learns_from: ClassVar[frozenset[Source]] = WHAT_IS_CLEAN
     reads: ClassVar[Reads] = "leading"
+    shows: ClassVar[Shows] = "novelty"
+    over_depths: ClassVar[OverDepths] = "averaged"
 
     depth: str = FEATURES
     n_neighbors: int = 20
@@ -209,16 +211,8 @@ class PerClassLof:
     def _vectors(self, activations: Activations) -> FloatArray:
         self._check_fitted()
         features = activations.require_finite(self.depth)
-        if features.shape[1] != self.n_features_in_:
-            raise DataError(
-                f"{self.depth} have {features.shape[1]} columns, fit saw {self.n_features_in_}."
-                " Is the split layer the same?"
-            )
-        if activations.logits.shape[1] != self.references_.n_classes:
-            raise DataError(
-                f"logits have {activations.logits.shape[1]} columns, fit saw {self.references_.n_classes}."
-                " Is it the same suspect model?"
-            )
+        check_columns(self.depth, features, self.n_features_in_)
+        check_columns("logits", activations.logits, self.references_.n_classes)
         return self._summarise(features)
 
     def _predicted_labels(self, activations: Activations) -> IntArray:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from guard.arrays import check_range, require
-from guard.detection.detectors.base import Joins, Reads, Source
+from guard.detection.detectors.base import Joins, OverDepths, Reads, Shows, Source, check_columns
 from guard.errors import DataError, NotFittedError
 from guard.types import FEATURES, Activations, AnyArray, BoolArray, Float64Array, IntArray
 
@@ -38,6 +38,8 @@ class RelativeDistance:
     joins: ClassVar[Joins] = "once_per_depth"
     learns_from: ClassVar[frozenset[Source]] = frozenset({Source.CLEAN})
     reads: ClassVar[Reads] = "leading"
+    shows: ClassVar[Shows] = "contradiction"
+    over_depths: ClassVar[OverDepths] = "averaged"
 
     depth: str = FEATURES
 
@@ -78,16 +80,8 @@ class RelativeDistance:
         if not hasattr(self, "means_"):
             raise NotFittedError("RelativeDistance is not fitted. Call fit(activations, labels) first.")
         rows = activations.require_finite(self.depth)
-        if rows.shape[1] != self.means_.shape[1]:
-            raise DataError(
-                f"{self.depth} have {rows.shape[1]} columns, fit saw {self.means_.shape[1]}."
-                " Is the split layer the same?"
-            )
-        if activations.logits.shape[1] != len(self.is_present_):
-            raise DataError(
-                f"logits have {activations.logits.shape[1]} columns, fit saw {len(self.is_present_)}."
-                " Is it the same suspect model?"
-            )
+        check_columns(self.depth, rows, self.means_.shape[1])
+        check_columns("logits", activations.logits, len(self.is_present_))
         if not activations.is_finite and not np.isfinite(activations.logits).all():
             raise DataError("logits hold values that are not finite: such rows have no predicted class.")
         lead = rows.astype(np.float64)

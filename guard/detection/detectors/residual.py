@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from guard.arrays import require
-from guard.detection.detectors.base import Joins, Reads, Source
-from guard.errors import DataError, NotFittedError
+from guard.detection.detectors.base import Joins, OverDepths, Reads, Shows, Source, check_columns
+from guard.errors import NotFittedError
 from guard.types import FEATURES, Activations, AnyArray, Float64Array, IntArray
 
 
@@ -31,6 +31,8 @@ class Residual:
     joins: ClassVar[Joins] = "once_per_depth"
     learns_from: ClassVar[frozenset[Source]] = frozenset({Source.CLEAN})
     reads: ClassVar[Reads] = "trailing"
+    shows: ClassVar[Shows] = "novelty"
+    over_depths: ClassVar[OverDepths] = "compared"
 
     depth: str = FEATURES
 
@@ -52,15 +54,8 @@ class Residual:
         if not hasattr(self, "shape_"):
             raise NotFittedError("Residual is not fitted. Call fit(activations, labels) first.")
         rows = activations.require_finite(self.depth)
-        n_columns, n_classes = self.shape_
-        if rows.shape[1] != n_columns:
-            raise DataError(
-                f"{self.depth} have {rows.shape[1]} columns, fit saw {n_columns}. Is the split layer the same?"
-            )
-        if activations.logits.shape[1] != n_classes:
-            raise DataError(
-                f"logits have {activations.logits.shape[1]} columns, fit saw {n_classes}. Is it the same suspect model?"
-            )
+        check_columns(self.depth, rows, self.shape_[0])
+        check_columns("logits", activations.logits, self.shape_[1])
         lengths: Float64Array = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
         return lengths
 
