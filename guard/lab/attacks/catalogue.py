@@ -13,6 +13,7 @@ from torch import nn
 from guard.errors import DataError, did_you_mean
 from guard.lab.attacks.attack import Attack
 from guard.lab.attacks.decoys import Decoys
+from guard.lab.attacks.held_out import HELD_OUT
 from guard.lab.attacks.perturbation import PgdPerturbation
 from guard.lab.attacks.poisoning import Backdoor, Cover
 from guard.lab.attacks.targets import AllToAll, SingleTarget, SourceSpecific
@@ -271,6 +272,7 @@ ATTACKS: dict[str, Callable[[int, int], Attack]] = {
     "adap-blend": adap_blend,
     "adap-patch": adap_patch,
     "decoys": decoys,
+    **HELD_OUT,
 }
 
 #: Builders of attacks that need a network as well: target label, seed, network -> attack.
