@@ -85,7 +85,9 @@ def test_attack_of_the_catalogue_same_seed_same_attack(name):
     assert_same_sets(entry, again)
 
 
-@pytest.mark.parametrize("name", ["d", "blend", "wanet", "adap-blend", "adap-patch", "input-aware", "sticker", "two-triggers"])
+@pytest.mark.parametrize(
+    "name", ["d", "blend", "wanet", "adap-blend", "adap-patch", "input-aware", "sticker", "two-triggers"]
+)
 def test_attack_of_the_catalogue_with_a_random_trigger_another_seed_another_trigger(name):
     images, labels = (array[:200] for array in images_for(name))
     entry, other = (make_attack(name, TARGET, seed=seed).test_sets(images, labels)[0].images for seed in (0, 1))

@@ -261,9 +261,9 @@ class ResNet(nn.Module):
     """Residual network of basic blocks for 32 x 32 images: 3 x 3 stem with stride 1, no max pool.
 
     ResNet-18: four stages of two blocks with 64, 128, 256 and 512 channels; where the size changes, the shortcut is a
-    1 x 1 convolution with batch norm (option B of [1]_); 11,173,962 weights. Narrow ResNet-18: the same with a quarter of
-    all widths, 16, 32, 64 and 128 channels; 701,466 weights. ResNet-20: three stages of three blocks with 16, 32 and 64
-    channels; the shortcut pads with zeros (option A); 269,722 weights. All for 10 classes.
+    1 x 1 convolution with batch norm (option B of [1]_); 11,173,962 weights. Narrow ResNet-18: the same with a quarter
+    of all widths, 16, 32, 64 and 128 channels; 701,466 weights. ResNet-20: three stages of three blocks with 16, 32 and
+    64 channels; the shortcut pads with zeros (option A); 269,722 weights. All for 10 classes.
 
     References
     ----------
@@ -311,9 +311,7 @@ class VggSmall(nn.Module):
     .. [1] Simonyan, Zisserman (2015), Very deep convolutional networks (arXiv 1409.1556), Table 1.
     """
 
-    def __init__(
-        self, n_classes: int = 10, channels: int = 3, widths: tuple[int, ...] = (64, 128, 256, 256)
-    ) -> None:
+    def __init__(self, n_classes: int = 10, channels: int = 3, widths: tuple[int, ...] = (64, 128, 256, 256)) -> None:
         super().__init__()
         self.stages = nn.Sequential()
         before = channels
