@@ -80,6 +80,10 @@ test-zoo: setup
 	$(BIN)/guard zoo train --plan test --missing --jobs 2
 	$(BIN)/python benchmarks/test_zoo.py $(ARGS)
 
+# Attackers who know the guard: what each adaptation hides, and what it costs (GUARD_DATA_DIR); an interrupted run goes on.
+adaptive-attacks: setup
+	$(BIN)/python benchmarks/adaptive_attacks.py $(ARGS)
+
 # What each part of the default mode is worth (GUARD_DATA_DIR); an interrupted run goes on.
 ablation: setup
 	$(BIN)/python benchmarks/ablation.py

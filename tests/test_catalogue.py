@@ -190,7 +190,7 @@ def test_adaptive_attack_shows_less_in_training_than_in_the_attack(name):
         poisoned.images[poisoned.is_poisoned | poisoned.is_cover],
         backdoor.train_trigger(images[poisoned.is_poisoned | poisoned.is_cover]),
     )
-    assert poisoned.is_cover.sum() == {"adap-blend": 12, "adap-patch": 16}[name]
+    assert poisoned.is_cover.sum() == {"adap-blend": 12, "adap-patch": 24}[name]
     (tested,) = attack.test_sets(images, labels)
     np.testing.assert_array_equal(tested.images, backdoor.trigger(images[tested.source_rows]))
 
