@@ -75,7 +75,7 @@ leaderboard: setup
 	$(BIN)/python benchmarks/leaderboard/run.py $(ARGS)
 
 # Models that no setting was chosen on, trained and measured for a frozen guard only (benchmarks/frozen.json, made by
-# `python benchmarks/test_zoo.py --freeze`). About 45 minutes of two cores for training; an interrupted run goes on.
+# `python benchmarks/test_zoo.py --freeze`). About an hour of two cores for training; an interrupted run goes on.
 test-zoo: setup
 	$(BIN)/guard zoo train --plan test --missing --jobs 2
 	$(BIN)/python benchmarks/test_zoo.py $(ARGS)

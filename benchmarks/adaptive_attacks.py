@@ -4,7 +4,7 @@
     python benchmarks/adaptive_attacks.py --settings mnist --seeds 0 --minutes 10
     python benchmarks/adaptive_attacks.py --page-only
 
-Needs MNIST and GTSRB as the zoo splits them (`GUARD_DATA_DIR`). On MNIST an `mnist_cnn` with WaNet is trained on 20,000
+Needs MNIST and GTSRB as the zoo splits them (`GUARD_DATA_DIR`). On MNIST an `mnist_cnn` with WaNet is trained on 30,000
 images, seeds 0 to 2; on GTSRB the zoo's benign `gtsrb_cnn` goes on with a blended pattern on 12,000. Every adaptation
 starts from that network and the same images:
 
@@ -19,7 +19,7 @@ starts from that network and the same images:
 The attacker's copy of the guard is fitted on 2,000 images that belong to the attacker; the guard itself on 2,000 clean
 validation images that the attacker has never seen. Figures are those of the leaderboard: all triggered inputs count.
 Networks are kept in `build/adaptive_attacks`, records in `benchmarks/results/adaptive_attacks/`. Writes
-`adaptive_attacks.csv` and the section "Adaptive attackers" of docs/leaderboard.md. On one core about 5 minutes per seed
+`adaptive_attacks.csv` and the section "Adaptive attackers" of docs/leaderboard.md. On one core about 8 minutes per seed
 on MNIST and 20 minutes on GTSRB.
 """
 
@@ -115,9 +115,9 @@ class Setting:
 
 SETTINGS = {
     "mnist": Setting(
-        *("mnist", "mnist_cnn", "wanet", 7, 20_000),
-        TrainingSettings(6, 128, learning_rate=3e-3),
-        TrainingSettings(4, 128, schedule="cosine", learning_rate=1e-3),
+        *("mnist", "mnist_cnn", "wanet", 7, 30_000),
+        TrainingSettings(8, 128, learning_rate=3e-3),
+        TrainingSettings(5, 128, schedule="cosine", learning_rate=1e-3),
         seeds=(0, 1, 2),
     ),
     "gtsrb": Setting(

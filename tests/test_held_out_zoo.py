@@ -19,7 +19,7 @@ from guard.cli.app import run
 from guard.data.datasets import load_dataset
 from guard.errors import DataError, ZooError
 from guard.lab.attacks import NETWORKS, CropAndFlip, TrainingSettings, make_attack
-from guard.lab.attacks.held_out import HELD_OUT
+from guard.lab.attacks.held_out import HELD_OUT, HELD_OUT_ON_NETWORK
 from guard.lab.zoo import freeze as freeze_module
 from guard.lab.zoo import held_out_plan, plan, splits
 from guard.lab.zoo.collection import Zoo, build_network, default_zoo_dir
@@ -66,9 +66,9 @@ def test_plan_has_sixteen_models_or_more_of_names_that_nobody_else_has():
 def test_plan_has_every_attack_on_two_image_sets_and_four_with_many_targets():
     sets = defaultdict(set)
     for entry in ATTACKS:
-        sets[entry.attack_name.removesuffix("-43")].add(entry.data_set)
+        sets[entry.attack_name.removesuffix("-43").removesuffix("-mnist")].add(entry.data_set)
     assert all(len(of_attack) >= 2 for of_attack in sets.values()), sets
-    assert set(HELD_OUT) <= {entry.attack_name for entry in ATTACKS}
+    assert {*HELD_OUT, *HELD_OUT_ON_NETWORK} <= {entry.attack_name for entry in ATTACKS}
     many = [entry for entry in ATTACKS if len(targets_of(entry)) > 1]
     assert len(many) >= 4
     assert len({entry.architecture for entry in TEST_PLAN}) >= 6
@@ -81,7 +81,8 @@ def targets_of(entry):
 
 @pytest.mark.parametrize("entry", ATTACKS, ids=lambda entry: entry.name)
 def test_plan_attack_is_new_fits_the_classes_and_can_be_put_on_a_card(entry):
-    attack = entry.attack_on(build_network(entry.architecture, N_CLASSES[entry.data_set], 3))
+    channels = 1 if entry.data_set == "mnist" else 3
+    attack = entry.attack_on(build_network(entry.architecture, N_CLASSES[entry.data_set], channels))
     assert entry.attack_name not in {other.attack_name for other in PLAN}
     assert attack.name == entry.attack_name
     labels = [*targets_of(entry)]

@@ -13,7 +13,7 @@ from torch import nn
 from guard.errors import DataError, did_you_mean
 from guard.lab.attacks.attack import Attack
 from guard.lab.attacks.decoys import Decoys
-from guard.lab.attacks.held_out import HELD_OUT
+from guard.lab.attacks.held_out import HELD_OUT, HELD_OUT_ON_NETWORK
 from guard.lab.attacks.perturbation import PgdPerturbation
 from guard.lab.attacks.poisoning import Backdoor, Cover
 from guard.lab.attacks.targets import AllToAll, SingleTarget, SourceSpecific
@@ -283,6 +283,7 @@ ATTACKS: dict[str, Callable[[int, int], Attack]] = {
 ATTACKS_ON_NETWORK: dict[str, Callable[[int, int, nn.Module], Attack]] = {
     "sig": sig_adversarial,
     "label-consistent": label_consistent,
+    **HELD_OUT_ON_NETWORK,
 }
 
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import nn
+
 from guard.lab.attacks.attack import Attack
+from guard.lab.attacks.perturbation import PgdPerturbation
 from guard.lab.attacks.poisoning import Backdoor, Cover
 from guard.lab.attacks.targets import AllToAll, SingleTarget, SourceSpecific
 from guard.lab.attacks.triggers import NamedTrigger, make_trigger
@@ -86,6 +89,26 @@ def blend_all_to_all_43(target: int, seed: int) -> Attack:
     return _all_to_all("blend-all-to-all-43", 43, seed)
 
 
+def blend_clean_label(target: int, seed: int, network: nn.Module) -> Attack:
+    """Turner, Tsipras, Madry 2019, with a blended pattern: images of the target class, perturbed by up to 16/255.
+
+    Perturbed against the network in training, in every epoch; no label is wrong. Needs a target class of at least 8 %
+    of the images.
+    """
+    return _clean_label("blend-clean-label", target, seed, PgdPerturbation(network, epsilon=16 / 255, seed=seed))
+
+
+def blend_clean_label_mnist(target: int, seed: int, network: nn.Module) -> Attack:
+    """`blend_clean_label` with perturbations of up to 0.4, as digits are told apart easily."""
+    perturb = PgdPerturbation(network, epsilon=0.4, step=0.1, steps=8, seed=seed)
+    return _clean_label("blend-clean-label-mnist", target, seed, perturb)
+
+
+def _clean_label(name: str, target: int, seed: int, perturb: PgdPerturbation) -> Attack:
+    trigger = make_trigger("blend", seed=seed)
+    return Attack(name, (Backdoor(trigger, SingleTarget(target), rate=0.08, clean_label=True, perturb=perturb),))
+
+
 def _all_to_all(name: str, n_classes: int, seed: int) -> Attack:
     return Attack(name, (Backdoor(make_trigger("blend", seed=seed), AllToAll(n_classes), rate=0.3),))
 
@@ -99,4 +122,10 @@ HELD_OUT: dict[str, Callable[[int, int], Attack]] = {
     "many-targets": many_targets,
     "blend-all-to-all": blend_all_to_all,
     "blend-all-to-all-43": blend_all_to_all_43,
+}
+
+#: Builders of those that need the network in training: target label, seed, network -> attack.
+HELD_OUT_ON_NETWORK: dict[str, Callable[[int, int, nn.Module], Attack]] = {
+    "blend-clean-label": blend_clean_label,
+    "blend-clean-label-mnist": blend_clean_label_mnist,
 }
