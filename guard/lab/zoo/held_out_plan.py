@@ -54,7 +54,6 @@ _EPOCHS = {
     "frequency": 5,
     "blend-all-to-all": 6,
     "adap-patch": 6,
-    "blend-clean-label": 6,
     "blend-clean-label-mnist": 8,
 }
 
