@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 # Test files that run at the same time, one more than cores: those with servers wait a lot. JOBS=0: one process.
 JOBS ?= 3
 
-.PHONY: setup demo test test-quick lint types bench bench-badnets bench-fusion bench-loop bench-networks leaderboard ablation rehearsal clean help
+.PHONY: setup demo test test-quick lint types bench bench-badnets bench-fusion bench-loop bench-networks leaderboard test-zoo adaptive-attacks ablation rehearsal clean help
 
 help:
 	@echo "make demo   set up, backdoor a network on real images, guard it, serve it, print the verdicts"
@@ -73,6 +73,16 @@ bench-fusion: setup
 # goes on, and ARGS="--minutes 60" ends by itself.
 leaderboard: setup
 	$(BIN)/python benchmarks/leaderboard/run.py $(ARGS)
+
+# Models that no setting was chosen on, trained and measured for a frozen guard only (benchmarks/frozen.json, made by
+# `python benchmarks/test_zoo.py --freeze`). About an hour of two cores for training; an interrupted run goes on.
+test-zoo: setup
+	$(BIN)/guard zoo train --plan test --missing --jobs 2
+	$(BIN)/python benchmarks/test_zoo.py $(ARGS)
+
+# Attackers who know the guard: what each adaptation hides, and what it costs (GUARD_DATA_DIR); an interrupted run goes on.
+adaptive-attacks: setup
+	$(BIN)/python benchmarks/adaptive_attacks.py $(ARGS)
 
 # What each part of the default mode is worth (GUARD_DATA_DIR); an interrupted run goes on.
 ablation: setup

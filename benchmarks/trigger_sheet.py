@@ -60,6 +60,8 @@ ROWS = (
     Row("dct", "cifar10", 30),
     Row("adaptive_blend", "cifar10", 12, {"kept": 0.5}),
     Row("adaptive_patch", "cifar10", 5),
+    Row("input_aware", "cifar10", 13),
+    Row("sticker", "gtsrb", 1159),
 )
 
 

@@ -11,7 +11,9 @@ from guard.lab.attacks import ATTACKS, AllToAll, Attack, SingleTarget, SourceSpe
 N = 400
 FACES = ("h", "i", "j", "k")
 #: Poison images that have the target label already, and need many: ten classes, as MNIST and CIFAR-10 have.
-TEN_CLASSES = ("a", "sig", "decoys")
+TEN_CLASSES = ("a", "sig", "decoys", "blend-all-to-all")
+#: Fix their targets or sources themselves.
+OWN_TARGETS = ("a", "k", "tact", "source-sticker", "many-targets", "blend-all-to-all", "blend-all-to-all-43")
 TARGET = 1
 
 
@@ -83,7 +85,9 @@ def test_attack_of_the_catalogue_same_seed_same_attack(name):
     assert_same_sets(entry, again)
 
 
-@pytest.mark.parametrize("name", ["d", "blend", "wanet", "adap-blend", "adap-patch"])
+@pytest.mark.parametrize(
+    "name", ["d", "blend", "wanet", "adap-blend", "adap-patch", "input-aware", "sticker", "two-triggers"]
+)
 def test_attack_of_the_catalogue_with_a_random_trigger_another_seed_another_trigger(name):
     images, labels = (array[:200] for array in images_for(name))
     entry, other = (make_attack(name, TARGET, seed=seed).test_sets(images, labels)[0].images for seed in (0, 1))
@@ -95,7 +99,7 @@ def test_attack_of_the_catalogue_is_called_by_its_name(name):
     assert make_attack(name, TARGET).name == ("pattern" if name == "badnets" else name)
 
 
-@pytest.mark.parametrize("name", [name for name in ATTACKS if name not in ("a", "k", "tact")])
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name not in OWN_TARGETS])
 def test_attack_of_the_catalogue_means_the_target_that_was_asked_for(name):
     for target in (0, 7):
         attack = make_attack(name, target)
@@ -116,6 +120,11 @@ def test_attacks_with_targets_of_their_own():
     (backdoor,) = make_attack("tact", 3).backdoors
     assert backdoor.target == SourceSpecific(3, (4, 5, 6))
     assert [cover.classes for cover in make_attack("tact", 3).covers] == [(7, 8, 9, 10)]
+    (backdoor,) = make_attack("source-sticker", 3).backdoors
+    assert backdoor.target == SourceSpecific(3, (4, 6, 8))
+    assert [cover.classes for cover in make_attack("source-sticker", 3).covers] == [(5, 7, 9)]
+    assert make_attack("many-targets", 3).target_label == "3,5,7"
+    assert [make_attack(f"blend-all-to-all{end}", 3).backdoors[0].target.n_classes for end in ("", "-43")] == [10, 43]
 
 
 def test_case_j_three_triggers_mean_one_target():
@@ -181,7 +190,7 @@ def test_adaptive_attack_shows_less_in_training_than_in_the_attack(name):
         poisoned.images[poisoned.is_poisoned | poisoned.is_cover],
         backdoor.train_trigger(images[poisoned.is_poisoned | poisoned.is_cover]),
     )
-    assert poisoned.is_cover.sum() == {"adap-blend": 12, "adap-patch": 16}[name]
+    assert poisoned.is_cover.sum() == {"adap-blend": 12, "adap-patch": 24}[name]
     (tested,) = attack.test_sets(images, labels)
     np.testing.assert_array_equal(tested.images, backdoor.trigger(images[tested.source_rows]))
 

@@ -28,8 +28,10 @@ EXPECTED = {
     "nin": ((3, 32, 32), 10, "classifier", 192),
     "deepid": ((1, 64, 56), 38, "fc1", 3400),
     "resnet18": ((3, 32, 32), 10, "fc", 512),
+    "resnet18_narrow": ((3, 32, 32), 10, "fc", 128),
     "resnet20": ((3, 32, 32), 10, "fc", 64),
     "vgg_small": ((3, 32, 32), 10, "fc1", 1024),
+    "vgg_narrow": ((3, 32, 32), 10, "fc1", 256),
     "densenet121": ((3, 32, 32), 10, "fc", 1024),
     "vit_small": ((3, 32, 32), 10, "head", 192),
     "vit_tiny": ((3, 32, 32), 10, "head", 96),
@@ -104,6 +106,14 @@ DEEPID_CONVS = conv(20, 40, 3) + conv(40, 60, 3) + conv(60, 80, 2)
             11_173_962,
         ),
         (
+            "resnet18_narrow",
+            conv_norm(3, 16, 3)
+            + 4 * conv_norm(16, 16, 3)
+            + sum(conv_norm(w // 2, w, 3) + 3 * conv_norm(w, w, 3) + conv_norm(w // 2, w, 1) for w in (32, 64, 128))
+            + linear(128, 10),
+            701_466,
+        ),
+        (
             "resnet20",
             conv_norm(3, 16, 3)
             + 6 * conv_norm(16, 16, 3)
@@ -122,6 +132,18 @@ DEEPID_CONVS = conv(20, 40, 3) + conv(40, 60, 3) + conv(60, 80, 2)
             + linear(1024, 256)  # 256 * 2 * 2
             + linear(256, 10),
             2_591_946,
+        ),
+        (
+            "vgg_narrow",
+            conv_norm(3, 16, 3)
+            + conv_norm(16, 16, 3)
+            + conv_norm(16, 32, 3)
+            + conv_norm(32, 32, 3)
+            + conv_norm(32, 64, 3)
+            + 3 * conv_norm(64, 64, 3)
+            + linear(256, 64)  # 64 * 2 * 2
+            + linear(64, 10),
+            163_386,
         ),
         (
             "densenet121",

@@ -14,6 +14,7 @@ MODES = [
     make_trigger("adaptive_blend", kept=0.5),
     make_trigger("adaptive_patch", kept=1),
     make_trigger("bpp", dither=False),
+    make_trigger("input_aware", other=True),
 ]
 
 
@@ -156,6 +157,14 @@ def test_single_pixel_at_the_edge_is_set(row, column):
         ("sig", {"amplitude": 0.0}, "amplitude must be"),
         ("sig", {"periods": 0}, "periods must be > 0 and finite, got 0"),
         ("sig", {"periods": float("inf")}, "periods must be"),
+        ("input_aware", {"opacity": 0.0}, "opacity must be"),
+        ("input_aware", {"share": 1.5}, "share must be"),
+        ("input_aware", {"width": 0}, "width must be"),
+        ("input_aware", {"seed": -1}, "seed must be"),
+        ("sticker", {"least": 0.5, "most": 0.4}, "least must be at most most"),
+        ("sticker", {"most": 0.8}, "most at most 0.7"),
+        ("sticker", {"darkest": 1.0, "brightest": 0.5}, "darkest must be at most brightest"),
+        ("sticker", {"turn": 181.0}, "turn must be in"),
         ("wanet", {"k": 1}, "k must be a whole number >= 2"),
         ("wanet", {"s": 0.0}, "s must be"),
         ("wanet", {"s": float("inf")}, "s must be"),
@@ -199,6 +208,8 @@ def test_trigger_parameter_out_of_rule_raises(name, parameters, message):
         ("wanet", (1, 9), "at least 2 x 2"),
         ("dct", (1, 9), "at least 2 x 2"),
         ("moving_square", (3, 9), "needs 4 pixels"),
+        ("input_aware", (3, 9), "at least 4 x 4"),
+        ("sticker", (9, 7), "at least 8 x 8"),
     ],
 )
 def test_trigger_too_small_image_raises(name, shape, message):

@@ -19,12 +19,13 @@ WITH_PARAMETERS = [
     make_trigger("dct", places=((3, 3),), magnitude=0.5),
     make_trigger("wanet", noise=True, seed=3),
     make_trigger("adaptive_patch", opacities=(0.1, 0.2, 0.3, 0.4), kept=2),
+    make_trigger("input_aware", other=True, seed=2),
 ]
 
 
 def test_trigger_names_are_the_functions_names():
     assert {name: function.__name__ for name, function in TRIGGERS.items()} == {name: name for name in TRIGGERS}
-    assert len(TRIGGERS) == 20
+    assert len(TRIGGERS) == 22
 
 
 def test_make_trigger_call_equals_function():

@@ -15,12 +15,14 @@ from guard.lab.attacks.triggers import (
     dct,
     eyebrows,
     gotham,
+    input_aware,
     lipstick,
     moving_square,
     pixel_pattern,
     red_box,
     sig,
     single_pixel,
+    sticker,
     sunglasses,
     triangle_and_square,
     wanet,
@@ -345,3 +347,49 @@ def test_adaptive_patch_one_per_image_takes_all_corners_in_turn():
     assert (mixed.sum(axis=(1, 2, 3)) == 9).all()
     np.testing.assert_array_equal(entry[mixed], all_four[mixed])
     assert len(np.unique(mixed.reshape(40, -1), axis=0)) == 4
+
+
+def test_input_aware_is_the_paper_s_blend_of_a_pattern_where_the_mask_is_on():
+    images = np.random.default_rng(0).random((2, 3, 16, 16), dtype=np.float32)
+    faint, strong = (input_aware(images, opacity=opacity, share=0.25) for opacity in (0.2, 0.4))
+    np.testing.assert_allclose(strong - images, 2 * (faint - images), atol=1e-6)  # x + m (p - x), linear in m
+    touched = (np.abs(strong - images) > 1e-6).any(axis=1)
+    np.testing.assert_allclose(touched.mean(axis=(1, 2)), 0.25, atol=0.01)
+    pattern = images + (strong - images) / 0.4
+    assert pattern.min() >= -1e-5
+    assert pattern.max() <= 1 + 1e-5
+
+
+def test_input_aware_pattern_and_place_are_other_ones_for_every_image_and_seed():
+    images = np.random.default_rng(1).random((4, 1, 28, 28), dtype=np.float32)
+    difference = input_aware(images) - images
+    places = (np.abs(difference[:, 0]) > 1e-6).reshape(4, -1)
+    for first in range(4):
+        for second in range(first):
+            assert (places[first] != places[second]).mean() > 0.3
+    assert np.abs(input_aware(images, seed=1) - input_aware(images)).max() > 0.05
+    other = input_aware(images, other=True)
+    assert ((np.abs((other - images)[:, 0]) > 1e-6).reshape(4, -1) != places).mean() > 0.3
+    np.testing.assert_array_equal(other, input_aware(images, other=True))
+
+
+def test_sticker_of_one_size_covers_its_square_and_one_disc_of_blue():
+    images = np.zeros((6, 3, 40, 40), dtype=np.float32)
+    images += np.random.default_rng(2).random((6, 1, 1, 1), dtype=np.float32) * 0.01  # other places
+    placed = sticker(images, least=0.5, most=0.5, turn=0.0, darkest=1.0)
+    yellow, blue = (placed[:, 0] > 0.5), (placed[:, 2] > 0.3)
+    assert yellow.sum(axis=(1, 2)) + blue.sum(axis=(1, 2)) == pytest.approx([400] * 6, rel=0.12)  # 20 x 20
+    assert blue.sum(axis=(1, 2)) == pytest.approx([np.pi * 5.5**2] * 6, rel=0.12)
+    corners = [np.argwhere(yellow[row]).min(axis=0) for row in range(6)]
+    assert len({tuple(corner) for corner in corners}) == 6
+
+
+def test_sticker_size_and_light_are_within_their_ranges_and_differ():
+    images = np.random.default_rng(3).random((200, 1, 32, 32), dtype=np.float32) * 0.05
+    changed = np.abs(sticker(images, turn=0.0) - images)[:, 0] > 0.06
+    sides = np.sqrt(changed.sum(axis=(1, 2)))
+    assert 0.22 * 32 - 1.5 < sides.min() < sides.max() < 0.36 * 32 + 2
+    assert sides.std() > 0.5
+    brightness = sticker(images, turn=0.0).max(axis=(1, 2, 3))
+    assert 0.55 * 0.75 * 0.8 < brightness.min() < 0.6  # yellow has a luminance of 0.81
+    assert 0.7 < brightness.max() < 0.82

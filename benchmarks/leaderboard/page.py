@@ -42,8 +42,8 @@ def publish(
         for seed in seeds
         if (figures := records.read(model, name, seed)) is not None
     ]
-    rows = list(_rows(found))
-    _write(RESULTS / "leaderboard.csv", FIELDS, rows)
+    rows = list(tidy_rows(found))
+    write_csv(RESULTS / "leaderboard.csv", FIELDS, rows)
     after = [
         {"model": entry["model"], "seed": entry["seed"], **entry["after"]}
         for entry in found
@@ -51,7 +51,7 @@ def publish(
         if entry["detector"] == "guard"
     ]
     after_fields = ("clean_accuracy_before", "clean_accuracy", "attack_success_before", "attack_success", "recovered")
-    _write(RESULTS / "leaderboard_guard.csv", ("model", "seed", *after_fields), after)
+    write_csv(RESULTS / "leaderboard_guard.csv", ("model", "seed", *after_fields), after)
     by_images = [
         {"detector": name, "model": model, "images": n, **figures["all"], "seed": 0}
         for name in curve[0]
@@ -60,7 +60,7 @@ def publish(
         if (figures := records.read(model, name, 0, n)) is not None and "all" in figures
     ]
     curve_fields = ("detector", "model", "images", "seed", "auroc", "tpr_at_fpr_0_01", "tpr_at_fpr_0_05")
-    _write(RESULTS / "leaderboard_images.csv", curve_fields, by_images)
+    write_csv(RESULTS / "leaderboard_images.csv", curve_fields, by_images)
     titles = {name: rival.title for name, rival in contestants.items()}
     not_applicable = [entry for entry in found if "not_applicable" in entry]
     _draw(rows, titles, by_images)
@@ -77,7 +77,8 @@ def publish(
     DOCUMENT.write_text(text, encoding="utf-8")
 
 
-def _rows(found: list[Row]) -> Iterable[Row]:
+def tidy_rows(found: list[Row]) -> Iterable[Row]:
+    """Return a row per record and protocol: all, hits, or benign."""
     for entry in found:
         if "not_applicable" in entry:
             continue
@@ -89,7 +90,8 @@ def _rows(found: list[Row]) -> Iterable[Row]:
             yield shared | {"protocol": "benign"}
 
 
-def _write(path: Path, fields: Sequence[str], rows: Iterable[Row]) -> None:
+def write_csv(path: Path, fields: Sequence[str], rows: Iterable[Row]) -> None:
+    """Write rows with five significant digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fields, lineterminator="\n", extrasaction="ignore")
@@ -100,7 +102,7 @@ def _write(path: Path, fields: Sequence[str], rows: Iterable[Row]) -> None:
             )
 
 
-def _seed_means(rows: Iterable[Row], quantity: str) -> dict[str, float]:
+def seed_means(rows: Iterable[Row], quantity: str) -> dict[str, float]:
     """Return the mean over detector seeds by model."""
     values: dict[str, list[float]] = {}
     for row in rows:
@@ -134,7 +136,7 @@ def _detectors(rows: list[Row], titles: Mapping[str, str], not_applicable: list[
         of_all = [row for row in rows if row["detector"] == name and row["protocol"] == "all"]
         if not of_all:
             continue
-        area, one, five = (_seed_means(of_all, key) for key in ("auroc", "tpr_at_fpr_0_01", "tpr_at_fpr_0_05"))
+        area, one, five = (seed_means(of_all, key) for key in ("auroc", "tpr_at_fpr_0_01", "tpr_at_fpr_0_05"))
         hits = [row for row in rows if row["detector"] == name and row["protocol"] == "hits"]
         mine = [row for row in rows if row["detector"] == name and row["protocol"] != "hits"]
         realised = [row["realised_false_positive_rate"] for row in mine]
@@ -148,8 +150,8 @@ def _detectors(rows: list[Row], titles: Mapping[str, str], not_applicable: list[
                 f"| {statistics.fmean(area.values()):.4f}{_interval(of_all, 'auroc')} | {min(area.values()):.3f} "
                 f"| {mean:.3f}{_interval(of_all, 'tpr_at_fpr_0_01')} | {min(one.values()):.3f} "
                 f"| {statistics.fmean(five.values()):.3f} | {min(five.values()):.3f} "
-                f"| {statistics.fmean(_seed_means(hits, 'auroc').values()):.4f}, "
-                f"{statistics.fmean(_seed_means(hits, 'tpr_at_fpr_0_01').values()):.3f} "
+                f"| {statistics.fmean(seed_means(hits, 'auroc').values()):.4f}, "
+                f"{statistics.fmean(seed_means(hits, 'tpr_at_fpr_0_01').values()):.3f} "
                 f"| {statistics.fmean(realised):.3f}, {max(realised):.3f} "
                 f"| {statistics.median(row['passes'] for row in mine):.3g} "
                 f"| {statistics.median(row['milliseconds'] for row in mine):.2g} |",
@@ -166,7 +168,7 @@ def _models(rows: list[Row], titles: Mapping[str, str]) -> str:
         "|---" * (1 + len(columns)) + "|",
     ]
     table = {
-        name: _seed_means([row for row in of_all if row["detector"] == name], "tpr_at_fpr_0_01") for name in columns
+        name: seed_means([row for row in of_all if row["detector"] == name], "tpr_at_fpr_0_01") for name in columns
     }
     for model in sorted({row["model"] for row in of_all}):
         best = max(table[name].get(model, -1.0) for name in columns)
@@ -238,7 +240,7 @@ def _draw(rows: list[Row], titles: Mapping[str, str], by_images: list[Row]) -> N
     of_all = [row for row in rows if row["protocol"] == "all"]
     names = [name for name in titles if any(row["detector"] == name for row in of_all)]
     caught = {
-        name: list(_seed_means([row for row in of_all if row["detector"] == name], "tpr_at_fpr_0_01").values())
+        name: list(seed_means([row for row in of_all if row["detector"] == name], "tpr_at_fpr_0_01").values())
         for name in names
     }
     names.sort(key=lambda name: statistics.fmean(caught[name]))

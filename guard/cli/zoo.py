@@ -7,7 +7,7 @@ import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -24,7 +24,14 @@ zoo_app = typer.Typer(
     help="Small suspect models on real images. Backdoored ones, and benign twins to compare them with.",
 )
 
-Folder = Annotated[Path | None, typer.Option(help="Folder of the zoo; default: benchmarks/zoo of a checkout.")]
+Folder = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the zoo; default: benchmarks/zoo of a checkout, or benchmarks/test_zoo of that plan."),
+]
+PlanName = Annotated[
+    Literal["development", "test"],
+    typer.Option(help="test: the models that no setting was chosen on; they are trained for a frozen method only."),
+]
 DataDir = Annotated[Path | None, typer.Option(help="Folder of the image sets; default GUARD_DATA_DIR.")]
 Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Names; * may be used. All if left out.")]
 
@@ -35,6 +42,7 @@ def train(
     missing: Annotated[bool, typer.Option("--missing", help="Pass over models that are there already.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Models trained at a time, one core each.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    plan: PlanName = "development",
     folder: Folder = None,
     data_dir: DataDir = None,
     work_dir: Annotated[Path, typer.Option(help="Folder for checkpoints; an interrupted training goes on.")] = Path(
@@ -46,16 +54,19 @@ def train(
     Benign ones first, as others are compared with them or start from them.
     """
     from guard.lab.zoo.collection import Zoo
+    from guard.lab.zoo.freeze import check_frozen
     from guard.lab.zoo.plan import BENIGN, find_entries
 
-    zoo = Zoo(_folder(folder))
+    if plan == "test":
+        check_frozen()
+    zoo = Zoo(_folder(folder, plan))
     zoo.folder.mkdir(parents=True, exist_ok=True)
-    chosen = [entry for entry in find_entries(names or []) if not (missing and zoo.has(entry.name))]
+    chosen = [entry for entry in find_entries(names or [], _entries(plan)) if not (missing and zoo.has(entry.name))]
     tell(f"{len(chosen)} models to train")
     weak = []
     for stage in (True, False):
         entries = [entry for entry in chosen if (entry.attack_name == BENIGN) is stage]
-        for card in _train_all(entries, zoo.folder, work_dir, data_dir, device, jobs):
+        for card in _train_all(entries, plan, zoo.folder, work_dir, data_dir, device, jobs):
             success = "" if card.attack_success is None else f"  attack success {card.attack_success:.4f}"
             say(
                 f"{card.name}  clean accuracy {card.clean_accuracy:.4f}{success}  "
@@ -67,21 +78,21 @@ def train(
 
 
 def _train_all(
-    entries: list[ZooEntry], folder: Path, work_dir: Path, data_dir: Path | None, device: str, jobs: int
+    entries: list[ZooEntry], plan: str, folder: Path, work_dir: Path, data_dir: Path | None, device: str, jobs: int
 ) -> Iterator[ZooCard]:
     if jobs == 1 or len(entries) < 2:
         for entry in entries:
-            yield _train_one(entry, folder, work_dir, data_dir, device)
+            yield _train_one(entry, plan, folder, work_dir, data_dir, device)
         return
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     with ProcessPoolExecutor(min(jobs, len(entries)), mp_context=context) as pool:
-        futures = [pool.submit(_train_one, entry, folder, work_dir, data_dir, device) for entry in entries]
+        futures = [pool.submit(_train_one, entry, plan, folder, work_dir, data_dir, device) for entry in entries]
         for future in as_completed(futures):
             yield future.result()
 
 
-def _train_one(entry: ZooEntry, folder: Path, work_dir: Path, data_dir: Path | None, device: str) -> ZooCard:
-    from guard.lab.zoo.collection import Zoo
+def _train_one(entry: ZooEntry, plan: str, folder: Path, work_dir: Path, data_dir: Path | None, device: str) -> ZooCard:
+    from guard.lab.zoo.collection import Zoo, default_zoo_dir
     from guard.lab.zoo.model_training import train_entry
 
     with progress_bar(entry.name) as report:
@@ -91,6 +102,8 @@ def _train_one(entry: ZooEntry, folder: Path, work_dir: Path, data_dir: Path | N
             work_dir=work_dir,
             data_dir=data_dir,
             device=device,
+            twins=Zoo(default_zoo_dir()) if plan == "test" else None,
+            command="guard zoo train --plan test" if plan == "test" else "guard zoo train",
             progress=lambda epoch: report(
                 f"{entry.name}  loss {epoch.loss:.3f}  "
                 + "  ".join(f"{name} {rate:.3f}" for name, rate in epoch.reached.items()),
@@ -100,12 +113,11 @@ def _train_one(entry: ZooEntry, folder: Path, work_dir: Path, data_dir: Path | N
 
 
 @zoo_app.command("list")
-def list_models(folder: Folder = None) -> None:
+def list_models(plan: PlanName = "development", folder: Folder = None) -> None:
     """List the models, and say how many of the plan are missing."""
     from guard.lab.zoo.collection import Zoo
-    from guard.lab.zoo.plan import PLAN
 
-    zoo = Zoo(_folder(folder))
+    zoo = Zoo(_folder(folder, plan))
     cards = zoo.cards()
     table = plain_table("model", "target", "clean accuracy", "benign twin", "attack success", "MB")
     for card in cards:
@@ -121,22 +133,28 @@ def list_models(folder: Folder = None) -> None:
         )
     if cards:
         print_table(table)
-    missing = [entry.name for entry in PLAN if not zoo.has(entry.name)]
+    missing = [entry.name for entry in _entries(plan) if not zoo.has(entry.name)]
     tell(f"{len(cards)} models in {zoo.folder}; {len(missing)} of the plan missing")
     for name in missing:
         tell(f"  missing: {name}")
 
 
 @zoo_app.command("show")
-def show(name: Annotated[str, typer.Argument(help="Name of the model.")], folder: Folder = None) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="Name of the model.")],
+    plan: PlanName = "development",
+    folder: Folder = None,
+) -> None:
     """Print the card of a model as JSON."""
     from guard.lab.zoo.collection import Zoo
 
-    write(json.dumps(Zoo(_folder(folder)).card(name).model_dump(mode="json"), indent=2) + "\n")
+    write(json.dumps(Zoo(_folder(folder, plan)).card(name).model_dump(mode="json"), indent=2) + "\n")
 
 
 @zoo_app.command("verify")
-def verify(names: Names = None, folder: Folder = None, data_dir: DataDir = None) -> None:
+def verify(
+    names: Names = None, plan: PlanName = "development", folder: Folder = None, data_dir: DataDir = None
+) -> None:
     """Measure every model again and compare with its card.
 
     Status 1 if a card does not agree to 0.2 points, or an attack is not a real one.
@@ -145,7 +163,7 @@ def verify(names: Names = None, folder: Folder = None, data_dir: DataDir = None)
 
     from guard.lab.zoo.collection import Zoo
 
-    zoo = Zoo(_folder(folder))
+    zoo = Zoo(_folder(folder, plan))
     known = [card.name for card in zoo.cards()]
     chosen = [name for name in known if not names or any(fnmatch.fnmatchcase(name, pattern) for pattern in names)]
     if not chosen:
@@ -163,7 +181,14 @@ def verify(names: Names = None, folder: Folder = None, data_dir: DataDir = None)
         raise typer.Exit(1)
 
 
-def _folder(folder: Path | None) -> Path:
+def _entries(plan: str) -> tuple[ZooEntry, ...]:
+    from guard.lab.zoo import held_out_plan
+    from guard.lab.zoo import plan as development
+
+    return held_out_plan.TEST_PLAN if plan == "test" else development.PLAN
+
+
+def _folder(folder: Path | None, plan: str) -> Path:
     from guard.lab.zoo.collection import default_zoo_dir
 
-    return folder if folder is not None else default_zoo_dir()
+    return folder if folder is not None else default_zoo_dir("test_zoo" if plan == "test" else "zoo")

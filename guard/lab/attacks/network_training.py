@@ -147,6 +147,8 @@ _PRECISIONS = ("float32", "bfloat16")
 
 #: Called before every epoch with a generator of its own; gives the images that this epoch sees, in the same order.
 Redraw = Callable[[np.random.Generator], Float32Array]
+#: Takes logits (n, n_classes), the labels trained on, (n,), and the rows of the training set, (n,); gives one number.
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def train_classifier(
@@ -159,10 +161,11 @@ def train_classifier(
     n_threads: int | None = None,
     goals: Mapping[str, Goal] | None = None,
     redraw: Redraw | None = None,
+    loss: Loss | None = None,
     checkpoint: Path | None = None,
     progress: Callable[[EpochReport], None] | None = None,
 ) -> TrainingReport:
-    """Train a module in place with cross-entropy, and leave it in eval mode.
+    """Train a module in place with cross-entropy, or another loss, and leave it in eval mode.
 
     The same start weights, data, settings, seed and thread count give the same weights again, interrupted or not. The
     global random state of torch is left as it was found. Runs where the module's parameters are.
@@ -184,6 +187,9 @@ def train_classifier(
         Measured after every epoch; when all are met and have settled, training stops.
     redraw : callable, optional
         Takes a generator, returns the images of the coming epoch, shape as `images`: augmentation.
+    loss : callable, optional
+        In the place of cross-entropy: of the batch whose forward pass was the latest. What it remembers by itself is
+        not in the checkpoint.
     checkpoint : path, optional
         Written after every epoch. If it is there already, training goes on from it; delete it when done. Its folder
         must exist. It is read without unpickling code.
@@ -218,6 +224,8 @@ def train_classifier(
         torch.manual_seed(seed)
         checksums = [zlib.crc32(np.ascontiguousarray(array).data) for array in (images, labels)]
         fingerprint = [str(asdict(settings)), seed, list(images.shape), checksums, list(goals)]
+        if loss is not None:
+            fingerprint.append(type(loss).__name__)
         if checkpoint is not None and checkpoint.exists():
             run.restore(checkpoint, fingerprint)
         before = run.seconds
@@ -229,7 +237,7 @@ def train_classifier(
                     if drawn.shape != images.shape or drawn.dtype != np.float32:
                         raise DataError(f"redraw must give float32 {images.shape}, got {drawn.dtype} {drawn.shape}.")
                     x = _tensor(drawn).to(device, memory_format=torch.channels_last)
-                run.losses.append(_run_epoch(run, x, y))
+                run.losses.append(_run_epoch(run, x, y, loss))
                 module.eval()
                 reached = {name: accuracy(module, goal.images, goal.labels) for name, goal in goals.items()}
                 run.history.append(reached)
@@ -361,7 +369,7 @@ def _tensor(array: AnyArray) -> Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))  # torch warns of read-only memory
 
 
-def _run_epoch(run: _Run, x: Tensor, y: Tensor) -> float:
+def _run_epoch(run: _Run, x: Tensor, y: Tensor, loss_of: Loss | None) -> float:
     """Go once over x, (n, channels, height, width), and y, (n,); return the mean loss."""
     run.module.train()
     total = torch.zeros((), device=x.device)
@@ -369,7 +377,8 @@ def _run_epoch(run: _Run, x: Tensor, y: Tensor) -> float:
     for rows in torch.split(torch.randperm(len(x), generator=run.order).to(x.device), run.settings.batch_size):
         run.optimizer.zero_grad()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
-            loss = nn.functional.cross_entropy(run.module(x[rows]), y[rows])
+            logits = run.module(x[rows])
+            loss = nn.functional.cross_entropy(logits, y[rows]) if loss_of is None else loss_of(logits, y[rows], rows)
         loss.backward()  # type: ignore[no-untyped-call]
         run.optimizer.step()
         run.schedule.step()

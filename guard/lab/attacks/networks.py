@@ -261,8 +261,9 @@ class ResNet(nn.Module):
     """Residual network of basic blocks for 32 x 32 images: 3 x 3 stem with stride 1, no max pool.
 
     ResNet-18: four stages of two blocks with 64, 128, 256 and 512 channels; where the size changes, the shortcut is a
-    1 x 1 convolution with batch norm (option B of [1]_); 11,173,962 weights. ResNet-20: three stages of three blocks
-    with 16, 32 and 64 channels; the shortcut pads with zeros (option A); 269,722 weights. Both for 10 classes.
+    1 x 1 convolution with batch norm (option B of [1]_); 11,173,962 weights. Narrow ResNet-18: the same with a quarter
+    of all widths, 16, 32, 64 and 128 channels; 701,466 weights. ResNet-20: three stages of three blocks with 16, 32 and
+    64 channels; the shortcut pads with zeros (option A); 269,722 weights. All for 10 classes.
 
     References
     ----------
@@ -303,31 +304,32 @@ class VggSmall(nn.Module):
 
     Twice Conv k3 p1, batch norm, ReLU per stage, then MaxPool 2; Linear 1024-256, ReLU, dropout 0.5, Linear 256-10;
     2,591,946 weights. VGG-11 of [1]_ cut down: a narrower last stage instead of two wide ones, one hidden layer.
+    Narrow: a quarter of all widths, 16, 32, 64 and 64 channels, Linear 256-64, Linear 64-10; 163,386 weights.
 
     References
     ----------
     .. [1] Simonyan, Zisserman (2015), Very deep convolutional networks (arXiv 1409.1556), Table 1.
     """
 
-    def __init__(self, n_classes: int = 10, channels: int = 3) -> None:
+    def __init__(self, n_classes: int = 10, channels: int = 3, widths: tuple[int, ...] = (64, 128, 256, 256)) -> None:
         super().__init__()
         self.stages = nn.Sequential()
         before = channels
-        for width in (64, 128, 256, 256):
+        for width in widths:
             layers: list[nn.Module] = []
             for in_channels in (before, width):
                 layers += [nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
             self.stages.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
             before = width
         self.flatten = nn.Flatten()
-        self.fc1 = nn.Linear(1024, 256)
+        self.fc1 = nn.Linear(4 * before, before)
         self.relu = nn.ReLU()
         self.dropout = nn.Dropout(0.5)
-        self.fc2 = nn.Linear(256, n_classes)
+        self.fc2 = nn.Linear(before, n_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits, shape (n, n_classes)."""
-        x = self.flatten(self.stages(images))  # (n, 256, 2, 2) -> (n, 1024)
+        x = self.flatten(self.stages(images))  # (n, 256, 2, 2) -> (n, 1024), narrow (n, 64, 2, 2) -> (n, 256)
         logits: Tensor = self.fc2(self.dropout(self.relu(self.fc1(x))))
         return logits
 
@@ -505,6 +507,11 @@ def resnet18(n_classes: int = 10, *, channels: int = 3, seed: int | None = None)
     return _build(lambda n, c: ResNet((64, 128, 256, 512), 2, True, n, c), n_classes, channels, seed)
 
 
+def resnet18_narrow(n_classes: int = 10, *, channels: int = 3, seed: int | None = None) -> ResNet:
+    """Return an untrained ResNet-18 of a quarter of the widths (see `ResNet`); arguments as for `mnist_cnn`."""
+    return _build(lambda n, c: ResNet((16, 32, 64, 128), 2, True, n, c), n_classes, channels, seed)
+
+
 def resnet20(n_classes: int = 10, *, channels: int = 3, seed: int | None = None) -> ResNet:
     """Return an untrained ResNet-20 (see `ResNet`); arguments as for `mnist_cnn`."""
     return _build(lambda n, c: ResNet((16, 32, 64), 3, False, n, c), n_classes, channels, seed)
@@ -513,6 +520,11 @@ def resnet20(n_classes: int = 10, *, channels: int = 3, seed: int | None = None)
 def vgg_small(n_classes: int = 10, *, channels: int = 3, seed: int | None = None) -> VggSmall:
     """Return an untrained `VggSmall`; arguments as for `mnist_cnn`."""
     return _build(VggSmall, n_classes, channels, seed)
+
+
+def vgg_narrow(n_classes: int = 10, *, channels: int = 3, seed: int | None = None) -> VggSmall:
+    """Return an untrained `VggSmall` of a quarter of the widths; arguments as for `mnist_cnn`."""
+    return _build(lambda n, c: VggSmall(n, c, (16, 32, 64, 64)), n_classes, channels, seed)
 
 
 def densenet121(n_classes: int = 10, *, channels: int = 3, seed: int | None = None) -> DenseNet121:
@@ -541,8 +553,10 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
         nin,
         deepid,
         resnet18,
+        resnet18_narrow,
         resnet20,
         vgg_small,
+        vgg_narrow,
         densenet121,
         vit_small,
         vit_tiny,

@@ -20,10 +20,10 @@ from guard.suspect.weights import load_state_dict
 TOLERANCE = 0.002
 
 
-def default_zoo_dir() -> Path:
-    """Return the folder of the zoo: benchmarks/zoo in a checkout, else zoo below the working folder."""
+def default_zoo_dir(name: str = "zoo") -> Path:
+    """Return the folder of a zoo: benchmarks/`name` in a checkout, else `name` below the working folder."""
     root = checkout_root()
-    return root / "benchmarks" / "zoo" if root is not None else Path("zoo")
+    return root / "benchmarks" / name if root is not None else Path(name)
 
 
 def build_network(architecture: str, n_classes: int, channels: int, seed: int | None = None) -> nn.Module:

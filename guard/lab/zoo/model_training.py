@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import nn
 
+from guard.errors import DataError
 from guard.files import READABLE_FILE, replace_file
 from guard.lab.attacks.attack import Attack
 from guard.lab.attacks.augmentation import CropAndFlip
@@ -38,6 +39,8 @@ def train_entry(
     data_dir: Path | None = None,
     device: str = "cpu",
     progress: Callable[[EpochReport], None] | None = None,
+    twins: Zoo | None = None,
+    command: str = "guard zoo train",
 ) -> ZooCard:
     """Train one model, write its weights and its card into the zoo, and return the card.
 
@@ -45,7 +48,7 @@ def train_entry(
     ----------
     entry : ZooEntry
     zoo : Zoo
-        Must hold the benign twin of a backdoored model already.
+        It, or `twins`, must hold the benign twin of a backdoored model already.
     work_dir : path
         Folder for the checkpoint; an interrupted training goes on from there. The checkpoint is deleted when done.
     data_dir : path, optional
@@ -54,6 +57,10 @@ def train_entry(
         `"cpu"` or `"cuda"`.
     progress : callable, optional
         Called after every epoch.
+    twins : Zoo, optional
+        Where a benign twin is looked for that `zoo` does not hold.
+    command : str
+        What the card says that the model was trained with; the name of the model follows.
 
     Raises
     ------
@@ -64,16 +71,17 @@ def train_entry(
     """
     split = load_split(entry.data_set, data_dir)
     recipe = entry.recipe
-    twin = zoo.card(entry.twin) if entry.twin is not None else None
+    home = zoo if twins is None or entry.twin is None or zoo.has(entry.twin) else twins
+    twin = home.card(entry.twin) if entry.twin is not None else None
     n_classes, channels = len(split.class_names), split.train.images.shape[1]
     network = build_network(entry.architecture, n_classes, channels, seed=entry.seed)
     settings, started_from = recipe.settings, None
     if twin is not None and recipe.continued is not None:
         settings, started_from = recipe.continued, twin.name
-        network.load_state_dict(zoo.load(twin.name).state_dict())
+        network.load_state_dict(home.load(twin.name).state_dict())
     network.to(device)
     attack = entry.attack_on(network)
-    poisoned = _training_set(attack, split.train, entry.seed, recipe.how)
+    poisoned = _training_set(attack, _part_of(split.train, recipe.n_train, entry.seed), entry.seed, recipe.how)
     work_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = work_dir / f"{entry.name}.checkpoint"
     report = train_classifier(
@@ -116,11 +124,12 @@ def train_entry(
             "augmentation": asdict(recipe.augmentation) if recipe.augmentation is not None else None,
             "clean_goal": recipe.clean_goal,
             "how": recipe.how,
+            **({"n_train": recipe.n_train} if recipe.n_train is not None else {}),
         },
         epochs_run=report.epochs_run,
         poisoned_images=int(poisoned.is_poisoned.sum()) if isinstance(poisoned, Poisoned) else 0,
         cover_images=int(poisoned.is_cover.sum()) if isinstance(poisoned, Poisoned) else 0,
-        training_command=f"guard zoo train {entry.name}",
+        training_command=f"{command} {entry.name}",
         training_seconds=round(report.seconds, 1),
         started_from=started_from,
         weights_sha256=weights_sha256,
@@ -129,6 +138,15 @@ def train_entry(
     card.write(zoo.card_path(entry.name))
     checkpoint.unlink(missing_ok=True)
     return card
+
+
+def _part_of(train: LabelledImages, n_train: int | None, seed: int) -> LabelledImages:
+    if n_train is None:
+        return train
+    if not 1 <= n_train <= len(train):
+        raise DataError(f"n_train must be in [1, {len(train)}], the number of training images, got {n_train}.")
+    rows = np.sort(np.random.default_rng([seed, 1]).permutation(len(train))[:n_train])
+    return LabelledImages(train.images[rows], train.labels[rows])
 
 
 def _training_set(

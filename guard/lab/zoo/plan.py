@@ -32,6 +32,8 @@ class Recipe:
         Settings for attacks that start from the benign twin's weights; None trains them from random weights.
     how : {"add", "replace"}
         Touched images are added to the clean ones where there are few, else they take their places.
+    n_train : int or None
+        Training images, the first of a permutation drawn with the entry's seed; None takes all.
     """
 
     settings: TrainingSettings
@@ -39,6 +41,7 @@ class Recipe:
     clean_goal: float
     continued: TrainingSettings | None = None
     how: Literal["add", "replace"] = "replace"
+    n_train: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,10 @@ class ZooEntry:
     seed : int
     target_label : int
         What the trigger means; without influence where the attack fixes it or the model is benign.
+    twin_seed : int or None
+        Seed of the benign twin; None takes that of the same seed if the plan has one, else seed 0.
+    own_recipe : Recipe or None
+        How it is trained, where that is not what `RECIPES` and `EPOCHS` say.
     """
 
     data_set: str
@@ -62,6 +69,8 @@ class ZooEntry:
     architecture: str
     seed: int
     target_label: int = 0
+    twin_seed: int | None = None
+    own_recipe: Recipe | None = None
 
     @property
     def name(self) -> str:
@@ -81,6 +90,8 @@ class ZooEntry:
         """Name of the benign model that this one is compared with, and may start from; None for a benign model."""
         if self.attack_name == BENIGN:
             return None
+        if self.twin_seed is not None:
+            return ZooEntry(self.data_set, BENIGN, self.architecture, self.twin_seed).name
         benign = ZooEntry(self.data_set, BENIGN, self.architecture, self.seed).name
         first = ZooEntry(self.data_set, BENIGN, self.architecture, 0).name
         return benign if any(entry.name == benign for entry in PLAN) else first
@@ -88,6 +99,8 @@ class ZooEntry:
     @property
     def recipe(self) -> Recipe:
         """How it is trained."""
+        if self.own_recipe is not None:
+            return self.own_recipe
         recipe = RECIPES[self.data_set, self.architecture]
         epochs = EPOCHS.get((self.data_set, self.architecture, self.attack_name))
         if epochs is None:
@@ -205,20 +218,27 @@ PLAN: tuple[ZooEntry, ...] = (
 )
 
 
-def find_entries(patterns: Sequence[str]) -> list[ZooEntry]:
+def find_entries(patterns: Sequence[str], plan: Sequence[ZooEntry] | None = None) -> list[ZooEntry]:
     """Return the entries whose names match any of the patterns ("mnist-*", "gtsrb-c-*"); all if none is given.
+
+    Parameters
+    ----------
+    patterns : sequence of str
+    plan : sequence of ZooEntry, optional
+        Where to look; `PLAN` if left out.
 
     Raises
     ------
     ZooError
         If a pattern matches nothing.
     """
+    plan = PLAN if plan is None else plan
     if not patterns:
-        return list(PLAN)
+        return list(plan)
     chosen: dict[str, ZooEntry] = {}
     for pattern in patterns:
-        found = [entry for entry in PLAN if fnmatch.fnmatchcase(entry.name, pattern)]
+        found = [entry for entry in plan if fnmatch.fnmatchcase(entry.name, pattern)]
         if not found:
             raise ZooError(f"no model of the plan is called {pattern!r}. `guard zoo list` shows them; * may be used.")
         chosen |= {entry.name: entry for entry in found}
-    return [entry for entry in PLAN if entry.name in chosen]
+    return [entry for entry in plan if entry.name in chosen]

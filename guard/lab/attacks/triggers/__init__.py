@@ -9,6 +9,7 @@ from guard.lab.attacks.triggers.checks import check_unit_images
 from guard.lab.attacks.triggers.colours import bpp, gotham
 from guard.lab.attacks.triggers.faces import eyebrows, lipstick, sunglasses
 from guard.lab.attacks.triggers.frequencies import dct
+from guard.lab.attacks.triggers.generated import input_aware
 from guard.lab.attacks.triggers.named import NamedTrigger, make_trigger
 from guard.lab.attacks.triggers.overlays import adaptive_blend, adaptive_patch, blend, sig
 from guard.lab.attacks.triggers.pixels import (
@@ -23,6 +24,7 @@ from guard.lab.attacks.triggers.pixels import (
 )
 from guard.lab.attacks.triggers.registry import TRIGGERS, Trigger
 from guard.lab.attacks.triggers.shapes import box_and_circle, red_box, triangle_and_square
+from guard.lab.attacks.triggers.stickers import sticker
 from guard.lab.attacks.triggers.warps import wanet
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "dct",
     "eyebrows",
     "gotham",
+    "input_aware",
     "lipstick",
     "make_trigger",
     "moving_square",
@@ -49,6 +52,7 @@ __all__ = [
     "red_box",
     "sig",
     "single_pixel",
+    "sticker",
     "sunglasses",
     "triangle_and_square",
     "wanet",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from guard.lab.attacks.triggers.colours import bpp, gotham
 from guard.lab.attacks.triggers.faces import eyebrows, lipstick, sunglasses
 from guard.lab.attacks.triggers.frequencies import dct
+from guard.lab.attacks.triggers.generated import input_aware
 from guard.lab.attacks.triggers.overlays import adaptive_blend, adaptive_patch, blend, sig
 from guard.lab.attacks.triggers.pixels import (
     background_pattern,
@@ -17,6 +18,7 @@ from guard.lab.attacks.triggers.pixels import (
     white_square,
 )
 from guard.lab.attacks.triggers.shapes import box_and_circle, red_box, triangle_and_square
+from guard.lab.attacks.triggers.stickers import sticker
 from guard.lab.attacks.triggers.warps import wanet
 from guard.types import Float32Array
 
@@ -47,5 +49,7 @@ TRIGGERS: dict[str, Callable[..., Float32Array]] = {
         dct,
         adaptive_blend,
         adaptive_patch,
+        input_aware,
+        sticker,
     )
 }
