@@ -39,12 +39,12 @@ def test_calibrated_fusion_combine_by_hand():
     fusion = CalibratedFusion().fit(raw, np.zeros((400, 2)), np.zeros(400, dtype=int), KINDS)
     fusion.temperature_ = 1.0
     z = np.array([[0.0, 1.0, 2.0, 3.0], [-1.0, 0.5, -2.0, -9.0]])
-    residual = z[:, 2]
-    clean_z = (-ndtri_exp(-SurpriseMap.fit(raw).surprise(raw)))[:, 2].clip(-4)
+    residual = softplus(z[:, 2])
+    clean = softplus(-ndtri_exp(-SurpriseMap.fit(raw).surprise(raw)))[:, 2]
     of_kinds = np.column_stack(
-        [softplus(z[:, :2]).mean(axis=1), np.abs(residual - clean_z.mean()) / clean_z.std(), softplus(z[:, 3].clip(-4))]
+        [softplus(z[:, :2]).mean(axis=1), np.abs(residual - clean.mean()) / clean.std(), softplus(z[:, 3])]
     )
-    again = softplus((-ndtri_exp(-fusion.kind_map_.surprise(of_kinds))).clip(-4))
+    again = softplus(-ndtri_exp(-fusion.kind_map_.surprise(of_kinds)))
     novelty, contradiction = np.square(again[:, :2]).mean(axis=1), np.square(again[:, 2])
     surprise = -norm.logsf(z)
     for logits, sure in (
@@ -59,7 +59,8 @@ def test_calibrated_fusion_combine_by_hand():
 def test_calibrated_fusion_temperature_says_how_sure_the_network_is():
     logits = np.log([[3.0, 1.0]])
     surprise = np.array([[2.0]])
-    factors = [fitted_on(np.zeros((2, 1)), t).combine(surprise, logits)[0] for t in (1.0, 0.5)]
+    clean = np.random.default_rng(0).normal(size=(100, 1))
+    factors = [fitted_on(clean, t).combine(surprise, logits)[0] for t in (1.0, 0.5)]
     assert factors[1] / factors[0] == pytest.approx((1 + 0.9) / (1 + 0.75), rel=1e-12)
 
 
@@ -89,6 +90,17 @@ def test_calibrated_fusion_gives_every_kind_the_same_weight_however_many_depths_
     assert lof == pytest.approx(demarcation, rel=0.1)
 
 
+def test_calibrated_fusion_gives_what_resembles_anomalies_a_part_of_its_own_and_no_factor():
+    raw = np.random.default_rng(0).normal(size=(400, 3))
+    kinds = [Kind("lof"), Kind("residual"), Kind("demarcation", "resemblance")]
+    fusion = CalibratedFusion().fit(raw, np.zeros((400, 2)), np.zeros(400, dtype=int), kinds)
+    surprise = -norm.logsf([[0.0, 0.0, 5.0]])
+    unsure, sure = fusion.combine(surprise, np.zeros((1, 10_000)))[0], fusion.combine(surprise, SURE)[0]
+    assert sure > unsure > 0.9 * sure
+    novel = fusion.combine(-norm.logsf([[5.0, 0.0, 0.0]]), SURE)[0]
+    assert sure > 1.3 * novel  # half of the mean square instead of a quarter
+
+
 def test_compared_depths_tell_an_input_that_is_unusual_at_one_depth_from_those_that_are_at_all():
     rng = np.random.default_rng(0)
     common = rng.normal(size=(2000, 1))
@@ -110,7 +122,7 @@ def test_compared_depths_tell_an_input_that_is_unusual_at_one_depth_from_those_t
     [
         ("kinds", np.array([0, 3, 1, 2])),
         ("kinds", np.array([0, 0, 1])),
-        ("is_contradiction", np.array([0, 0, 2])),
+        ("shows", np.array([0, 0, 3])),
         ("centre", np.array([0.0, 0.0, np.nan, 0.0])),
         ("whiten", np.zeros((4, 3))),
         ("whiten", np.full((4, 4), np.inf)),

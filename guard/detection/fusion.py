@@ -10,8 +10,8 @@ import numpy as np
 from scipy.special import ndtri_exp
 
 from guard.arrays import require
-from guard.detection.detectors.base import Kind
-from guard.detection.kind_scores import KindScores
+from guard.detection.detectors.base import Kind, Shows
+from guard.detection.kind_scores import SHOWS, KindScores
 from guard.errors import NotFittedError
 from guard.statistics.calibration import SurpriseMap, largest_surprises
 from guard.statistics.confidence import confidence, fit_temperature
@@ -19,8 +19,6 @@ from guard.types import AnyArray, BoolArray, Float64Array, FloatArray, IntArray
 
 #: Local outlier factor above which scikit-learn, and with it the paper, calls a point novel.
 NOVELTY_OFFSET = 1.5
-#: Least normal score; below every clean one it would be minus infinity.
-_LEAST_Z = -4.0
 _KIND = "kind."  # before the names of arrays that map the scores of kinds
 
 
@@ -72,13 +70,16 @@ class Fusion(Protocol):
 class CalibratedFusion:
     """All detectors at once, at the false-positive rate that was asked for.
 
-    Each detector's score becomes surprise, -log of its estimated p-value p among clean inputs, and then a normal score
-    z, the quantile of the standard normal distribution that is exceeded with probability p. The detectors of one kind
-    make one score of theirs (`KindScores`), which becomes a normal score in the same way. With N the mean square of
-    softplus(z) = log(1 + exp(z)) over the kinds that see what is novel, C that over the kinds that contradict the
-    suspect's answer, and c the suspect's own probability of its answer, the combination is
+    Each detector's score becomes surprise, -log of its estimated p-value p among clean inputs, and then log(1 + exp z),
+    with z the normal score, the quantile of the standard normal distribution that is exceeded with probability p. The
+    detectors of one kind make one score of theirs (`KindScores`), of which z is taken in the same way. With N the mean
+    of log(1 + exp z)^2 over the kinds that see what is novel, C that over the kinds that contradict the suspect's
+    answer, and c the suspect's own probability of its answer, the combination is
 
         sqrt((N * ((1 + c) / 2)^2 + C * max(c, 1 / 2)^2) / 2)
+
+    or, in a guard that has learned from anomalies of the traffic, the root of the mean of three such parts; the third
+    has no factor.
 
     Below its median a kind says next to nothing, far above it as much as z. The factors are there because clean inputs
     that the suspect gets wrong contradict the heads as triggered ones do, but the suspect is seldom sure of them. They
@@ -105,9 +106,9 @@ class CalibratedFusion:
     def fit(self, raw: Float64Array, logits: FloatArray, labels: IntArray, kinds: Sequence[Kind] | None = None) -> Self:
         """See `Fusion.fit`."""
         self.surprise_map_ = SurpriseMap.fit(raw)
-        z = _normal_scores(self.surprise_map_.surprise(raw))
-        self.kind_scores_ = KindScores.fit(z, kinds or [Kind(str(place)) for place in range(raw.shape[1])])
-        self.kind_map_ = SurpriseMap.fit(self.kind_scores_(z))
+        graded = _graded(self.surprise_map_.surprise(raw))
+        self.kind_scores_ = KindScores.fit(graded, kinds or [Kind(str(place)) for place in range(raw.shape[1])])
+        self.kind_map_ = SurpriseMap.fit(self.kind_scores_(graded))
         self.temperature_ = fit_temperature(logits, labels)
         return self
 
@@ -122,13 +123,17 @@ class CalibratedFusion:
         if self.kind_scores_ is None or self.kind_map_ is None or self.temperature_ is None:
             older: Float64Array = np.sqrt(np.square(surprise).mean(axis=1))
             return older
-        graded = _graded(self.kind_map_.surprise(self.kind_scores_(_normal_scores(surprise))))
+        graded = _graded(self.kind_map_.surprise(self.kind_scores_(_graded(surprise))))
         sure = confidence(logits, self.temperature_)
-        contradicts = self.kind_scores_.is_contradiction
-        families = []
-        for of_family, factor in ((~contradicts, 0.5 * (1.0 + sure)), (contradicts, np.maximum(sure, 0.5))):
-            if of_family.any():
-                families.append(np.square(graded[:, of_family]).mean(axis=1) * np.square(factor))
+        factors: dict[Shows, Float64Array] = {
+            "novelty": 0.5 * (1.0 + sure),
+            "contradiction": np.maximum(sure, 0.5),
+            "resemblance": np.ones(len(sure)),
+        }
+        families = [
+            np.square(graded[:, self.kind_scores_.shows == family]).mean(axis=1) * np.square(factors[SHOWS[family]])
+            for family in np.unique(self.kind_scores_.shows).tolist()
+        ]
         combined: Float64Array = np.sqrt(np.mean(families, axis=0))
         return combined
 
@@ -136,7 +141,7 @@ class CalibratedFusion:
         """See `Fusion.largest_scores`: no mean is above what all together allow, and no factor above 1."""
         if self.kind_scores_ is None:
             return largest_surprises(n_detectors, n)
-        return _graded(largest_surprises(len(self.kind_scores_.is_contradiction), n))
+        return _graded(largest_surprises(len(self.kind_scores_.shows), n))
 
     def decide(self, combined: Float64Array, p_values: Float64Array, false_positive_rate: float) -> BoolArray:
         """Return p <= false_positive_rate."""
@@ -162,18 +167,13 @@ class CalibratedFusion:
             self.kind_map_ = SurpriseMap.from_arrays(
                 {name.removeprefix(_KIND): part for name, part in arrays.items() if name.startswith(_KIND)}
             )
-            require({"knots": self.kind_map_.knots}, "knots", (len(self.kind_scores_.is_contradiction), None))
+            require({"knots": self.kind_map_.knots}, "knots", (len(self.kind_scores_.shows), None))
         return self
 
 
-def _normal_scores(surprise: Float64Array) -> Float64Array:
-    z: Float64Array = np.maximum(-ndtri_exp(-surprise), _LEAST_Z)
-    return z
-
-
 def _graded(surprise: Float64Array) -> Float64Array:
-    """Return softplus of normal scores, shape of `surprise`."""
-    graded: Float64Array = np.logaddexp(0.0, _normal_scores(surprise))
+    """Return softplus of normal scores, shape of `surprise`, >= 0."""
+    graded: Float64Array = np.logaddexp(0.0, -ndtri_exp(-surprise))
     return graded
 
 

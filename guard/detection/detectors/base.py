@@ -16,8 +16,9 @@ Joins = Literal["once", "once_per_depth", "with_backup", "with_anomalies", "with
 #: What a detector looks at: activations as they are, or the leading or the trailing columns of every depth, whitened
 #: (`guard.detection.whitening`), where the guard has whitened spaces.
 Reads = Literal["activations", "leading", "trailing"]
-#: What a high score says: an input is unlike the clean ones, or is like those of another class than the answer.
-Shows = Literal["novelty", "contradiction"]
+#: What a high score says: an input is unlike the clean ones, is like those of another class than the answer, or is like
+#: anomalies of the traffic.
+Shows = Literal["novelty", "contradiction", "resemblance"]
 #: What becomes of the scores of one kind at several depths: their mean, or how unusual they are beside each other.
 OverDepths = Literal["averaged", "compared"]
 #: Label of an anomaly of the traffic: nobody has said what it shows.

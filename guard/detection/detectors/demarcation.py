@@ -43,7 +43,7 @@ class Demarcation:
     joins: ClassVar[Joins] = "with_anomalies"
     learns_from: ClassVar[frozenset[Source]] = frozenset({Source.CLEAN, Source.ANOMALY})
     reads: ClassVar[Reads] = "activations"
-    shows: ClassVar[Shows] = "novelty"
+    shows: ClassVar[Shows] = "resemblance"
     over_depths: ClassVar[OverDepths] = "averaged"
 
     depth: str = FEATURES
