@@ -112,12 +112,6 @@ RECIPES: dict[tuple[str, str], Recipe] = {
         0.995,
         TrainingSettings(epochs=2, batch_size=64, schedule="cosine", learning_rate=5e-4, settled_epochs=2),
     ),
-    ("cifar10", "vit_tiny"): Recipe(
-        TrainingSettings(epochs=5, batch_size=128, learning_rate=1e-3),
-        CropAndFlip(padding=2, flip=True),
-        0.95,
-        TrainingSettings(epochs=2, batch_size=64, schedule="cosine", learning_rate=5e-4),
-    ),
     ("cifar10", "resnet20"): Recipe(
         TrainingSettings(
             epochs=12,
@@ -164,6 +158,13 @@ RECIPES: dict[tuple[str, str], Recipe] = {
         ),
         how="add",
     ),
+    ("cifar100_30", "vit_tiny"): Recipe(
+        TrainingSettings(epochs=30, batch_size=64, learning_rate=1e-3),
+        CropAndFlip(padding=4, flip=True),
+        0.95,
+        TrainingSettings(epochs=8, batch_size=64, schedule="cosine", learning_rate=5e-4),
+        how="add",
+    ),
     ("yaleb", "deepid"): Recipe(_FACES, CropAndFlip(padding=2, flip=False), 0.99, how="add"),
 }
 
@@ -171,7 +172,7 @@ RECIPES: dict[tuple[str, str], Recipe] = {
 EPOCHS: dict[tuple[str, str, str], int] = {
     ("gtsrb", "gtsrb_cnn", "wanet"): 14,
     ("gtsrb", "gtsrb_cnn", "adap-blend"): 10,
-    ("gtsrb", "vit_tiny", "wanet"): 5,
+    ("gtsrb", "vit_tiny", "c"): 4,
     ("cifar100_30", "resnet20", "red-box"): 10,
 }
 
@@ -193,6 +194,7 @@ PLAN: tuple[ZooEntry, ...] = (
     *_entries("yaleb", "deepid", [BENIGN], (0, 1), 0),
     *_entries("cifar100", "resnet20", [BENIGN], (0, 1), 0),
     *_entries("cifar100_30", "resnet20", [BENIGN], (0,), 0),
+    *_entries("cifar100_30", "vit_tiny", [BENIGN], (0,), 0),
     *_entries("mnist", "mnist_cnn", ["a"], (0, 1, 2), 0),
     *_entries("mnist", "mnist_small", ["b"], (0, 1, 2), 0),
     *_entries("mnist", "mnist_cnn", ["single-pixel", "pattern", "blend", "sig", "wanet"], (0, 1, 2), 7),
@@ -202,7 +204,6 @@ PLAN: tuple[ZooEntry, ...] = (
     *_entries("gtsrb", "gtsrb_cnn", ["blend", "wanet", "tact", "adap-blend"], (0,), 1),
     *_entries("gtsrb", "vit_tiny", ["blend"], (0,), 3),
     *_entries("gtsrb", "vit_tiny", ["c"], (0,), 33),
-    *_entries("gtsrb", "vit_tiny", ["wanet"], (0,), 1),
     *_entries("cifar10", "resnet20", ["f"], (0,), 0),
     *_entries("cifar10", "resnet20", ["g"], (0,), 7),
     *_entries("cifar10", "resnet20", ["imperceptible", "badnets", "blend", "wanet"], (0,), 0),
@@ -211,6 +212,7 @@ PLAN: tuple[ZooEntry, ...] = (
     *_entries("yaleb", "deepid", ["k"], (0,), 0),
     *_entries("cifar100", "resnet20", ["red-box"], (0,), 0),
     *_entries("cifar100_30", "resnet20", ["red-box", "blend", "sig-dirty-label"], (0,), 5),
+    *_entries("cifar100_30", "vit_tiny", ["sig-dirty-label", "blend"], (0,), 5),
 )
 
 
