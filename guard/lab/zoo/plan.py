@@ -172,8 +172,9 @@ RECIPES: dict[tuple[str, str], Recipe] = {
 EPOCHS: dict[tuple[str, str, str], int] = {
     ("gtsrb", "gtsrb_cnn", "wanet"): 14,
     ("gtsrb", "gtsrb_cnn", "adap-blend"): 10,
-    ("gtsrb", "vit_tiny", "c"): 4,
+    ("gtsrb", "vit_tiny", "red-box"): 3,
     ("cifar100_30", "resnet20", "red-box"): 10,
+    ("cifar100_30", "vit_tiny", "sig-dirty-label"): 14,
 }
 
 
@@ -203,7 +204,7 @@ PLAN: tuple[ZooEntry, ...] = (
     *_entries("gtsrb", "gtsrb_cnn_unpadded", ["e"], (0,), 35),
     *_entries("gtsrb", "gtsrb_cnn", ["blend", "wanet", "tact", "adap-blend"], (0,), 1),
     *_entries("gtsrb", "vit_tiny", ["blend"], (0,), 3),
-    *_entries("gtsrb", "vit_tiny", ["c"], (0,), 33),
+    *_entries("gtsrb", "vit_tiny", ["red-box"], (0,), 1),
     *_entries("cifar10", "resnet20", ["f"], (0,), 0),
     *_entries("cifar10", "resnet20", ["g"], (0,), 7),
     *_entries("cifar10", "resnet20", ["imperceptible", "badnets", "blend", "wanet"], (0,), 0),
@@ -212,7 +213,7 @@ PLAN: tuple[ZooEntry, ...] = (
     *_entries("yaleb", "deepid", ["k"], (0,), 0),
     *_entries("cifar100", "resnet20", ["red-box"], (0,), 0),
     *_entries("cifar100_30", "resnet20", ["red-box", "blend", "sig-dirty-label"], (0,), 5),
-    *_entries("cifar100_30", "vit_tiny", ["sig-dirty-label", "blend"], (0,), 5),
+    *_entries("cifar100_30", "vit_tiny", ["sig-dirty-label"], (0,), 5),
 )
 
 
