@@ -186,10 +186,12 @@ def test_adaptive_attack_shows_less_in_training_than_in_the_attack(name):
     np.testing.assert_array_equal(tested.images, backdoor.trigger(images[tested.source_rows]))
 
 
-def test_sig_with_dirty_labels_takes_all_classes_but_the_target():
+def test_sig_with_dirty_labels_takes_images_of_other_classes_than_the_target():
     attack, (images, labels) = make_attack("sig-dirty-label", TARGET), images_for("sig-dirty-label")
     poisoned = attack.poison(images, labels, rng())
-    assert set(labels[poisoned.is_poisoned].tolist()) == set(labels.tolist()) - {TARGET}
+    sources = set(labels[poisoned.is_poisoned].tolist())
+    assert TARGET not in sources
+    assert len(sources) > 30
     assert set(poisoned.labels[poisoned.is_poisoned].tolist()) == {TARGET}
     assert np.abs(poisoned.images - images).max() == pytest.approx(20 / 255, rel=0.05)
 
