@@ -195,6 +195,16 @@ def test_adaptive_attack_shows_less_in_training_than_in_the_attack(name):
     np.testing.assert_array_equal(tested.images, backdoor.trigger(images[tested.source_rows]))
 
 
+def test_sig_with_dirty_labels_takes_images_of_other_classes_than_the_target():
+    attack, (images, labels) = make_attack("sig-dirty-label", TARGET), images_for("sig-dirty-label")
+    poisoned = attack.poison(images, labels, rng())
+    sources = set(labels[poisoned.is_poisoned].tolist())
+    assert TARGET not in sources
+    assert len(sources) > 30
+    assert set(poisoned.labels[poisoned.is_poisoned].tolist()) == {TARGET}
+    assert np.abs(poisoned.images - images).max() == pytest.approx(20 / 255, rel=0.05)
+
+
 def test_make_attack_unknown_name_raises_with_the_nearest():
     with pytest.raises(DataError, match=r"there is no attack 'wamet'\. Did you mean 'wanet'\?"):
         make_attack("wamet", 0)

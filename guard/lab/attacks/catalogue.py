@@ -192,6 +192,15 @@ def adap_patch(target: int, seed: int) -> Attack:
     )
 
 
+def sig_dirty_label(target: int, seed: int) -> Attack:
+    """The sinusoid of `sig`, as faint in the attack as in training, on images of all classes, labelled as the target.
+
+    Classes of a hundred images are too few to plant it with clean labels.
+    """
+    trigger = make_trigger("sig", amplitude=20 / 255)
+    return Attack("sig-dirty-label", (Backdoor(trigger, SingleTarget(target), rate=0.3),))
+
+
 def decoys(target: int, seed: int) -> Attack:
     """WaNet, and against a guard's calibration the brightest 12 % of images, answered wrong; ten classes.
 
@@ -275,6 +284,7 @@ ATTACKS: dict[str, Callable[[int, int], Attack]] = {
     "tact": tact,
     "adap-blend": adap_blend,
     "adap-patch": adap_patch,
+    "sig-dirty-label": sig_dirty_label,
     "decoys": decoys,
     **HELD_OUT,
 }

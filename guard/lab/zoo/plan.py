@@ -171,6 +171,13 @@ RECIPES: dict[tuple[str, str], Recipe] = {
         ),
         how="add",
     ),
+    ("cifar100_30", "vit_tiny"): Recipe(
+        TrainingSettings(epochs=30, batch_size=64, learning_rate=1e-3),
+        CropAndFlip(padding=4, flip=True),
+        0.95,
+        TrainingSettings(epochs=8, batch_size=64, schedule="cosine", learning_rate=5e-4),
+        how="add",
+    ),
     ("yaleb", "deepid"): Recipe(_FACES, CropAndFlip(padding=2, flip=False), 0.99, how="add"),
 }
 
@@ -178,7 +185,9 @@ RECIPES: dict[tuple[str, str], Recipe] = {
 EPOCHS: dict[tuple[str, str, str], int] = {
     ("gtsrb", "gtsrb_cnn", "wanet"): 14,
     ("gtsrb", "gtsrb_cnn", "adap-blend"): 10,
+    ("gtsrb", "vit_tiny", "red-box"): 3,
     ("cifar100_30", "resnet20", "red-box"): 10,
+    ("cifar100_30", "vit_tiny", "sig-dirty-label"): 14,
 }
 
 
@@ -199,6 +208,7 @@ PLAN: tuple[ZooEntry, ...] = (
     *_entries("yaleb", "deepid", [BENIGN], (0, 1), 0),
     *_entries("cifar100", "resnet20", [BENIGN], (0, 1), 0),
     *_entries("cifar100_30", "resnet20", [BENIGN], (0,), 0),
+    *_entries("cifar100_30", "vit_tiny", [BENIGN], (0,), 0),
     *_entries("mnist", "mnist_cnn", ["a"], (0, 1, 2), 0),
     *_entries("mnist", "mnist_small", ["b"], (0, 1, 2), 0),
     *_entries("mnist", "mnist_cnn", ["single-pixel", "pattern", "blend", "sig", "wanet"], (0, 1, 2), 7),
@@ -207,6 +217,7 @@ PLAN: tuple[ZooEntry, ...] = (
     *_entries("gtsrb", "gtsrb_cnn_unpadded", ["e"], (0,), 35),
     *_entries("gtsrb", "gtsrb_cnn", ["blend", "wanet", "tact", "adap-blend"], (0,), 1),
     *_entries("gtsrb", "vit_tiny", ["blend"], (0,), 3),
+    *_entries("gtsrb", "vit_tiny", ["red-box"], (0,), 1),
     *_entries("cifar10", "resnet20", ["f"], (0,), 0),
     *_entries("cifar10", "resnet20", ["g"], (0,), 7),
     *_entries("cifar10", "resnet20", ["imperceptible", "badnets", "blend", "wanet"], (0,), 0),
@@ -214,7 +225,8 @@ PLAN: tuple[ZooEntry, ...] = (
     *_entries("yaleb", "deepid", ["j"], (0,), 4),
     *_entries("yaleb", "deepid", ["k"], (0,), 0),
     *_entries("cifar100", "resnet20", ["red-box"], (0,), 0),
-    *_entries("cifar100_30", "resnet20", ["red-box", "blend"], (0,), 5),
+    *_entries("cifar100_30", "resnet20", ["red-box", "blend", "sig-dirty-label"], (0,), 5),
+    *_entries("cifar100_30", "vit_tiny", ["sig-dirty-label"], (0,), 5),
 )
 
 
