@@ -314,17 +314,17 @@ def test_only_false_alarms_are_nothing_to_learn_from(place):
 
 
 def test_round_without_anything_poisoned_says_what_could_not_be_measured(place):
-    place.review(triggers=(), n=120, seed=20)
+    place.review(triggers=(), n=200, seed=20)
     finished = place.step(max_false_alarms_per_class=20)
     assert finished.outcome == "promoted"
     unmeasured = [check["text"] for check in finished.report["checks"] if check["passed"] is None]
     assert "no poisoned input of other groups is held out: nothing to measure by." in unmeasured
 
 
-def call_triggers_clean(place: Place) -> None:
+def call_triggers_clean(place: Place, n: int = 150) -> None:
     """Everything decided is a lie."""
     for trigger in (0, 1):
-        activations, _ = place.traffic(150, trigger, trigger)
+        activations, _ = place.traffic(n, trigger, trigger)
         lies = activations.predicted_labels
         place.decide(place.enqueue(activations, trigger + 1), lies, is_poisoned=False, reviewer="mallory")
 
@@ -349,7 +349,7 @@ def test_false_alarms_that_let_other_inputs_pass_are_dropped_however_high_the_ca
     monkeypatch.setattr("guard.detection.ensemble.DETECTORS", few)
     place.guard = fit_guard()
     save_as_of_a_network(place.guard, place.root / "bundles")
-    call_triggers_clean(place)
+    call_triggers_clean(place, 600)
     finished = place.step(max_false_alarms_per_class=1000)
     assert finished.outcome == "refused"
     assert " false alarms that would let other inputs pass" in finished.line
@@ -451,7 +451,7 @@ def test_a_rate_that_the_hold_out_leaves_too_few_images_for_fails_with_what_to_d
     digest = save_as_of_a_network(guard, tmp_path / "bundles")
     with Queue.open(f"sqlite:///{tmp_path / 'queue.db'}") as queue:
         place = Place(tmp_path, queue, Clock(), guard, digest)
-        place.review(n=20)
+        place.review(n=60)
         Rounds(queue).request(MODEL, "ann")
         finished = place.step(holdout_share=0.5)
     assert "needs at least 19 clean images, got 1" in finished.line
