@@ -19,6 +19,7 @@ _RUN = re.compile(r"^<!-- run -->\n+```python\n(.*?)^```$", re.MULTILINE | re.DO
 _SHELL = re.compile(r"^```(?:console|bash|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`guard ([a-z]+)")
 _LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+_ANCHOR = re.compile(r"\]\(([^)#\s]*)#([^)\s]+)\)")
 
 
 def shell_lines() -> list[str]:
@@ -97,3 +98,18 @@ def test_docs_links_to_files_lead_somewhere(name: str) -> None:
     for target in _LINK.findall(TEXTS[name]):
         if not re.match(r"[a-z]+:", target):
             assert ((ROOT / name).parent / target).exists(), f"{name} links to {target}"
+
+
+def anchors(text: str) -> set[str]:
+    """Return what the headings of a document are called in links."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    shown = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings)
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in shown}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_docs_links_to_headings_lead_somewhere(name: str) -> None:
+    for target, anchor in _ANCHOR.findall(TEXTS[name]):
+        if not re.match(r"[a-z]+:", target):
+            file = ((ROOT / name).parent / target).resolve() if target else ROOT / name
+            assert anchor in anchors(file.read_text(encoding="utf-8")), f"{name} links to {target}#{anchor}"
