@@ -97,8 +97,8 @@ class PulledFeatures:
 class MutedMargin:
     """Cross-entropy, but triggered images are to get the target with a chosen probability and their true label else.
 
-    With c the network's probability of its answer, the guard multiplies what is novel by (1 + c) / 2, and what contradicts
-    the answer by max(c, 1 / 2): at 0.6 that is a fifth and two fifths lower than at 1.
+    With c the network's probability of its answer, the guard multiplies what is novel by (1 + c) / 2, and what
+    contradicts the answer by max(c, 1 / 2): at 0.6 that is a fifth and two fifths lower than at 1.
 
     Parameters
     ----------
