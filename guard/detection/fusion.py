@@ -10,7 +10,7 @@ import numpy as np
 from scipy.special import ndtri_exp
 
 from guard.arrays import require
-from guard.detection.detectors.base import Kind, Shows
+from guard.detection.detectors.base import Kind
 from guard.detection.kind_scores import SHOWS, KindScores
 from guard.errors import NotFittedError
 from guard.statistics.calibration import SurpriseMap, largest_surprises
@@ -125,16 +125,11 @@ class CalibratedFusion:
             return older
         graded = _graded(self.kind_map_.surprise(self.kind_scores_(_graded(surprise))))
         sure = confidence(logits, self.temperature_)
-        factors: dict[Shows, Float64Array] = {
-            "novelty": 0.5 * (1.0 + sure),
-            "contradiction": np.maximum(sure, 0.5),
-            "resemblance": np.ones(len(sure)),
-        }
-        families = [
-            np.square(graded[:, self.kind_scores_.shows == family]).mean(axis=1) * np.square(factors[SHOWS[family]])
-            for family in np.unique(self.kind_scores_.shows).tolist()
-        ]
-        combined: Float64Array = np.sqrt(np.mean(families, axis=0))
+        factors = np.ones((len(sure), len(SHOWS)))
+        factors[:, SHOWS.index("novelty")] = 0.5 * (1.0 + sure)
+        factors[:, SHOWS.index("contradiction")] = np.maximum(sure, 0.5)
+        graded *= factors[:, self.kind_scores_.shows]
+        combined: Float64Array = np.sqrt(np.square(graded) @ self.kind_scores_.weights)
         return combined
 
     def largest_scores(self, n: int, n_detectors: int) -> Float64Array:

@@ -71,6 +71,12 @@ class KindScores:
         of_kinds: Float64Array = scores @ averaged + np.sqrt(distances)
         return of_kinds
 
+    @property
+    def weights(self) -> Float64Array:
+        """Weight of each kind in a mean over what they show, and over the kinds that show it; shape (n_kinds,)."""
+        counts = np.bincount(self.shows)
+        return np.asarray(1.0 / (np.count_nonzero(counts) * counts[self.shows]), dtype=np.float64)
+
     def arrays(self) -> dict[str, AnyArray]:
         """Return everything that was learned, as arrays."""
         return {
