@@ -29,9 +29,9 @@ class StolenGuard:
 
     Relative distance and residual in the whitened space, and the disagreement of the replacement heads, at every depth
     that the guard watches. The local outlier factor ranks neighbours and has no useful gradient; it is left out. Each
-    score is standardised on clean images that the members were not fitted on, and the combination is that of the guard
-    without the exact p-values and without the factor of confidence: the root of the mean over kinds of the mean over
-    depths of softplus(z)^2.
+    score is standardised on clean images that the members were not fitted on. The combination is simpler than the
+    guard's: the root of the mean over kinds of the mean over depths of softplus(z)^2, without the exact p-values,
+    without comparing the residuals of several depths, and without the factors of confidence.
 
     Parameters
     ----------

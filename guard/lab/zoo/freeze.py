@@ -1,4 +1,4 @@
-"""The freeze: proof that the guard's method has not changed since the test zoo was trained and measured."""
+"""The freeze: digests that say whether the guard's method has changed since the test zoo was trained and measured."""
 
 from __future__ import annotations
 

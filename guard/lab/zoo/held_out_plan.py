@@ -1,9 +1,10 @@
 """The test zoo: models that no setting of the guard was chosen on, trained once the guard is frozen.
 
-Attacks, targets and most architectures are others than in the zoo of `guard.lab.zoo.plan`; a few benign twins are
-shared with it. Every recipe fits two CPU cores: float32, parts of the training images, and weights of a benign twin to
-start from. All-to-all attacks can succeed no more often than the network is right, so that on CIFAR-10 theirs stays
-below the bar of a real attack. Failed attacks stay in the zoo, with a card that says so.
+Attacks and targets are others than in the zoo of `guard.lab.zoo.plan`, though some use its blended pattern or sinusoid
+with other parameters; two of seven architectures are new. Most benign twins are shared with it. Every recipe fits two
+CPU cores: float32, parts of the training images, and weights of a benign twin to start from. All-to-all attacks can
+succeed no more often than the network is right, so that on CIFAR-10 theirs stays below the bar of a real attack. Failed
+attacks stay in the zoo, with a card that says so.
 """
 
 from __future__ import annotations
