@@ -60,7 +60,7 @@ from guard.lab.attacks.watched_features import WatchedFeatures
 from guard.lab.zoo.collection import Zoo, build_network, default_zoo_dir
 from guard.lab.zoo.splits import LabelledImages, load_split
 from guard.suspect.model import SuspectModel
-from guard.types import Float32Array, Float64Array, IntArray
+from guard.types import Float32Array, IntArray
 
 PROJECT = Path(__file__).resolve().parent.parent
 RESULTS = PROJECT / "benchmarks" / "results"
@@ -138,9 +138,6 @@ class WatchedGuard(CalibratedGuard):
     def _fit(self, images: Float32Array, labels: IntArray) -> None:
         super()._fit(images, labels)
         WatchedGuard.latest = self
-
-    def _score(self, images: Float32Array) -> Float64Array:
-        return super()._score(images)
 
 
 class Attacker:
@@ -314,6 +311,22 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def key_of(name: str, adaptation: str, setting: Setting) -> str:
+    """Return the name of a record."""
+    return f"{name}-{setting.n_train}-{setting.attack}-{adaptation}"
+
+
+def known(records: Records, seeds: Sequence[int]) -> list[Row]:
+    """Return everything that was measured with the usual seeds and these, whatever was asked for now."""
+    found = (
+        records.read(key_of(name, adaptation, setting), DETECTOR, seed)
+        for name, setting in SETTINGS.items()
+        for seed in sorted({*setting.seeds, *seeds})
+        for adaptation in ADAPTATIONS
+    )
+    return [row for row in found if row is not None]
+
+
 def publish(rows: Sequence[Row]) -> None:
     """Write the CSV file and the section of docs/leaderboard.md."""
     write_csv(RESULTS / "adaptive_attacks.csv", FIELDS, rows)
@@ -328,14 +341,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--adaptations", nargs="*", default=list(ADAPTATIONS), choices=list(ADAPTATIONS))
     parser.add_argument("--seeds", type=int, nargs="*", help="default: 0 to 2 on MNIST, 0 on GTSRB")
-    parser.add_argument("--n-train", type=int, help="fewer training images, to see that it works")
+    parser.add_argument("--n-train", type=int, help="fewer training images, to see that it works; nothing is written")
     parser.add_argument("--work-dir", type=Path, default=PROJECT / "build" / "adaptive_attacks")
     parser.add_argument("--page-only", action="store_true", help="measure nothing")
     parser.add_argument("--dry-run", action="store_true", help="measure and print, but keep and write nothing")
     parser.add_argument("--minutes", type=float, help="begin nothing new after so many")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    records = Records(RESULTS / "adaptive_attacks") if not options.dry_run else None
+    is_trial = options.dry_run or options.n_train is not None
+    records = Records(RESULTS / "adaptive_attacks") if not is_trial else None
     end = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     rows = []
     for name in options.settings:
@@ -345,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in options.seeds or setting.seeds:
             attacker: Attacker | None = None
             for adaptation in options.adaptations:
-                key = f"{name}-{setting.n_train}-{setting.attack}-{adaptation}"
+                key = key_of(name, adaptation, setting)
                 row = records.read(key, DETECTOR, seed) if records is not None else None
                 if row is None and not options.page_only and time.monotonic() < end:
                     start = time.perf_counter()
@@ -358,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if row is not None:
                     rows.append(row)
     if records is not None:
-        publish(rows)
+        publish(known(records, options.seeds or ()))
     else:
         print(table(rows))
 

@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ZooError(f"there is no model in {zoo.folder}. Train them: guard zoo train --plan test --missing.")
         if not options.page_only:
             measure_missing(zoo, records, models, options.seeds, options.minutes)
-        publish(records, zoo, options.seeds, frozen)
+        publish(records, zoo, sorted({*SEEDS, *options.seeds}), frozen)
     except ZooError as error:
         sys.exit(str(error))
 

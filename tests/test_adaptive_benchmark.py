@@ -86,6 +86,20 @@ def test_attacker_adaptations_train_other_networks(attacker):
         assert any(not np.array_equal(first.numpy(), second.numpy()) for first, second in pairs)
 
 
+def test_rows_that_were_not_asked_for_now_stay_in_the_table(script, tmp_path, monkeypatch):
+    document = tmp_path / "leaderboard.md"
+    document.write_text("<!-- adaptive-attacks -->\n<!-- end -->\n")
+    monkeypatch.setattr(script, "DOCUMENT", document)
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    records = script.Records(tmp_path / "adaptive_attacks")
+    for name, setting in script.SETTINGS.items():
+        row = dict.fromkeys(script.FIELDS, 0.5) | {"data_set": name, "adaptation": "none", "seed": 0, "noticed": 0}
+        records.write(row, script.key_of(name, "none", setting), script.DETECTOR, 0)
+    script.main(["--page-only", "--settings", next(iter(script.SETTINGS)), "--seeds", "0"])
+    _, *lines = (tmp_path / "adaptive_attacks.csv").read_text().splitlines()
+    assert len(lines) == len(script.SETTINGS) > 1
+
+
 def test_table_has_means_and_what_the_attacker_pays(script, tmp_path, monkeypatch):
     document = tmp_path / "leaderboard.md"
     document.write_text("<!-- adaptive-attacks -->\n<!-- end -->\n")
