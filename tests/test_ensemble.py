@@ -27,14 +27,14 @@ def clean():
     return Activations(*arrays, {"early": features[:, :4].astype(np.float32)}), labels
 
 
-def test_ensemble_calibrated_mode_holds_every_detector_once_per_depth():
+def test_ensemble_calibrated_mode_holds_one_head_and_the_other_detectors_once_per_depth():
     names = Ensemble.for_mode(GuardConfig(), ("conv1", "conv2")).names
-    assert names == tuple(
-        f"{kind}:{depth}"
-        for kind in ("lof", "disagreement", "residual", "relative_distance")
-        for depth in ("features", "conv1", "conv2")
-    )
-    assert len(set(names)) == len(names)
+    of_depths = {
+        kind: tuple(f"{kind}:{depth}" for depth in ("features", "conv1", "conv2"))
+        for kind in ("lof", "residual", "relative_distance")
+    }
+    head = ("disagreement:features",)
+    assert names == (*of_depths["lof"], *head, *of_depths["residual"], *of_depths["relative_distance"])
 
 
 def test_ensemble_calibrated_mode_takes_shared_settings_from_the_config():
@@ -42,8 +42,8 @@ def test_ensemble_calibrated_mode_takes_shared_settings_from_the_config():
     detectors = {member.name: member.detector for member in ensemble.members}
     assert detectors["lof:conv1"] == PerClassLof(depth="conv1", n_neighbors=7)
     assert detectors["lof:features"].depth == "features"
-    head = detectors["disagreement:conv1"]
-    assert (head.depth, head.seed, head.feature_noise_std) == ("conv1", 5, 0.3)
+    head = detectors["disagreement:features"]
+    assert (head.depth, head.seed, head.feature_noise_std) == ("features", 5, 0.3)
 
 
 def test_ensemble_paper_mode_holds_novelty_and_head_at_the_split_layer_in_the_order_of_the_fusion():
@@ -67,8 +67,8 @@ def test_ensemble_score_has_one_column_per_detector(clean):
     whitened = Activations(activations.logits, lead)
     for name, detector in (("lof:early", PerClassLof()), ("relative_distance:early", RelativeDistance())):
         np.testing.assert_allclose(columns[name], detector.fit(whitened, labels).score(whitened), rtol=1e-6, atol=1e-9)
-    head = HeadDisagreement(depth="early").fit(activations, labels)
-    np.testing.assert_array_equal(columns["disagreement:early"], head.score(activations))
+    head = HeadDisagreement().fit(activations, labels)
+    np.testing.assert_array_equal(columns["disagreement:features"], head.score(activations))
 
 
 def test_ensemble_spaces_are_learned_from_clean_inputs_alone(clean):
@@ -102,7 +102,7 @@ def test_ensemble_up_to_a_depth_projects_no_other(clean):
     activations, labels = clean
     early = Ensemble.for_mode(GuardConfig(), ("early",)).fit(activations, labels).up_to(["early"])
     assert [*early.spaces] == ["early"]
-    assert early.names == ("lof:early", "disagreement:early", "residual:early", "relative_distance:early")
+    assert early.names == ("lof:early", "residual:early", "relative_distance:early")
     assert np.isfinite(early.score(activations)).all()
 
 

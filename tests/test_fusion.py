@@ -45,7 +45,7 @@ def test_calibrated_fusion_combine_by_hand():
         [softplus(z[:, :2]).mean(axis=1), np.abs(residual - clean.mean()) / clean.std(), softplus(z[:, 3])]
     )
     again = softplus(-ndtri_exp(-fusion.kind_map_.surprise(of_kinds)))
-    novelty, contradiction = np.square(again[:, :2]).mean(axis=1), np.square(again[:, 2])
+    novelty, contradiction = np.square(again[:, :2]) @ [2 / 3, 1 / 3], np.square(again[:, 2])  # two detectors and one
     surprise = -norm.logsf(z)
     for logits, sure in (
         (np.array([[1e9, 0.0]] * 2), 1.0),
@@ -80,14 +80,10 @@ def test_calibrated_fusion_bounds_the_factor_of_contradictions_as_well():
     assert unsure / sure == pytest.approx(0.5, rel=1e-12)
 
 
-def test_calibrated_fusion_gives_every_kind_the_same_weight_however_many_depths_it_has():
-    raw = np.random.default_rng(0).normal(size=(400, 2))[:, [0, 0, 0, 1]]
-    kinds = [Kind("lof"), Kind("lof"), Kind("lof"), Kind("demarcation")]
-    fusion = CalibratedFusion().fit(raw, np.zeros((400, 2)), np.zeros(400, dtype=int), kinds)
-    middle, loud = np.log(2.0), -norm.logsf(4.0)
-    lof = fusion.combine(np.array([[loud, loud, loud, middle]]), SURE)[0]
-    demarcation = fusion.combine(np.array([[middle, middle, middle, loud]]), SURE)[0]
-    assert lof == pytest.approx(demarcation, rel=0.1)
+def test_calibrated_fusion_counts_a_kind_once_for_each_of_its_detectors():
+    kinds = [Kind("lof"), Kind("lof"), Kind("lof"), Kind("probe"), Kind("disagreement", "contradiction")]
+    scores = KindScores.fit(np.zeros((2, 5)), kinds)
+    np.testing.assert_allclose(scores.weights, [3 / 8, 1 / 8, 1 / 2], rtol=1e-15)
 
 
 def test_calibrated_fusion_gives_what_resembles_anomalies_a_part_of_its_own_and_no_factor():
@@ -126,6 +122,9 @@ def test_compared_depths_tell_an_input_that_is_unusual_at_one_depth_from_those_t
         ("centre", np.array([0.0, 0.0, np.nan, 0.0])),
         ("whiten", np.zeros((4, 3))),
         ("whiten", np.full((4, 4), np.inf)),
+        ("whiten", np.diag([0.0, 0.0, 0.0, 0.0]) + np.eye(4)[:, [1, 0, 3, 2]]),  # across kinds
+        ("whiten", np.diag([1.0, 0.0, 1.0, 0.0])),  # half of a kind
+        ("kinds", np.array([0, 0, 1, 1])),  # the third has no detector
         ("kind.knots", np.zeros((2, 33))),
         ("kind.scale", np.zeros(3)),
     ],
@@ -138,6 +137,23 @@ def test_calibrated_fusion_restore_refuses_scores_of_kinds_that_are_none(name, a
         DataError, match=r"^array \w+ must" if name == "kind.knots" else f"array {name.removeprefix('kind.')} must"
     ):
         CalibratedFusion().restore({**fusion.arrays(), name: array})
+
+
+def test_calibrated_fusion_is_not_stretched_by_infinite_scores_of_a_few_clean_inputs():
+    raw = np.random.default_rng(0).normal(size=(500, 4))
+    some = raw.copy()
+    some[:4, 0] = np.inf  # a class of two images: no local outlier factor
+    logits, labels = np.zeros((500, 2)), np.zeros(500, dtype=int)
+    fusion, undisturbed = (CalibratedFusion().fit(scores, logits, labels, KINDS) for scores in (some, raw))
+    strange = np.array([[8.0, 8.0, 0.0, 0.0]])
+    score, expected = (part.combine(part.surprise(strange), SURE)[0] for part in (fusion, undisturbed))
+    assert score == pytest.approx(expected, rel=0.2)
+    clean = fusion.combine(fusion.surprise(some), np.repeat(SURE, 500, axis=0))
+    assert np.isfinite(clean).all()
+    assert set(np.argsort(clean)[-4:]) == set(range(4))
+    assert score > np.median(clean)
+    everything = CalibratedFusion().fit(np.full((500, 4), np.inf), logits, labels, KINDS)
+    assert np.isfinite(everything.combine(everything.surprise(strange), SURE)).all()
 
 
 def test_calibrated_fusion_of_an_older_version_is_the_root_mean_square_of_surprise():

@@ -14,12 +14,15 @@ from retrainer_helpers import Workspace, fit_guard, world
 
 from guard import Activations, Guard, GuardConfig, SuspectModel
 from guard.cli import run
+from guard.detection.detectors import DETECTORS
+from guard.detection.fusion import CalibratedFusion
 from guard.errors import BundleError, DataError
 from guard.retrainer.candidate import fit_candidate
 from guard.retrainer.material import gather
 from guard.retrainer.settings import RetrainerSettings
 from guard.review.known_bundles import KnownBundles
 from guard.serving.runtime import GuardRuntime
+from guard.statistics.calibration import SurpriseMap
 from guard.storage.bundle import BundleStore, StoredBundle, read_bundle, write_bundle
 
 Arrays = dict[str, np.ndarray]
@@ -66,7 +69,17 @@ def reversed_rows(name: str) -> Change:
     return lambda arrays: arrays.update({name: arrays[name][::-1].copy()})
 
 
-HEAD = "detector.4."  # the first decision head of the guard below
+def put_together(ending: str, value: float) -> Change:
+    """Write a value into an array of the heads of early verdicts, the only detector with such names."""
+
+    def change(arrays: Arrays) -> None:
+        (name,) = (name for name in arrays if name.startswith("detector.") and name.endswith(f".{ending}"))
+        put(name, value)(arrays)
+
+    return change
+
+
+HEAD = "detector.4."  # the decision head of the guard below
 #: Whatever the version of the bundle.
 ABSURD: dict[str, Change] = {
     "clean scores of NaN": put("clean_scores", np.nan),
@@ -126,8 +139,8 @@ ABSURD: dict[str, Change] = {
     "early clean scores of 1e30": put("early.1.clean_scores", 1e30),
     "truncated early clean scores": first("early.0.clean_scores", 5),
     "early knots of NaN": put("early.0.knots", np.nan),
-    "heads together of zero": put("detector.16.0.inputs", 0.0),
-    "heads together of NaN": put("detector.16.1.outputs", np.nan),
+    "heads together of zero": put_together("0.inputs", 0.0),
+    "heads together of NaN": put_together("1.outputs", np.nan),
 }
 #: What only a bundle that keeps its reproduction can tell.
 SUBTLE: dict[str, Change] = {
@@ -154,8 +167,29 @@ def sound(suspect: SuspectModel, clean_split: Any, tmp_path_factory: pytest.Temp
     return read_bundle(guard.save(tmp_path_factory.mktemp("sound")))
 
 
+class OlderFusion(CalibratedFusion):
+    """The combination of versions that kept no reproduction."""
+
+    def fit(self, raw, logits, labels, kinds=None):
+        self.surprise_map_ = SurpriseMap.fit(raw)
+        return self
+
+
+@pytest.fixture(scope="module")
+def sound_older(suspect: SuspectModel, clean_split: Any, tmp_path_factory: pytest.TempPathFactory) -> StoredBundle:
+    """The same as an older version wrote it."""
+    images, labels = clean_split.validation
+    config = GuardConfig(false_positive_rate=0.05, anytime=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("guard.detection.cross_fitting.new_fusion", lambda mode: OlderFusion())
+        known = {kind: DETECTORS[kind] for kind in ("lof", "disagreement", "anytime")}
+        patch.setattr("guard.detection.ensemble.DETECTORS", known)
+        guard = Guard.fit(suspect, images[:300], labels[:300], config)
+    return older(read_bundle(guard.save(tmp_path_factory.mktemp("older"))))
+
+
 def older(stored: StoredBundle) -> StoredBundle:
-    """Return the bundle as the version before wrote it."""
+    """Return the bundle without what older versions did not keep."""
     arrays = {name: array for name, array in stored.arrays.items() if not name.endswith("reproduction")}
     document = {name: value for name, value in stored.document.items() if name != "reference_accuracy"}
     return StoredBundle(stored.digest, document, arrays)
@@ -169,19 +203,27 @@ def write(folder: Path, stored: StoredBundle, change: Change = dict, **document:
 
 def test_sound_bundle_names_the_arrays_that_the_tests_change(sound):
     detectors = [entry["name"] for entry in sound.document["detectors"]]
-    assert detectors[4].startswith("disagreement:")
-    assert detectors[16] == "anytime"
+    assert detectors[4] == "disagreement:features"
+    assert detectors[13] == "anytime"
     assert "early.1.clean_scores" in sound.arrays
 
 
-def test_sound_bundles_of_both_versions_load_and_decide_alike(sound, tmp_path, clean_activations):
-    new, old = (Guard.load(write(tmp_path, entry)) for entry in (sound, older(sound)))
-    sample = Activations(
-        clean_activations.logits[:20],
-        clean_activations.features[:20],
-        {name: clean_activations.at(name)[:20] for name in new.reference.depths},
-    )
-    assert new.inspect_activations(sample) == old.inspect_activations(sample)
+def test_sound_bundle_of_an_older_version_loads_and_decides_by_its_rule(sound_older, tmp_path, clean_activations):
+    guard = Guard.load(write(tmp_path, sound_older))
+    assert guard.fusion.kind_scores_ is None
+    layers = {name: clean_activations.at(name)[:20] for name in guard.reference.depths}
+    sample = Activations(clean_activations.logits[:20], clean_activations.features[:20], layers)
+    surprise = guard.fusion.surprise(guard.ensemble.score(sample))
+    np.testing.assert_allclose(guard.scores(sample).combined, np.sqrt(np.square(surprise).mean(axis=1)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["reproduction", "early.0.reproduction", "early.1.reproduction"])
+def test_load_bundle_whose_reproduction_was_taken_out_is_refused(sound, tmp_path, name):
+    def without(arrays: dict[str, Any]) -> None:
+        del arrays[name]
+
+    with pytest.raises(BundleError, match=rf"is not sound: array {name} is missing\."):
+        Guard.load(write(tmp_path, sound, without))
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5])
@@ -199,8 +241,8 @@ def test_candidate_of_a_round_that_held_clean_images_out_loads(tmp_path, share):
 
 @pytest.mark.parametrize("version", ["new", "old"])
 @pytest.mark.parametrize("change", ABSURD.values(), ids=ABSURD.keys())
-def test_load_absurd_arrays_are_refused(sound, tmp_path, change, version):
-    path = write(tmp_path, sound if version == "new" else older(sound), change)
+def test_load_absurd_arrays_are_refused(sound, sound_older, tmp_path, change, version):
+    path = write(tmp_path, sound if version == "new" else sound_older, change)
     with pytest.raises(BundleError, match=rf"^bundle {path.name[:12]} ") as error:
         Guard.load(path)
     assert "\n" not in str(error.value)

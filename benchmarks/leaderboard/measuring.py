@@ -119,7 +119,8 @@ def measure(subject: Subject, rival_class: type[Rival], seed: int) -> Figures:
         answers = subject.suspect.activations(subject.triggered[triggered]).predicted_labels
         is_hit = answers == subject.attacker_labels[triggered]
         figures["all"] = _rates(clean, found)
-        figures["hits"] = _rates(clean, found[is_hit])
+        if is_hit.any():
+            figures["hits"] = _rates(clean, found[is_hit])
     if isinstance(guard, Guard):
         figures["after"] = _after(guard, subject)
     return figures
@@ -231,6 +232,7 @@ def _digest_of_code(detector: str) -> str:
 def _sources(detector: str) -> Iterator[Path]:
     yield Path(__file__)
     if detector.startswith("guard"):
+        yield Path(__file__).with_name("contestants.py")
         yield from (PROJECT / "guard" / "detection").rglob("*.py")
         yield from (PROJECT / "guard" / "statistics").glob("*.py")
     else:

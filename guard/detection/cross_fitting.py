@@ -17,9 +17,9 @@ from guard.detection.training_set import TrainingSet
 from guard.statistics.calibration import conformal_p_values, stratified_folds
 from guard.types import BACKUP, FEATURES, BoolArray, Float64Array, FloatArray, IntArray
 
-#: Of so few images four fifths fit noticeably worse detectors than all do, and calibration would be too cautious: then
-#: there are more folds.
-_FEW_IMAGES, _MORE_FOLDS = 500, 10
+#: Detectors of `calibrated` mode are cheap to fit, and those of few folds noticeably worse than the final ones, which
+#: makes calibration too cautious; the more so the fewer images there are.
+_FOLDS, _FEW_IMAGES, _FOLDS_OF_FEW = 10, 500, 20
 #: Called with a line for a person and the share done, in [0, 1].
 Progress = Callable[[str, float], None]
 
@@ -119,10 +119,9 @@ def cross_fit(config: GuardConfig, training: TrainingSet, *, progress: Progress 
 
 
 def folds_for(config: GuardConfig, n_images: int) -> int:
-    """Return in how many parts so many distinct clean images are cut: more than the setting where these are few."""
-    if config.mode == "calibrated" and 2 * _MORE_FOLDS <= n_images < _FEW_IMAGES:
-        return max(config.folds, _MORE_FOLDS)
-    return config.folds
+    """Return in how many parts distinct clean images are cut: at least the setting's, and two images or more each."""
+    wanted = _FOLDS_OF_FEW if n_images < _FEW_IMAGES else _FOLDS
+    return max(config.folds, min(wanted, n_images // 2)) if config.mode == "calibrated" else config.folds
 
 
 def _silent(_text: str, _share: float) -> None:

@@ -20,6 +20,7 @@ from guard.detection.ensemble import Ensemble
 from guard.detection.fusion import Fusion, new_fusion
 from guard.detection.soundness import (
     GROUPS,
+    KEPT,
     REMEDY,
     Calibration,
     check_backup,
@@ -37,9 +38,6 @@ from guard.suspect.split_points import SplitPoints
 from guard.types import BACKUP, FEATURES, Activations, AnyArray, BoolArray, Float64Array, IntArray
 
 logger = logging.getLogger(__name__)
-
-#: Array that holds what the clean reference scored when the bundle was written, see `reproduction`.
-KEPT = "reproduction"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -74,7 +74,8 @@ class CalibratedFusion:
     with z the normal score, the quantile of the standard normal distribution that is exceeded with probability p. The
     detectors of one kind make one score of theirs (`KindScores`), of which z is taken in the same way. With N the mean
     of log(1 + exp z)^2 over the kinds that see what is novel, C that over the kinds that contradict the suspect's
-    answer, and c the suspect's own probability of its answer, the combination is
+    answer, in both of which a kind counts once for each of its detectors, and c the suspect's own probability of its
+    answer, the combination is
 
         sqrt((N * ((1 + c) / 2)^2 + C * max(c, 1 / 2)^2) / 2)
 
@@ -107,8 +108,13 @@ class CalibratedFusion:
         """See `Fusion.fit`."""
         self.surprise_map_ = SurpriseMap.fit(raw)
         graded = _graded(self.surprise_map_.surprise(raw))
-        self.kind_scores_ = KindScores.fit(graded, kinds or [Kind(str(place)) for place in range(raw.shape[1])])
-        self.kind_map_ = SurpriseMap.fit(self.kind_scores_(graded))
+        # Infinite scores, as of a class of few images, rank highest and have no size to learn from.
+        is_infinite = np.isinf(raw)
+        largest = np.where(is_infinite, 0.0, graded).max(axis=0, initial=0.0)
+        sized = np.where(is_infinite, largest, graded)
+        self.kind_scores_ = KindScores.fit(sized, kinds or [Kind(str(place)) for place in range(raw.shape[1])])
+        of_kinds = np.where(self.kind_scores_.any_of_kind(is_infinite), np.inf, self.kind_scores_(sized))
+        self.kind_map_ = SurpriseMap.fit(of_kinds)
         self.temperature_ = fit_temperature(logits, labels)
         return self
 

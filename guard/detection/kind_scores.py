@@ -10,7 +10,8 @@ import numpy as np
 
 from guard.arrays import require
 from guard.detection.detectors.base import Kind, Shows
-from guard.types import AnyArray, Float64Array, IntArray
+from guard.errors import DataError
+from guard.types import AnyArray, BoolArray, Float64Array, IntArray
 
 #: What detectors may say, in the order of the stored numbers.
 SHOWS: tuple[Shows, ...] = get_args(Shows)
@@ -64,18 +65,28 @@ class KindScores:
 
     def __call__(self, scores: Float64Array) -> Float64Array:
         """Return one score per row and kind, shape (n, n_kinds), float64, >= 0; higher = more suspicious."""
-        is_of_kind = self.kinds[:, np.newaxis] == np.arange(len(self.shows))
+        is_of_kind = self._is_of_kind
         is_averaged = ~self.whiten.any(axis=1, keepdims=True)
         averaged = is_of_kind * is_averaged / is_of_kind.sum(axis=0)
         distances = np.square((scores - self.centre) @ self.whiten) @ is_of_kind
         of_kinds: Float64Array = scores @ averaged + np.sqrt(distances)
         return of_kinds
 
+    def any_of_kind(self, is_so: BoolArray) -> BoolArray:
+        """Return what holds for any detector of a kind, shape (n, n_kinds), of what holds for detectors."""
+        return np.asarray(is_so @ self._is_of_kind, dtype=np.bool_)
+
+    @property
+    def _is_of_kind(self) -> BoolArray:
+        """Whether a detector is of a kind, shape (n_detectors, n_kinds)."""
+        return np.asarray(self.kinds[:, np.newaxis] == np.arange(len(self.shows)), dtype=np.bool_)
+
     @property
     def weights(self) -> Float64Array:
-        """Weight of each kind in a mean over what they show, and over the kinds that show it; shape (n_kinds,)."""
-        counts = np.bincount(self.shows)
-        return np.asarray(1.0 / (np.count_nonzero(counts) * counts[self.shows]), dtype=np.float64)
+        """Weight of each kind in a mean over what they show, and there over their detectors; shape (n_kinds,)."""
+        of_kinds = np.bincount(self.kinds)
+        of_shows = np.bincount(self.shows, of_kinds)
+        return np.asarray(of_kinds / (np.count_nonzero(of_shows) * of_shows[self.shows]), dtype=np.float64)
 
     def arrays(self) -> dict[str, AnyArray]:
         """Return everything that was learned, as arrays."""
@@ -93,4 +104,10 @@ class KindScores:
         kinds = require(arrays, "kinds", (n_detectors,), kind="i", low=0, high=len(shows) - 1)
         centre = require(arrays, "centre", (n_detectors,), low=-_LARGEST, high=_LARGEST)
         whiten = require(arrays, "whiten", (n_detectors, n_detectors), low=-_LARGEST, high=_LARGEST)
+        if len(np.unique(kinds)) < len(shows):
+            raise DataError("array kinds must name a detector of every kind in array shows.")
+        is_compared = np.isin(kinds, kinds[whiten.any(axis=1)])
+        joined = np.stack([whiten.any(axis=0), whiten.any(axis=1)])
+        if whiten[kinds[:, np.newaxis] != kinds].any() or (joined != is_compared).any():
+            raise DataError("array whiten must join all detectors of a kind, or none, and never two kinds.")
         return cls(kinds, shows, centre, whiten)

@@ -35,6 +35,8 @@ _LEAST_MEDIAN_P, _GREATEST_MEDIAN_P, _ENOUGH, _ENOUGH_RIGHT = 0.05, 0.97, 100, 1
 #: Of fewer images whitened detectors know their own far better than any others: seen were median p-values up to 1.
 _ENOUGH_WHITENED = 500
 _LARGEST_COUNT = 2**31
+#: Array that holds what the clean reference scored when the bundle was written, see `reproduction`.
+KEPT = "reproduction"
 #: Array that says which clean images are copies of each other, in a bundle of a set that has some.
 GROUPS = "groups"
 #: So far beyond the clean images, in units of their spread, must an input be flagged at a rate of half a percent.
@@ -255,6 +257,10 @@ def _check_reference(document: Mapping[str, Any], arrays: Mapping[str, AnyArray]
     if any(name.startswith("noisy_reference.") for name in arrays):
         for layer, width in widths.items():
             require(arrays, f"noisy_reference.{layer}", (n, width))
+    for name in arrays:
+        if name.endswith(".shows"):  # of a rule that is younger than reproductions are
+            of_early = name.removesuffix("shows").removeprefix("fusion.")
+            require(arrays, f"{of_early}{KEPT}", (2, len(rows_scored(n))))
     right = document.get("reference_accuracy")
     if right is not None:
         found = float((arrays["reference.logits"].argmax(axis=1) == labels).mean())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Self
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from guard.arrays import require
 from guard.detection.detectors.base import check_columns
@@ -77,12 +78,16 @@ class WhitenedSpace:
         scale = np.where(varies, spread, spread[varies].mean() if varies.any() else 1.0)
         mean, scale = mean.astype(np.float32), np.maximum(scale, _LEAST_SCALE).astype(np.float32)
         standard = (rows - mean) / scale
-        components = _principal_components(standard).astype(np.float64)
-        d, m = components.shape
-        centred = _less_class_means(standard, labels)
-        variance = float(np.einsum("ij,ij->", centred, centred, dtype=np.float64)) / len(rows)  # of all d features
-        inner, centred_inner = (part.astype(np.float64) @ components for part in (standard, centred))
-        within = centred_inner.T @ centred_inner / len(rows)
+        principal = _principal_components(standard)
+        d, m = principal.shape
+        inner = (standard @ principal).astype(np.float64)
+        of_class, counts = _class_means(standard, labels)[1:]
+        # Of all d features, within classes: mean square less that of the class means.
+        squares = np.einsum("ij,ij->", standard, standard, dtype=np.float64)
+        variance = float(squares - counts @ np.einsum("ij,ij->i", of_class, of_class, dtype=np.float64)) / len(rows)
+        place, of_class, _ = _class_means(inner, labels)
+        centred = inner - of_class[place]
+        within = centred.T @ centred / len(rows)
         left = max(variance - float(within.trace()), 0.0) / max(1, d - m)
         prior = max(variance / d, 1e-6)
         within = (1 - _SHRINKAGE) * within + _SHRINKAGE * prior * np.eye(m)
@@ -92,7 +97,7 @@ class WhitenedSpace:
         _, turn = np.linalg.eigh(white.T @ white)
         rotation = np.ascontiguousarray((whiten @ turn)[:, ::-1])
         rest = np.sqrt((1 - _SHRINKAGE) * left + _SHRINKAGE * prior)
-        return cls(mean, scale, components, rotation, np.array([rest], dtype=np.float32))
+        return cls(mean, scale, principal.astype(np.float64), rotation, np.array([rest], dtype=np.float32))
 
     def __call__(self, features: FloatArray) -> tuple[Float32Array, Float32Array]:
         """Return the leading and the trailing columns of whitened features, shape (n, r) and (n, m + 1 - r), float32.
@@ -150,11 +155,8 @@ def _principal_components(standard: Float32Array) -> Float32Array:
     return np.ascontiguousarray(basis @ turn[:, ::-1][:, :wanted].astype(np.float32))
 
 
-def _less_class_means(rows: Float32Array, labels: IntArray) -> Float32Array:
-    """Return rows (n, d), each less the mean of its class."""
-    order = np.argsort(labels, kind="stable")
-    _, first, place = np.unique(labels[order], return_index=True, return_inverse=True)
-    means = np.add.reduceat(rows[order], first, axis=0) / np.bincount(place)[:, np.newaxis]
-    centred = np.empty_like(rows)
-    centred[order] = rows[order] - means[place].astype(np.float32)
-    return centred
+def _class_means(rows: FloatArray, labels: IntArray) -> tuple[IntArray, FloatArray, IntArray]:
+    """Return the class of each row (n, d) as a place in [0, n_classes), the means of classes, and their rows."""
+    _, place, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    shares = csr_array(((1.0 / counts[place]).astype(rows.dtype), (place, np.arange(len(rows)))))
+    return place, shares @ rows, counts

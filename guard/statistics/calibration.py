@@ -152,7 +152,7 @@ class SurpriseMap:
         low, level = self.knots[detectors, left], self.levels[left]
         left += 1
         width = np.maximum(self.knots[detectors, left] - low, 1e-300)
-        share = np.minimum(np.maximum((values - low) / width, 0.0), 1.0)
+        share = np.minimum(np.maximum(values - low, 0.0), width) / width
         body = level + share * (self.levels[left] - level)
         excess = np.maximum(values - self.knots[:, -1], 0.0) / self.scale
         shape = np.maximum(self.shape, 1e-9)

@@ -42,7 +42,7 @@ class HeadDisagreement:
         See `DecisionHead.seed`.
     """
 
-    joins: ClassVar[Joins] = "once_per_depth"
+    joins: ClassVar[Joins] = "once"
     learns_from: ClassVar[frozenset[Source]] = WHAT_IS_WHAT
     reads: ClassVar[Reads] = "activations"
     shows: ClassVar[Shows] = "contradiction"

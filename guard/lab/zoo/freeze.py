@@ -14,7 +14,7 @@ from guard.errors import ZooError
 from guard.resources import checkout_root
 
 PACKAGE = Path(__file__).resolve().parents[2]
-#: What the default mode computes with, as patterns below the package's folder.
+#: What the default mode computes with, and which images it is fitted on; patterns below the package's folder.
 _SOURCES = (
     "detection/**/*.py",
     "statistics/*.py",
@@ -22,7 +22,10 @@ _SOURCES = (
     "suspect/recording.py",
     "suspect/outputs.py",
     "suspect/model.py",
+    "suspect/batch_dependence.py",
     "arrays.py",
+    "types.py",
+    "lab/zoo/splits.py",
 )
 #: Name that stands for the default settings, which are part of the method though most of their file is not.
 _DEFAULTS = "config.py, defaults of fitting and the default rate"
