@@ -5,9 +5,9 @@
 Writes `ablation.csv`: one row per rule, model and trigger, with AUROC and the share of all triggered inputs, those that
 miss the target too, that are caught where 1 % of all clean test images are flagged. Detectors are fitted once per
 model, on the zoo's clean validation images; rules differ in which of them they ask and how they combine. The earlier
-rule is that of the versions before: LOF on the features as they are and the heads, root mean square of surprise. The
-rule was chosen on these models, so this is no test. With all models the table goes into docs/detection.md. What
-`build/ablation` holds is not measured again.
+rule is that of the versions before: LOF on the features as they are and a head at every depth, root mean square of
+surprise; all rules have today's folds. The rule was chosen on these models, so this is no test. With all models the
+table goes into docs/detection.md. What `build/ablation` holds is not measured again: delete it after a change.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,9 +30,11 @@ import torch
 from guard.config import GuardConfig
 from guard.detection.cross_fitting import folds_for
 from guard.detection.detectors.base import Kind
+from guard.detection.detectors.disagreement import HeadDisagreement
 from guard.detection.detectors.lof import PerClassLof
 from guard.detection.ensemble import Ensemble, Member
 from guard.detection.fusion import CalibratedFusion
+from guard.detection.kind_scores import KindScores
 from guard.lab.zoo.collection import Zoo, default_zoo_dir
 from guard.lab.zoo.splits import load_split
 from guard.statistics.calibration import stratified_folds
@@ -43,7 +46,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 DOCUMENT = PROJECT / "docs" / "detection.md"
 RATE = 0.01
 KINDS = ("lof", "disagreement", "residual", "relative_distance")
-EARLIER = "lof of features"
+#: What earlier versions asked besides: LOF of features that are not whitened, and heads before the split layer.
+EARLIER, HEADS = "lof of features", "disagreement of earlier depths"
 
 
 class Case(NamedTuple):
@@ -62,6 +66,7 @@ class Rule(NamedTuple):
     #: Replaces what the detectors say of themselves.
     changed: Mapping[str, str] = {}
     has_factor: bool = True
+    weighs_kinds_alike: bool = False
     is_earlier: bool = False
 
 
@@ -70,9 +75,11 @@ RULES = {
     **{f"without {kind}": Rule(tuple(other for other in KINDS if other != kind)) for kind in KINDS},
     "without the factors": Rule(has_factor=False),
     "one family, one factor": Rule(changed={"shows": "novelty"}),
+    "a head at every depth": Rule((*KINDS, HEADS)),
+    "all kinds weigh the same": Rule(weighs_kinds_alike=True),
     "depths of all kinds averaged": Rule(changed={"over_depths": "averaged"}),
     "LOF of features": Rule((EARLIER, *KINDS[1:])),
-    "earlier rule": Rule((EARLIER, "disagreement"), is_earlier=True),
+    "earlier rule": Rule((EARLIER, "disagreement", HEADS), is_earlier=True),
 }
 
 
@@ -81,19 +88,27 @@ def fitted_ensemble(seed: int, activations: Activations, labels: IntArray, share
     config = GuardConfig(seed=seed, n_neighbors=max(1, round(20 * share)))
     depths = tuple(activations.depths)
     ensemble = Ensemble.for_mode(config, depths).fit(activations, labels)
-    plain = [
-        Member(
-            f"{EARLIER}:{depth}", EARLIER, _Plain(depth=depth, n_neighbors=config.n_neighbors).fit(activations, labels)
-        )
-        for depth in ("features", *depths)
+    earlier = [
+        *((EARLIER, _Plain(depth=depth, n_neighbors=config.n_neighbors)) for depth in ("features", *depths)),
+        *((HEADS, HeadDisagreement(depth=depth, seed=seed)) for depth in depths),
     ]
-    return Ensemble([*ensemble.members, *plain], ensemble.spaces)
+    members = [Member(f"{kind}:{part.depth}", kind, part.fit(activations, labels)) for kind, part in earlier]
+    return Ensemble([*ensemble.members, *members], ensemble.spaces)
 
 
 class _Plain(PerClassLof):
     """LOF on the features as they are."""
 
     reads = "activations"
+
+
+class _Alike(KindScores):
+    """Scores of kinds, each of which counts once among those that show the same."""
+
+    @property
+    def weights(self) -> Float64Array:
+        counts = np.bincount(self.shows)
+        return np.asarray(1.0 / (np.count_nonzero(counts) * counts[self.shows]))
 
 
 def measure_scores(zoo: Zoo, name: str) -> Case:
@@ -127,7 +142,12 @@ def figures(case: Case) -> Iterator[tuple[str, str, float, float]]:
         columns = np.isin([kind.name for kind in case.kinds], rule.kinds)
         raw, logits, labels = case.fitted
         kinds = [kind._replace(**rule.changed) for kind, is_asked in zip(case.kinds, columns, strict=True) if is_asked]
+        kinds = [kind._replace(name="disagreement") if kind.name == HEADS else kind for kind in kinds]
         fusion = CalibratedFusion().fit(raw[:, columns], logits, labels, kinds)
+        if rule.weighs_kinds_alike:
+            scores_of_kinds = fusion.kind_scores_
+            assert scores_of_kinds is not None  # fitted above
+            fusion.kind_scores_ = _Alike(*(getattr(scores_of_kinds, part.name) for part in fields(scores_of_kinds)))
         if rule.is_earlier:
             fusion = CalibratedFusion(fusion.surprise_map_)
 
