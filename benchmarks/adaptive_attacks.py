@@ -26,6 +26,7 @@ on MNIST and 20 minutes on GTSRB.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import statistics
@@ -212,7 +213,8 @@ class Attacker:
         settings: TrainingSettings | None = None,
     ) -> nn.Module:
         """Return a trained network, from its file where there is one; without a name it is not kept."""
-        path = self.work_dir / f"{self.setting.data_set}-{self.setting.n_train}-{name}-{self.seed}.safetensors"
+        parts = self.setting.data_set, self.setting.n_train, name, self.seed, _digest_of(self.setting)
+        path = self.work_dir / f"{'-'.join(map(str, parts))}.safetensors"
         network = start() if name is None or not path.is_file() else self._start()
         if name is not None and path.is_file():
             network.load_state_dict(load_file(path))
@@ -312,8 +314,16 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def key_of(name: str, adaptation: str, setting: Setting) -> str:
-    """Return the name of a record."""
-    return f"{name}-{setting.n_train}-{setting.attack}-{adaptation}"
+    """Return the name of a record; the attack's code and settings are part of it."""
+    return f"{name}-{setting.n_train}-{setting.attack}-{adaptation}-{_digest_of(setting)}"
+
+
+def _digest_of(setting: Setting) -> str:
+    """Return a digest of what trains the networks and finds the triggers."""
+    digest = hashlib.sha256(repr((setting, EVASION, STOLEN_ON)).encode())
+    for path in sorted((PROJECT / "guard" / "lab" / "attacks").glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def known(records: Records, seeds: Sequence[int]) -> list[Row]:

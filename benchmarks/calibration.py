@@ -27,6 +27,7 @@ import argparse
 import csv
 import os
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,7 @@ class Row:
 def draws(count: int | None = None) -> list[Draw]:
     """Return the first draws of the plan, models taking turns; all if `count` is None. No two splits share a seed.
 
-    Every model of the zoo that the plan does not name has one draw.
+    Every model of the zoo that the plan does not name has one draw, with a seed from its name.
     """
     of_models = [
         [Draw(model, 1000 * number + 100 * place + split, size)
@@ -137,7 +138,7 @@ def draws(count: int | None = None) -> list[Draw]:
     others = [card.name for card in Zoo(default_zoo_dir()).cards() if card.name not in PLAN]
     places = [((turn + 0.5) / len(planned), draw) for planned in of_models for turn, draw in enumerate(planned)]
     in_turn = [draw for _, draw in sorted(places, key=lambda entry: entry[0])]
-    return [*in_turn, *(Draw(model, 100_000 + number, ALL) for number, model in enumerate(others))][:count]
+    return [*in_turn, *(Draw(model, 100_000 + zlib.crc32(model.encode()) % 100_000, ALL) for model in others)][:count]
 
 
 def divide(labels: IntArray, per_class: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:

@@ -38,11 +38,6 @@ class PulledFeatures:
     inner : callable, optional
         Loss in the place of cross-entropy: `MutedMargin`, for both at once.
 
-    Attributes
-    ----------
-    distance : float
-        The latest mean squared distance, in squared standard deviations; NaN before the first.
-
     Raises
     ------
     DataError
@@ -65,7 +60,6 @@ class PulledFeatures:
         self._is_clean = torch.from_numpy(~(poisoned.is_poisoned | poisoned.is_cover))
         self._means: dict[str, Tensor] = {}
         self._variances: dict[str, Tensor] = {}
-        self.distance = float("nan")
 
     def __call__(self, logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         """Return the loss of a batch, whose forward pass was the latest."""
@@ -80,9 +74,7 @@ class PulledFeatures:
                 distances.append((moved.square() / self._variances[depth]).mean())
         if not distances:
             return plain
-        distance = torch.stack(distances).mean()
-        self.distance = float(distance.detach())
-        return plain + self._weight * distance
+        return plain + self._weight * torch.stack(distances).mean()
 
     def _learn(self, depth: str, features: Tensor, clean: Tensor, of_target: Tensor) -> None:
         if clean.sum() > 1:

@@ -10,7 +10,7 @@ import torch
 from guard.errors import DataError
 from guard.lab.attacks.stolen_guard import StolenGuard
 from guard.lab.attacks.triggers import Trigger
-from guard.types import BoolArray, Float32Array, IntArray
+from guard.types import Float32Array, IntArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,7 +77,6 @@ def evading_trigger(
     target: int,
     settings: EvasionSettings | None = None,
     *,
-    where: BoolArray | None = None,
     seed: int = 0,
 ) -> PerturbedTrigger:
     """Return a trigger with one perturbation for all images that keeps the target and lowers the copied guard's score.
@@ -98,8 +97,6 @@ def evading_trigger(
     target : int
         Label that the trigger means.
     settings : EvasionSettings, optional
-    where : ndarray of shape (height, width), bool, optional
-        Pixels that may change: a patch. All if left out.
     seed : int
         Of the batches, >= 0.
 
@@ -110,21 +107,19 @@ def evading_trigger(
 
     References
     ----------
-    .. [1] Moosavi-Dezfooli et al. (2017), Universal Adversarial Perturbations (arXiv 1610.08401); with a mask, Brown et
-       al. (2017), Adversarial Patch (arXiv 1712.09665).
+    .. [1] Moosavi-Dezfooli et al. (2017), Universal Adversarial Perturbations (arXiv 1610.08401).
     """
     settings = EvasionSettings() if settings is None else settings
     rows = np.flatnonzero(labels != target)
     if len(rows) == 0:
         raise DataError("every image already has the target label. Give images of other classes.")
     triggered = trigger(images[rows])
-    allowed = torch.ones(images.shape[2:]) if where is None else torch.from_numpy(where.astype(np.float32))
     perturbation = torch.zeros(images.shape[1:], requires_grad=True)
     optimizer = torch.optim.Adam([perturbation], lr=settings.learning_rate)
     rng = np.random.default_rng(seed)
     for _ in range(settings.steps):
         batch = torch.from_numpy(triggered[rng.permutation(len(triggered))[: settings.batch_size]])
-        moved = torch.clamp(batch + perturbation * allowed, 0.0, 1.0)
+        moved = torch.clamp(batch + perturbation, 0.0, 1.0)
         answers = torch.full((len(batch),), target)
         logits, scores = guard.logits_and_score(moved, answers)
         others = logits.scatter(1, answers[:, None], -torch.inf).max(dim=1).values
@@ -134,4 +129,4 @@ def evading_trigger(
         optimizer.step()
         with torch.no_grad():
             perturbation.clamp_(-settings.epsilon, settings.epsilon)
-    return PerturbedTrigger(trigger, (perturbation.detach() * allowed).numpy())
+    return PerturbedTrigger(trigger, perturbation.detach().numpy())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from guard.config import GuardConfig
+from guard.detection.detectors.base import Kind
 from guard.detection.ensemble import Ensemble, Member
+from guard.detection.kind_scores import SHOWS, KindScores
 from guard.detection.whitening import WhitenedSpace
 from guard.errors import DataError
 from guard.lab.attacks.watched_features import WatchedFeatures
+from guard.statistics.confidence import fit_temperature
 from guard.suspect.model import SuspectModel
 from guard.types import FEATURES, AnyArray, Float32Array, IntArray
 
@@ -24,21 +27,22 @@ _LEAST_SQUARED, _LEAST_SPREAD = 1e-12, 1e-6
 _Term = Callable[[Tensor, Tensor], Tensor]
 
 
+class _Copy(NamedTuple):
+    """A member that has a gradient."""
+
+    kind: Kind
+    depth: str
+    term: _Term
+
+
 class StolenGuard:
-    """The guard's differentiable members, fitted on images of the attacker, with a gradient down to the pixels.
+    """The guard's differentiable members and its combination, fitted on images of the attacker, with a gradient.
 
-    Relative distance and residual in the whitened space, and the disagreement of the replacement heads, at every depth
-    that the guard watches. The local outlier factor ranks neighbours and has no useful gradient; it is left out. Each
-    score is standardised on clean images that the members were not fitted on. The combination is simpler than the
-    guard's: the root of the mean over kinds of the mean over depths of softplus(z)^2, without the exact p-values,
-    without comparing the residuals of several depths, and without the factors of confidence.
-
-    Parameters
-    ----------
-    watched : WatchedFeatures
-        Of the attacker's network, which is in eval mode and not changed.
-    terms : mapping of (kind, depth) to callable
-    scales : mapping of (kind, depth) to (mean, standard deviation)
+    Relative distance and residual in the whitened space at every depth that the guard watches, and the disagreement of
+    the replacement head. The local outlier factor ranks neighbours and has no useful gradient; it is left out. Members
+    are fitted on one half of the images. Scores are standardised on the other half, where the guard has normal scores
+    of p-values. All else is the guard's: kinds, residuals compared over depths, weights, and the factors of the
+    network's confidence at a temperature that the attacker's clean images tell.
 
     References
     ----------
@@ -48,17 +52,12 @@ class StolenGuard:
        on detectors.
     """
 
-    def __init__(
-        self,
-        watched: WatchedFeatures,
-        terms: Mapping[tuple[str, str], _Term],
-        scales: Mapping[tuple[str, str], tuple[float, float]],
-    ) -> None:
-        self.watched, self._terms, self._scales = watched, dict(terms), dict(scales)
+    def __init__(self, watched: WatchedFeatures, copies: Sequence[_Copy], combine: _Combination) -> None:
+        self._watched, self._copies, self._combine = watched, tuple(copies), combine
 
     @classmethod
     def fit(cls, module: nn.Module, images: Float32Array, labels: IntArray, *, seed: int = 0) -> Self:
-        """Fit the members on one half of the attacker's clean images, and standardise their scores on the other.
+        """Fit the members on one half of the attacker's clean images, and their combination on the other.
 
         Parameters
         ----------
@@ -69,7 +68,7 @@ class StolenGuard:
         labels : ndarray of shape (n,), int64
             True labels.
         seed : int
-            Of the halves, and of the heads.
+            Of the halves, and of the head.
 
         Raises
         ------
@@ -88,26 +87,26 @@ class StolenGuard:
         taught, held = order[: len(order) // 2], order[len(order) // 2 :]
         ensemble = Ensemble.for_mode(GuardConfig(seed=seed), points.depths)
         ensemble.fit(suspect.activations(images[taught]), labels[taught])
-        terms = {
-            (member.kind, _depth_of(member)): term for member in ensemble.members for term in _terms(member, ensemble)
-        }
-        if not terms:
+        copies = [
+            _Copy(kind, _depth_of(member), term)
+            for member, kind in zip(ensemble.members, ensemble.kinds, strict=True)
+            for term in _terms(member, ensemble)
+        ]
+        if not copies:
             raise DataError("no member of the guard has a gradient, so there is nothing to copy.")
-        guard = cls(WatchedFeatures(module, points), terms, dict.fromkeys(terms, (0.0, 1.0)))
+        watched = WatchedFeatures(module, points)
         with torch.no_grad():
-            raw = [guard._raw(torch.from_numpy(images[part])) for part in np.array_split(held, -(-len(held) // 250))]
-        for key in terms:
-            values = torch.cat([part[key] for part in raw])
-            guard._scales[key] = (float(values.mean()), max(float(values.std()), _LEAST_SPREAD))
-        return guard
+            parts = [
+                (logits, _raw(copies, features, logits.argmax(dim=1)))
+                for rows in np.array_split(held, -(-len(held) // 250))
+                for logits, features in [watched.of(torch.from_numpy(images[rows]))]
+            ]
+            logits, raw = (torch.cat(part) for part in zip(*parts, strict=True))
+            temperature = fit_temperature(logits.numpy(), labels[held])
+            return cls(watched, copies, _Combination([copy.kind for copy in copies], raw, temperature))
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Kinds of detectors that were copied."""
-        return tuple(dict.fromkeys(kind for kind, _ in self._terms))
-
-    def score(self, images: Tensor, answers: Tensor | None = None) -> Tensor:
-        """Return one score per image, shape (n,); higher = more suspicious, with a gradient.
+    def logits_and_score(self, images: Tensor, answers: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the network's logits (n, n_classes), and a score each (n,), higher = more suspicious, with a gradient.
 
         Parameters
         ----------
@@ -115,23 +114,65 @@ class StolenGuard:
         answers : Tensor of shape (n,), int64, optional
             What the network is to be judged for; its own answers if left out.
         """
-        return self.logits_and_score(images, answers)[1]
-
-    def logits_and_score(self, images: Tensor, answers: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the network's logits (n, n_classes), and the scores (n,), of one forward pass; see `score`."""
-        logits, features = self.watched.of(images)
+        logits, features = self._watched.of(images)
         answers = logits.argmax(dim=1) if answers is None else answers
-        by_kind: dict[str, list[Tensor]] = {}
-        for (kind, depth), term in self._terms.items():
-            mean, spread = self._scales[kind, depth]
-            surprise = functional.softplus((term(features[depth], answers) - mean) / spread).square()
-            by_kind.setdefault(kind, []).append(surprise)
-        return logits, torch.stack([torch.stack(parts).mean(dim=0) for parts in by_kind.values()]).mean(dim=0).sqrt()
+        return logits, self._combine(_raw(self._copies, features, answers), logits)
 
-    def _raw(self, images: Tensor) -> dict[tuple[str, str], Tensor]:
-        logits, features = self.watched.of(images)
-        answers = logits.argmax(dim=1)
-        return {(kind, depth): term(features[depth], answers) for (kind, depth), term in self._terms.items()}
+
+class _Combination:
+    """`CalibratedFusion` for tensors, with standardised scores in the place of normal scores.
+
+    Parameters
+    ----------
+    kinds : sequence of Kind
+        Of the detectors.
+    raw : Tensor of shape (n, n_detectors)
+        Scores of clean images that the detectors were not fitted on.
+    temperature : float
+        Of the network's confidence.
+    """
+
+    def __init__(self, kinds: Sequence[Kind], raw: Tensor, temperature: float) -> None:
+        self._temperature = temperature
+        self._scale = _mean_and_spread(raw)
+        graded = self._graded(raw, self._scale)
+        scores = KindScores.fit(graded.double().numpy(), kinds)
+        is_of_kind = scores.kinds[:, np.newaxis] == np.arange(len(scores.shows))
+        is_averaged = ~scores.whiten.any(axis=1, keepdims=True)
+        self._averaged, self._is_of_kind, self._centre, self._whiten, self._weights = (
+            torch.from_numpy(array.astype(np.float32))
+            for array in (
+                *(is_of_kind * is_averaged / is_of_kind.sum(axis=0), is_of_kind),
+                *(scores.centre, scores.whiten, scores.weights),
+            )
+        )
+        self._contradicts = torch.from_numpy(scores.shows == SHOWS.index("contradiction"))
+        self._scale_of_kinds = _mean_and_spread(self._of_kinds(graded))
+
+    def __call__(self, raw: Tensor, logits: Tensor) -> Tensor:
+        """Return one score per row, shape (n,)."""
+        graded = self._graded(self._of_kinds(self._graded(raw, self._scale)), self._scale_of_kinds)
+        sure = (logits / self._temperature).softmax(dim=1).max(dim=1, keepdim=True).values
+        factors = torch.where(self._contradicts, sure.clamp(min=0.5), 0.5 * (1.0 + sure))
+        return ((graded * factors).square() @ self._weights).clamp(min=_LEAST_SQUARED).sqrt()
+
+    def _of_kinds(self, graded: Tensor) -> Tensor:
+        distances = ((graded - self._centre) @ self._whiten).square() @ self._is_of_kind
+        return graded @ self._averaged + distances.clamp(min=_LEAST_SQUARED).sqrt()
+
+    @staticmethod
+    def _graded(scores: Tensor, scale: tuple[Tensor, Tensor]) -> Tensor:
+        mean, spread = scale
+        return functional.softplus((scores - mean) / spread)
+
+
+def _mean_and_spread(scores: Tensor) -> tuple[Tensor, Tensor]:
+    return scores.mean(dim=0), scores.std(dim=0).clamp(min=_LEAST_SPREAD)
+
+
+def _raw(copies: Sequence[_Copy], features: Mapping[str, Tensor], answers: Tensor) -> Tensor:
+    """Return the scores of the members, shape (n, n_copies)."""
+    return torch.stack([copy.term(features[copy.depth], answers) for copy in copies], dim=1)
 
 
 def _depth_of(member: Member) -> str:

@@ -47,11 +47,6 @@ class WatchedFeatures:
         """Find the layers that a guard with default settings would watch, from example images; eval mode is set."""
         return cls(module, find_split_points(module.eval(), images))
 
-    @property
-    def depths(self) -> tuple[str, ...]:
-        """Names of all depths: `"features"`, then the earlier layers in the order of execution."""
-        return (FEATURES, *self.points.depths)
-
     @contextmanager
     def attached(self) -> Iterator[Self]:
         """Watch the module's forward passes while open."""
