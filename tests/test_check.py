@@ -182,7 +182,7 @@ def test_rows_are_all_or_spread_evenly() -> None:
 
 
 @contextmanager
-def serving(answer: dict[str, str], status: int = 200) -> Iterator[tuple[str, list[Any]]]:
+def serving(answer: dict[str, str], status: int = 200, content: bytes = b"{}") -> Iterator[tuple[str, list[Any]]]:
     """Answer every prediction alike, and keep what was asked."""
     asked: list[Any] = []
 
@@ -191,10 +191,10 @@ def serving(answer: dict[str, str], status: int = 200) -> Iterator[tuple[str, li
             body = self.rfile.read(int(self.headers["Content-Length"]))
             asked.append((self.path, self.headers["Authorization"], self.headers["Content-Type"], body))
             self.send_response(status)
-            for name, value in {**answer, "Content-Length": "2"}.items():
+            for name, value in {**answer, "Content-Length": str(len(content))}.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(b"{}")
+            self.wfile.write(content)
 
         def log_message(self, *_: object) -> None:
             pass
@@ -234,6 +234,13 @@ def test_check_of_a_server_sends_what_clients_send(
             check_server(url, "digits", [b"png"] * 3, 0.05, token=None)
     with serving({}, 503) as (url, _), pytest.raises(ArchiveError, match="no verdict; the first: status 503"):
         check_server(url, "digits", [b"png"] * 3, 0.05, token=None)
+    refused = b'{"code": 400, "type": "InvalidKeyException", "message": "Token Authorization failed. ..."}'
+    for token, said in ((None, "asks for a key"), ("old", "refuses the key that was given")):
+        with (
+            serving({}, 400, refused) as (url, _),
+            pytest.raises(ServerError, match=rf"{said}\. Give the key_file\.json .* as --key-file\.$"),
+        ):
+            check_server(url, "digits", [b"png"], 0.05, token=token)
     with pytest.raises(ServerError, match=f"{url} does not answer"):
         check_server(url, "digits", [b"png"], 0.05, token=None)
 

@@ -287,6 +287,17 @@ def test_watch_calls_back_once_per_forward_and_leaves_the_answer_alone(suspect):
     assert not hooks_of(suspect.module)
 
 
+@pytest.mark.parametrize("signature", ["*, images", "images, lengths", ""])
+def test_suspect_whose_forward_does_not_take_the_images_alone_is_refused(signature):
+    namespace = {}
+    exec(f"def forward(self{', ' if signature else ''}{signature}): ...", namespace)
+    network = type("Odd", (nn.Module,), {"forward": namespace["forward"]})()
+    with pytest.raises(
+        SuspectModelError, match=r"^forward of the suspect model \(Odd\) must be callable"
+    ):
+        SuspectModel(network)
+
+
 def test_watch_passes_keyword_inputs_on(suspect):
     suspect.locate(images())
     x = torch.from_numpy(images())

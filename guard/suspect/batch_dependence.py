@@ -54,7 +54,8 @@ def batch_dependence(module: nn.Module, images: Float32Array) -> str:
         if (moved := _moved(together, again, spread)) > _NOTICED:
             raise SuspectModelError(
                 f"the network answers the same images otherwise a second time: its logits move by {moved:.2g} of their "
-                f"spread{_explained(module)}. A guard needs a network that repeats itself: call eval() on it."
+                f"spread{_explained(module)}. A guard needs a network that repeats itself: call eval() on it, "
+                "and give functional dropout training=self.training."
             )
         for size in _SIZES:
             try:

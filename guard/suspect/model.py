@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -332,6 +333,15 @@ def build_architecture(architecture: str) -> nn.Module:
 def _check_watchable(module: nn.Module) -> None:
     if not isinstance(module, nn.Module):
         raise SuspectModelError(f"the suspect model must be a torch.nn.Module, got {type(module).__name__}.")
+    try:
+        inspect.signature(module.forward).bind(None)
+    except TypeError as error:
+        raise SuspectModelError(
+            f"forward of the suspect model ({type(module).__name__}) must be callable with the images alone, as its "
+            f"first positional argument: {error}. Wrap it in a module whose forward(images) fills in the rest."
+        ) from None
+    except ValueError:  # no signature to read, as of a compiled function
+        pass
     for inner in module.modules():
         if isinstance(inner, torch.jit.ScriptModule):
             kind, instead = "a TorchScript module", "Build the architecture in Python and load its state dict."

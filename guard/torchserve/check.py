@@ -231,6 +231,9 @@ def check_server(
             reply = client.predict(model, text, content_type=kind)
             if reply.error:
                 raise ServerError(f"{url} does not answer: {reply.error}. Is it running, and is this its address?")
+            if reply.status == 400 and b"InvalidKeyException" in reply.body:
+                key = "asks for a key" if token is None else "refuses the key that was given"
+                raise ServerError(f"{url} {key}. Give the key_file.json of this start of TorchServe as --key-file.")
             message = reply.body[:300].decode(errors="replace") if reply.status >= 400 else ""
             alone.append(Answer.of(reply.status, reply.headers, message))
     _check_verdicts(model, alone)
