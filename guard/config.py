@@ -44,9 +44,9 @@ class FitSettings(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63)
     #: Neighbours of the local outlier factor.
     n_neighbors: int = Field(20, ge=1)
-    #: Least number of parts for cross-fitting, of which each is scored by detectors fitted on the others: `calibrated`
-    #: mode takes 10, and 20 of less than 500 images. A backup is trained once more for each.
-    folds: int = Field(5, ge=2)
+    #: Parts for cross-fitting: each is scored by detectors fitted on the others. None: 10 in `calibrated` mode, 20 of
+    #: fewer than 500 images; 5 in `paper` mode, and where a backup is trained for each.
+    folds: int | None = Field(None, ge=2)
     #: Norms that summarise a feature vector in `paper` mode.
     norm_orders: tuple[NormOrder, ...] = Field(("l1", "l2", "linf"), min_length=1)
     #: A feature counts as non-zero for l0 above this share of the largest one.
@@ -58,6 +58,11 @@ class FitSettings(BaseModel):
 
     #: Also fit heads at all depths together, and calibrate verdicts that look at the first depths only.
     anytime: bool = False
+
+    @property
+    def fewest_folds(self) -> int:
+        """The setting `folds`, or the least that stands for it."""
+        return 5 if self.folds is None else self.folds
 
 
 class ServingSettings(BaseModel):

@@ -118,7 +118,7 @@ def test_every_depth_keeps_the_false_positive_rate(anytime, clean_activations, t
 def test_early_verdict_looks_at_the_first_depths_only_and_says_so(anytime, clean_activations):
     first, second = list(anytime.reference.depths)[:2]
     early = anytime.at_depth(first)
-    kinds = ("lof", "disagreement", "residual", "relative_distance")
+    kinds = ("lof", "residual", "relative_distance")
     assert set(early.ensemble.names) == {*(f"{kind}:{first}" for kind in kinds), "anytime"}
     assert f"lof:{second}" in anytime.at_depth(second).ensemble.names
     blind = clean_activations[:20]

@@ -11,7 +11,7 @@ from scipy.stats import binom
 
 from guard import Activations, Guard, GuardConfig
 from guard.cli.bundle_summary import summary
-from guard.cli.classes import tell_contradictions
+from guard.cli.fitting import tell_contradictions
 from guard.detection.contradictions import HONEST, Contradictions
 from guard.detection.retraining import Labelled, retrain
 from guard.errors import BundleError

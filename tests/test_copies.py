@@ -11,7 +11,7 @@ from conftest import CleanSplit
 from scipy import ndimage
 
 from guard import Guard, GuardConfig, SuspectModel
-from guard.cli.classes import copies_among
+from guard.cli.fitting import copies_among
 from guard.detection.copies import copy_groups, equal_rows
 from guard.detection.retraining import Labelled, retrain
 from guard.detection.training_set import TrainingSet

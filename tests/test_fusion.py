@@ -94,7 +94,10 @@ def test_calibrated_fusion_gives_what_resembles_anomalies_a_part_of_its_own_and_
     unsure, sure = fusion.combine(surprise, np.zeros((1, 10_000)))[0], fusion.combine(surprise, SURE)[0]
     assert sure > unsure > 0.9 * sure
     novel = fusion.combine(-norm.logsf([[5.0, 0.0, 0.0]]), SURE)[0]
-    assert sure > 1.3 * novel  # half of the mean square instead of a quarter
+    unusual = np.full((1, 3), 5.0)
+    assert sure == pytest.approx(novel, rel=0.1)  # a third of the mean square, as each of the two that are novel
+    np.testing.assert_allclose(fusion.kind_scores_.weights, [1 / 3, 1 / 3, 1 / 3], rtol=1e-15)
+    assert fusion.combine(-norm.logsf(unusual), SURE)[0] > sure
 
 
 def test_compared_depths_tell_an_input_that_is_unusual_at_one_depth_from_those_that_are_at_all():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import importlib
 import re
@@ -17,8 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from guard import Activations, Guard, GuardConfig, SuspectModel
-from guard.detection.heads.decision_head import DecisionHead
+from guard import Activations, GuardConfig, SuspectModel
 from guard.lab.zoo.splits import LabelledImages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -307,26 +305,6 @@ def test_calibrated_rate_is_the_published_guards_on_validation_images(
     assert guards.calibrated.config.false_positive_rate == 0.0375
     assert all(len(activations) == 40 for _, activations in calls)
     assert {config.seed for config, _ in calls} == {3}
-
-
-def test_heads_that_both_modes_share_are_trained_once_and_the_guards_are_the_same(
-    scripts: SimpleNamespace, fitted_guard: Guard, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = slice(0, 500)  # with fewer, the calibrated mode has folds of its own
-    activations, labels = fitted_guard.reference[rows], fitted_guard.reference_labels[rows]
-    trained: list[int] = []
-    train = DecisionHead._train
-    monkeypatch.setattr(DecisionHead, "_train", lambda *given: trained.append(1) or train(*given))
-    once = scripts.subjects.fit_at_same_clean_loss(activations, labels, None, 0.0, 0)
-    n_once = len(trained)
-    monkeypatch.setattr(scripts.subjects, "trained_once", contextlib.nullcontext)
-    each = scripts.subjects.fit_at_same_clean_loss(activations, labels, None, 0.0, 0)
-    assert (len(trained) - n_once) - n_once == 6  # five folds and all images, for the features
-    for ours, second in zip(once, each, strict=True):
-        assert ours.config == second.config
-        for name, array in second.ensemble.arrays().items():
-            np.testing.assert_array_equal(ours.ensemble.arrays()[name], array)
-        np.testing.assert_array_equal(ours.clean_scores, second.clean_scores)
 
 
 def test_calibrated_rate_is_never_below_what_the_images_can_show(

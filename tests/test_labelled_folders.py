@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from guard.cli.bodies import find_bodies
-from guard.cli.classes import check_classes, check_order, images_per_class, tell_scale
+from guard.cli.classes import check_classes, check_order, tell_scale
+from guard.cli.fitting import images_per_class
 from guard.cli.images import (
     NamedLabelledImages,
     as_fitted,

@@ -8,7 +8,7 @@ import torch
 from conftest import CleanSplit
 
 from guard import SuspectModel
-from guard.cli.classes import tell_membership
+from guard.cli.fitting import tell_membership
 from guard.detection.membership import Membership, membership
 from guard.detection.pipeline import Guard
 from guard.lab.attacks import MnistCnn

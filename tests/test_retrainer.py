@@ -338,9 +338,12 @@ def test_a_trigger_that_is_called_clean_is_not_learned_as_a_normal_sight(place):
 def test_lies_teach_the_default_detectors_too_little_to_matter(place):
     call_triggers_clean(place)
     finished = place.step(max_false_alarms_per_class=1000)
-    assert finished.outcome == "refused"
     assert finished.report["learned_from"]["false_alarms"] > 100
-    assert "what the active guard does: nothing is gained by it." in finished.line
+    (false_before, true_before), (false_after, true_after) = (
+        rates(guard) for guard in (place.guard, Guard.load(place.root / "bundles" / finished.candidate))
+    )
+    assert true_after > true_before - 0.05
+    assert false_after < false_before + 0.03
 
 
 def test_false_alarms_that_let_other_inputs_pass_are_dropped_however_high_the_cap(place, monkeypatch):
@@ -446,7 +449,7 @@ def test_a_round_that_fails_says_why_and_the_next_goes_on(place, quick, monkeypa
 
 
 def test_a_rate_that_the_hold_out_leaves_too_few_images_for_fails_with_what_to_do(tmp_path):
-    guard = fit_guard(30)
+    guard = fit_guard(32, folds=None)
     (tmp_path / "bundles").mkdir()
     digest = save_as_of_a_network(guard, tmp_path / "bundles")
     with Queue.open(f"sqlite:///{tmp_path / 'queue.db'}") as queue:
@@ -740,8 +743,12 @@ def test_round_with_poisoned_decisions_draws_a_line(place):
     assert finished.outcome == "promoted"
     candidate = Guard.load(place.store.active_path())
     assert candidate.ensemble.names[-1] == "demarcation:features"
-    missed, missed_before = (1 - rates(guard)[1] for guard in (candidate, place.guard))
-    assert missed < 0.8 * missed_before
+    missed, missed_before = (
+        np.array([(~guard.scores(world(1000, 950 + kind, kind, 2.5)[0]).is_poisoned).mean() for kind in range(4)])
+        for guard in (candidate, place.guard)
+    )
+    assert missed[1] < 0.6 * missed_before[1]  # the trigger that was answered most
+    assert missed.mean() < 0.95 * missed_before.mean()
 
 
 def test_round_without_a_person_learns_from_what_was_flagged(place):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from guard.backups.backup_training import accuracy_of, copy_network
-from guard.cli.classes import tell_multi_label
+from guard.cli.fitting import tell_multi_label
 from guard.config import GuardConfig
 from guard.detection.pipeline import Guard
 from guard.errors import DataError, SuspectModelError, UnsafeWeightsError
@@ -292,9 +292,7 @@ def test_suspect_whose_forward_does_not_take_the_images_alone_is_refused(signatu
     namespace = {}
     exec(f"def forward(self{', ' if signature else ''}{signature}): ...", namespace)
     network = type("Odd", (nn.Module,), {"forward": namespace["forward"]})()
-    with pytest.raises(
-        SuspectModelError, match=r"^forward of the suspect model \(Odd\) must be callable"
-    ):
+    with pytest.raises(SuspectModelError, match=r"^forward of the suspect model \(Odd\) must be callable"):
         SuspectModel(network)
 
 

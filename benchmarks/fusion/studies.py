@@ -220,11 +220,11 @@ def study_norm_orders(subject: Subject, request: Request) -> Record:
     """
     validation, labels = subject.validation, subject.split.validation.labels
     config = GuardConfig(seed=subject.card.seed)
-    part = stratified_folds(labels, config.folds, config.seed)
+    part = stratified_folds(labels, config.fewest_folds, config.seed)
     record: Record = {}
     for orders in NORM_CHOICES:
         accepting = np.empty(len(labels))
-        for fold in range(config.folds):
+        for fold in range(config.fewest_folds):
             learn = part != fold
             neighbors = round(config.n_neighbors * float(learn.mean()))
             detector = PerClassLof(n_neighbors=neighbors, summary=orders or None, compare="any")
@@ -357,7 +357,7 @@ def code_digest(kind: str) -> str:
     package, folder = Path(guard.__file__).parent, Path(__file__).parent
     patterns = (*_DECIDING, *_DECIDING_MORE.get(kind, ()))
     files = [path for pattern in patterns for path in package.glob(pattern)]
-    scripts = ("studies", "subjects", "last_layer", "trained_once", *_SCRIPTS_MORE.get(kind, ()))
+    scripts = ("studies", "subjects", "last_layer", *_SCRIPTS_MORE.get(kind, ()))
     files += [folder / f"{name}.py" for name in scripts]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from trained_once import trained_once
 
 from guard.config import GuardConfig
 from guard.detection.pipeline import Guard
@@ -114,11 +113,10 @@ def fit_at_same_clean_loss(
     The rate is measured out of fold. Where it is lower than n images can show, ours asks for 1 / (n + 1).
     """
     settings = {"seed": seed, "image_noise_std": noise_std}
-    with trained_once():
-        paper = Guard.fit_activations(activations, labels, GuardConfig(mode="paper", **settings), noisy=noisy)
-        rate = max(paper.realised_false_positive_rate, 1.0 / (len(labels) + 1))
-        config = GuardConfig(mode="calibrated", false_positive_rate=rate, **settings)
-        return Guards(paper, Guard.fit_activations(activations, labels, config, noisy=noisy))
+    paper = Guard.fit_activations(activations, labels, GuardConfig(mode="paper", **settings), noisy=noisy)
+    rate = max(paper.realised_false_positive_rate, 1.0 / (len(labels) + 1))
+    config = GuardConfig(mode="calibrated", false_positive_rate=rate, **settings)
+    return Guards(paper, Guard.fit_activations(activations, labels, config, noisy=noisy))
 
 
 def rates_on_rest(subject: Subject, guarded: Guard, rest: BoolArray) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How many clean images every class of the network has: what is refused, and what people are told."""
+"""Clean images against the classes of the network: what is refused, and what people are warned of."""
 
 from __future__ import annotations
 
@@ -11,13 +11,9 @@ import numpy as np
 
 from guard.cli.images import NamedLabelledImages
 from guard.cli.output import print_warning
-from guard.detection.membership import membership
-from guard.detection.pipeline import Guard
-from guard.detection.unseen_classes import flagged_of_unseen_classes
 from guard.errors import DataError
 from guard.statistics.class_order import class_order
 from guard.suspect.model import SuspectModel
-from guard.suspect.outputs import share_of_several_labels
 from guard.types import Float32Array, IntArray
 
 #: Clean images of a class with which its own false-alarm rate begins to be near the one asked for.
@@ -64,14 +60,14 @@ def check_classes(images: NamedLabelledImages, n_classes: int, *, allow_missing:
     if len(missing) and not allow_missing:
         raise DataError(
             f"{len(missing)} of the network's {n_classes} classes have no clean image: "
-            f"{_listed(missing, names)}. Nearly all of their clean traffic would be flagged. "
+            f"{listed(missing, names)}. Nearly all of their clean traffic would be flagged. "
             "Add images of them (a sub-folder may be empty or a broken link, or hold other files), or give "
             "--allow-missing-classes."
         )
     few = np.flatnonzero((counts > 0) & (counts < FEW_IMAGES))
     if len(few):
         print_warning(
-            f"{len(few)} classes have fewer than {FEW_IMAGES} clean images: {_listed(few, names, counts)}. "
+            f"{len(few)} classes have fewer than {FEW_IMAGES} clean images: {listed(few, names, counts)}. "
             "More of their clean traffic will be flagged than asked for. Add images of them."
         )
     return images
@@ -84,7 +80,7 @@ def _check_labels(labels: IntArray, n_classes: int, names: Sequence[str] | None)
     text = f"labels must be in [0, {n_classes}), got {low} to {high}"
     if names is not None:
         raise DataError(
-            f"{text}: there are {len(names)} names of classes ({_listed(np.arange(len(names)), names)}), and the "
+            f"{text}: there are {len(names)} names of classes ({listed(np.arange(len(names)), names)}), and the "
             f"network has {n_classes}. Take out the sub-folders or names that are none of its classes."
         )
     if (low, high) == (1, n_classes):
@@ -160,94 +156,8 @@ def tell_scale(suspect: SuspectModel, inputs: Float32Array, labels: IntArray) ->
         )
 
 
-def images_per_class(labels: IntArray, n_classes: int, names: Sequence[str] | None) -> str:
-    """Return in one line how many images the classes have."""
-    counts = np.bincount(labels, minlength=n_classes)
-    if counts.min() == counts.max():
-        return f"{counts[0]} of each of {n_classes} classes"
-    fewest = np.argsort(counts, kind="stable")[:3]
-    return f"{counts.min()} to {counts.max()} of each of {n_classes} classes; fewest: {_listed(fewest, names, counts)}"
-
-
-def copies_among(guard: Guard, names: Sequence[str]) -> str:
-    """Return in one line how many of the clean images are copies of others; warn of copies in several classes.
-
-    Parameters
-    ----------
-    guard : Guard
-    names : sequence of str
-        Of the clean images.
-    """
-    groups, labels = guard.reference_groups, guard.reference_labels
-    if groups is None:
-        return "none found"
-    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
-    contradicting = np.flatnonzero(labels != labels[first][group])
-    if len(contradicting):
-        row = int(contradicting[0])
-        print_warning(
-            f"{len(contradicting)} clean images are copies of images of another class, the first {names[row]} of "
-            f"{names[first[group[row]]]}; the class of the earlier one counts. Which is right?"
-        )
-    return (
-        f"{len(labels) - len(first)} of {len(labels)} images; what is promised is promised of the {len(first)} others"
-    )
-
-
-def tell_missing(guard: Guard) -> None:
-    """Warn of classes of the network that have no clean image, with the rate of false alarms to be expected."""
-    counts = np.bincount(guard.reference_labels, minlength=guard.reference.logits.shape[1])
-    missing = np.flatnonzero(counts == 0)
-    if len(missing) == 0:
-        return
-    unseen, realised = flagged_of_unseen_classes(guard), guard.realised_false_positive_rate
-    share = len(missing) / len(counts)
-    overall = share * unseen + (1 - share) * realised
-    print_warning(
-        f"{len(missing)} of the network's {len(counts)} classes have no clean image: "
-        f"{_listed(missing, guard.class_names)}. About {100 * unseen:.0f} % of their clean traffic will be flagged "
-        f"(measured on classes that were left out): {100 * overall:.1f} % of all traffic if every class is as frequent "
-        f"as any other, where {100 * guard.config.false_positive_rate:g} % were asked for."
-    )
-
-
-def tell_membership(suspect: SuspectModel, inputs: Float32Array, guard: Guard) -> None:
-    """Warn of clean images that the network seems to have been trained on."""
-    found = membership(suspect, inputs, guard.reference_labels)
-    if found.is_noticed:
-        print_warning(
-            f"the network seems to have been trained on these images: it gets {100 * found.errors:.1f} % of them wrong "
-            f"(loss {found.loss:.2g}), and {100 * found.moved_errors:.1f} % when they are moved a little (loss "
-            f"{found.moved_loss:.2g}). More of the clean traffic will be flagged than asked for. Give images that it "
-            "was not trained on. See docs/detection.md, Clean images."
-        )
-
-
-def tell_contradictions(guard: Guard) -> None:
-    """Warn of as many sure mistakes of the network as an attack on the calibration needs."""
-    found = guard.contradictions
-    if found is not None and found.is_noticed:
-        print_warning(
-            f"{found.told}. A network may be trained so, to raise the guard's threshold above its triggered inputs: "
-            "the false-positive rate is then as asked for, and few of them are flagged. Are the labels right? If they "
-            f"are, do not trust the network; at least ask for a rate well above {100 * found.share:.1f} %. See "
-            "docs/detection.md, Attack on calibration."
-        )
-
-
-def tell_multi_label(guard: Guard) -> None:
-    """Warn of a network that seems to answer several labels of one image."""
-    logits = guard.reference.logits
-    if share := share_of_several_labels(logits):
-        print_warning(
-            f"on {100 * share:.0f} % of the images two or more of the network's {logits.shape[1]} logits are positive, "
-            "and nearly all are far from 0, as of a multi-label classifier. The guard takes the largest for the only "
-            "answer. If several labels may be right, guard each by itself: a module that returns one logit is guarded "
-            "as two classes. If the network was trained for one class per image, all is well."
-        )
-
-
-def _listed(labels: IntArray, names: Sequence[str] | None, counts: IntArray | None = None) -> str:
+def listed(labels: IntArray, names: Sequence[str] | None, counts: IntArray | None = None) -> str:
+    """Name classes in one line, with their counts if there are any."""
     words = [
         (repr(names[label]) if names is not None else str(label))
         + (f" ({counts[label]})" if counts is not None else "")

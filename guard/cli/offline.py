@@ -89,18 +89,9 @@ def fit(
     settings: Settings = None,
 ) -> None:
     """Fit a guard on clean images and write it as a bundle."""
-    from guard.cli.classes import (
-        check_classes,
-        check_order,
-        copies_among,
-        images_per_class,
-        tell_contradictions,
-        tell_membership,
-        tell_missing,
-        tell_multi_label,
-        tell_scale,
-    )
-    from guard.cli.images import find_labelled, in_channels_taken, naming_rows, read_all
+    from guard.cli.classes import check_classes, check_order, tell_scale
+    from guard.cli.fitting import fit_guard, tell_fit, warn_of_fit
+    from guard.cli.images import find_labelled, in_channels_taken, read_all
     from guard.config import load_config
     from guard.detection.pipeline import Guard
     from guard.lab.assess.backups import BackupRequest, with_backup
@@ -146,11 +137,7 @@ def fit(
         check_order(suspect, inputs, found, force=force)
         if handler is None:
             tell_scale(suspect, inputs, found.labels)
-        with naming_rows(found):
-            guard = Guard.fit(suspect, inputs, found.labels, config, class_names=found.class_names, progress=report)
-        tell_membership(suspect, inputs, guard)
-        tell_multi_label(guard)
-        tell_contradictions(guard)
+        guard = fit_guard(suspect, inputs, found, config, report)
         guard = replace(guard, preprocessing=f"handler {handler}" if handler is not None else preprocess)
         depends = guard.batch_dependence or (user.batch_dependence if user is not None else "")
         guard = replace(guard, images_from=str(images.absolute()), batch_dependence=depends)
@@ -165,32 +152,17 @@ def fit(
         BundleStore(bundles).activate(folder.name)
     points = suspect.split_points
     assert points is not None  # fit has located them
-    accuracy = float((guard.reference.predicted_labels == guard.reference_labels).mean())
     say(f"bundle          {folder}{' (active)' if activate else ''}")
-    say(f"clean images    {len(inputs)}, of which the suspect model gets {100 * accuracy:.1f} % right")
-    say(f"per class       {images_per_class(guard.reference_labels, n_classes, guard.class_names)}")
-    say(f"copies          {copies_among(guard, found.names)}")
-    say(f"split           {points.split}; earlier depths: {', '.join(points.depths) or 'none'}")
-    for content in suspect.contents:
-        say(f"                {content}")
-    say(
-        f"false positives {guard.realised_false_positive_rate:.4f} of clean images "
-        f"(asked for {config.false_positive_rate:g}, measured out of fold)"
-    )
+    split_line = f"split           {points.split}; earlier depths: {', '.join(points.depths) or 'none'}"
+    tell_fit(guard, found, [split_line, *(f"                {content}" for content in suspect.contents)])
     if guard.recovery:
         _tell_backup(guard, backup_floor)
     say("next            guard inspect FILES judges images here; guard archive NAME makes an archive for a server")
-    tell_passed_over(found.passed_over)
     tell_unserved(found.files)
-    tell_missing(guard)
+    warn_of_fit(guard, found)
     for content in suspect.contents:
         if content.problem:
             print_warning(f"{content.problem} (--split, --depth).")
-    if accuracy < 0.5:
-        print_warning(
-            f"the suspect model gets only {100 * accuracy:.1f} % of these labels right, so the guard will be poor. "
-            "Are the classes in the model's order (--class-names), and the images preprocessed as it wants?"
-        )
 
 
 def _tell_backup(guard: Guard, floor: float) -> None:

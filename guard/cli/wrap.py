@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from guard.cli.model import class_list, gpu_number, tell_passed_over
+from guard.cli.model import class_list, gpu_number
 from guard.cli.options import (
     ActionName,
     AllowMissingClasses,
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from guard.torchserve.archives.wrapping import OpenedArchive
     from guard.torchserve.check import CheckReport
     from guard.torchserve.user_handler import UserHandler
-    from guard.types import IntArray
 
 _GUARDED = ".guarded"
 _LARGEST_EXAMPLE = 2**20  # bytes
@@ -97,7 +96,7 @@ def wrap(
     The archive's own handler runs here on the clean images, as it does in the server. The archive itself stays as it
     is; the guarded one keeps its every file, its model's name and version, and answers old clients with the same bytes.
     """
-    from guard.cli.classes import copies_among, images_per_class, tell_missing
+    from guard.cli.fitting import tell_fit, warn_of_fit
     from guard.config import GuardConfig, load_settings
     from guard.relabel.address import queue_url
     from guard.storage.bundle import BundleStore
@@ -129,7 +128,7 @@ def wrap(
             suspect = SuspectModel(user.module, split=split, depths=depth, output=logits, device=device)  # in eval mode
             found = _labelled(opened, user, images, class_list(class_names))
             _try_handler(user, found, config)
-            guard, accuracy = _fitted(suspect, user, found, config, report, allow_missing_classes, fit_anyway)
+            guard = _fitted(suspect, user, found, config, report, allow_missing_classes, fit_anyway)
             examples = _examples(found)
             batches = told_batches(user, examples, guard.input_shape, config)
         guard = replace(
@@ -153,14 +152,7 @@ def wrap(
             say("dry run: nothing was written; this would be")
         for line in changes:
             say(line)
-        say(f"clean images    {len(found.names)}, of which the model gets {100 * accuracy:.1f} % right")
-        n_classes = guard.reference.logits.shape[1]
-        say(f"per class       {images_per_class(guard.reference_labels, n_classes, guard.class_names)}")
-        say(f"copies          {copies_among(guard, found.names)}")
-        say(
-            f"false positives {guard.realised_false_positive_rate:.4f} of clean images "
-            f"(asked for {config.false_positive_rate:g}, measured out of fold)"
-        )
+        tell_fit(guard, found)
         say(f"batches         {batches}")
         if checked is None:
             again = shlex.join([str(target), "--images", str(images)])
@@ -169,13 +161,7 @@ def wrap(
             say(f"checked         {checked.line()}")
         served = shlex.join([f"{opened.manifest.name}={target.name}", "--model-store", str(target.parent)])
         say(f"serve it        guard serve {served}")
-        tell_passed_over(found.passed_over)
-        tell_missing(guard)
-        if accuracy < 0.5:
-            print_warning(
-                f"the model gets only {100 * accuracy:.1f} % of these labels right, so the guard will be poor. "
-                "Are the classes in the model's order (--class-names)?"
-            )
+        warn_of_fit(guard, found)
 
 
 def unwrap(archive: Archive, output: Output = None, force: Force = False) -> None:
@@ -266,11 +252,11 @@ def _fitted(
     report: Report,
     allow_missing: bool,
     fit_anyway: bool,
-) -> tuple[Guard, float]:
-    """Return a guard fitted on what the handler makes of the images, and the share of labels that the model gets."""
-    from guard.cli.classes import check_classes, check_order, tell_contradictions, tell_membership, tell_multi_label
-    from guard.cli.images import naming_rows, read_all
-    from guard.detection.pipeline import Guard
+) -> Guard:
+    """Return a guard fitted on what the handler makes of the images."""
+    from guard.cli.classes import check_classes, check_order
+    from guard.cli.fitting import fit_guard
+    from guard.cli.images import read_all
 
     inputs = read_all(found, user.model_inputs, report, remedy=_AS_SENT)
     try:
@@ -288,16 +274,7 @@ def _fitted(
     if names is not None and len(names) != n_classes:
         raise DataError(f"the model has {n_classes} classes, and the class list has {len(names)}. Give --class-names.")
     check_order(suspect, inputs, found, force=fit_anyway)
-    with naming_rows(found):
-        guard = Guard.fit(suspect, inputs, found.labels, config, class_names=names, progress=report)
-    tell_membership(suspect, inputs, guard)
-    tell_multi_label(guard)
-    tell_contradictions(guard)
-    return guard, _share_right(guard, found.labels)
-
-
-def _share_right(guard: Guard, labels: IntArray) -> float:
-    return float((guard.reference.predicted_labels == labels).mean())
+    return fit_guard(suspect, inputs, found, config, report)
 
 
 def _checked(archive: Path, guard: Guard, found: NamedLabelledImages) -> CheckReport:

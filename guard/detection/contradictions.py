@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from scipy.stats import binom
+from scipy.special import bdtrc
 
 from guard.statistics.confidence import confidence, fit_temperature
 from guard.types import Float64Array, FloatArray, IntArray
@@ -73,7 +73,7 @@ class Contradictions:
     @property
     def is_noticed(self) -> bool:
         """Whether there are more than honest networks show and than chance makes of that."""
-        return float(binom.sf(self.count - 1, self.n, HONEST)) < _CHANCE
+        return self.count > 0 and float(bdtrc(self.count - 1, self.n, HONEST)) < _CHANCE
 
     @property
     def told(self) -> str:

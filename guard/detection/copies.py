@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.nn import functional
 
@@ -54,6 +52,9 @@ def copy_groups(images: Float32Array, labels: IntArray) -> IntArray:
             rows = np.flatnonzero(labels == label)
             pairs.append(rows[_near_pairs(small[rows])])
     left, right = np.concatenate(pairs, axis=1)
+    from scipy.sparse import coo_array  # here, as a server loads less without
+    from scipy.sparse.csgraph import connected_components
+
     links = coo_array((np.ones(len(left)), (left, right)), shape=(len(first), len(first)))
     component: IntArray = connected_components(links, directed=False)[1].astype(np.int64)
     return component[groups]

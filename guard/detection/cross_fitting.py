@@ -119,9 +119,11 @@ def cross_fit(config: GuardConfig, training: TrainingSet, *, progress: Progress 
 
 
 def folds_for(config: GuardConfig, n_images: int) -> int:
-    """Return in how many parts distinct clean images are cut: at least the setting's, and two images or more each."""
+    """Return in how many parts so many distinct clean images are cut."""
+    if config.folds is not None or config.mode == "paper":
+        return config.fewest_folds
     wanted = _FOLDS_OF_FEW if n_images < _FEW_IMAGES else _FOLDS
-    return max(config.folds, min(wanted, n_images // 2)) if config.mode == "calibrated" else config.folds
+    return max(config.fewest_folds, min(wanted, n_images // 2))
 
 
 def _silent(_text: str, _share: float) -> None:

@@ -15,6 +15,9 @@ from guard.types import AnyArray, BoolArray, Float64Array, IntArray
 
 #: What detectors may say, in the order of the stored numbers.
 SHOWS: tuple[Shows, ...] = get_args(Shows)
+#: What resembles anomalies of the traffic weighs less: it says nothing of triggers that nobody has seen yet, and with an
+#: equal weight a guard that has learned of some misses more of the others.
+_WEIGHTS = np.array([0.5 if shows == "resemblance" else 1.0 for shows in SHOWS])
 #: Share of the mean variance that every direction of a covariance over depths gets.
 _SHRINKAGE = 0.1
 _LEAST_VARIANCE = 1e-6
@@ -85,8 +88,9 @@ class KindScores:
     def weights(self) -> Float64Array:
         """Weight of each kind in a mean over what they show, and there over their detectors; shape (n_kinds,)."""
         of_kinds = np.bincount(self.kinds)
-        of_shows = np.bincount(self.shows, of_kinds)
-        return np.asarray(of_kinds / (np.count_nonzero(of_shows) * of_shows[self.shows]), dtype=np.float64)
+        of_shows = np.bincount(self.shows, of_kinds, minlength=len(SHOWS))
+        weights = _WEIGHTS[self.shows] * of_kinds / of_shows[self.shows]
+        return np.asarray(weights / _WEIGHTS[of_shows > 0].sum(), dtype=np.float64)
 
     def arrays(self) -> dict[str, AnyArray]:
         """Return everything that was learned, as arrays."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import logsumexp
-from scipy.stats import binom
+from scipy.special import bdtr, logsumexp
 
 from guard.suspect.model import SuspectModel
 from guard.types import Float32Array, Float64Array, IntArray
@@ -47,7 +46,7 @@ class Membership(NamedTuple):
         well on both, and cannot be told.
         """
         likely_errors = self.moved_errors / _ERROR_RATIO
-        chance = float(binom.cdf(round(self.errors * self.n), self.n, likely_errors))
+        chance = float(bdtr(round(self.errors * self.n), self.n, likely_errors))
         return self.moved_loss > _LOSS_RATIO * self.loss and chance < _CHANCE
 
 

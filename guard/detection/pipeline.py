@@ -153,10 +153,9 @@ class Guard(FittedGuard):
         training = TrainingSet(activations, labels, noisy=noisy, groups=groups)
         n_classes, n = activations.logits.shape[1], int(training.is_distinct.sum())
         check_rate(config.false_positive_rate, n, len(activations) - n)
-        if n < 2 * config.folds:
+        if n < 2 * (folds := config.fewest_folds):
             raise DataError(
-                f"folds={config.folds} needs at least {2 * config.folds} clean images, got {n}. "
-                "Give more, or fewer folds."
+                f"folds={folds} needs at least {2 * folds} clean images, got {n}. Give more, or fewer folds."
             )
         if config.anytime and config.mode == "paper":
             raise ConfigError("anytime goes with mode 'calibrated': the published rule knows one depth. Leave it out.")

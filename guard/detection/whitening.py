@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from typing import Self
 
 import numpy as np
-from scipy.sparse import csr_array
 
 from guard.arrays import require
 from guard.detection.detectors.base import check_columns
@@ -157,6 +156,8 @@ def _principal_components(standard: Float32Array) -> Float32Array:
 
 def _class_means(rows: FloatArray, labels: IntArray) -> tuple[IntArray, FloatArray, IntArray]:
     """Return the class of each row (n, d) as a place in [0, n_classes), the means of classes, and their rows."""
+    from scipy.sparse import csr_array  # here, as a server loads less without
+
     _, place, counts = np.unique(labels, return_inverse=True, return_counts=True)
     shares = csr_array(((1.0 / counts[place]).astype(rows.dtype), (place, np.arange(len(rows)))))
     return place, shares @ rows, counts

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import binomtest
 
 from guard.types import IntArray
 
@@ -51,6 +49,9 @@ def class_order(answers: IntArray, labels: IntArray, n_classes: int) -> ClassOrd
     answers, labels : ndarray of shape (n,), int64, in [0, n_classes)
     n_classes : int
     """
+    from scipy.optimize import linear_sum_assignment  # here, as a server loads less without
+    from scipy.stats import binomtest
+
     n, hits = len(labels), int((answers == labels).sum())
     table = np.zeros((n_classes, n_classes), dtype=np.int64)  # answers down, labels across
     np.add.at(table, (answers, labels), 1)

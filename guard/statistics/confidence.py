@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from guard.types import Float64Array, FloatArray, IntArray
 
@@ -47,6 +46,8 @@ def fit_temperature(logits: FloatArray, labels: IntArray) -> float:
     ----------
     .. [1] Guo, Pleiss, Sun, Weinberger (2017), On Calibration of Modern Neural Networks, ICML, section 4.2.
     """
+    from scipy.optimize import minimize_scalar  # here, as a server loads less without
+
     below = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     true = below[np.arange(len(labels)), labels]
     spread = max(float(below.std()), 1e-12)

@@ -130,7 +130,7 @@ def assess(
 
 def images_needed_to_assess(config: GuardConfig) -> int:
     """Return how many clean images an assessment needs at least: each part must have enough."""
-    fitting = max(images_needed(config.false_positive_rate), 2 * config.folds)
+    fitting = max(images_needed(config.false_positive_rate), 2 * config.fewest_folds)
     smallest = (_FEWEST_TO_PLANT, 1, fitting, _FEWEST_TO_TEST)
     n = max(least * sum(_TENTHS) // tenths for least, tenths in zip(smallest, _TENTHS, strict=True))
     while any(size < least for size, least in zip(_part_sizes(n), smallest, strict=True)):

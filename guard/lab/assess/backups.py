@@ -208,7 +208,7 @@ class _Bench:
             self.suspect.module,
             self.inputs,
             self.labels,
-            folds=guard.config.folds,
+            folds=guard.config.fewest_folds,
             settings=self.request.settings.get(kind),
             seed=self.seed,
             groups=guard.reference_groups,
