@@ -79,8 +79,8 @@ class CalibratedFusion:
 
         sqrt((N * ((1 + c) / 2)^2 + C * max(c, 1 / 2)^2) / 2)
 
-    or, in a guard that has learned from anomalies of the traffic, the root of the mean of three such parts, of which the
-    third has no factor and half the weight.
+    or, in a guard that has learned from anomalies of the traffic, the root of the mean of three such parts; the third
+    has no factor and half the weight.
 
     Below its median a kind says next to nothing, far above it as much as z. The factors are there because clean inputs
     that the suspect gets wrong contradict the heads as triggered ones do, but the suspect is seldom sure of them. They

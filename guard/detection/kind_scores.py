@@ -15,8 +15,8 @@ from guard.types import AnyArray, BoolArray, Float64Array, IntArray
 
 #: What detectors may say, in the order of the stored numbers.
 SHOWS: tuple[Shows, ...] = get_args(Shows)
-#: What resembles anomalies of the traffic weighs less: it says nothing of triggers that nobody has seen yet, and with an
-#: equal weight a guard that has learned of some misses more of the others.
+#: What resembles anomalies of the traffic weighs less: it says nothing of triggers that nobody has seen yet, and with
+#: an equal weight a guard that has learned of some misses more of the others.
 _WEIGHTS = np.array([0.5 if shows == "resemblance" else 1.0 for shows in SHOWS])
 #: Share of the mean variance that every direction of a covariance over depths gets.
 _SHRINKAGE = 0.1
