@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 #: For settings that are not set by default.
 EXAMPLES = {
+    "folds": 10,
     "max_guard_ms": 20.0,
     "deadline_header": "X-Guard-Deadline-Ms",
     "min_depth": "layer2",
