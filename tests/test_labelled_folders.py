@@ -25,7 +25,7 @@ from guard.cli.images import (
     read_all,
 )
 from guard.cli.model import class_list
-from guard.data.labelled_folders import find_files
+from guard.data.labelled_folders import find_files, labels_of
 from guard.errors import ArchiveError, ConfigError, DataError, RowError
 from guard.files import decoded
 from guard.suspect.model import SuspectModel
@@ -329,6 +329,17 @@ def test_images_are_those_of_the_fit_whatever_the_classes_are_called(tmp_path: P
 def test_class_list_in_json_is_read_in_every_usual_form(tmp_path: Path, text: str) -> None:
     (tmp_path / "classes.json").write_text(text)
     assert class_list(str(tmp_path / "classes.json")) == ["zebra", "no, entry"]
+
+
+def test_folders_may_have_any_name_that_the_class_list_gives_a_class(tmp_path: Path) -> None:
+    (tmp_path / "classes.json").write_text('{"0": ["n01", "zebra"], "1": ["n02", "cat", "puss"], "2": ["n03", "puss"]}')
+    names = class_list(str(tmp_path / "classes.json"))
+    assert names == ["zebra", "puss", "puss"]
+    labels, found = labels_of(["n02", "zebra", "cat", "n03"], ["cat", "n02", "n03", "zebra"], names)
+    np.testing.assert_array_equal(labels, [1, 0, 1, 2])
+    assert found == names
+    with pytest.raises(DataError, match="sub-folder 'puss' is not in the class list"):  # of two classes
+        labels_of(["puss"], ["puss"], names)
 
 
 def test_class_list_in_json_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -239,11 +239,11 @@ def test_class_list_is_read_in_every_form_that_torchserve_takes(tmp_path: Path) 
     assert read_class_list(tmp_path) is None
     file = tmp_path / "index_to_name.json"
     file.write_text('{"object_type_names": ["a", "b"]}')
-    assert read_class_list(tmp_path).names == ("a", "b")  # type: ignore[union-attr]
+    assert read_class_list(tmp_path) == ["a", "b"]
     file.write_text('{"1": ["n2", "crane"], "0": ["n1", "crane"]}')
     classes = read_class_list(tmp_path)
     assert classes is not None
-    assert classes.names == ("crane", "crane")
+    assert classes == ["crane", "crane"]
     assert classes.labels == {"n1": 0, "n2": 1}
     file.write_text('{"cat": "0"}')
     assert read_class_list(tmp_path) is None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from guard.cli.options import handler_argument
 from guard.cli.output import print_warning, what_failed
 from guard.data.image_files import SERVED_FORMATS, encode_png, is_picture, is_served
-from guard.data.labelled_folders import composed
+from guard.data.labelled_folders import ClassList
 from guard.errors import ConfigError, DataError, GuardError, SuspectModelError
 from guard.files import decoded
 
@@ -106,7 +106,7 @@ def gpu_number(device: str) -> int | None:
     return None if device == "cpu" else torch.device(device).index or 0
 
 
-def class_list(text: str | None) -> list[str] | None:
+def class_list(text: str | None) -> ClassList | None:
     """Return the names that --class-names gives: with commas, or in a file of whatever encoding, JSON or one per line.
 
     Raises
@@ -124,12 +124,12 @@ def class_list(text: str | None) -> list[str] | None:
         classes = parse_class_list(Path(text).read_bytes(), f"--class-names {text}")
         if classes is None:
             raise ConfigError(f"--class-names {text}: its labels must be 0, 1, 2, ... without a gap. Mend it.")
-        return list(classes.names)
+        return classes
     if Path(text).is_file():
-        return [composed(line.strip()) for line in decoded(Path(text).read_bytes()).splitlines() if line.strip()]
+        return ClassList([line.strip() for line in decoded(Path(text).read_bytes()).splitlines() if line.strip()])
     if "," not in text and (Path(text).is_dir() or Path(text).suffix in (".txt", ".csv", ".names", ".json")):
         raise ConfigError(f"--class-names {text}: there is no such file. Check the path, or give names with commas.")
-    return [composed(name.strip()) for name in text.split(",")]
+    return ClassList([name.strip() for name in text.split(",")])
 
 
 def try_once(suspect: SuspectModel, inputs: Any, labels: Any = None) -> None:

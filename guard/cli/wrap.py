@@ -196,7 +196,7 @@ def _labelled(opened: OpenedArchive, user: UserHandler, images: Path, names: lis
         if strange := [folders[label] for label in np.unique(labels) if folders[label] not in classes.labels]:
             raise DataError(f"sub-folder {strange[0]!r} is no class of the archive's {CLASS_FILE}. Rename it.")
         labels = np.array([classes.labels.get(name, -1) for name in folders])[labels]
-    return replace(found, labels=labels, class_names=list(classes.names))
+    return replace(found, labels=labels, class_names=list(classes))
 
 
 def _try_handler(user: UserHandler, found: NamedLabelledImages, config: GuardConfig) -> None:

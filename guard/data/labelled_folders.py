@@ -7,7 +7,7 @@ an operating system leaves there is passed over.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,30 @@ class FoundFile:
     path: Path
     name: str
     folder: str
+
+
+class ClassList(list[str]):
+    """Names of the classes in the model's order, and further names that mean one of them.
+
+    Parameters
+    ----------
+    names : sequence of str
+        One per class, by label.
+    labels : mapping of str to int, optional
+        Label by name, further ones (`["n02119789", "kit fox"]`) as well; the first place of each name if left out.
+
+    Attributes
+    ----------
+    labels : dict of str to int
+        In Unicode's composed form.
+    """
+
+    def __init__(self, names: Sequence[str], labels: Mapping[str, int] | None = None) -> None:
+        super().__init__(composed(name) for name in names)
+        self.labels = dict(labels) if labels is not None else {}
+        if labels is None:
+            for label, name in enumerate(self):
+                self.labels.setdefault(name, label)
 
 
 def composed(text: str) -> str:
@@ -74,8 +98,8 @@ def labels_of(
     known : sequence of str
         All sub-folders in the order of their names, those without an image as well.
     class_names : sequence of str, optional
-        The class list: a sub-folder's label is its place there. Without it, whole numbers as names are the labels;
-        other names are counted in their order.
+        The class list: a sub-folder's label is its place there; of a `ClassList`, what any of its names means. Without
+        it, whole numbers as names are the labels; other names are counted in their order.
 
     Returns
     -------
@@ -88,20 +112,20 @@ def labels_of(
     DataError
         If a sub-folder with images is not in the class list.
     """
-    names = None if class_names is None else [composed(name) for name in class_names]
-    found = set(folders)
-    if names is None or not found <= set(names):
+    found, names = set(folders), None
+    if class_names is not None:
+        names = class_names if isinstance(class_names, ClassList) else ClassList(class_names)
+    if names is None or not found <= names.labels.keys():
         if all(folder.isascii() and folder.isdigit() for folder in found):
             return np.array([int(folder) for folder in folders], dtype=np.int64), names
         if names is not None:
-            strange = next(folder for folder in folders if folder not in names)
+            strange = next(folder for folder in folders if folder not in names.labels)
             raise DataError(
                 f"sub-folder {strange!r} is not in the class list ({', '.join(names)}). "
                 "Rename it, or mend --class-names."
             )
-        names = list(known)
-    places = {name: place for place, name in reversed(list(enumerate(names)))}
-    return np.array([places[folder] for folder in folders], dtype=np.int64), names
+        names = ClassList(known)
+    return np.array([names.labels[folder] for folder in folders], dtype=np.int64), names
 
 
 def _below(folder: Path, entered: set[tuple[int, int]]) -> Iterator[Path]:

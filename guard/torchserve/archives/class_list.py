@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guard.data.labelled_folders import composed
+from guard.data.labelled_folders import ClassList, composed
 from guard.errors import ArchiveError
 from guard.files import decoded
 
 #: Where TorchServe's own handlers look for it.
 CLASS_FILE = "index_to_name.json"
-
-
-@dataclass(frozen=True, slots=True)
-class ClassList:
-    """Names of the classes.
-
-    Attributes
-    ----------
-    names : tuple of str
-        One per class, by label; what TorchServe answers with, in Unicode's composed form.
-    labels : dict of str to int
-        Label by name, and by every further name that the file gives (`["n02119789", "kit fox"]`); a name of several
-        classes is left out.
-    """
-
-    names: tuple[str, ...]
-    labels: dict[str, int]
 
 
 def read_class_list(folder: Path) -> ClassList | None:
@@ -61,7 +43,8 @@ def parse_class_list(data: bytes, file: str) -> ClassList | None:
     Returns
     -------
     classes : ClassList or None
-        None if the labels are not 0, 1, 2, ... without a gap.
+        With the further names of each class; a name of several classes means none. None if the labels are not 0, 1,
+        2, ... without a gap.
 
     Raises
     ------
@@ -88,4 +71,4 @@ def parse_class_list(data: bytes, file: str) -> ClassList | None:
         for name in names:
             found.setdefault(name, set()).add(label)
     labels = {name: min(several) for name, several in found.items() if len(several) == 1}
-    return ClassList(tuple(names[-1] for names in ordered), labels)
+    return ClassList([names[-1] for names in ordered], labels)
