@@ -321,7 +321,7 @@ def key_of(name: str, adaptation: str, setting: Setting) -> str:
 def _digest_of(setting: Setting) -> str:
     """Return a digest of what trains the networks and finds the triggers."""
     digest = hashlib.sha256(repr((setting, EVASION, STOLEN_ON)).encode())
-    for path in sorted((PROJECT / "guard" / "lab" / "attacks").glob("*.py")):
+    for path in sorted((PROJECT / "guard" / "lab" / "attacks").rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
 

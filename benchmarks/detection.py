@@ -34,7 +34,6 @@ SEEDS = (0, 1, 2)
 RATE = 0.05
 SETTINGS: dict[str, dict[str, Any]] = {
     "calibrated": {},
-    "calibrated, folds=10": {"folds": 10},
     "paper": {"mode": "paper"},
     "paper, image noise 0.1": {"mode": "paper", "image_noise_std": 0.1},
 }

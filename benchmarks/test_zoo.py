@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             frozen = freeze(default_freeze_path(), force=options.force)
             print(f"frozen at commit {frozen.commit[:12]}, digest {frozen.digest[:12]}, {len(frozen.sources)} sources")
             return
-        frozen = (Freeze.read if options.page_only else check_frozen)(default_freeze_path())
+        frozen = check_frozen(default_freeze_path())
         torch.set_num_threads(1)
         zoo, records = Zoo(options.zoo), Records(RESULTS / "test_zoo")
         models = options.models or [card.name for card in zoo.cards()]

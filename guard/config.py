@@ -148,9 +148,11 @@ class GuardConfig(FitSettings, ServingSettings, Places):
     def portable(self) -> dict[str, Any]:
         """Return the settings that may leave this machine, ready for JSON: all but `Places`.
 
-        `review` is left out where it has its default: so a version that does not know it can read the bundle.
+        `review` and `folds` are left out where they have their defaults: so a version that does not know these can read
+        the bundle.
         """
-        return self.model_dump(mode="json", exclude={*PLACES, *(["review"] if self.review else [])})
+        defaults = [*(["review"] if self.review else []), *(["folds"] if self.folds is None else [])]
+        return self.model_dump(mode="json", exclude={*PLACES, *defaults})
 
     @classmethod
     def from_portable(cls, settings: Mapping[str, Any]) -> tuple[GuardConfig, list[str]]:

@@ -233,6 +233,12 @@ def test_combination_of_the_stolen_guard_is_that_of_the_guard_for_normal_scores(
     expected = fusion.combine(fusion.surprise(raw), logits)
     ours = combine(torch.from_numpy(raw.astype(np.float32)), torch.from_numpy(logits.astype(np.float32))).numpy()
     assert np.corrcoef(ours, expected)[0, 1] > 0.9
+    scores = fusion.kind_scores_
+    np.testing.assert_allclose(combine._weights.numpy(), scores.weights, rtol=1e-6)
+    np.testing.assert_allclose(combine._weights.numpy(), [1 / 2, 1 / 3, 1 / 6], rtol=1e-6)
+    np.testing.assert_array_equal(combine._contradicts.numpy(), [False, True, True])
+    np.testing.assert_array_equal(combine._averaged.numpy(), [[0, 0, 0]] * 2 + [[0, 0.5, 0]] * 2 + [[0, 0, 1]])
+    np.testing.assert_array_equal(combine._whiten.numpy() != 0, scores.whiten != 0)
     doubt = combine(torch.zeros(2, 5), torch.tensor([[0.0, 0.0, 0.0, 0.0], [99.0, 0.0, 0.0, 0.0]])).numpy()
     assert 0.5 < doubt[0] / doubt[1] < 0.7
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from guard import Activations, Guard, GuardConfig
+from guard.detection.heads.decision_head import holds_out_enough
 from guard.errors import DataError
 from guard.statistics.calibration import (
     TAIL_START,
@@ -292,7 +293,7 @@ def test_guard_realised_false_positive_rate_is_the_requested_one(per_class):
 def test_guard_realised_false_positive_rate_on_real_images_with_few_per_class_is_not_above(
     fitted_guard, clean_activations, n_per_class
 ):
-    """Classes hardly larger than 20, the neighbours: detectors of four fifths must still speak for the final ones."""
+    """Classes hardly larger than 20, the neighbours: detectors of 19 in 20 must still speak for the final ones."""
     clean, labels = fitted_guard.reference, fitted_guard.reference_labels
     rng = np.random.default_rng(0)
     for seed in range(2):
@@ -305,7 +306,7 @@ def test_guard_realised_false_positive_rate_on_real_images_with_few_per_class_is
 
 
 def test_guard_realised_false_positive_rate_with_nine_images_per_class_is_not_above_the_requested_one():
-    """Detectors of 7 images per class calibrate those of 9, which are less easily surprised: below is expected."""
+    """Detectors of 8 images of a class calibrate those of 9, which are less easily surprised: below is expected."""
     rates, n_clean = (0.05, 0.1), 90
     realised, n_new = realised_rates((9,) * 10, rates, seeds=8)
     for column, rate in enumerate(rates):
@@ -326,6 +327,10 @@ def test_heads_of_the_folds_end_training_as_the_final_ones_do(apart):
         logits = -((features[:, None] - centres) ** 2).sum(axis=2) / 2
         return Activations(logits.astype(np.float32), features.astype(np.float32)), labels
 
-    guard = Guard.fit_activations(*draw(128, 1), GuardConfig(false_positive_rate=0.1))
+    clean, labels = draw(128, 1)
+    part = stratified_folds(labels, 5, 0)
+    assert holds_out_enough(labels)
+    assert not any(holds_out_enough(labels[part != fold]) for fold in range(5))
+    guard = Guard.fit_activations(clean, labels, GuardConfig(false_positive_rate=0.1, folds=5))
     realised = guard.scores(draw(2000, 2)[0]).is_poisoned.mean()
     assert realised <= 0.1 + tolerance(0.1, 128, 2000)

@@ -338,6 +338,7 @@ def test_a_trigger_that_is_called_clean_is_not_learned_as_a_normal_sight(place):
 def test_lies_teach_the_default_detectors_too_little_to_matter(place):
     call_triggers_clean(place)
     finished = place.step(max_false_alarms_per_class=1000)
+    assert finished.outcome == "promoted"  # a cap that only a person raises, and nothing poisoned is held out to tell
     assert finished.report["learned_from"]["false_alarms"] > 100
     (false_before, true_before), (false_after, true_after) = (
         rates(guard) for guard in (place.guard, Guard.load(place.root / "bundles" / finished.candidate))

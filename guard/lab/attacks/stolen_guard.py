@@ -41,8 +41,9 @@ class StolenGuard:
     Relative distance and residual in the whitened space at every depth that the guard watches, and the disagreement of
     the replacement head. The local outlier factor ranks neighbours and has no useful gradient; it is left out. Members
     are fitted on one half of the images. Scores are standardised on the other half, where the guard has normal scores
-    of p-values. All else is the guard's: kinds, residuals compared over depths, weights, and the factors of the
-    network's confidence at a temperature that the attacker's clean images tell.
+    of p-values. All else is the guard's: kinds, residuals compared over depths, weights (but for the residual, which
+    has the whole weight of novelty), and the factors of the network's confidence at a temperature that the attacker's
+    clean images tell.
 
     References
     ----------
