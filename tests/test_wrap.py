@@ -55,7 +55,7 @@ def quick_fit(fitted_guard: Guard, monkeypatch: pytest.MonkeyPatch) -> list[tupl
         return replace(fitted_guard, class_names=more["class_names"] and tuple(more["class_names"]))
 
     monkeypatch.setattr("guard.detection.pipeline.Guard.fit", fit)
-    monkeypatch.setattr("guard.cli.wrap._share_right", lambda guard, labels: 1.0)
+    monkeypatch.setattr("guard.cli.fitting._share_right", lambda guard: 1.0)
     return requested
 
 
