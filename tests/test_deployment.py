@@ -78,7 +78,7 @@ def test_unit_starts_a_command_that_exists_with_options_that_exist(capsys: pytes
 @pytest.mark.parametrize(
     ("file", "queue"),
     [
-        ([], "sqlite:////work/queue.db"),
+        ([], "sqlite:////here/queue.db"),
         (["GUARD_QUEUE_URL=postgresql+psycopg://host/guard"], "postgresql+psycopg://host/guard"),
         (["GUARD_QUEUE_URL=", "GUARD_QUEUE_URL_FILE=queue_url"], "postgresql+psycopg://host/secret"),
     ],
@@ -96,7 +96,7 @@ def test_queue_of_unit_and_container_is_what_their_environment_says(
 
     @app.command()
     def serve(queue: QueueUrl = None) -> None:
-        asked.append(queue_url(str(queue)).replace(str(tmp_path), "/work"))
+        asked.append(queue_url(str(queue)).replace(str(tmp_path), "/here"))
 
     monkeypatch.chdir(tmp_path)
     for start, given in zip(starts, (unit, container), strict=True):
