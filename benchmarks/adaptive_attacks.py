@@ -43,8 +43,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "leaderboard"))
 import numpy as np
 import torch
 from contestants import CalibratedGuard
-from measuring import CLEAN, TRIGGERED, Records, Subject, measure
+from measuring import CLEAN, TRIGGERED, Subject, measure
 from page import write_csv
+from records import Records, current_method
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -359,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     is_trial = options.dry_run or options.n_train is not None
-    records = Records(RESULTS / "adaptive_attacks") if not is_trial else None
+    records = Records(RESULTS / "adaptive_attacks", current_method()) if not is_trial else None
     end = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     rows = []
     for name in options.settings:

@@ -5,8 +5,9 @@
     python benchmarks/test_zoo.py                  # measure the guard's default mode, seeds 0 to 2
     python benchmarks/test_zoo.py --page-only      # tables of what has been measured so far
 
-Training and measuring refuse a method that differs from the frozen one; a freeze is replaced with `--force` only, and
-refused while sources of the method are not committed. Protocols, images and figures are those of the leaderboard
+Training and measuring refuse a method that differs from the frozen one: sources that have changed since must give the
+scores that the freeze kept of a few models. A freeze is replaced with `--force` only, and refused while sources of the
+method are not committed. Protocols, images and figures are those of the leaderboard
 (`benchmarks/leaderboard/measuring.py`). Records are kept in `benchmarks/results/test_zoo/`, so an interrupted run goes
 on; `benchmarks/results/test_zoo.csv` and the section "Test zoo" of docs/leaderboard.md are written from them. About a
 minute per model and seed on one core. Attacks that failed stay in the table. Seeds are printed.
@@ -31,13 +32,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "leaderboard"))
 
 import torch
 from contestants import CalibratedGuard
-from measuring import CLEAN, TRIGGERED, Records, load_subject, measure
+from measuring import CLEAN, TRIGGERED, load_subject, measure
 from page import FIELDS, seed_means, tidy_rows, write_csv
+from records import Records
 
 from guard.errors import ZooError
 from guard.lab.zoo.card import ZooCard
 from guard.lab.zoo.collection import Zoo, default_zoo_dir
-from guard.lab.zoo.freeze import PACKAGE, Freeze, check_frozen, default_freeze_path, method_sources
+from guard.lab.zoo.freeze import (
+    PACKAGE,
+    Freeze,
+    check_frozen,
+    default_freeze_path,
+    method_sources,
+    reference_scores,
+)
 
 PROJECT = Path(__file__).resolve().parent.parent
 RESULTS = PROJECT / "benchmarks" / "results"
@@ -65,7 +74,8 @@ def freeze(path: Path, *, force: bool = False, package: Path = PACKAGE) -> Freez
             f"sources of the method are not committed, so no commit names them:\n{changed.stdout}Commit them."
         )
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    frozen = Freeze.of_method(commit, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), package)
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    frozen = Freeze.of_method(commit, date, package, reference_scores() if package == PACKAGE else None)
     frozen.write(path, force=force)
     return frozen
 
@@ -142,6 +152,14 @@ def failures(cards: Iterable[ZooCard]) -> str:
     return "\n".join(["", "Not real attacks, kept here:", "", *lines]) if lines else ""
 
 
+def _told_of_changes(frozen: Freeze) -> str:
+    """Return a sentence on sources that are not those of the freeze, "" without any."""
+    if not (changed := frozen.changed()):
+        return ""
+    of = sum(len(scores) for scores in frozen.scores.values())
+    return f" Changed since, with the same scores at {of} inputs of {len(frozen.scores)} models: {', '.join(changed)}."
+
+
 def publish(records: Records, zoo: Zoo, seeds: Sequence[int], frozen: Freeze) -> None:
     """Write the CSV file and the section of docs/leaderboard.md."""
     cards = zoo.cards()
@@ -150,7 +168,7 @@ def publish(records: Records, zoo: Zoo, seeds: Sequence[int], frozen: Freeze) ->
     measured = len({(row["model"], row["seed"]) for row in rows})
     about = (
         f"Frozen on {frozen.date[:10]} at commit {frozen.commit[:12]}, digest {frozen.digest[:12]}; "
-        f"{measured} of {len(cards) * len(seeds)} models and seeds measured.\n"
+        f"{measured} of {len(cards) * len(seeds)} models and seeds measured.{_told_of_changes(frozen)}\n"
     )
     markdown = f"{about}\n{table(rows, cards)}\n{failures(cards)}".rstrip()
     text = DOCUMENT.read_text(encoding="utf-8")
@@ -176,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         frozen = check_frozen(default_freeze_path())
         torch.set_num_threads(1)
-        zoo, records = Zoo(options.zoo), Records(RESULTS / "test_zoo")
+        zoo, records = Zoo(options.zoo), Records(RESULTS / "test_zoo", frozen.digest)
         models = options.models or [card.name for card in zoo.cards()]
         if not models:
             raise ZooError(f"there is no model in {zoo.folder}. Train them: guard zoo train --plan test --missing.")

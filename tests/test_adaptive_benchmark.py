@@ -98,7 +98,8 @@ def test_rows_that_were_not_asked_for_now_stay_in_the_table(script, tmp_path, mo
     document.write_text("<!-- adaptive-attacks -->\n<!-- end -->\n")
     monkeypatch.setattr(script, "DOCUMENT", document)
     monkeypatch.setattr(script, "RESULTS", tmp_path)
-    records = script.Records(tmp_path / "adaptive_attacks")
+    monkeypatch.setattr(script, "current_method", lambda: "a method")
+    records = script.Records(tmp_path / "adaptive_attacks", "a method")
     for name, setting in script.SETTINGS.items():
         row = dict.fromkeys(script.FIELDS, 0.5) | {"data_set": name, "adaptation": "none", "seed": 0, "noticed": 0}
         records.write(row, script.key_of(name, "none", setting), script.DETECTOR, 0)

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from guard.cli.app import run
 from guard.data.datasets import load_dataset
-from guard.errors import DataError, ZooError
+from guard.errors import DataError, DatasetError, ZooError
 from guard.lab.attacks import NETWORKS, CropAndFlip, TrainingSettings, make_attack
 from guard.lab.attacks.held_out import HELD_OUT, HELD_OUT_ON_NETWORK
 from guard.lab.zoo import freeze as freeze_module
@@ -38,7 +39,7 @@ N_CLASSES = {"mnist": 10, "cifar10": 10, "gtsrb": 43}
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
     """The benchmark as a module, under a name that is not that of a test file."""
-    before, names = list(sys.path), ("contestants", "measuring", "page")
+    before, names = list(sys.path), ("contestants", "measuring", "records", "page")
     spec = importlib.util.spec_from_file_location("held_out_benchmark", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -241,6 +242,62 @@ def test_freeze_refuses_a_changed_a_new_and_a_missing_source_by_name(package, tm
         check_frozen(path, package)
 
 
+def test_changed_sources_hold_the_freeze_while_they_give_its_scores(script, tmp_path, monkeypatch):
+    path, kept = tmp_path / "frozen.json", {"model": np.linspace(0.5, 2.5, 100)}
+    sources = {**method_digests(), "detection/fusion.py": "0" * 64}
+    scores = Freeze.of_method("", "", scores=kept).scores
+    frozen = Freeze("a" * 40, "2026-11-28", freeze_module.method_digest(sources), sources, scores)
+    frozen.write(path)
+    assert Freeze.read(path) == frozen
+    now = kept["model"].copy()
+    monkeypatch.setattr(freeze_module, "reference_scores", lambda: {"model": now})
+    assert check_frozen(path) == frozen
+    told = script._told_of_changes(frozen)
+    assert told == " Changed since, with the same scores at 100 inputs of 1 models: detection/fusion.py."
+    now[:2] *= 1.5  # as rounding on another machine may do
+    check_frozen(path)
+    now[:3] *= 1.01
+    with pytest.raises(ZooError, match=r"detection/fusion\.py; 3 of 100 inputs of model get another score"):
+        check_frozen(path)
+    monkeypatch.setattr(freeze_module, "reference_scores", lambda: {"model": now[:50]})
+    with pytest.raises(ZooError, match="100 scores of model were kept, and there are 50"):
+        check_frozen(path)
+    monkeypatch.setattr(freeze_module, "reference_scores", dict)
+    with pytest.raises(ZooError, match="scores of other models were kept"):
+        check_frozen(path)
+
+    def without_images():
+        raise DatasetError("there is no mnist")
+
+    monkeypatch.setattr(freeze_module, "reference_scores", without_images)
+    with pytest.raises(ZooError, match="cannot be compared: there is no mnist"):
+        check_frozen(path)
+
+
+def test_scores_of_the_freeze_are_of_every_reference_model():
+    scores = Freeze.read(freeze_module.default_freeze_path()).scores
+    assert scores.keys() == freeze_module.REFERENCES.keys()
+    for of_model in scores.values():
+        assert 50 < len(of_model) <= 100  # images of the target take no trigger
+        assert np.median(of_model[50:]) > np.median(of_model[:50])
+
+
+def test_reference_scores_are_those_of_a_default_guard_on_clean_images(tiny, tmp_path, monkeypatch):
+    benign, attacked, development, test = tiny
+    for zoo in (development, test):
+        zoo.folder.mkdir()
+    train_entry(benign, development, work_dir=tmp_path)
+    train_entry(attacked, test, work_dir=tmp_path, twins=development)
+    card = test.card(attacked.name)
+    one = make_attack("badnets", 7)
+    monkeypatch.setattr(type(card), "restore_attack", lambda _card: one)
+    monkeypatch.setattr(freeze_module, "REFERENCES", {attacked.name: 120})
+    first = freeze_module.reference_scores(test)
+    assert 50 < len(first[attacked.name]) <= 100
+    assert np.isfinite(first[attacked.name]).all()
+    assert np.array_equal(first[attacked.name], freeze_module.reference_scores(test)[attacked.name])
+
+
 def test_freeze_refuses_other_defaults(package, tmp_path, monkeypatch):
     path = tmp_path / "frozen.json"
     Freeze.of_method("a" * 40, "2026-11-28", package).write(path)
@@ -314,7 +371,7 @@ def test_page_has_every_attack_failed_ones_too_and_the_csv_file_has_its_columns(
     benign = Zoo(default_zoo_dir()).card("mnist-benign-mnist_cnn-0")
     zoo = Zoo(tmp_path / "cards")
     zoo.folder.mkdir()
-    records = script.Records(tmp_path / "records")
+    records = script.Records(tmp_path / "records", "a method")
     for name, success, caught in (("good", 0.99, 0.9), ("weak", 0.5, 0.2)):
         example.model_copy(update={"name": name, "attack_success": success}).write(zoo.card_path(name))
         for seed in (0, 1):

@@ -13,8 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from guard.errors import ZooError
 from guard.lab.rivals import RIVALS
 from guard.lab.rivals.max_softmax import MaxSoftmax
+from guard.lab.zoo.freeze import method_digest, method_digests
 from guard.suspect.model import SuspectModel
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "benchmarks" / "leaderboard"
@@ -37,7 +39,7 @@ class Brightness(Rival):
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[SimpleNamespace]:
     """The scripts as modules, as they find each other: by bare names."""
-    names = ("contestants", "measuring", "page")
+    names = ("contestants", "measuring", "records", "page")
     sys.path.insert(0, str(SCRIPTS))
     try:
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -122,14 +124,35 @@ def test_added_file_is_a_contestant(scripts, subject, tmp_path):
         scripts.contestants.from_file(tmp_path / "none.py")
 
 
+def test_records_are_of_one_method_and_one_rival(scripts, tmp_path, monkeypatch):
+    first, other = (scripts.records.Records(tmp_path, method) for method in ("a method", "another"))
+    for detector in ("guard", "ted++"):
+        first.write({"auroc": 0.5}, "model", detector, 0)
+    assert other.read("model", "guard", 0) is None
+    assert other.read("model", "ted++", 0) == {"auroc": 0.5}
+    assert scripts.records.Records(tmp_path, "a method").read("model", "guard", 0) == {"auroc": 0.5}
+    monkeypatch.setitem(scripts.records.RIVALS, "ted++", RIVALS["ted"])  # as if its file had changed
+    assert scripts.records.Records(tmp_path, "a method").read("model", "ted++", 0) is None
+
+
+def test_method_is_named_by_its_freeze_while_that_holds(scripts, monkeypatch):
+    def changed():
+        raise ZooError("changed")
+
+    monkeypatch.setattr(scripts.records, "check_frozen", lambda: SimpleNamespace(digest="of the freeze"))
+    assert scripts.records.current_method() == "of the freeze"
+    monkeypatch.setattr(scripts.records, "check_frozen", changed)
+    assert scripts.records.current_method() == method_digest(method_digests())
+
+
 def test_page_is_written_from_records(scripts, tmp_path, monkeypatch):
-    page, measuring = scripts.page, scripts.measuring
+    page = scripts.page
     document = tmp_path / "leaderboard.md"
     marks = ("detectors", "models", "benign", "after", "images")
     document.write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in marks))
     for name, value in (("RESULTS", tmp_path), ("DOCUMENT", document), ("PICTURES", tmp_path / "images")):
         monkeypatch.setattr(page, name, value)
-    records = measuring.Records(tmp_path / "records")
+    records = scripts.records.Records(tmp_path / "records", "a method")
     shared = {"data_set": "mnist", "realised_false_positive_rate": 0.04, "passes": 1.0, "milliseconds": 2.0}
     for model, caught in (("easy", 1.0), ("hard", 0.5)):
         for seed in (0, 1):

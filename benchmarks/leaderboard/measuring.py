@@ -1,14 +1,9 @@
-"""One model of the zoo against one detector: all figures of a record, and records that survive an interruption."""
+"""One model of the zoo against one detector: all figures of a record."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +18,6 @@ from guard.statistics.evaluation import attack_success_rate, auroc, clean_accura
 from guard.suspect.model import SuspectModel
 from guard.types import BoolArray, Float32Array, Float64Array, IntArray
 
-PROJECT = Path(__file__).resolve().parent.parent.parent
 #: Rate whose threshold is fixed on clean images, and then looked at on others.
 FIXED_RATE = 0.05
 #: Share of the clean images that set a rival's threshold, and teach it nothing; the guard calibrates itself.
@@ -172,68 +166,3 @@ def _after(guard: Guard, subject: Subject) -> dict[str, float]:
             "recovered": recovery_accuracy(np.where(of_triggered, head, labels), true),
         }
     return after
-
-
-class Records:
-    """Measured figures, a line of JSON each, in one file per detector; those of other code are passed over.
-
-    Parameters
-    ----------
-    folder : path
-        Made if it is not there.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._known: dict[str, dict[tuple[Any, ...], Figures]] = {}
-
-    def read(self, model: str, detector: str, seed: int, n_fit: int | None = None) -> Figures | None:
-        """Return what was measured, or None."""
-        if detector not in self._known:
-            path = self._path(detector)
-            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-            entries = [json.loads(line) for line in lines]
-            code = _digest_of_code(detector)
-            self._known[detector] = {
-                (entry["model"], entry["seed"], entry["n_fit"]): entry["figures"]
-                for entry in entries
-                if entry["code"] == code
-            }
-        return self._known[detector].get((model, seed, n_fit))
-
-    def write(self, figures: Figures, model: str, detector: str, seed: int, n_fit: int | None = None) -> None:
-        """Keep what was measured."""
-        self.read(model, detector, seed, n_fit)
-        self._known[detector][model, seed, n_fit] = figures
-        entry = {"model": model, "seed": seed, "n_fit": n_fit, "code": _digest_of_code(detector), "figures": figures}
-        with self._path(detector).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_rounded(entry)) + "\n")
-
-    def _path(self, detector: str) -> Path:
-        return self._folder / f"{detector}.jsonl"
-
-
-def _rounded(value: Any) -> Any:
-    """Return the same with six significant digits, so that files stay small."""
-    if isinstance(value, dict):
-        return {name: _rounded(part) for name, part in value.items()}
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-@functools.cache
-def _digest_of_code(detector: str) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(_sources(detector)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:10]
-
-
-def _sources(detector: str) -> Iterator[Path]:
-    yield Path(__file__)
-    if detector.startswith("guard"):
-        yield Path(__file__).with_name("contestants.py")
-        yield from (PROJECT / "guard" / "detection").rglob("*.py")
-        yield from (PROJECT / "guard" / "statistics").glob("*.py")
-    else:
-        yield from (PROJECT / "guard" / "lab" / "rivals").glob("*.py")

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from measuring import FIXED_RATE, PROJECT, Records
+from measuring import FIXED_RATE
+from records import PROJECT, Records
 
 from guard.lab.rivals import Rival
 from guard.lab.zoo.collection import Zoo

@@ -21,8 +21,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch
 
 import torch
 from contestants import CONTESTANTS, from_file
-from measuring import CLEAN, PROJECT, TRIGGERED, Records, load_subject, measure
+from measuring import CLEAN, TRIGGERED, load_subject, measure
 from page import publish
+from records import PROJECT, Records, current_method
 
 from guard.lab.zoo.collection import Zoo, default_zoo_dir
 
@@ -53,7 +54,8 @@ def main() -> None:
     contestants = dict(CONTESTANTS)
     for path in options.add:
         contestants |= from_file(path)
-    zoo, records = Zoo(options.zoo), Records(PROJECT / "benchmarks" / "results" / "leaderboard")
+    zoo = Zoo(options.zoo)
+    records = Records(PROJECT / "benchmarks" / "results" / "leaderboard", current_method())
     models = options.models or [card.name for card in zoo.cards()]
     detectors = options.detectors or list(contestants)
     end = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
