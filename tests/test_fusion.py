@@ -93,11 +93,39 @@ def test_calibrated_fusion_gives_what_resembles_anomalies_a_part_of_its_own_and_
     surprise = -norm.logsf([[0.0, 0.0, 5.0]])
     unsure, sure = fusion.combine(surprise, np.zeros((1, 10_000)))[0], fusion.combine(surprise, SURE)[0]
     assert sure > unsure > 0.9 * sure
-    novel = fusion.combine(-norm.logsf([[5.0, 0.0, 0.0]]), SURE)[0]
-    unusual = np.full((1, 3), 5.0)
-    assert sure == pytest.approx(novel, rel=0.1)  # a third of the mean square, as each of the two that are novel
-    np.testing.assert_allclose(fusion.kind_scores_.weights, [1 / 3, 1 / 3, 1 / 3], rtol=1e-15)
-    assert fusion.combine(-norm.logsf(unusual), SURE)[0] > sure
+    np.testing.assert_allclose(fusion.kind_scores_.weights, [1 / 2, 1 / 2, 0.0], rtol=1e-15)
+    graded = np.logaddexp(0.0, norm.isf(np.exp(-fusion.surprise_of_kinds(surprise))))[0]
+    by_hand = np.sqrt(np.square(graded[:2]).mean() + (graded[2] - 1.5) ** 2)
+    assert sure == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_calibrated_fusion_takes_nothing_away_where_nothing_resembles_an_anomaly():
+    """What nobody has shown the guard yet is found as before."""
+    rng = np.random.default_rng(0)
+    raw, logits, labels = rng.normal(size=(400, 3)), np.zeros((400, 2)), np.zeros(400, dtype=int)
+    kinds = [Kind("lof"), Kind("disagreement", "contradiction"), Kind("demarcation", "resemblance")]
+    with_it = CalibratedFusion().fit(raw, logits, labels, kinds)
+    without = CalibratedFusion().fit(raw[:, :2], logits, labels, kinds[:2])
+    surprise = -norm.logsf(rng.normal(2.0, 1.0, (50, 3)))
+    surprise[:, 2] = -norm.logsf(rng.uniform(-2.0, 1.0, 50))
+    np.testing.assert_allclose(
+        with_it.combine(surprise, logits[:50]), without.combine(surprise[:, :2], logits[:50]), rtol=1e-12
+    )
+    bound = without.largest_scores(400, 2)
+    assert (with_it.largest_scores(400, 3) > bound).all()
+
+
+def test_fusion_minus_infinity_is_the_least_surprise():
+    """The relative distance where one class alone has images."""
+    raw = np.random.default_rng(0).normal(size=(200, 2))
+    kinds = [Kind("lof"), Kind("relative_distance")]
+    raw[:20, 1] = -np.inf
+    fusion = CalibratedFusion().fit(raw, np.zeros((200, 2)), np.zeros(200, dtype=int), kinds)
+    at = np.array([[0.0, -np.inf], [0.0, -9.0], [0.0, 3.0]])
+    low, also_low, high = fusion.combine(fusion.surprise(at), np.zeros((3, 2)))
+    assert low <= also_low < high
+    assert np.isfinite(fusion.kind_map_.knots).all()
+    assert fusion.kind_map_.knots[:, -1].max() < 10
 
 
 def test_compared_depths_tell_an_input_that_is_unusual_at_one_depth_from_those_that_are_at_all():

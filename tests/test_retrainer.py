@@ -745,11 +745,11 @@ def test_round_with_poisoned_decisions_draws_a_line(place):
     candidate = Guard.load(place.store.active_path())
     assert candidate.ensemble.names[-1] == "demarcation:features"
     missed, missed_before = (
-        np.array([(~guard.scores(world(1000, 950 + kind, kind, 2.5)[0]).is_poisoned).mean() for kind in range(4)])
+        np.array([(~guard.scores(world(1000, 950 + kind, kind, STRONG)[0]).is_poisoned).mean() for kind in range(4)])
         for guard in (candidate, place.guard)
     )
-    assert missed[1] < 0.6 * missed_before[1]  # the trigger that was answered most
-    assert missed.mean() < 0.95 * missed_before.mean()
+    assert missed[1] < 0.5 * missed_before[1]  # the trigger that was learned; the other answers are held out
+    assert (missed[[0, 2, 3]] < missed_before[[0, 2, 3]]).all()
 
 
 def test_round_without_a_person_learns_from_what_was_flagged(place):

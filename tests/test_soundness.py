@@ -15,7 +15,9 @@ from retrainer_helpers import Workspace, fit_guard, world
 from guard import Activations, Guard, GuardConfig, SuspectModel
 from guard.cli import run
 from guard.detection.detectors import DETECTORS
+from guard.detection.ensemble import Ensemble
 from guard.detection.fusion import CalibratedFusion
+from guard.detection.soundness import Calibration, reproduction, rows_scored
 from guard.errors import BundleError, DataError
 from guard.retrainer.candidate import fit_candidate
 from guard.retrainer.material import gather
@@ -184,6 +186,9 @@ def sound_older(suspect: SuspectModel, clean_split: Any, tmp_path_factory: pytes
         patch.setattr("guard.detection.cross_fitting.new_fusion", lambda mode: OlderFusion())
         known = {kind: DETECTORS[kind] for kind in ("lof", "disagreement", "anytime")}
         patch.setattr("guard.detection.ensemble.DETECTORS", known)
+        for_mode = Ensemble.for_mode
+        plain = staticmethod(lambda *settings, **more: Ensemble(for_mode(*settings, **more).members))  # not whitened
+        patch.setattr(Ensemble, "for_mode", plain)
         guard = Guard.fit(suspect, images[:300], labels[:300], config)
     return older(read_bundle(guard.save(tmp_path_factory.mktemp("older"))))
 
@@ -224,6 +229,70 @@ def test_load_bundle_whose_reproduction_was_taken_out_is_refused(sound, tmp_path
 
     with pytest.raises(BundleError, match=rf"is not sound: array {name} is missing\."):
         Guard.load(write(tmp_path, sound, without))
+
+
+def sealed_again(sound: StoredBundle, folder: Path, change: Change) -> Path:
+    """Write the bundle changed, with the reproduction that the changed arrays give: nobody's arithmetic is off."""
+    guard, arrays = Guard.load(write(folder / "sound", sound)), dict(sound.arrays)
+    change(arrays)
+    below = {name.removeprefix("fusion."): part for name, part in arrays.items() if name.startswith("fusion.")}
+    fusion, sample = CalibratedFusion().restore(below), guard.reference[rows_scored(len(guard.reference))]
+    arrays["reproduction"] = reproduction(Calibration(guard.ensemble, fusion, arrays["clean_scores"]), sample)
+    return write_bundle(folder, sound.document, arrays)
+
+
+@pytest.mark.parametrize("kind", range(5))
+def test_load_bundle_that_is_blind_to_one_kind_is_refused(sound, tmp_path, kind):
+    change = put("fusion.kind.knots", 1e6, kind)
+    with pytest.raises(BundleError, match=r"detectors of kind \w+ count for nothing far beyond all clean images"):
+        Guard.load(sealed_again(sound, tmp_path, change))
+
+
+@pytest.mark.parametrize("place", range(14))
+@pytest.mark.parametrize("where", [np.s_[:], np.s_[5:]])
+def test_load_bundle_that_is_blind_to_one_detector_is_refused(sound, tmp_path, place, where):
+    change = put("fusion.knots", 1e6, (place, where))
+    with pytest.raises(BundleError, match=r"is not surprised far beyond all clean images|too little would be flagged"):
+        Guard.load(sealed_again(sound, tmp_path, change))
+
+
+def test_load_bundle_with_kinds_that_are_not_those_of_its_detectors_is_refused(sound, tmp_path):
+    for change in (
+        lambda arrays: arrays.update({"fusion.shows": 1 - arrays["fusion.shows"]}),
+        put("fusion.whiten", 0.0),
+        swapped("fusion.kinds", "fusion.kinds_reversed"),
+    ):
+        arrays = {**sound.arrays, "fusion.kinds_reversed": sound.arrays["fusion.kinds"][::-1].copy()}
+        with pytest.raises(
+            BundleError, match=r"arrays kinds, shows and whiten are not those of its detectors|array whiten"
+        ):
+            Guard.load(write(tmp_path, StoredBundle(sound.digest, sound.document, arrays), change))
+
+
+@pytest.mark.parametrize("name", ["temperature", "kinds", "shows", "centre", "whiten", "kind.knots", "kind.shape"])
+def test_load_bundle_without_a_part_of_its_combination_is_refused(sound, tmp_path, name):
+    def without(arrays: Arrays) -> None:
+        del arrays[f"fusion.{name}"]
+
+    with pytest.raises(BundleError, match=r"(lacks|missing)"):
+        Guard.load(write(tmp_path, sound, without))
+
+
+def test_load_bundle_whose_combination_was_taken_out_is_refused(sound, tmp_path):
+    def without(arrays: Arrays) -> None:
+        for name in list(arrays):
+            if name.rpartition(".")[2] in ("temperature", "kinds", "shows", "centre", "whiten") or ".kind." in name:
+                del arrays[name]
+
+    with pytest.raises(BundleError, match="the arrays of how they are combined are missing"):
+        Guard.load(write(tmp_path, sound, without))
+
+
+def test_load_bundle_of_a_network_whose_layer_is_called_shows(clean_activations, tmp_path):
+    layers = {"x.shows": clean_activations.features[:100] * 2 + 1}
+    activations = Activations(clean_activations.logits[:100], clean_activations.features[:100], layers)
+    guard = Guard.fit_activations(activations, activations.predicted_labels, GuardConfig(false_positive_rate=0.05))
+    assert Guard.load(guard.save(tmp_path)).reference.depths.keys() == {"x.shows"}
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5])

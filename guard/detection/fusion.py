@@ -20,6 +20,10 @@ from guard.types import AnyArray, BoolArray, Float64Array, FloatArray, IntArray
 #: Local outlier factor above which scikit-learn, and with it the paper, calls a point novel.
 NOVELTY_OFFSET = 1.5
 _KIND = "kind."  # before the names of arrays that map the scores of kinds
+#: Arrays that older versions did not have, beside those of kinds.
+_WHOLE = frozenset({"temperature", "kinds", "shows", "centre", "whiten"})
+#: log(1 + exp z) that one in ten clean inputs exceeds.
+_RESEMBLING = 1.5
 
 
 class Fusion(Protocol):
@@ -79,8 +83,9 @@ class CalibratedFusion:
 
         sqrt((N * ((1 + c) / 2)^2 + C * max(c, 1 / 2)^2) / 2)
 
-    or, in a guard that has learned from anomalies of the traffic, the root of the mean of three such parts; the third
-    has no factor and half the weight.
+    In a guard that has learned from anomalies of the traffic, max(0, r - 3 / 2)^2 is added below the root, with r the
+    log(1 + exp z) of the kind that sees what resembles them: it adds where it exceeds that of nine in ten clean inputs,
+    and takes nothing away from triggers that nobody has seen yet.
 
     Below its median a kind says next to nothing, far above it as much as z. The factors are there because clean inputs
     that the suspect gets wrong contradict the heads as triggered ones do, but the suspect is seldom sure of them. They
@@ -109,7 +114,7 @@ class CalibratedFusion:
         self.surprise_map_ = SurpriseMap.fit(raw)
         graded = _graded(self.surprise_map_.surprise(raw))
         # Infinite scores, as of a class of few images, rank highest and have no size to learn from.
-        is_infinite = np.isinf(raw)
+        is_infinite = raw == np.inf
         largest = np.where(is_infinite, 0.0, graded).max(axis=0, initial=0.0)
         sized = np.where(is_infinite, largest, graded)
         self.kind_scores_ = KindScores.fit(sized, kinds or [Kind(str(place)) for place in range(raw.shape[1])])
@@ -129,20 +134,29 @@ class CalibratedFusion:
         if self.kind_scores_ is None or self.kind_map_ is None or self.temperature_ is None:
             older: Float64Array = np.sqrt(np.square(surprise).mean(axis=1))
             return older
-        graded = _graded(self.kind_map_.surprise(self.kind_scores_(_graded(surprise))))
+        graded = _graded(self.surprise_of_kinds(surprise))
+        resembling = np.maximum(graded[:, self.kind_scores_.is_resemblance] - _RESEMBLING, 0.0)
         sure = confidence(logits, self.temperature_)
         factors = np.ones((len(sure), len(SHOWS)))
         factors[:, SHOWS.index("novelty")] = 0.5 * (1.0 + sure)
         factors[:, SHOWS.index("contradiction")] = np.maximum(sure, 0.5)
         graded *= factors[:, self.kind_scores_.shows]
-        combined: Float64Array = np.sqrt(np.square(graded) @ self.kind_scores_.weights)
+        mean = np.square(graded) @ self.kind_scores_.weights
+        combined: Float64Array = np.sqrt(mean + np.square(resembling).sum(axis=1))
         return combined
+
+    def surprise_of_kinds(self, surprise: Float64Array) -> Float64Array:
+        """Return the surprise of each kind from that of the detectors, shape (n, n_kinds); NotFittedError without."""
+        if self.kind_scores_ is None or self.kind_map_ is None:
+            raise NotFittedError("this CalibratedFusion knows no kinds. Call fit(raw, logits, labels, kinds) first.")
+        return self.kind_map_.surprise(self.kind_scores_(_graded(surprise)))
 
     def largest_scores(self, n: int, n_detectors: int) -> Float64Array:
         """See `Fusion.largest_scores`: no mean is above what all together allow, and no factor above 1."""
         if self.kind_scores_ is None:
             return largest_surprises(n_detectors, n)
-        return _graded(largest_surprises(len(self.kind_scores_.shows), n))
+        largest = _graded(largest_surprises(len(self.kind_scores_.shows), n))
+        return np.hypot(largest, largest) if self.kind_scores_.is_resemblance.any() else largest
 
     def decide(self, combined: Float64Array, p_values: Float64Array, false_positive_rate: float) -> BoolArray:
         """Return p <= false_positive_rate."""
@@ -162,7 +176,7 @@ class CalibratedFusion:
     def restore(self, arrays: Mapping[str, AnyArray]) -> Self:
         """See `Fusion.restore`."""
         self.surprise_map_ = SurpriseMap.from_arrays(arrays)
-        if "temperature" in arrays:
+        if any(name in _WHOLE or name.startswith(_KIND) for name in arrays):  # all of it, or it is not sound
             self.temperature_ = float(require(arrays, "temperature", (1,), low=1e-30, high=1e30)[0])
             self.kind_scores_ = KindScores.from_arrays(arrays, len(self.surprise_map_.knots))
             self.kind_map_ = SurpriseMap.from_arrays(

@@ -15,9 +15,6 @@ from guard.types import AnyArray, BoolArray, Float64Array, IntArray
 
 #: What detectors may say, in the order of the stored numbers.
 SHOWS: tuple[Shows, ...] = get_args(Shows)
-#: What resembles anomalies of the traffic weighs less: it says nothing of triggers that nobody has seen yet, and with
-#: an equal weight a guard that has learned of some misses more of the others.
-_WEIGHTS = np.array([0.5 if shows == "resemblance" else 1.0 for shows in SHOWS])
 #: Share of the mean variance that every direction of a covariance over depths gets.
 _SHRINKAGE = 0.1
 _LEAST_VARIANCE = 1e-6
@@ -52,8 +49,7 @@ class KindScores:
     @classmethod
     def fit(cls, scores: Float64Array, kinds: Sequence[Kind]) -> Self:
         """Learn from scores of clean inputs, shape (n, n_detectors), finite, and the kind of each detector."""
-        known = list(dict.fromkeys(kinds))
-        numbers = np.array([known.index(kind) for kind in kinds], dtype=np.int64)
+        known, numbers, shows = _numbered(kinds)
         centre, whiten = scores.mean(axis=0), np.zeros((len(kinds), len(kinds)))
         for number, kind in enumerate(known):
             if kind.over_depths != "compared":
@@ -64,11 +60,18 @@ class KindScores:
             prior = max(float(covariance.trace()) / len(of_kind), _LEAST_VARIANCE)
             values, vectors = np.linalg.eigh((1 - _SHRINKAGE) * covariance + _SHRINKAGE * prior * np.eye(len(of_kind)))
             whiten[np.ix_(of_kind, of_kind)] = vectors / np.sqrt(values)
-        return cls(numbers, np.array([SHOWS.index(kind.shows) for kind in known]), centre, whiten)
+        return cls(numbers, shows, centre, whiten)
+
+    def are_of(self, kinds: Sequence[Kind]) -> bool:
+        """Return whether this was learned from detectors of these kinds."""
+        known, numbers, shows = _numbered(kinds)
+        is_compared = np.array([kind.over_depths == "compared" for kind in known])[numbers]
+        found = (self.kinds, self.shows, self.whiten.any(axis=1))
+        return all(map(np.array_equal, found, (numbers, shows, is_compared)))
 
     def __call__(self, scores: Float64Array) -> Float64Array:
         """Return one score per row and kind, shape (n, n_kinds), float64, >= 0; higher = more suspicious."""
-        is_of_kind = self._is_of_kind
+        is_of_kind = self.is_of_kind
         is_averaged = ~self.whiten.any(axis=1, keepdims=True)
         averaged = is_of_kind * is_averaged / is_of_kind.sum(axis=0)
         distances = np.square((scores - self.centre) @ self.whiten) @ is_of_kind
@@ -77,20 +80,28 @@ class KindScores:
 
     def any_of_kind(self, is_so: BoolArray) -> BoolArray:
         """Return what holds for any detector of a kind, shape (n, n_kinds), of what holds for detectors."""
-        return np.asarray(is_so @ self._is_of_kind, dtype=np.bool_)
+        return np.asarray(is_so @ self.is_of_kind, dtype=np.bool_)
 
     @property
-    def _is_of_kind(self) -> BoolArray:
+    def is_of_kind(self) -> BoolArray:
         """Whether a detector is of a kind, shape (n_detectors, n_kinds)."""
         return np.asarray(self.kinds[:, np.newaxis] == np.arange(len(self.shows)), dtype=np.bool_)
 
     @property
+    def is_resemblance(self) -> BoolArray:
+        """Which kinds see what resembles anomalies of the traffic, shape (n_kinds,)."""
+        return np.asarray(self.shows == SHOWS.index("resemblance"), dtype=np.bool_)
+
+    @property
     def weights(self) -> Float64Array:
-        """Weight of each kind in a mean over what they show, and there over their detectors; shape (n_kinds,)."""
-        of_kinds = np.bincount(self.kinds)
-        of_shows = np.bincount(self.shows, of_kinds, minlength=len(SHOWS))
-        weights = _WEIGHTS[self.shows] * of_kinds / of_shows[self.shows]
-        return np.asarray(weights / _WEIGHTS[of_shows > 0].sum(), dtype=np.float64)
+        """Weight of each kind in a mean over what they show, and there over their detectors; shape (n_kinds,).
+
+        Zero for a kind that sees resemblance: what no anomaly has shown yet must not look better for it.
+        """
+        counts = np.where(self.is_resemblance, 0, np.bincount(self.kinds))
+        of_shows = np.bincount(self.shows, counts, minlength=len(SHOWS))
+        shares = counts / np.maximum(of_shows[self.shows], 1)
+        return np.asarray(shares / np.count_nonzero(of_shows), dtype=np.float64)
 
     def arrays(self) -> dict[str, AnyArray]:
         """Return everything that was learned, as arrays."""
@@ -115,3 +126,10 @@ class KindScores:
         if whiten[kinds[:, np.newaxis] != kinds].any() or (joined != is_compared).any():
             raise DataError("array whiten must join all detectors of a kind, or none, and never two kinds.")
         return cls(kinds, shows, centre, whiten)
+
+
+def _numbered(kinds: Sequence[Kind]) -> tuple[list[Kind], IntArray, IntArray]:
+    """Return the different kinds in order, the number of the kind of each detector, and what each kind shows."""
+    known = list(dict.fromkeys(kinds))
+    numbers = np.array([known.index(kind) for kind in kinds], dtype=np.int64)
+    return known, numbers, np.array([SHOWS.index(kind.shows) for kind in known], dtype=np.int64)

@@ -154,9 +154,8 @@ class Guard(FittedGuard):
         n_classes, n = activations.logits.shape[1], int(training.is_distinct.sum())
         check_rate(config.false_positive_rate, n, len(activations) - n)
         if n < 2 * (folds := config.fewest_folds):
-            raise DataError(
-                f"folds={folds} needs at least {2 * folds} clean images, got {n}. Give more, or fewer folds."
-            )
+            who, cure = ("a fit", "") if config.folds is None else (f"folds={folds}", ", or fewer folds")
+            raise DataError(f"{who} needs at least {2 * folds} clean images, got {n}. Give more{cure}.")
         if config.anytime and config.mode == "paper":
             raise ConfigError("anytime goes with mode 'calibrated': the published rule knows one depth. Leave it out.")
         if class_names is not None and len(class_names) != n_classes:

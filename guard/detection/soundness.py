@@ -7,6 +7,7 @@ scores are NaN or 1e30 would call everything clean; so what is loaded is checked
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -41,6 +42,10 @@ KEPT = "reproduction"
 GROUPS = "groups"
 #: So far beyond the clean images, in units of their spread, must an input be flagged at a rate of half a percent.
 _FAR, _FAR_P = 100.0, 0.005
+#: Beyond this p-value must a detector or a kind find such an input, all others being as usual.
+_FAR_ALONE_P = 0.05
+#: Arrays of the rule that keeps reproductions.
+_OF_KINDS = re.compile(r"(?:fusion|(early\.\d+))\.shows")
 #: Logits of an input that any network is sure of.
 _SURE = np.array([[1e30, 0.0]])
 #: What helps where a stored bundle is not sound.
@@ -117,6 +122,7 @@ def check_calibration(
     require({"clean_scores": clean_scores}, "clean_scores", (None,), ascending=True)
     if isinstance(fusion, CalibratedFusion):
         _check_map(fusion.surprise_map_, ensemble, clean_scores)
+        _check_kinds(fusion, ensemble)
     with np.errstate(all="ignore"):  # what overflows is refused below
         raw = ensemble.score(sample)
         combined = fusion.combine(fusion.surprise(raw), sample.logits)
@@ -131,6 +137,7 @@ def check_calibration(
             raise DataError(f"{name}: detector {ensemble.names[int(stuck.argmax())]} gives every input the same score.")
         if len(clean_scores) >= _ENOUGH:  # the tail of fewer may be anywhere
             _check_tail(name, fusion, raw, clean_scores)
+            _check_each_tail(name, ensemble, fusion, raw)
     is_right = sample.predicted_labels == labels
     enough = _ENOUGH_WHITENED if ensemble.spaces else _ENOUGH
     _check_p_values(name, conformal_p_values(combined, clean_scores), is_right, len(clean_scores) >= enough)
@@ -180,6 +187,13 @@ def _check_map(surprise_map: SurpriseMap | None, ensemble: Ensemble, clean_score
         raise DataError(f"the median of clean_scores must be in [{low:g}, {high:g}], got {median:.3g}.")
 
 
+def _check_kinds(fusion: CalibratedFusion, ensemble: Ensemble) -> None:
+    if fusion.kind_scores_ is not None and not fusion.kind_scores_.are_of(ensemble.kinds):
+        raise DataError("arrays kinds, shows and whiten are not those of its detectors.")
+    if ensemble.spaces and fusion.kind_scores_ is None:
+        raise DataError("its detectors read whitened features, and the arrays of how they are combined are missing.")
+
+
 def _check_tail(name: str, fusion: CalibratedFusion, raw: Float64Array, clean_scores: Float64Array) -> None:
     """Refuse a calibration whose middle is right, and beyond whose tail nothing can be; see `Fusion.largest_scores`."""
     assert fusion.surprise_map_ is not None
@@ -198,6 +212,28 @@ def _check_tail(name: str, fusion: CalibratedFusion, raw: Float64Array, clean_sc
         raise DataError(
             f"{name}: an input far beyond all clean images has a p-value of {p_value:.3g}: too little would be flagged."
         )
+
+
+def _check_each_tail(name: str, ensemble: Ensemble, fusion: CalibratedFusion, raw: Float64Array) -> None:
+    """Refuse a calibration that is blind to one detector or one kind of them, whatever the others see."""
+    least = -math.log(_FAR_ALONE_P)
+    finite = np.where(np.isfinite(raw), raw, 0.0)
+    low, middle, high = np.quantile(finite, (0.0, 0.5, 1.0), axis=0)
+    far = high + _FAR * (high - low)
+    known = np.asarray(high > low, dtype=np.bool_)  # a constant one says nothing of what is far
+    alone = fusion.surprise(np.where(np.eye(len(far), dtype=bool), far, middle))
+    for place in np.flatnonzero(known):
+        if alone[place, place] < least:
+            raise DataError(f"{name}: detector {ensemble.names[place]} is not surprised far beyond all clean images.")
+    if fusion.kind_scores_ is None:
+        return
+    # Depths that are compared show what one of them alone does, depths that are averaged what they do together.
+    together = fusion.surprise(np.where(fusion.kind_scores_.is_of_kind.T, far, middle))
+    of_kinds, of_all = fusion.surprise_of_kinds(alone), fusion.surprise_of_kinds(together)
+    for kind, members in enumerate(fusion.kind_scores_.is_of_kind.T):
+        if known[members].all() and max(of_kinds[members, kind].max(), of_all[kind, kind]) < least:
+            kind_name = ensemble.members[int(members.argmax())].kind
+            raise DataError(f"{name}: detectors of kind {kind_name} count for nothing far beyond all clean images.")
 
 
 def _check_p_values(name: str, p_values: Float64Array, is_right: BoolArray, are_enough: bool) -> None:
@@ -258,9 +294,9 @@ def _check_reference(document: Mapping[str, Any], arrays: Mapping[str, AnyArray]
         for layer, width in widths.items():
             require(arrays, f"noisy_reference.{layer}", (n, width))
     for name in arrays:
-        if name.endswith(".shows"):  # of a rule that is younger than reproductions are
-            of_early = name.removesuffix("shows").removeprefix("fusion.")
-            require(arrays, f"{of_early}{KEPT}", (2, len(rows_scored(n))))
+        if of_kinds := _OF_KINDS.fullmatch(name):
+            verdict = f"{of_kinds[1]}." if of_kinds[1] else ""
+            require(arrays, f"{verdict}{KEPT}", (2, len(rows_scored(n))))
     right = document.get("reference_accuracy")
     if right is not None:
         found = float((arrays["reference.logits"].argmax(axis=1) == labels).mean())

@@ -40,7 +40,7 @@ _SOURCES = (
 )
 #: Name that stands for the default settings, which are part of the method though most of their file is not.
 _DEFAULTS = "config.py, defaults of fitting and the default rate"
-#: Models of the development zoo whose guards are compared, by their clean images: few, as in the smallest sets, and more.
+#: Models of the development zoo whose guards are compared, and how many clean images each has: few and more.
 REFERENCES = {
     "mnist-wanet-mnist_cnn-0": 300,
     "gtsrb-wanet-gtsrb_cnn-0": 645,
@@ -172,8 +172,8 @@ class Freeze:
         """
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-            told = (document[name] for name in ("commit", "date", "digest", "sources"))
-            freeze = cls(*told, document.get("scores", {}))
+            commit, date, digest, sources = (document[name] for name in ("commit", "date", "digest", "sources"))
+            freeze = cls(commit, date, digest, sources, document.get("scores", {}))
             consistent = freeze.digest == method_digest(freeze.sources)
         except FileNotFoundError:
             raise ZooError(
