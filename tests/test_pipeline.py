@@ -9,6 +9,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
+import torch
 
 from guard import Activations, Guard, GuardConfig, SuspectModel
 from guard.errors import BundleError, ConfigError, DataError
@@ -230,6 +231,40 @@ def test_with_config_rate_below_one_over_n_plus_1_is_refused(fitted_guard):
 
 
 # --- fitting ---
+
+
+@pytest.mark.parametrize("settings", [{"anytime": True}, {"mode": "paper"}])
+def test_fit_side_by_side_gives_the_same_guard(clean_activations, tmp_path, settings):
+    rows = np.arange(300)
+    activations, labels = clean_activations[rows], clean_activations.predicted_labels[rows]
+    config = GuardConfig(false_positive_rate=0.05, **settings)
+    threads = torch.get_num_threads()
+    seen = []
+    one, three = (
+        Guard.fit_activations(activations, labels, config, threads=n, progress=lambda *report: seen.append(report))
+        for n in (1, 3)
+    )
+    assert one.save(tmp_path / "one").name == three.save(tmp_path / "three").name  # the digest of everything in it
+    assert torch.get_num_threads() == threads
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+    shares = [share for _, share in seen[: len(seen) // 2]]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+
+
+def test_fit_side_by_side_ends_with_the_first_error(clean_activations, monkeypatch):
+    begun = []
+
+    def fails(config, training, rows, stops_early):
+        begun.append(rows)
+        raise DataError("this fold is broken")
+
+    monkeypatch.setattr("guard.detection.cross_fitting._fitted_ensemble", fails)
+    rows = np.arange(100)
+    activations, labels = clean_activations[rows], clean_activations.predicted_labels[rows]
+    with pytest.raises(DataError, match="this fold is broken"):
+        Guard.fit_activations(activations, labels, GuardConfig(false_positive_rate=0.05, folds=20), threads=2)
+    assert len(begun) <= 21
 
 
 def test_fit_reports_progress_from_0_to_1(suspect, few):

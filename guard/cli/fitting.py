@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from guard.cli.classes import listed
 from guard.cli.images import NamedLabelledImages, naming_rows
@@ -19,11 +20,17 @@ from guard.suspect.model import SuspectModel
 from guard.suspect.outputs import share_of_several_labels
 from guard.types import Float32Array, IntArray
 
+_MOST_THREADS = 8  # as each has its copy of the clean activations
 _POOR = 0.5  # share of right answers, below which a guard is of little use
 
 
 def fit_guard(
-    suspect: SuspectModel, inputs: Float32Array, images: NamedLabelledImages, config: GuardConfig, report: Progress
+    suspect: SuspectModel,
+    inputs: Float32Array,
+    images: NamedLabelledImages,
+    config: GuardConfig,
+    threads: int | None,
+    report: Progress,
 ) -> Guard:
     """Fit a guard on images as the network takes them, shape (n, channels, height, width), and warn of what they show.
 
@@ -34,11 +41,23 @@ def fit_guard(
     images : NamedLabelledImages
         Names, labels and class names of the inputs.
     config : GuardConfig
+    threads : int or None
+        Folds that are fitted side by side; None = one for each core that PyTorch may use, 8 at most.
     report : callable
         Called with a line of text and the share done.
     """
+    if threads is None:
+        threads = min(torch.get_num_threads(), _MOST_THREADS)
     with naming_rows(images):
-        guard = Guard.fit(suspect, inputs, images.labels, config, class_names=images.class_names, progress=report)
+        guard = Guard.fit(
+            suspect,
+            inputs,
+            images.labels,
+            config,
+            class_names=images.class_names,
+            threads=threads,
+            progress=report,
+        )
     tell_membership(suspect, inputs, guard)
     tell_multi_label(guard)
     tell_contradictions(guard)

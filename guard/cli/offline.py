@@ -32,6 +32,7 @@ from guard.cli.options import (
     Settings,
     Split,
     StateKey,
+    Threads,
     Weights,
 )
 from guard.cli.output import (
@@ -83,6 +84,7 @@ def fit(
     backup_detects: Annotated[
         bool, typer.Option("--backup-detects", help="Let it detect as well; then it runs for every input.")
     ] = False,
+    threads: Threads = None,
     bundles: Bundles = Path("bundles"),
     activate: Annotated[bool, typer.Option(help="Make the new bundle the active one.")] = True,
     force: FitAnyway = False,
@@ -137,7 +139,7 @@ def fit(
         check_order(suspect, inputs, found, force=force)
         if handler is None:
             tell_scale(suspect, inputs, found.labels)
-        guard = fit_guard(suspect, inputs, found, config, report)
+        guard = fit_guard(suspect, inputs, found, config, threads, report)
         guard = replace(guard, preprocessing=f"handler {handler}" if handler is not None else preprocess)
         depends = guard.batch_dependence or (user.batch_dependence if user is not None else "")
         guard = replace(guard, images_from=str(images.absolute()), batch_dependence=depends)

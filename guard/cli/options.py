@@ -70,6 +70,14 @@ Depths = Annotated[
         help="Earlier layer to watch as well; may be repeated, up to 3.",
     ),
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        show_default="one for each core, 8 at most",
+        help="Parts of the fit that are done side by side; each takes a core and a copy of all features.",
+    ),
+]
 FitAnyway = Annotated[
     bool, typer.Option("--fit-anyway", "--force", help="Fit although the network's answers do not fit the labels.")
 ]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -50,7 +50,8 @@ def progress_bar(title: str, *, share_known: bool = True) -> Iterator[Report]:
         with _progress_lines(title) as report:
             yield report
         return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    left = (TextColumn("left:"), TimeRemainingColumn()) if share_known else ()
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), *left)
     with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task(title, total=1.0 if share_known else None)
         yield lambda text, share: bar.update(task, description=text, completed=share)

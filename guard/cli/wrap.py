@@ -31,6 +31,7 @@ from guard.cli.options import (
     Seed,
     Settings,
     Split,
+    Threads,
 )
 from guard.cli.output import print_warning, progress_bar, say, what_failed
 from guard.errors import ConfigError, DataError, GuardError, SuspectModelError
@@ -79,6 +80,7 @@ def wrap(
     depth: Depths = None,
     logits: Logits = None,
     device: Device = "cpu",
+    threads: Threads = None,
     bundles: Annotated[
         Path | None,
         typer.Option(help="Also write the bundle to this folder, and let the server follow it, as to retrain."),
@@ -128,7 +130,7 @@ def wrap(
             suspect = SuspectModel(user.module, split=split, depths=depth, output=logits, device=device)  # in eval mode
             found = _labelled(opened, user, images, class_list(class_names))
             _try_handler(user, found, config)
-            guard = _fitted(suspect, user, found, config, report, allow_missing_classes, fit_anyway)
+            guard = _fitted(suspect, user, found, config, threads, report, allow_missing_classes, fit_anyway)
             examples = _examples(found)
             batches = told_batches(user, examples, guard.input_shape, config)
         guard = replace(
@@ -249,6 +251,7 @@ def _fitted(
     user: UserHandler,
     found: NamedLabelledImages,
     config: GuardConfig,
+    threads: int | None,
     report: Report,
     allow_missing: bool,
     fit_anyway: bool,
@@ -274,7 +277,7 @@ def _fitted(
     if names is not None and len(names) != n_classes:
         raise DataError(f"the model has {n_classes} classes, and the class list has {len(names)}. Give --class-names.")
     check_order(suspect, inputs, found, force=fit_anyway)
-    return fit_guard(suspect, inputs, found, config, report)
+    return fit_guard(suspect, inputs, found, config, threads, report)
 
 
 def _checked(archive: Path, guard: Guard, found: NamedLabelledImages) -> CheckReport:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,7 +14,7 @@ from guard.detection.contradictions import Contradictions
 from guard.detection.detectors.lof import PerClassLof
 from guard.detection.ensemble import Ensemble
 from guard.detection.fusion import Fusion, new_fusion
-from guard.detection.heads.decision_head import holds_out_enough
+from guard.detection.heads.decision_head import holds_out_enough, one_thread
 from guard.detection.training_set import TrainingSet
 from guard.statistics.calibration import conformal_p_values, stratified_folds
 from guard.types import BACKUP, FEATURES, BoolArray, Float64Array, FloatArray, IntArray
@@ -22,6 +24,7 @@ from guard.types import BACKUP, FEATURES, BoolArray, Float64Array, FloatArray, I
 _FOLDS, _FEW_IMAGES, _FOLDS_OF_FEW = 10, 500, 20
 #: Called with a line for a person and the share done, in [0, 1].
 Progress = Callable[[str, float], None]
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,9 @@ class CrossFit:
     early: tuple[EarlyFit, ...] = ()
 
 
-def cross_fit(config: GuardConfig, training: TrainingSet, *, progress: Progress | None = None) -> CrossFit:
+def cross_fit(
+    config: GuardConfig, training: TrainingSet, *, threads: int = 1, progress: Progress | None = None
+) -> CrossFit:
     """Fit and calibrate the detectors of a mode.
 
     Parameters
@@ -80,6 +85,9 @@ def cross_fit(config: GuardConfig, training: TrainingSet, *, progress: Progress 
     training : TrainingSet
         Its clean inputs are learned from and scored, out of fold; all else is learned from in every fold, never scored.
         Copies stay in one fold, and one of them is scored.
+    threads : int
+        How many folds are fitted side by side, >= 1; each takes one core and a copy of its clean activations. The
+        result is the same for any number.
     progress : callable, optional
         Called with a line of text and the share done.
     """
@@ -95,16 +103,23 @@ def cross_fit(config: GuardConfig, training: TrainingSet, *, progress: Progress 
     raw = np.empty((len(scored), len(wanted.names)))
     layers = [depth for depth in depths if depth != BACKUP] if config.anytime else []
     early_raw = [np.empty((len(scored), len(wanted.up_to(layers[: k + 1]).names))) for k in range(len(layers))]
-    for fold in range(folds):
-        report(f"cross-fitting, part {fold + 1} of {folds}", 0.1 + 0.7 * fold / folds)
-        hold = part_scored == fold
-        held_out = activations[scored[hold]]
+
+    def fit_part(fold: int) -> Ensemble | tuple[Float64Array, list[Float64Array]]:
+        """Return the scores of one fold, or after the last fold the detectors that have seen all of them."""
         fitted = _fitted_ensemble(config, training, training.teaches & (part != fold), stops_early)
-        raw[hold] = fitted.score(held_out)
-        for k, scores in enumerate(early_raw):
-            scores[hold] = fitted.up_to(layers[: k + 1]).score(held_out)
-    report("fitting the detectors on all clean images", 0.8)
-    ensemble = _fitted_ensemble(config, training, training.teaches, stops_early)
+        if fold == folds:
+            return fitted
+        held_out = activations[scored[part_scored == fold]]
+        early = (fitted.up_to(layers[: k + 1]) for k in range(len(layers)))
+        return fitted.score(held_out), [shallow.score(held_out) for shallow in early]
+
+    for done, (fold, result) in enumerate(_side_by_side(fit_part, folds + 1, threads), start=1):
+        report(f"fitting, part {done} of {folds + 1}", 0.1 + 0.87 * done / (folds + 1))
+        if isinstance(result, Ensemble):
+            ensemble = result
+            continue
+        for scores, found in zip((raw, *early_raw), (result[0], *result[1]), strict=True):
+            scores[part_scored == fold] = found
     report("calibrating", 0.97)
     answers = activations.logits[scored], labels[scored]
     early = [
@@ -124,6 +139,23 @@ def folds_for(config: GuardConfig, n_images: int) -> int:
         return config.fewest_folds
     wanted = _FOLDS_OF_FEW if n_images < _FEW_IMAGES else _FOLDS
     return max(config.fewest_folds, min(wanted, n_images // 2))
+
+
+def _side_by_side(work: Callable[[int], _Result], n: int, threads: int) -> Iterator[tuple[int, _Result]]:
+    """Do n pieces of work, and give back number and result of each as it is done; after an error no further begins."""
+    if threads == 1:
+        yield from ((number, work(number)) for number in range(n))
+        return
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # here: a server loads less without
+
+    with threadpool_limits(limits=1), one_thread(), ThreadPoolExecutor(threads) as pool:
+        pieces = {pool.submit(work, number): number for number in range(n)}
+        try:
+            for piece in as_completed(pieces):
+                yield pieces.pop(piece), piece.result()
+        finally:
+            for piece in pieces:
+                piece.cancel()
 
 
 def _silent(_text: str, _share: float) -> None:

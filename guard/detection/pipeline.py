@@ -54,6 +54,7 @@ class Guard(FittedGuard):
         config: GuardConfig | None = None,
         *,
         class_names: Sequence[str] | None = None,
+        threads: int = 1,
         progress: Progress | None = None,
     ) -> Self:
         """Fit a guard on clean images; poisoned ones are neither needed nor wanted.
@@ -70,6 +71,9 @@ class Guard(FittedGuard):
             Settings; defaults if left out.
         class_names : sequence of str, optional
             For people only; kept in the bundle.
+        threads : int
+            How many folds are fitted side by side, >= 1: a core and a copy of the activations for each. The guard is
+            the same for any number.
         progress : callable, optional
             Called with a line of text and the share done.
 
@@ -106,6 +110,7 @@ class Guard(FittedGuard):
             noisy=noisy,
             groups=copy_groups(images, labels),
             class_names=class_names,
+            threads=threads,
             progress=progress,
         )
         return replace(
@@ -126,6 +131,7 @@ class Guard(FittedGuard):
         noisy: Activations | None = None,
         groups: IntArray | None = None,
         class_names: Sequence[str] | None = None,
+        threads: int = 1,
         progress: Progress | None = None,
     ) -> Self:
         """Fit a guard on clean activations, for a model that is no PyTorch module.
@@ -141,6 +147,8 @@ class Guard(FittedGuard):
         groups : ndarray of shape (n,), int, optional
             One number per input, the same for copies of each other, see `copy_groups`; what is promised is promised of
             distinct inputs. Without it, those with equal activations are copies.
+        threads : int
+            As of `fit`.
 
         Raises
         ------
@@ -168,7 +176,7 @@ class Guard(FittedGuard):
             check_varied(dict(activations.items()))
         except DataError as error:
             raise DataError(f"{error} Name other layers (--split, --depth), or mend the network.") from error
-        fitted = cross_fit(config, training, progress=progress)
+        fitted = cross_fit(config, training, threads=threads, progress=progress)
         guard = cls(
             config=config,
             ensemble=fitted.ensemble,
