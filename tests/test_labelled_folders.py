@@ -317,6 +317,23 @@ def test_images_are_those_of_the_fit_whatever_the_classes_are_called(tmp_path: P
     assert as_fitted(found, None) is found
 
 
+def test_sub_folders_of_one_class_are_those_of_the_fit_where_more_than_their_number_tells(tmp_path: Path) -> None:
+    for name in ("cat", "dog", "kitty"):
+        picture(tmp_path / name / "a.png")
+    found = find_labelled(tmp_path)
+    assert found.labels.tolist() == [0, 1, 2]
+    fitted = np.array([0, 1, 0])
+    assert as_fitted(found, fitted, ["kitty", "dog"]).labels.tolist() == [0, 1, 0]
+    assert as_fitted(found, fitted, ["cat", "dog"]).labels.tolist() == [0, 1, 0]
+    assert as_fitted(found, fitted, ["puss", "dog"]) is found  # any folders might have as many images
+    assert as_fitted(found, fitted, ["puss", "dog"], is_its_folder=True).labels.tolist() == [0, 1, 0]
+    assert as_fitted(found, fitted, None, is_its_folder=True) is found  # labels were numbers: none has two names
+    picture(tmp_path / "cat" / "b.png")
+    two = find_labelled(tmp_path)
+    assert two.labels.tolist() == [0, 0, 1, 2]
+    assert as_fitted(two, np.array([0, 1, 1, 0]), ["cat", "dog"], is_its_folder=True) is two  # a folder of two classes
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -338,8 +355,20 @@ def test_folders_may_have_any_name_that_the_class_list_gives_a_class(tmp_path: P
     labels, found = labels_of(["n02", "zebra", "cat", "n03"], ["cat", "n02", "n03", "zebra"], names)
     np.testing.assert_array_equal(labels, [1, 0, 1, 2])
     assert found == names
-    with pytest.raises(DataError, match="sub-folder 'puss' is not in the class list"):  # of two classes
+    with pytest.raises(DataError, match=r"sub-folder 'puss' has a name that several classes .* have: 1, 2\."):
         labels_of(["puss"], ["puss"], names)
+    with pytest.raises(DataError, match=r"sub-folder 'dog' is not in the class list \(zebra, puss, puss\)\."):
+        labels_of(["dog"], ["dog"], names)
+
+
+def test_name_twice_in_a_class_list_means_none_of_its_classes() -> None:
+    names = [f"name {label}" for label in range(30)]
+    names[7] = names[20] = "crane"  # the bird, and the machine
+    with pytest.raises(DataError, match=r"sub-folder 'crane' .* have: 7, 20\."):
+        labels_of(["crane"], ["crane"], names)
+    assert labels_of(["name 29"], ["name 29"], names)[0].tolist() == [29]
+    with pytest.raises(DataError, match=r"class list \(name 0, .*, name 19 and 10 more\)\."):
+        labels_of(["dog"], ["dog"], [*names[:7], "n", *names[8:20], *names[21:], "m"])
 
 
 def test_class_list_in_json_that_is_none_is_refused(tmp_path: Path) -> None:

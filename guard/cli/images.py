@@ -165,21 +165,43 @@ def find_labelled(
     )
 
 
-def as_fitted(images: NamedLabelledImages, fitted_labels: IntArray | None) -> NamedLabelledImages:
+def as_fitted(
+    images: NamedLabelledImages,
+    fitted_labels: IntArray | None,
+    fitted_names: Sequence[str] | None = None,
+    *,
+    is_its_folder: bool = False,
+) -> NamedLabelledImages:
     """Return images with the labels that a guard was fitted with, where every class of theirs is one of the guard's.
 
     So it does not matter whether its classes were named by a list, by an archive, or by the sub-folders themselves.
+    Several sub-folders may be of one class, as where a list has several names for it, if that is told by more than the
+    number of their images: they are in the folder that the guard was fitted on, or one of them has the class's name.
 
     Parameters
     ----------
     images : NamedLabelledImages
     fitted_labels : ndarray of shape (m,), int64, or None
         True labels of the guard's clean reference, in order.
+    fitted_names : sequence of str, optional
+        Names of the guard's classes, by label.
+    is_its_folder : bool
+        Whether the images lie where those lay that the guard was fitted on.
     """
     if fitted_labels is None or len(fitted_labels) != len(images.labels):
         return images
-    pairs = np.unique(np.stack([images.labels, fitted_labels]), axis=1)
-    if any(len(np.unique(side)) < pairs.shape[1] for side in pairs):
+    ours, fitted = np.unique(np.stack([images.labels, fitted_labels]), axis=1).tolist()
+    if len({*ours}) < len(ours):  # images of one sub-folder, of two classes
+        return images
+    if fitted_names is None and len({*fitted}) < len(fitted):  # without names there is no list with several of them
+        return images
+    names, known = images.class_names or (), fitted_names or ()
+    folders = {
+        label: [names[own] for own, other in zip(ours, fitted, strict=True) if other == label and own < len(names)]
+        for label, n_folders in Counter(fitted).items()
+        if n_folders > 1
+    }
+    if not is_its_folder and any(known[label] not in named for label, named in folders.items()):
         return images
     return replace(images, labels=fitted_labels)
 
