@@ -399,6 +399,9 @@ def test_file_that_is_no_image_and_no_folder_says_so(tmp_path: Path) -> None:
     (tmp_path / "clean.zip").touch()
     with pytest.raises(DataError, match=r"has no labels: .* Unpack it first"):
         find_labelled(tmp_path / "clean.zip")
+    np.save(tmp_path / "clean.npy", np.zeros((4, 6, 5)))
+    with pytest.raises(DataError, match=r"clean\.npy has no labels: .* or a \.npz with 'labels'\.$"):
+        find_labelled(tmp_path / "clean.npy")
     with pytest.raises(DataError, match=r"clean\.zip is no image by its name"):
         find_images(tmp_path / "clean.zip")
 
@@ -430,6 +433,65 @@ def test_images_of_another_scale_than_the_networks_are_noticed(capsys: pytest.Ca
     assert "100.0 % when the images are scaled so that every channel has mean 0" in capsys.readouterr().err
     tell_scale(suspect, (images - images.mean()) / images.std(), labels)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("from_array", [True, False])
+def test_order_of_numbered_classes_is_suggested_so_that_it_takes_effect(tmp_path: Path, from_array: bool) -> None:
+    images, labels = bright_images()
+    scaled, shifted = (images - images.mean()) / images.std(), np.array([1, 2, 0])[labels]
+    names = [str(row) if from_array else f"{label}/{row}.png" for row, label in enumerate(shifted)]
+    found = NamedLabelledImages(names, scaled.__getitem__, shifted)
+    suspect = SuspectModel(Brightness(), depths=())
+    with pytest.raises(DataError) as caught:
+        check_order(suspect, scaled, found, force=False)
+    if from_array:
+        assert str(caught.value).endswith("labels = numpy.argsort([1,2,0])[labels]")
+        check_order(
+            suspect, scaled, NamedLabelledImages(names, found.read, np.argsort([1, 2, 0])[shifted]), force=False
+        )
+    else:
+        assert str(caught.value).endswith("--class-names 1,2,0")
+
+
+class Bytes(Brightness):
+    """Takes pixels from 0 to 255."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images / 127.5 - 1)
+
+
+def test_network_that_only_guesses_on_this_scale_is_told_of_the_right_one() -> None:
+    images, labels = bright_images()
+    unit = (images - images.min()) / (images.max() - images.min())
+    found = NamedLabelledImages([str(row) for row in range(60)], unit.__getitem__, labels)
+    with pytest.raises(DataError, match=r"only 33\.3 % .* guessing would, and 100\.0 % .* \[0, 255\]; .* 0 to 1\. "):
+        check_order(SuspectModel(Bytes(), depths=()), unit, found, force=False)
+    check_order(SuspectModel(Bytes(), depths=()), 255 * unit, found, force=False)
+
+
+def test_classes_without_an_image_say_what_their_folders_hold(tmp_path: Path) -> None:
+    for name in ("train/cat", "train/dog", "train/eel", "val/cat"):
+        picture(tmp_path / name / "a.png")
+    with pytest.raises(DataError, match=r"1 of .* 3 classes .*\(there are as many sub-folders below 'train', 'val' as"):
+        check_classes(find_labelled(tmp_path), 3)
+    found = find_labelled(tmp_path / "train")
+    for number in range(4):
+        (tmp_path / "train" / "fox").mkdir(exist_ok=True)
+        (tmp_path / "train" / "fox" / f"{number}.heic").touch()
+    found = find_labelled(tmp_path / "train")
+    with pytest.raises(DataError, match=r"'fox'\. .*\(4 files .* no images by their names: fox/0\.heic, .*, \.\.\.\)"):
+        check_classes(found, 4)
+
+
+def test_picture_of_more_than_8_bits_is_not_said_to_be_converted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(tmp_path / "cat" / "a.png")
+    picture(tmp_path / "cat" / "b.png", mode="I;16")
+    found = in_channels_taken(find_labelled(tmp_path), takes(1))
+    assert capsys.readouterr().err == ""
+    with pytest.raises(DataError, match="more than 8 bits per channel"):
+        found.read(1)
 
 
 def test_order_with_commas_in_names_is_suggested_as_a_file(tmp_path: Path) -> None:

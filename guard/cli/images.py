@@ -36,6 +36,7 @@ _KINDS = {
     "RGB": "colour",
     "RGBA": "alpha",
 }
+_ARCHIVES = frozenset((".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"))
 _GREY_MODES = frozenset(("", "1", "L", "LA", "I", "I;16", "F"))
 
 
@@ -208,7 +209,7 @@ def as_fitted(
 
 def without_labels(path: Path) -> DataError:
     """Return the error about images that no class is given for."""
-    unpack = " Unpack it first if it is an archive." if path.is_file() and path.suffix.lower() != ".npz" else ""
+    unpack = " Unpack it first." if path.is_file() and path.suffix.lower() in _ARCHIVES else ""
     return DataError(f"{path} has no labels: use one sub-folder per class, or a .npz with 'labels'.{unpack}")
 
 
@@ -239,7 +240,8 @@ def in_channels_taken(images: Found, run: Callable[[list[Any]], object], at_once
     tried = [range(start, min(start + at_once, n)) for start in range(0, min(n, _TRIED * at_once), at_once)]
     fitting = (channels for rows in tried for channels, read_so in candidates.items() if _fit(read_so, rows, run))
     channels = next(fitting, images.usual_channels)
-    others = Counter(mode for mode in images.modes if mode not in ("", MODES[channels]))
+    deep = ("I", "F")  # more than 8 bits: refused when they are read
+    others = Counter(mode for mode in images.modes if mode not in ("", MODES[channels]) and not mode.startswith(deep))
     if others:
         kinds = ", ".join(f"{number} {_KINDS.get(mode, mode)}" for mode, number in others.most_common())
         tell(f"read as {MODES[channels]}, as the image handler converts them: {kinds} of {n} images")
