@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -273,6 +274,38 @@ def test_image_that_becomes_nan_is_named_by_its_file(tmp_path: Path, monkeypatch
         read_all(find_labelled(tmp_path), preprocessing("my_scaling:scale"), silent)
     with pytest.raises(DataError, match=r"^image cat/black\.png: it becomes NaN"), naming_rows(find_labelled(tmp_path)):
         raise RowError("it becomes NaN.", 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "images + np.random.default_rng().normal(0, 0.01, images.shape)",
+            r"another each time.* Leave out what is rand",
+        ),
+        ("images[:, :, :: next(SIDES)]", r"another each time.* Leave out what is random"),
+        ("images - images.mean()", r"another alone than among others.* Scale each image by itself"),
+        ("(images - images.mean((1, 2, 3), keepdims=True)) / 0.3", ""),
+        ("images + np.float32(1e-6) * len(images)", ""),  # rounding
+    ],
+)
+def test_images_that_become_something_else_each_time_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, message: str
+) -> None:
+    for number in range(90):
+        (tmp_path / "cat").mkdir(exist_ok=True)
+        shades = np.arange(16, dtype=np.uint8).reshape(4, 4) * 9 + number
+        Image.fromarray(shades).save(tmp_path / "cat" / f"{number:02}.png")
+    start = "import itertools\nimport numpy as np\nSIDES = itertools.cycle([1, -1])"
+    (tmp_path / "my_change.py").write_text(f"{start}\n\n\ndef change(images):\n    return {change}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_change", raising=False)
+    found, convert = find_labelled(tmp_path), preprocessing("my_change:change")
+    if message:
+        with pytest.raises(DataError, match=rf"^image cat/\d\d\.png: what the network takes of it is {message}"):
+            read_all(found, convert, silent)
+    else:
+        assert read_all(found, convert, silent).shape == (90, 1, 4, 4)
 
 
 def test_all_pictures_that_cannot_be_read_are_named_at_once(tmp_path: Path) -> None:

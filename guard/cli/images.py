@@ -28,6 +28,8 @@ _PART = 64  # images that are read, converted and judged together
 _MANY = 20  # images that cannot be read, after which no more are tried
 _NAMED = 5  # of these that a message names
 _TRIED = 4  # images of which one should be readable, to see what the network takes
+_TRIED_AGAIN = 8  # images that are read again, alone
+_REPEATED = 1e-3  # of the range of all inputs: so near is the same input
 _KINDS = {
     "1": "black and white",
     "L": "grey",
@@ -269,8 +271,8 @@ def read_all(
     Raises
     ------
     DataError
-        If images cannot be read, are of several shapes, or become NaN or infinite; names the first, and of those that
-        cannot be read the others.
+        If images cannot be read, are of several shapes, become NaN or infinite, or something else each time; names the
+        first, and of those that cannot be read the others.
     """
     rows: list[Float32Array] = []
     failed: list[tuple[str, Exception]] = []
@@ -295,7 +297,26 @@ def read_all(
         report(f"reading: {part.stop} of {len(images.names)} images", part.stop / len(images.names))
     if failed:
         raise _unreadable(failed)
-    return np.stack(rows)
+    inputs = np.stack(rows)
+    _check_repeats(images, convert, inputs)
+    return inputs
+
+
+def _check_repeats(images: NamedImages, convert: Convert, inputs: Float32Array) -> None:
+    """Refuse images of which the network takes something else each time, or something else alone than among others."""
+    most = _REPEATED * float(inputs.max() - inputs.min())
+    tried = range(0, len(inputs), max(1, len(inputs) // _TRIED_AGAIN))
+    once, again = ([converted(images, convert, [row])[0] for row in tried] for _ in range(2))
+    for others, when, mend in (
+        (again, "each time", "Leave out what is random, such as augmentation"),
+        (inputs[tried], "alone than among others", "Scale each image by itself, or by numbers that stay the same"),
+    ):
+        for row, first, other in zip(tried, once, others, strict=True):
+            if first.shape != other.shape or np.abs(first - other).max() > most:
+                raise DataError(
+                    f"image {images.names[row]}: what the network takes of it is another {when}, and a guard needs "
+                    f"what it takes in service. {mend}."
+                )
 
 
 def _unreadable(failed: list[tuple[str, Exception]]) -> DataError:
