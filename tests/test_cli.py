@@ -359,6 +359,25 @@ def test_settings_guard_toml_of_the_working_folder_is_read(
     assert "settings cannot be read" in error_line(guard("fit", *model, "--images", "x")[2])
 
 
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("models/resnet.py:make", "resnet:make"),
+        ("cli_network.py:make", "cli_network:make"),
+        ("./cli_network:make", "cli_network:make"),
+        ("C:\\nets\\net.py", "net:factory"),
+    ],
+)
+def test_architecture_that_names_a_file_is_refused_with_the_name_of_its_module(
+    guard: Run, name: str, module: str
+) -> None:
+    for command in (["fit", "--images", "clean"], ["archive", "mine"], ["inspect", "new"]):
+        status, _, printed = guard(*command, "--weights", "weights.safetensors", "--architecture", name)
+        assert status == 2
+        assert error_line(printed).startswith(f"error: --architecture {name} names a file. Name its module")
+        assert error_line(printed).endswith(f" {module}.")
+
+
 def test_settings_unknown_environment_variable_is_refused(guard: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GUARD_MODES", "paper")
     status, _, printed = guard(*FIT)

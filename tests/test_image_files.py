@@ -96,7 +96,7 @@ def test_load_images_npz_labels_of_every_usual_form_are_numbers(tmp_path, labels
         ({"x": np.zeros((0, 4, 4), np.uint8)}, "none empty"),
         ({"x": np.zeros((2, 3, 4, 3), np.uint8)}, "exactly one of axis 1 and axis 3"),
         ({"x": np.zeros((2, 4, 4, 4), np.uint8)}, "exactly one of axis 1 and axis 3"),
-        ({"x": np.zeros((2, 4, 4), np.uint8), "y": np.zeros(3)}, r"labels must be whole numbers of shape \(2,\)"),
+        ({"x": np.zeros((2, 4, 4), np.uint8), "y": np.zeros(3)}, r"there are 2 images and 3 labels\. Give"),
         ({"x": np.zeros((2, 4, 4), np.uint8), "y": [0, 0.5]}, "labels must be whole numbers"),
         ({"x": np.zeros((2, 4, 4), np.uint8), "y": [0, np.nan]}, "labels must be whole numbers"),
         ({"x": np.zeros((2, 4, 4), np.uint8), "y": ["cat", "dog"]}, "got <U3 .* Number the classes from 0"),
@@ -193,4 +193,23 @@ def test_npz_with_several_labels_per_image_is_refused_by_name(tmp_path, kind):
     images, labels = np.zeros((4, 8, 8), np.uint8), np.array([[1, 0, 1], [0, 1, 0], [1, 1, 1], [0, 0, 0]], kind)
     np.savez(tmp_path / "a.npz", images=images, labels=labels)
     with pytest.raises(DataError, match=r"labels are multi-label, \(4, 3\) .* on 75 % of the images: .* by itself"):
+        load_images(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": np.zeros((3, 4, 4), np.uint8), "labels": np.arange(4)}, "there are 3 images and 4 labels"),
+        (
+            {"images": np.zeros((3, 4, 4), bool), "labels": np.arange(3)},
+            r"got bool\. Save pixels from 0 to 255 as uint8\.$",
+        ),
+    ],
+)
+def test_load_images_npz_that_breaks_a_rule_says_what_to_do(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(DataError, match=message):
+        load_images(tmp_path / "a.npz")
+    (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-30])
+    with pytest.raises(DataError, match=r"cannot be read as \.npz .* Fetch it again, or save it with numpy\.savez\.$"):
         load_images(tmp_path / "a.npz")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -275,6 +276,38 @@ def test_image_that_becomes_nan_is_named_by_its_file(tmp_path: Path, monkeypatch
         raise RowError("it becomes NaN.", 1)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "images + np.random.default_rng().normal(0, 0.01, images.shape)",
+            r"another each time.* Leave out what is rand",
+        ),
+        ("images[:, :, :: next(SIDES)]", r"another each time.* Leave out what is random"),
+        ("images - images.mean()", r"another alone than among others.* Scale each image by itself"),
+        ("(images - images.mean((1, 2, 3), keepdims=True)) / 0.3", ""),
+        ("images + np.float32(1e-6) * len(images)", ""),  # rounding
+    ],
+)
+def test_images_that_become_something_else_each_time_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, message: str
+) -> None:
+    for number in range(90):
+        (tmp_path / "cat").mkdir(exist_ok=True)
+        shades = np.arange(16, dtype=np.uint8).reshape(4, 4) * 9 + number
+        Image.fromarray(shades).save(tmp_path / "cat" / f"{number:02}.png")
+    start = "import itertools\nimport numpy as np\nSIDES = itertools.cycle([1, -1])"
+    (tmp_path / "my_change.py").write_text(f"{start}\n\n\ndef change(images):\n    return {change}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_change", raising=False)
+    found, convert = find_labelled(tmp_path), preprocessing("my_change:change")
+    if message:
+        with pytest.raises(DataError, match=rf"^image cat/\d\d\.png: what the network takes of it is {message}"):
+            read_all(found, convert, silent)
+    else:
+        assert read_all(found, convert, silent).shape == (90, 1, 4, 4)
+
+
 def test_all_pictures_that_cannot_be_read_are_named_at_once(tmp_path: Path) -> None:
     for number in range(90):
         picture(tmp_path / "cat" / f"{number:02}.png")
@@ -317,6 +350,23 @@ def test_images_are_those_of_the_fit_whatever_the_classes_are_called(tmp_path: P
     assert as_fitted(found, None) is found
 
 
+def test_sub_folders_of_one_class_are_those_of_the_fit_where_more_than_their_number_tells(tmp_path: Path) -> None:
+    for name in ("cat", "dog", "kitty"):
+        picture(tmp_path / name / "a.png")
+    found = find_labelled(tmp_path)
+    assert found.labels.tolist() == [0, 1, 2]
+    fitted = np.array([0, 1, 0])
+    assert as_fitted(found, fitted, ["kitty", "dog"]).labels.tolist() == [0, 1, 0]
+    assert as_fitted(found, fitted, ["cat", "dog"]).labels.tolist() == [0, 1, 0]
+    assert as_fitted(found, fitted, ["puss", "dog"]) is found  # any folders might have as many images
+    assert as_fitted(found, fitted, ["puss", "dog"], is_its_folder=True).labels.tolist() == [0, 1, 0]
+    assert as_fitted(found, fitted, None, is_its_folder=True) is found  # labels were numbers: none has two names
+    picture(tmp_path / "cat" / "b.png")
+    two = find_labelled(tmp_path)
+    assert two.labels.tolist() == [0, 0, 1, 2]
+    assert as_fitted(two, np.array([0, 1, 1, 0]), ["cat", "dog"], is_its_folder=True) is two  # a folder of two classes
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -338,8 +388,20 @@ def test_folders_may_have_any_name_that_the_class_list_gives_a_class(tmp_path: P
     labels, found = labels_of(["n02", "zebra", "cat", "n03"], ["cat", "n02", "n03", "zebra"], names)
     np.testing.assert_array_equal(labels, [1, 0, 1, 2])
     assert found == names
-    with pytest.raises(DataError, match="sub-folder 'puss' is not in the class list"):  # of two classes
+    with pytest.raises(DataError, match=r"sub-folder 'puss' has a name that several classes .* have: 1, 2\."):
         labels_of(["puss"], ["puss"], names)
+    with pytest.raises(DataError, match=r"sub-folder 'dog' is not in the class list \(zebra, puss, puss\)\."):
+        labels_of(["dog"], ["dog"], names)
+
+
+def test_name_twice_in_a_class_list_means_none_of_its_classes() -> None:
+    names = [f"name {label}" for label in range(30)]
+    names[7] = names[20] = "crane"  # the bird, and the machine
+    with pytest.raises(DataError, match=r"sub-folder 'crane' .* have: 7, 20\."):
+        labels_of(["crane"], ["crane"], names)
+    assert labels_of(["name 29"], ["name 29"], names)[0].tolist() == [29]
+    with pytest.raises(DataError, match=r"class list \(name 0, .*, name 19 and 10 more\)\."):
+        labels_of(["dog"], ["dog"], [*names[:7], "n", *names[8:20], *names[21:], "m"])
 
 
 def test_class_list_in_json_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -370,6 +432,9 @@ def test_file_that_is_no_image_and_no_folder_says_so(tmp_path: Path) -> None:
     (tmp_path / "clean.zip").touch()
     with pytest.raises(DataError, match=r"has no labels: .* Unpack it first"):
         find_labelled(tmp_path / "clean.zip")
+    np.save(tmp_path / "clean.npy", np.zeros((4, 6, 5)))
+    with pytest.raises(DataError, match=r"clean\.npy has no labels: .* or a \.npz with 'labels'\.$"):
+        find_labelled(tmp_path / "clean.npy")
     with pytest.raises(DataError, match=r"clean\.zip is no image by its name"):
         find_images(tmp_path / "clean.zip")
 
@@ -401,6 +466,65 @@ def test_images_of_another_scale_than_the_networks_are_noticed(capsys: pytest.Ca
     assert "100.0 % when the images are scaled so that every channel has mean 0" in capsys.readouterr().err
     tell_scale(suspect, (images - images.mean()) / images.std(), labels)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("from_array", [True, False])
+def test_order_of_numbered_classes_is_suggested_so_that_it_takes_effect(tmp_path: Path, from_array: bool) -> None:
+    images, labels = bright_images()
+    scaled, shifted = (images - images.mean()) / images.std(), np.array([1, 2, 0])[labels]
+    names = [str(row) if from_array else f"{label}/{row}.png" for row, label in enumerate(shifted)]
+    found = NamedLabelledImages(names, scaled.__getitem__, shifted)
+    suspect = SuspectModel(Brightness(), depths=())
+    with pytest.raises(DataError) as caught:
+        check_order(suspect, scaled, found, force=False)
+    if from_array:
+        assert str(caught.value).endswith("labels = numpy.argsort([1,2,0])[labels]")
+        check_order(
+            suspect, scaled, NamedLabelledImages(names, found.read, np.argsort([1, 2, 0])[shifted]), force=False
+        )
+    else:
+        assert str(caught.value).endswith("--class-names 1,2,0")
+
+
+class Bytes(Brightness):
+    """Takes pixels from 0 to 255."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images / 127.5 - 1)
+
+
+def test_network_that_only_guesses_on_this_scale_is_told_of_the_right_one() -> None:
+    images, labels = bright_images()
+    unit = (images - images.min()) / (images.max() - images.min())
+    found = NamedLabelledImages([str(row) for row in range(60)], unit.__getitem__, labels)
+    with pytest.raises(DataError, match=r"only 33\.3 % .* guessing would, and 100\.0 % .* \[0, 255\]; .* 0 to 1\. "):
+        check_order(SuspectModel(Bytes(), depths=()), unit, found, force=False)
+    check_order(SuspectModel(Bytes(), depths=()), 255 * unit, found, force=False)
+
+
+def test_classes_without_an_image_say_what_their_folders_hold(tmp_path: Path) -> None:
+    for name in ("train/cat", "train/dog", "train/eel", "val/cat"):
+        picture(tmp_path / name / "a.png")
+    with pytest.raises(DataError, match=r"1 of .* 3 classes .*\(there are as many sub-folders below 'train', 'val' as"):
+        check_classes(find_labelled(tmp_path), 3)
+    found = find_labelled(tmp_path / "train")
+    for number in range(4):
+        (tmp_path / "train" / "fox").mkdir(exist_ok=True)
+        (tmp_path / "train" / "fox" / f"{number}.heic").touch()
+    found = find_labelled(tmp_path / "train")
+    with pytest.raises(DataError, match=r"'fox'\. .*\(4 files .* no images by their names: fox/0\.heic, .*, \.\.\.\)"):
+        check_classes(found, 4)
+
+
+def test_picture_of_more_than_8_bits_is_not_said_to_be_converted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(tmp_path / "cat" / "a.png")
+    picture(tmp_path / "cat" / "b.png", mode="I;16")
+    found = in_channels_taken(find_labelled(tmp_path), takes(1))
+    assert capsys.readouterr().err == ""
+    with pytest.raises(DataError, match="more than 8 bits per channel"):
+        found.read(1)
 
 
 def test_order_with_commas_in_names_is_suggested_as_a_file(tmp_path: Path) -> None:

@@ -213,6 +213,20 @@ def test_page_compares_with_the_images_that_the_bundle_remembers(database, tmp_p
             open_workspace(queue, store.root, tmp_path / "clean")
 
 
+def test_page_compares_with_the_images_of_sub_folders_that_are_one_class(database, tmp_path):
+    picture_folder(tmp_path / "clean", ["cat", "dog", "kitty"], 1)
+    more = {"images_from": str(tmp_path / "clean")}
+    digest = small_bundle(tmp_path / "bundles", ["puss", "dog"], np.eye(3, 6), np.array([0, 1, 0]), **more)
+    BundleStore(tmp_path / "bundles").activate(digest)
+    with Queue.open(queue_url(database)) as queue:
+        for images in (None, tmp_path / "clean"):
+            workspace = open_workspace(queue, tmp_path / "bundles", images)
+            assert workspace.clean.labels.tolist() == [0, 1, 0]
+            assert workspace.clean.are_of(workspace.bundles.find(digest))
+        (tmp_path / "clean").rename(tmp_path / "moved")  # now nothing but the number of images tells
+        assert open_workspace(queue, tmp_path / "bundles", tmp_path / "moved").clean.labels.tolist() == [0, 1, 2]
+
+
 def test_page_starts_without_maps_where_the_archive_does_not_start(tmp_path, capsys):
     (tmp_path / "broken.mar").write_bytes(b"no archive")
     with ExitStack() as beside:

@@ -228,7 +228,7 @@ def test_wrap_takes_folders_by_class_name_and_other_bodies(
     (tmp_path / "clean" / "zero").rename(tmp_path / "clean" / "zebra")
     status, _, err = guard_command(capfd, *command, "--force")
     assert status == 1
-    assert "sub-folder 'zebra' is no class of the archive's index_to_name.json" in err
+    assert "sub-folder 'zebra' is not in the class list (zero, one" in err
     (tmp_path / "clean" / "zebra").rename(tmp_path / "clean" / "zero")
     next((tmp_path / "clean" / "zero").iterdir()).with_suffix(".json").write_text("{")
     status, _, err = guard_command(capfd, *command, "--force")

@@ -19,6 +19,7 @@ from guard.types import Float32Array, IntArray
 #: Clean images of a class with which its own false-alarm rate begins to be near the one asked for.
 FEW_IMAGES = 10
 _NAMED = 8  # classes that a line names
+_FILES = 3  # files that a line names
 _ASKED = 2000  # images that the order of the classes is looked up with
 _LONGEST_ORDER = 2000  # letters
 _SCALED = 500  # images that other scales are tried on
@@ -61,8 +62,7 @@ def check_classes(images: NamedLabelledImages, n_classes: int, *, allow_missing:
         raise DataError(
             f"{len(missing)} of the network's {n_classes} classes have no clean image: "
             f"{listed(missing, names)}. Nearly all of their clean traffic would be flagged. "
-            "Add images of them (a sub-folder may be empty or a broken link, or hold other files), or give "
-            "--allow-missing-classes."
+            f"Add images of them ({_why_missing(images, n_classes)}), or give --allow-missing-classes."
         )
     few = np.flatnonzero((counts > 0) & (counts < FEW_IMAGES))
     if len(few):
@@ -71,6 +71,19 @@ def check_classes(images: NamedLabelledImages, n_classes: int, *, allow_missing:
             "More of their clean traffic will be flagged than asked for. Add images of them."
         )
     return images
+
+
+def _why_missing(images: NamedLabelledImages, n_classes: int) -> str:
+    """Return what may be the matter with the folder of a data set in which classes have no image."""
+    inside = [name for name in images.passed_over if "/" in name]
+    if inside:
+        shown = ", ".join(inside[:_FILES]) + (", ..." if len(inside) > _FILES else "")
+        return f"{len(inside)} files in sub-folders are no images by their names: {shown}"
+    folders = [name.split("/")[:-1] for name in images.names]
+    if len({folder[1] for folder in folders if len(folder) > 1}) == n_classes:
+        parents = listed(np.arange(len(tops)), tops) if (tops := sorted({folder[0] for folder in folders})) else ""
+        return f"there are as many sub-folders below {parents} as classes: name one of these folders"
+    return "a sub-folder may be empty or a broken link"
 
 
 def _check_labels(labels: IntArray, n_classes: int, names: Sequence[str] | None) -> None:
@@ -111,8 +124,16 @@ def check_order(suspect: SuspectModel, inputs: Float32Array, images: NamedLabell
         text += f", and {100 * found.right_in_order:.1f} % in another order of the classes"
         order = _as_class_list([str(label) if names is None else names[label] for label in found.order])
         mend = f"The order that its answers suggest is --class-names {order}"
+        if "/" not in images.names[0]:  # labels of a .npz are numbers whatever the classes are called
+            mend = (
+                "Number the labels in the order that its answers suggest: in NumPy, labels = "
+                f"numpy.argsort([{order if names is None else ','.join(map(str, found.order))}])[labels]"
+            )
     else:
         text += ", no more than guessing would"
+        if better := _another_scale(suspect, inputs, images.labels)[1]:
+            text += f", and {better}"
+            mend = "Scale the images as in its training, with --preprocess or in the handler"
     if not force:
         raise DataError(
             f"{text}. A guard fitted on that would be of no use. Mend it, or fit all the same with --fit-anyway. {mend}"
@@ -131,13 +152,26 @@ def _as_class_list(names: Sequence[str]) -> str:
 
 def tell_scale(suspect: SuspectModel, inputs: Float32Array, labels: IntArray) -> None:
     """Warn of images that are scaled otherwise than those that the network learned from, as its answers tell."""
+    as_given, better = _another_scale(suspect, inputs, labels)
+    if better:
+        print_warning(
+            f"the network gets {100 * as_given:.1f} % of these labels right, and {better}. It seems to have learned "
+            "from images of another scale. Name what normalises them as in its training with --preprocess, and fit "
+            "again."
+        )
+
+
+def _another_scale(suspect: SuspectModel, inputs: Float32Array, labels: IntArray) -> tuple[float, str]:
+    """Return the share of labels that are right, and what share is in another scale; "" if that is not much larger."""
     rows = np.unique(np.linspace(0, len(inputs) - 1, min(len(inputs), _SCALED)).astype(int))
     given, wanted = inputs[rows], labels[rows]
     mean, deviation = (of(given, axis=(0, 2, 3), keepdims=True) for of in (np.mean, np.std))
     low, high = given.min(), given.max()
+    unit = (given - low) / max(high - low, 1e-6)
     scaled = {
         "every channel has mean 0 and standard deviation 1": (given - mean) / np.maximum(deviation, 1e-6),
-        "all values lie in [0, 1]": (given - low) / max(high - low, 1e-6),
+        "all values lie in [0, 1]": unit,
+        "all values lie in [0, 255]": 255 * unit,
     }
 
     def right(images: Float32Array) -> float:
@@ -146,14 +180,10 @@ def tell_scale(suspect: SuspectModel, inputs: Float32Array, labels: IntArray) ->
 
     as_given = right(given)
     if as_given + _NOTICED > 1:
-        return
+        return as_given, ""
     kind, best = max(((kind, right(images)) for kind, images in scaled.items()), key=lambda found: found[1])
-    if best > as_given + _NOTICED:
-        print_warning(
-            f"the network gets {100 * as_given:.1f} % of these labels right, and {100 * best:.1f} % when the images "
-            f"are scaled so that {kind}; their values are {low:.3g} to {high:.3g}. It seems to have learned from "
-            "images of another scale. Name what normalises them as in its training with --preprocess, and fit again."
-        )
+    told = f"{100 * best:.1f} % when the images are scaled so that {kind}; their values are {low:.3g} to {high:.3g}"
+    return as_given, told if best > as_given + _NOTICED else ""
 
 
 def listed(labels: IntArray, names: Sequence[str] | None, counts: IntArray | None = None) -> str:

@@ -28,6 +28,8 @@ _PART = 64  # images that are read, converted and judged together
 _MANY = 20  # images that cannot be read, after which no more are tried
 _NAMED = 5  # of these that a message names
 _TRIED = 4  # images of which one should be readable, to see what the network takes
+_TRIED_AGAIN = 8  # images that are read again, alone
+_REPEATED = 1e-3  # of the range of all inputs: so near is the same input
 _KINDS = {
     "1": "black and white",
     "L": "grey",
@@ -36,6 +38,7 @@ _KINDS = {
     "RGB": "colour",
     "RGBA": "alpha",
 }
+_ARCHIVES = frozenset((".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"))
 _GREY_MODES = frozenset(("", "1", "L", "LA", "I", "I;16", "F"))
 
 
@@ -165,28 +168,50 @@ def find_labelled(
     )
 
 
-def as_fitted(images: NamedLabelledImages, fitted_labels: IntArray | None) -> NamedLabelledImages:
+def as_fitted(
+    images: NamedLabelledImages,
+    fitted_labels: IntArray | None,
+    fitted_names: Sequence[str] | None = None,
+    *,
+    is_its_folder: bool = False,
+) -> NamedLabelledImages:
     """Return images with the labels that a guard was fitted with, where every class of theirs is one of the guard's.
 
     So it does not matter whether its classes were named by a list, by an archive, or by the sub-folders themselves.
+    Several sub-folders may be of one class, as where a list has several names for it, if that is told by more than the
+    number of their images: they are in the folder that the guard was fitted on, or one of them has the class's name.
 
     Parameters
     ----------
     images : NamedLabelledImages
     fitted_labels : ndarray of shape (m,), int64, or None
         True labels of the guard's clean reference, in order.
+    fitted_names : sequence of str, optional
+        Names of the guard's classes, by label.
+    is_its_folder : bool
+        Whether the images lie where those lay that the guard was fitted on.
     """
     if fitted_labels is None or len(fitted_labels) != len(images.labels):
         return images
-    pairs = np.unique(np.stack([images.labels, fitted_labels]), axis=1)
-    if any(len(np.unique(side)) < pairs.shape[1] for side in pairs):
+    ours, fitted = np.unique(np.stack([images.labels, fitted_labels]), axis=1).tolist()
+    if len({*ours}) < len(ours):  # images of one sub-folder, of two classes
+        return images
+    if fitted_names is None and len({*fitted}) < len(fitted):  # without names there is no list with several of them
+        return images
+    names, known = images.class_names or (), fitted_names or ()
+    folders = {
+        label: [names[own] for own, other in zip(ours, fitted, strict=True) if other == label and own < len(names)]
+        for label, n_folders in Counter(fitted).items()
+        if n_folders > 1
+    }
+    if not is_its_folder and any(known[label] not in named for label, named in folders.items()):
         return images
     return replace(images, labels=fitted_labels)
 
 
 def without_labels(path: Path) -> DataError:
     """Return the error about images that no class is given for."""
-    unpack = " Unpack it first if it is an archive." if path.is_file() and path.suffix.lower() != ".npz" else ""
+    unpack = " Unpack it first." if path.is_file() and path.suffix.lower() in _ARCHIVES else ""
     return DataError(f"{path} has no labels: use one sub-folder per class, or a .npz with 'labels'.{unpack}")
 
 
@@ -217,7 +242,8 @@ def in_channels_taken(images: Found, run: Callable[[list[Any]], object], at_once
     tried = [range(start, min(start + at_once, n)) for start in range(0, min(n, _TRIED * at_once), at_once)]
     fitting = (channels for rows in tried for channels, read_so in candidates.items() if _fit(read_so, rows, run))
     channels = next(fitting, images.usual_channels)
-    others = Counter(mode for mode in images.modes if mode not in ("", MODES[channels]))
+    deep = ("I", "F")  # more than 8 bits: refused when they are read
+    others = Counter(mode for mode in images.modes if mode not in ("", MODES[channels]) and not mode.startswith(deep))
     if others:
         kinds = ", ".join(f"{number} {_KINDS.get(mode, mode)}" for mode, number in others.most_common())
         tell(f"read as {MODES[channels]}, as the image handler converts them: {kinds} of {n} images")
@@ -245,8 +271,8 @@ def read_all(
     Raises
     ------
     DataError
-        If images cannot be read, are of several shapes, or become NaN or infinite; names the first, and of those that
-        cannot be read the others.
+        If images cannot be read, are of several shapes, become NaN or infinite, or something else each time; names the
+        first, and of those that cannot be read the others.
     """
     rows: list[Float32Array] = []
     failed: list[tuple[str, Exception]] = []
@@ -271,7 +297,26 @@ def read_all(
         report(f"reading: {part.stop} of {len(images.names)} images", part.stop / len(images.names))
     if failed:
         raise _unreadable(failed)
-    return np.stack(rows)
+    inputs = np.stack(rows)
+    _check_repeats(images, convert, inputs)
+    return inputs
+
+
+def _check_repeats(images: NamedImages, convert: Convert, inputs: Float32Array) -> None:
+    """Refuse images of which the network takes something else each time, or something else alone than among others."""
+    most = _REPEATED * float(inputs.max() - inputs.min())
+    tried = range(0, len(inputs), max(1, len(inputs) // _TRIED_AGAIN))
+    once, again = ([converted(images, convert, [row])[0] for row in tried] for _ in range(2))
+    for others, when, mend in (
+        (again, "each time", "Leave out what is random, such as augmentation"),
+        (inputs[tried], "alone than among others", "Scale each image by itself, or by numbers that stay the same"),
+    ):
+        for row, first, other in zip(tried, once, others, strict=True):
+            if first.shape != other.shape or np.abs(first - other).max() > most:
+                raise DataError(
+                    f"image {images.names[row]}: what the network takes of it is another {when}, and a guard needs "
+                    f"what it takes in service. {mend}."
+                )
 
 
 def _unreadable(failed: list[tuple[str, Exception]]) -> DataError:

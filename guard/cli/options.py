@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Annotated
 
 import typer
+
+from guard.errors import ConfigError
 
 #: Default of a setting that a bundle keeps.
 _AS_FITTED = "as fitted"
@@ -20,7 +22,26 @@ StateKey = Annotated[
         help="Where in the weights file the weights lie, if several sets fit, such as state_dict.ema.",
     ),
 ]
-Architecture = Annotated[str | None, typer.Option(help="Function that builds the network, as package.module:factory.")]
+
+
+def _no_file(name: str | None) -> str | None:
+    """Refuse an architecture that is written as the path of a file."""
+    module, colon, factory = (name or "").rpartition(":")
+    if not colon or factory.startswith("\\"):  # none, or that of a drive
+        module, colon, factory = name or "", "", ""
+    if name and (module.endswith(".py") or "/" in module or "\\" in module):
+        path = PureWindowsPath(module)  # knows both slashes
+        raise ConfigError(
+            f"--architecture {name} names a file. Name its module, with its folder on PYTHONPATH: "
+            f"{path.name.removesuffix('.py')}:{factory if colon else 'factory'}."
+        )
+    return name
+
+
+Architecture = Annotated[
+    str | None,
+    typer.Option(callback=_no_file, help="Function that builds the network, as package.module:factory."),
+]
 Handler = Annotated[
     str | None,
     typer.Option(help="Your TorchServe handler, a file or a shipped one's name; it makes the network's inputs."),

@@ -382,7 +382,9 @@ def _clean_images(named: Path | None, bundles: KnownBundles) -> CleanImages | No
         print_warning(f"the page shows no clean images. {error}")
         return None
     while bundle is not None:
-        clean = CleanImages(_OnDisk(found), as_fitted(found, bundle.labels).labels, fitted=bundle)
+        same = bundle.images_from is not None and path.resolve() == Path(bundle.images_from).resolve()
+        labelled = as_fitted(found, bundle.labels, bundle.class_names, is_its_folder=same)
+        clean = CleanImages(_OnDisk(found), labelled.labels, fitted=bundle)
         if clean.are_of(bundle):
             return clean
         bundle = bundles.find(bundle.parent)  # retrained on a part of them

@@ -187,18 +187,9 @@ def _stem(archive: Path) -> str:
 def _labelled(opened: OpenedArchive, user: UserHandler, images: Path, names: list[str] | None) -> NamedLabelledImages:
     """Find the clean images; names of sub-folders are looked up in the archive's own class list."""
     from guard.cli.bodies import find_bodies
-    from guard.torchserve.archives.class_list import CLASS_FILE, read_class_list
+    from guard.torchserve.archives.class_list import read_class_list
 
-    found = find_bodies(images, names, user.rows_seen)
-    classes = read_class_list(opened.folder) if names is None else None
-    if classes is None:
-        return found
-    labels = found.labels
-    if (folders := found.class_names) is not None:  # sub-folders with names, counted in sorted order
-        if strange := [folders[label] for label in np.unique(labels) if folders[label] not in classes.labels]:
-            raise DataError(f"sub-folder {strange[0]!r} is no class of the archive's {CLASS_FILE}. Rename it.")
-        labels = np.array([classes.labels.get(name, -1) for name in folders])[labels]
-    return replace(found, labels=labels, class_names=list(classes))
+    return find_bodies(images, read_class_list(opened.folder) if names is None else names, user.rows_seen)
 
 
 def _try_handler(user: UserHandler, found: NamedLabelledImages, config: GuardConfig) -> None:

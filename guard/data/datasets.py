@@ -254,7 +254,10 @@ def read_npz(path: Path, max_values: int | None = None) -> dict[str, AnyArray]:
             raise DataError(
                 "it holds Python objects, which could run code when they are read. Save numbers, and images of one size"
             ) from error
-        raise DataError(f"it cannot be read as .npz ({' '.join(str(error).split())[:160]})") from error
+        raise DataError(
+            f"it cannot be read as .npz ({' '.join(str(error).split())[:160]}). "
+            "Fetch it again, or save it with numpy.savez"
+        ) from error
 
 
 def _decode_strips(webp: AnyArray, ends: AnyArray) -> UInt8Array:

@@ -105,7 +105,9 @@ def _as_nchw(images: AnyArray) -> Float32Array:
         with np.errstate(over="ignore"):  # what is too large becomes infinite, and is seen
             return np.ascontiguousarray(maps, dtype=np.float32)
     if images.dtype.kind not in "iu":
-        raise DataError(f"images must be whole or floating numbers, got {images.dtype}")
+        raise DataError(
+            f"images must be whole or floating numbers, got {images.dtype}. Save pixels from 0 to 255 as uint8"
+        )
     if images.min() < 0 or images.max() > 255:
         raise DataError(
             f"images of {images.dtype} must be in [0, 255], got {images.min()} to {images.max()}. Scale them to 8 bits"
@@ -132,6 +134,8 @@ def _as_labels(labels: AnyArray, n: int) -> IntArray:
                     "by itself, with labels of 0 and 1 of shape (n,)"
                 )
             found = found.argmax(axis=1)
+    if found.ndim == 1 and len(found) != n:
+        raise DataError(f"there are {n} images and {len(found)} labels. Give one label for every image, in their order")
     is_whole = found.dtype.kind in "iu" or (found.dtype.kind == "f" and bool((found == np.rint(found)).all()))
     if found.shape != (n,) or not is_whole:
         raise DataError(

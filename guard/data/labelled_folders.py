@@ -7,7 +7,7 @@ an operating system leaves there is passed over.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from guard.errors import DataError
 from guard.types import IntArray
 
 _LITTER = frozenset({"thumbs.db", "desktop.ini", "__macosx", "__pycache__", "lost+found"})
+_NAMED = 20  # classes that a message names
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +43,26 @@ class ClassList(list[str]):
 
     Parameters
     ----------
-    names : sequence of str
-        One per class, by label.
-    labels : mapping of str to int, optional
-        Label by name, further ones (`["n02119789", "kit fox"]`) as well; the first place of each name if left out.
+    names : sequence of str, or of sequences of str
+        One entry per class, by label: its name, or its names (`["n02119789", "kit fox"]`), of which the last is shown.
 
     Attributes
     ----------
     labels : dict of str to int
-        In Unicode's composed form.
+        By name, in Unicode's composed form; without those that several classes have.
+    shared : dict of str to list of int
+        Labels of the names that several classes have, which mean none of them.
     """
 
-    def __init__(self, names: Sequence[str], labels: Mapping[str, int] | None = None) -> None:
-        super().__init__(composed(name) for name in names)
-        self.labels = dict(labels) if labels is not None else {}
-        if labels is None:
-            for label, name in enumerate(self):
-                self.labels.setdefault(name, label)
+    def __init__(self, names: Sequence[str | Sequence[str]]) -> None:
+        several = [[composed(name) for name in ([entry] if isinstance(entry, str) else entry)] for entry in names]
+        super().__init__(entry[-1] for entry in several)
+        found: dict[str, list[int]] = {}
+        for label, entry in enumerate(several):
+            for name in dict.fromkeys(entry):
+                found.setdefault(name, []).append(label)
+        self.labels = {name: labels[0] for name, labels in found.items() if len(labels) == 1}
+        self.shared = {name: labels for name, labels in found.items() if len(labels) > 1}
 
 
 def composed(text: str) -> str:
@@ -110,7 +114,7 @@ def labels_of(
     Raises
     ------
     DataError
-        If a sub-folder with images is not in the class list.
+        If a sub-folder with images is not in the class list, or several classes have its name.
     """
     found, names = set(folders), None
     if class_names is not None:
@@ -119,13 +123,23 @@ def labels_of(
         if all(folder.isascii() and folder.isdigit() for folder in found):
             return np.array([int(folder) for folder in folders], dtype=np.int64), names
         if names is not None:
-            strange = next(folder for folder in folders if folder not in names.labels)
-            raise DataError(
-                f"sub-folder {strange!r} is not in the class list ({', '.join(names)}). "
-                "Rename it, or mend --class-names."
-            )
+            raise _not_one_class(next(folder for folder in folders if folder not in names.labels), names)
         names = ClassList(known)
     return np.array([names.labels[folder] for folder in folders], dtype=np.int64), names
+
+
+def _not_one_class(folder: str, names: ClassList) -> DataError:
+    if folder in names.shared:
+        labels = ", ".join(str(label) for label in names.shared[folder])
+        return DataError(
+            f"sub-folder {folder!r} has a name that several classes of the class list have: {labels}. "
+            "Give it a name that one class alone has, or mend the class list."
+        )
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return DataError(
+        f"sub-folder {folder!r} is not in the class list ({', '.join(names[:_NAMED])}{more}). "
+        "Rename it, or mend the class list."
+    )
 
 
 def _below(folder: Path, entered: set[tuple[int, int]]) -> Iterator[Path]:

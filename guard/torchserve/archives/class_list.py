@@ -65,10 +65,4 @@ def parse_class_list(data: bytes, file: str) -> ClassList | None:
         raise ArchiveError(f"{file} must give a name for every label ({error}). Mend it.") from error
     if set(entries) != {str(label) for label in range(len(entries))}:
         return None
-    ordered = [entries[str(label)] for label in range(len(entries))]
-    found: dict[str, set[int]] = {}
-    for label, names in enumerate(ordered):
-        for name in names:
-            found.setdefault(name, set()).add(label)
-    labels = {name: min(several) for name, several in found.items() if len(several) == 1}
-    return ClassList([names[-1] for names in ordered], labels)
+    return ClassList([entries[str(label)] for label in range(len(entries))])
