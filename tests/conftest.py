@@ -112,6 +112,12 @@ def fitted_guard(suspect: SuspectModel, clean_split: CleanSplit, once: Once) -> 
     return replace(fitted, suspect=suspect)
 
 
+@pytest.fixture
+def few_folds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cross-fit few images in five parts, not in twenty: for tests that fit, and are not about how well."""
+    monkeypatch.setattr("guard.detection.cross_fitting._FOLDS_OF_FEW", 5)
+
+
 @pytest.fixture(scope="session")
 def clean_activations(fitted_guard: Guard, suspect: SuspectModel, clean_split: CleanSplit) -> Activations:
     """Of the 1,000 clean test images."""

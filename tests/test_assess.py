@@ -32,6 +32,8 @@ RATE = 0.05
 CONFIG = GuardConfig(false_positive_rate=RATE)
 #: So little that nothing is learned: for tests of everything but the planting.
 HARDLY = PlantingSettings(epochs=1, learning_rates=(1e-7,))
+#: Fewer parts of a cross-fit than by default, which are most of the time of an assessment.
+QUICK = GuardConfig(false_positive_rate=RATE, folds=5)
 
 
 class LabelledImages(NamedTuple):
@@ -54,6 +56,12 @@ def benign(clean_split: Any) -> MnistCnn:
 def clean(clean_split: Any) -> LabelledImages:
     """1,000 images that the network has not seen."""
     return LabelledImages(*clean_split.validation)
+
+
+@pytest.fixture
+def some(clean: LabelledImages) -> LabelledImages:
+    """Enough of them for everything but rates."""
+    return LabelledImages(*(part[:400] for part in clean))
 
 
 class Assessed(NamedTuple):
@@ -80,7 +88,7 @@ def assessed(benign: MnistCnn, clean_split: Any) -> Assessed:
         attacks = ("white-square", "blend", "gotham")
         planting = PlantingSettings(epochs=15, learning_rates=(3e-3,))
         report = assess(
-            SuspectModel(benign), *clean_split.validation, CONFIG, attacks=attacks, seeds=(0,), planting=planting
+            SuspectModel(benign), *clean_split.validation, QUICK, attacks=attacks, seeds=(0,), planting=planting
         )
     return Assessed(report, (before, weights_digest(benign)), fitted_on)
 
@@ -163,9 +171,9 @@ def test_assess_shows_each_trigger_on_a_test_image(assessed: Assessed) -> None:
 
 
 def test_assess_attack_that_does_not_take_is_not_planted_and_never_caught(
-    benign: MnistCnn, clean: LabelledImages
+    benign: MnistCnn, some: LabelledImages
 ) -> None:
-    report = assess(SuspectModel(benign), *clean, CONFIG, attacks=("pattern",), seeds=(0,), planting=HARDLY)
+    report = assess(SuspectModel(benign), *some, QUICK, attacks=("pattern",), seeds=(0,), planting=HARDLY)
     trial = trial_of(report, "pattern")
     assert not trial.planted
     assert trial.why_not.startswith("attack success 0.0")
@@ -238,7 +246,7 @@ def test_assess_needs_as_many_images_as_it_says(benign: MnistCnn, clean: Labelle
 
 
 def test_assess_counts_copies_once_and_splits_none_of_them(benign: MnistCnn, clean: LabelledImages) -> None:
-    config = GuardConfig(false_positive_rate=0.2)
+    config = GuardConfig(false_positive_rate=0.2, folds=5)
     n = images_needed_to_assess(config)
     doubled = LabelledImages(*(np.concatenate([part[: n - 1]] * 2) for part in clean))
     with pytest.raises(DataError, match=f"got {n - 1} and {n - 1} copies of them"):
@@ -255,17 +263,17 @@ def test_assess_counts_copies_once_and_splits_none_of_them(benign: MnistCnn, cle
 
 def test_assess_with_a_class_without_images_warns_and_never_attacks_it(benign: MnistCnn, clean: LabelledImages) -> None:
     few = clean.labels % 5 == 1  # ones and sixes are left
-    config = GuardConfig(false_positive_rate=0.2)
+    config = GuardConfig(false_positive_rate=0.2, folds=5)
     images, labels = clean.images[few], clean.labels[few]
     report = assess(SuspectModel(benign), images, labels, config, attacks=("blend",), seeds=(0, 1), planting=HARDLY)
     assert {trial.target_label for trial in report.trials if not trial.is_control} == {1, 6}
     assert any("8 of the model's 10 classes have no images" in line for line in report.warnings)
 
 
-def test_assess_warns_of_a_poor_model(benign: MnistCnn, clean: LabelledImages) -> None:
-    wrong = clean.labels.copy()
+def test_assess_warns_of_a_poor_model(benign: MnistCnn, some: LabelledImages) -> None:
+    wrong = some.labels.copy()
     wrong[::2] = (wrong[::2] + 1) % 10
-    report = assess(SuspectModel(benign), clean.images, wrong, CONFIG, attacks=("blend",), seeds=(0,), planting=HARDLY)
+    report = assess(SuspectModel(benign), some.images, wrong, QUICK, attacks=("blend",), seeds=(0,), planting=HARDLY)
     assert 0.4 < report.clean_accuracy < 0.6
     assert any("gets only" in line and "it will be poor" in line for line in report.warnings)
 
@@ -285,7 +293,7 @@ class Normalised(nn.Module):
         return answer
 
 
-def test_assess_puts_triggers_on_pixels_and_preprocesses_afterwards(benign: MnistCnn, clean: LabelledImages) -> None:
+def test_assess_puts_triggers_on_pixels_and_preprocesses_afterwards(benign: MnistCnn, some: LabelledImages) -> None:
     seen: list[Float32Array] = []
 
     def preprocess(pixels: Float32Array) -> Float32Array:
@@ -293,8 +301,8 @@ def test_assess_puts_triggers_on_pixels_and_preprocesses_afterwards(benign: Mnis
         return (pixels - np.float32(0.1)) / np.float32(0.3)
 
     arguments: dict[str, Any] = {"attacks": ("blend",), "seeds": (0,), "planting": HARDLY}
-    plain = assess(SuspectModel(benign), *clean, CONFIG, **arguments)
-    other = assess(SuspectModel(Normalised(benign)), *clean, CONFIG, preprocess=preprocess, **arguments)
+    plain = assess(SuspectModel(benign), *some, QUICK, **arguments)
+    other = assess(SuspectModel(Normalised(benign)), *some, QUICK, preprocess=preprocess, **arguments)
     assert other.clean_accuracy == plain.clean_accuracy
     assert trial_of(other, "blend").attack_success_unguarded == trial_of(plain, "blend").attack_success_unguarded
     assert all(pixels.min() >= 0 and pixels.max() <= 1 for pixels in seen)
@@ -455,7 +463,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def guard(work: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+def guard(work: Path, few_folds: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Run one command in the user's folder; returns status, stdout, stderr."""
     monkeypatch.chdir(work)
     monkeypatch.syspath_prepend(str(work))

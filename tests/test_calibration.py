@@ -260,9 +260,12 @@ def realised_rates(per_class: tuple[int, ...], rates: tuple[float, ...], seeds: 
         times = 1 + 4000 // sum(per_class)
         new, _ = clean_activations(tuple(times * count for count in per_class), seed, 1)
         n_new = len(new)
+        p_values = guard.scores(new).p_values
         for column, rate in enumerate(rates):
-            flagged = guard.with_config(false_positive_rate=rate).scores(new).is_poisoned
-            realised[seed, column] = flagged.mean()
+            realised[seed, column] = (p_values <= rate).mean()
+            some = guard.with_config(false_positive_rate=rate).scores(new[:200])
+            np.testing.assert_array_equal(some.is_poisoned, some.p_values <= rate)
+            np.testing.assert_allclose(some.p_values, p_values[:200], rtol=0, atol=1e-9)
     return realised, n_new
 
 

@@ -64,12 +64,15 @@ def test_band_holds_95_of_100_exchangeable_experiments_and_the_binomial_one_hold
 ) -> None:
     rng, n, m = np.random.default_rng(0), 199, 2000
     places = {"band": [], "binomial_band": []}
+    any_row = benchmark.Row(benchmark.Draw("x", 0, 10), rate, rate, n, m, 0)
+    bands = {name: getattr(any_row, name) for name in places}  # of the rate and the numbers of images only
     for _ in range(1000):
         clean, fresh = np.sort(rng.normal(size=n)), rng.normal(size=m)
         realised = float((conformal_p_values(fresh, clean) <= rate).mean())
         row = benchmark.Row(benchmark.Draw("x", 0, 10), rate, realised, n, m, 0)
         for name, found in places.items():
-            found.append(row.where(getattr(row, name)))
+            found.append(row.where(bands[name]))
+    assert {name: getattr(row, name) for name in places} == bands
     assert 0.93 <= places["band"].count("within") / 1000 <= 0.975
     assert places["band"].count("below") < 45
     assert places["band"].count("above") < 45

@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -122,7 +123,7 @@ FIT = ["fit", *MODEL, "--images", "clean", "--class-names", "classes.txt", "--fa
 
 
 @pytest.fixture
-def guard(work: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+def guard(work: Path, few_folds: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Run one command in the user's folder; returns status, stdout, stderr."""
     monkeypatch.chdir(work)
     monkeypatch.syspath_prepend(str(work))
@@ -589,7 +590,7 @@ def test_archive_twice_needs_force(fitted: Path, guard: Run, tmp_path: Path) -> 
     arguments = ["archive", "m", *MODEL, "--model-store", str(tmp_path)]
     assert guard(*arguments)[:2] == (0, f"{tmp_path / 'm.mar'}\n")
     assert "exists already" in error_line(guard(*arguments)[2])
-    assert guard(*arguments, "--force")[0] == 0
+    assert guard(*arguments, "--no-check", "--force")[0] == 0
 
 
 def test_serve_without_archives_says_how_to_make_one(guard: Run, tmp_path: Path) -> None:
@@ -616,7 +617,7 @@ def test_doctor_json_has_every_check_with_its_remedy(guard: Run) -> None:
 @pytest.fixture
 def served(fitted: Path, guard: Run) -> Path:
     if not (fitted / "model_store" / "signs.mar").exists():
-        assert guard("archive", "signs", *MODEL)[0] == 0
+        assert guard("archive", "signs", *MODEL, "--no-check")[0] == 0
     return fitted
 
 
@@ -678,6 +679,7 @@ def test_serve_stopped_while_it_starts_leaves_nothing(served: Path, number: int,
     try:
         children: list[psutil.Process] = []
         while len(children) < 2 and server.poll() is None:  # supervisor and Java
+            time.sleep(0.05)
             children = psutil.Process(server.pid).children(recursive=True)
         server.send_signal(number)
         out, printed = server.communicate(timeout=30)

@@ -532,6 +532,7 @@ def test_roll_back_after_a_promotion_gives_the_old_guard_and_rounds_go_on_from_i
 CRASH = """
 import json, os, signal, sys
 from pathlib import Path
+import scipy.optimize, scipy.stats, sklearn.metrics, sklearn.svm  # once, and not in every child
 import guard.retrainer.worker as worker
 import guard.retrainer.promotion as promotion
 from guard.storage.bundle import BundleStore

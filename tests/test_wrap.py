@@ -72,6 +72,7 @@ def workers(tmp_path: Path) -> Iterator[Any]:
         worker.close()
 
 
+@pytest.mark.usefixtures("few_folds")
 def test_wrap_fits_keeps_every_file_and_unwrap_gives_the_same_bytes_back(
     badnet: MnistCnn, clean: Path, clean_split: Any, triggered: Any, tmp_path: Path, capfd: Any, workers: Any
 ) -> None:
@@ -198,7 +199,7 @@ def test_wrap_writes_a_bundle_that_the_server_follows_and_never_over_the_archive
     first = target.read_bytes()
     status, _, err = guard_command(capfd, *command)
     assert (status, "exists already" in err) == (1, True)
-    assert guard_command(capfd, *command, "--force")[0] == 0
+    assert guard_command(capfd, *command, "--no-check", "--force")[0] == 0
     assert target.read_bytes() == first  # the same contents are the same bytes
     status, _, err = guard_command(capfd, "wrap", target, "--images", clean)
     assert (status, "is guarded already. Take the guard out first" in err) == (1, True)
@@ -347,7 +348,7 @@ def test_unwrap_names_the_file_and_refuses_what_it_cannot_give_back(
     badnet: MnistCnn, clean: Path, tmp_path: Path, capfd: Any
 ) -> None:
     archive = classifier_archive(tmp_path, badnet)
-    assert guard_command(capfd, "wrap", archive, "--images", clean)[0] == 0
+    assert guard_command(capfd, "wrap", archive, "--images", clean, "--no-check")[0] == 0
     guarded, before = archive.with_name("digits.guarded.mar"), archive.read_bytes()
     status, _, err = guard_command(capfd, "unwrap", guarded)
     assert (status, f"{archive} exists already" in err) == (1, True)
@@ -384,7 +385,7 @@ def test_wrapped_archives_beside_plain_ones_in_one_server_answer_old_clients_the
     archives = {"digits": classifier_archive(tmp_path, badnet), "scaled": scaled_archive(tmp_path, badnet)}
     more: dict[str, tuple[Any, ...]] = {"digits": (), "scaled": ("--settings", settings)}
     for name, archive in archives.items():
-        assert guard_command(capfd, "wrap", archive, "--images", clean, *more[name])[0] == 0
+        assert guard_command(capfd, "wrap", archive, "--images", clean, "--no-check", *more[name])[0] == 0
     models = {f"{name}{kind}": f"{name}{kind.replace('-', '.')}.mar" for name in archives for kind in ("", "-guarded")}
     image = png(clean_split.test.images[0])
     bodies = {
