@@ -204,7 +204,10 @@ def test_find_archives_refuses_what_cannot_be_served(parts: dict[str, Any], tmp_
 def zipped_on_a_mac(archive: Path, target: Path, *, below: str = "") -> Path:
     """Pack an archive's files again as a Mac does: its notes beside every file, and what its Finder leaves."""
     notes = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        "
-    with zipfile.ZipFile(archive) as packed, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as again:
+    with (
+        zipfile.ZipFile(archive) as packed,
+        zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as again,
+    ):
         again.writestr(f"{below}.DS_Store", b"\x00\x00\x00\x01Bud1")
         for name in packed.namelist():
             folder, _, file = f"{below}{name}".rpartition("/")
