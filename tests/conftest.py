@@ -18,6 +18,7 @@ import pytest
 from browser_helpers import EXPECTED, FLAGS, PATIENCE, OpenPage, chromium
 from filelock import FileLock
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
+from prepared_process import PreparedProcess
 from queue_helpers import PostgresServer, empty_postgresql_queue, postgresql_folder
 
 from guard import Activations, Guard, GuardConfig, SuspectModel
@@ -110,6 +111,28 @@ def fitted_guard(suspect: SuspectModel, clean_split: CleanSplit, once: Once) -> 
     config = GuardConfig(false_positive_rate=0.05)
     fitted = once("guard", lambda: replace(Guard.fit(suspect, *clean_split.validation, config), suspect=None))
     return replace(fitted, suspect=suspect)
+
+
+@pytest.fixture(scope="session")
+def second_guard(suspect: SuspectModel, clean_split: CleanSplit, once: Once) -> Guard:
+    """A guard beside it: other folds, twice its false-positive rate."""
+    suspect.locate(*clean_split.validation)
+    config = GuardConfig(false_positive_rate=0.1, seed=1)
+    fitted = once("second-guard", lambda: replace(Guard.fit(suspect, *clean_split.validation, config), suspect=None))
+    return replace(fitted, suspect=suspect)
+
+
+@pytest.fixture(scope="session")
+def prepared_process() -> Iterator[PreparedProcess]:
+    process = PreparedProcess()
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def quick_checks(prepared_process: PreparedProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check archives in forks of one process: for tests of what a check says, not of how it starts."""
+    monkeypatch.setattr("guard.torchserve.check.subprocess", prepared_process)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from guard import Guard, GuardConfig, SuspectModel
+from guard import Guard
 from guard.resources import resource_path
 from guard.torchserve.archives.guarded import ServedModel, make_guarded_archive, make_plain_archive
 from guard.types import Float32Array
@@ -40,17 +40,6 @@ def png(image: Float32Array) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(np.rint(image[0] * 255).astype(np.uint8)).save(stream, "PNG")
     return stream.getvalue()
-
-
-_second: list[Guard] = []
-
-
-def second_guard(suspect: SuspectModel, clean_split: Any) -> Guard:
-    """Return a guard beside the session's: other folds, twice its false-positive rate. Fitted once; copy it to save."""
-    if not _second:
-        config = GuardConfig(false_positive_rate=0.1, seed=1)
-        _second.append(Guard.fit(suspect, *clean_split.validation, config))
-    return _second[0]
 
 
 def served_model(handler: str, module: torch.nn.Module, folder: Path) -> ServedModel:

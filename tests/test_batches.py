@@ -254,6 +254,7 @@ def test_examples_of_the_archive_are_what_the_probe_uses(
     assert calls == [1, 1, 1]
 
 
+@pytest.mark.usefixtures("quick_checks")
 def test_archive_tries_the_handler_with_its_examples_and_says_how_batches_are_answered(
     workshop: Workshop,
     sure: tuple[Float32Array, Float32Array],

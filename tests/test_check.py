@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prepared_process import PreparedProcess
 from serving_helpers import HANDLERS, Workshop, png
 from wrap_helpers import guard_command, stock_archive
 
@@ -48,7 +49,9 @@ def expected_of(guard: Guard, n: int = 60) -> Any:
     return guard.scores(guard.reference[:n]).p_values
 
 
-def test_check_of_a_good_archive_counts_alone_and_in_batches(workshop: Workshop, bodies: list[bytes]) -> None:
+def test_check_of_a_good_archive_counts_alone_and_in_batches(
+    workshop: Workshop, bodies: list[bytes], prepared_process: PreparedProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
     archive = workshop.guarded("stock", start=False, verdict_detail="flag")  # the answers need not tell more
     report = check_archive(
         archive, bodies, 0.05, expected=expected_of(workshop.guard), digest=workshop.bundle.name, pinned=True
@@ -57,6 +60,7 @@ def test_check_of_a_good_archive_counts_alone_and_in_batches(workshop: Workshop,
     assert report.flagged <= 6
     flagged = f"{report.flagged} of 60 clean images flagged, {report.flagged / 60:.3f} of 0.05 asked for"
     assert report.line() == f"{flagged}; 60 in batches as well"
+    monkeypatch.setattr("guard.torchserve.check.subprocess", prepared_process)
     with pytest.raises(ArchiveError, match=rf"is judged by bundle {workshop.bundle.name}, not by {'0' * 64}"):
         check_archive(archive, bodies[:2], 0.05, digest="0" * 64)
 
@@ -91,6 +95,7 @@ class Served(Stock):
 """
 
 
+@pytest.mark.usefixtures("quick_checks")
 @pytest.mark.parametrize(
     ("inference", "settings", "message"),
     [
@@ -120,6 +125,7 @@ def test_check_tells_an_archive_that_judges_otherwise(
         check_archive(archive, bodies, 0.05, expected=expected_of(workshop.guard))
 
 
+@pytest.mark.usefixtures("quick_checks")
 def test_check_of_images_of_another_kind_says_that_too_many_are_flagged(
     workshop: Workshop, clean_split: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +143,7 @@ def test_check_of_images_of_another_kind_says_that_too_many_are_flagged(
     assert guard_command(capfd, "check", archive, "--images", tmp_path / "clean.npz", "--key-file", "x")[0] == 2
 
 
+@pytest.mark.usefixtures("quick_checks")
 def test_check_with_the_images_of_the_fit_says_that_the_guard_knows_them(
     workshop: Workshop, clean_split: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,6 +255,7 @@ def test_check_of_a_server_sends_what_clients_send(
 # --- what is written is checked first ---
 
 
+@pytest.mark.usefixtures("few_folds")
 def test_wrap_leaves_no_archive_that_did_not_pass(
     workshop: Workshop, clean_split: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

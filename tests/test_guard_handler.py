@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from serving_helpers import HANDLERS, ONE_ROW_HANDLERS, Worker, Workshop, list_classes_from_module, png, second_guard
+from serving_helpers import HANDLERS, ONE_ROW_HANDLERS, Worker, Workshop, list_classes_from_module, png
 from ts.torch_handler.request_envelope.json import JSONEnvelope
 
 from guard import Guard
@@ -677,12 +677,11 @@ def test_start_refuses_a_handler_file_with_two_classes(
 
 
 def test_bundle_that_changes_during_a_batch_waits_for_the_next_one(
-    workshop: Workshop, clean_split: Any, suspect: Any, bodies: list[bytes], tmp_path: Path
+    workshop: Workshop, second_guard: Guard, clean_split: Any, bodies: list[bytes], tmp_path: Path
 ) -> None:
-    other = second_guard(suspect, clean_split)
     bundles = tmp_path / "bundles"
     store = BundleStore(bundles)
-    first, second = workshop.guard.save(bundles), other.save(bundles)
+    first, second = workshop.guard.save(bundles), second_guard.save(bundles)
     store.activate(first.name)
     worker = workshop.guarded("stock", bundles=bundles, bundle_poll_seconds=2)
     runtime, inner = worker.handler._runtime, worker.handler._inner
@@ -699,7 +698,7 @@ def test_bundle_that_changes_during_a_batch_waits_for_the_next_one(
     answers = worker.ask(*bodies[:4])
     assert {answer.headers["Guard-Bundle"] for answer in answers} == {second.name}
     images = clean_split.test.images[:1]
-    assert worker.ask(png(images[0]))[0].verdict[1] == f"{other.inspect(images)[0].p_value:.6g}"
+    assert worker.ask(png(images[0]))[0].verdict[1] == f"{second_guard.inspect(images)[0].p_value:.6g}"
 
 
 def test_settings_of_a_new_bundle_come_with_it(workshop: Workshop, bodies: list[bytes], tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from serving_helpers import second_guard
 
 from guard import Guard, SuspectModel
 from guard.errors import BundleError, DataError, InputRejectedError, SuspectModelError
@@ -28,11 +27,11 @@ Make = Callable[..., GuardRuntime]
 
 
 @pytest.fixture(scope="module")
-def bundles(fitted_guard: Guard, suspect: SuspectModel, clean_split: Any, tmp_path_factory: Any) -> Path:
+def bundles(fitted_guard: Guard, second_guard: Guard, tmp_path_factory: Any) -> Path:
     """A folder with two bundles, the session's guard active."""
     folder: Path = tmp_path_factory.mktemp("bundles")
     path = fitted_guard.save(folder)
-    second_guard(suspect, clean_split).save(folder)
+    second_guard.save(folder)
     BundleStore(folder).activate(path.name)
     return folder
 

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from serving_helpers import Workshop, png, second_guard
+from serving_helpers import Workshop, png
 
-from guard import Guard, SuspectModel
+from guard import Guard
 from guard.errors import ServerError
 from guard.lab.attacks import MnistCnn, Poisoned
 from guard.storage.bundle import BundleStore
@@ -65,7 +65,7 @@ class Site:
 @pytest.fixture(scope="module")
 def site(
     fitted_guard: Guard,
-    suspect: SuspectModel,
+    second_guard: Guard,
     badnet: MnistCnn,
     clean_split: Any,
     triggered: Poisoned,
@@ -73,8 +73,7 @@ def site(
 ) -> Iterator[Site]:
     shop = Workshop(fitted_guard, badnet, tmp_path_factory.mktemp("store"))
     folder = tmp_path_factory.mktemp("bundles")
-    second = second_guard(suspect, clean_split)
-    second = replace(second, digest=second.save(folder).name)
+    second = replace(second_guard, digest=second_guard.save(folder).name)
     shop.guard.save(folder)
     store = BundleStore(folder)
     store.activate(str(shop.guard.digest))

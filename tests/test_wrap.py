@@ -120,7 +120,7 @@ def test_wrap_fits_keeps_every_file_and_unwrap_gives_the_same_bytes_back(
     assert (tmp_path / "back.mar").read_bytes() == before
 
 
-@pytest.mark.usefixtures("quick_fit")
+@pytest.mark.usefixtures("quick_fit", "quick_checks")
 def test_wrap_keeps_headers_statuses_yaml_and_helpers_of_a_handler_of_its_own(
     badnet: MnistCnn, clean: Path, clean_split: Any, tmp_path: Path, capfd: Any, workers: Any
 ) -> None:
@@ -161,6 +161,7 @@ def test_wrap_keeps_headers_statuses_yaml_and_helpers_of_a_handler_of_its_own(
         assert answered.verdict[0] in ("clean", "poisoned")
 
 
+@pytest.mark.usefixtures("quick_checks")
 def test_wrap_dry_run_prints_what_would_change_and_writes_nothing(
     badnet: MnistCnn, clean: Path, tmp_path: Path, capfd: Any, quick_fit: Any
 ) -> None:
@@ -178,7 +179,7 @@ def test_wrap_dry_run_prints_what_would_change_and_writes_nothing(
     assert names == NAMES
 
 
-@pytest.mark.usefixtures("quick_fit")
+@pytest.mark.usefixtures("quick_fit", "quick_checks")
 def test_wrap_writes_a_bundle_that_the_server_follows_and_never_over_the_archive(
     badnet: MnistCnn, clean: Path, tmp_path: Path, capfd: Any
 ) -> None:
