@@ -120,7 +120,11 @@ def test_train_classifier_leaves_global_random_state_and_data_alone(easy):
 def test_train_classifier_read_only_arrays_are_taken(easy):
     images, labels = easy[0].copy(), easy[1].copy()
     images.flags.writeable = labels.flags.writeable = False
-    train(small_net(), (images, labels), epochs=1)
+    read_only, writable = small_net(), small_net()
+    train(read_only, (images, labels), epochs=1)
+    train(writable, easy, epochs=1)
+    pairs = zip(read_only.parameters(), writable.parameters(), strict=True)
+    assert all(torch.equal(first, second) for first, second in pairs)
 
 
 def test_train_classifier_weights_stay_contiguous_for_safetensors(easy):
