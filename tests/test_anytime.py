@@ -100,7 +100,8 @@ def test_heads_refuse_other_widths_and_being_asked_before_fit(features):
 
 @pytest.fixture(scope="module")
 def anytime(suspect, clean_split):
-    return Guard.fit(suspect, *clean_split.validation, GuardConfig(false_positive_rate=0.05, anytime=True))
+    config = GuardConfig(false_positive_rate=0.05, anytime=True, folds=5)
+    return Guard.fit(suspect, *clean_split.validation, config)
 
 
 def test_every_depth_keeps_the_false_positive_rate(anytime, clean_activations, triggered_activations):

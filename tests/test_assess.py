@@ -235,7 +235,7 @@ def test_assess_refuses_labels_that_the_model_does_not_have(benign: MnistCnn, cl
 
 @pytest.mark.parametrize("rate", [0.2, 0.05, 0.01])
 def test_assess_needs_as_many_images_as_it_says(benign: MnistCnn, clean: LabelledImages, rate: float) -> None:
-    config = GuardConfig(false_positive_rate=rate)
+    config = GuardConfig(false_positive_rate=rate, folds=5)
     n = images_needed_to_assess(config)
     few = LabelledImages(*(part[: n - 1] for part in clean))
     with pytest.raises(DataError, match=f"needs at least {n} clean images, got {n - 1}"):

@@ -295,7 +295,8 @@ def detecting(fitted_guard, clean_split):
     request = BackupRequest(
         "rtll", floor=0.99999, detects=True, triggers=["pattern"], settings=QUICK, planting=PLANTING
     )
-    return with_backup(fitted_guard, *clean_split.validation, request)
+    quick = dataclasses.replace(fitted_guard, config=fitted_guard.config.replace(folds=5))
+    return with_backup(quick, *clean_split.validation, request)
 
 
 def test_with_backup_measures_and_leaves_the_given_guard_alone(detecting, fitted_guard):

@@ -243,7 +243,7 @@ def test_with_config_rate_below_one_over_n_plus_1_is_refused(fitted_guard):
 def test_fit_side_by_side_gives_the_same_guard(clean_activations, tmp_path, settings):
     rows = np.arange(300)
     activations, labels = clean_activations[rows], clean_activations.predicted_labels[rows]
-    config = GuardConfig(false_positive_rate=0.05, **settings)
+    config = GuardConfig(false_positive_rate=0.05, folds=4, **settings)
     threads = torch.get_num_threads()
     seen = []
     one, three = (

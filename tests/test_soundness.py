@@ -164,7 +164,7 @@ SUBTLE: dict[str, Change] = {
 def sound(suspect: SuspectModel, clean_split: Any, tmp_path_factory: pytest.TempPathFactory) -> StoredBundle:
     """A bundle with early verdicts, of 300 images."""
     images, labels = clean_split.validation
-    config = GuardConfig(false_positive_rate=0.05, anytime=True)
+    config = GuardConfig(false_positive_rate=0.05, anytime=True, folds=5)
     guard = Guard.fit(suspect, images[:300], labels[:300], config)
     return read_bundle(guard.save(tmp_path_factory.mktemp("sound")))
 
@@ -181,7 +181,7 @@ class OlderFusion(CalibratedFusion):
 def sound_older(suspect: SuspectModel, clean_split: Any, tmp_path_factory: pytest.TempPathFactory) -> StoredBundle:
     """The same as an older version wrote it."""
     images, labels = clean_split.validation
-    config = GuardConfig(false_positive_rate=0.05, anytime=True)
+    config = GuardConfig(false_positive_rate=0.05, anytime=True, folds=5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("guard.detection.cross_fitting.new_fusion", lambda mode: OlderFusion())
         known = {kind: DETECTORS[kind] for kind in ("lof", "disagreement", "anytime")}

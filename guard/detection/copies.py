@@ -21,7 +21,8 @@ _LEAST_REACH = 2
 #: Turns in degrees, parts of the side that a crop keeps, and how far those are moved.
 _WARPS = ((-8.0, 1.0, 1), (-4.0, 1.0, 1), (4.0, 1.0, 1), (8.0, 1.0, 1), (0.0, 0.95, 2), (0.0, 0.9, 2), (0.0, 0.85, 2))
 _CANDIDATES = 8  # images that each is compared with, nearest in what moving and mirroring do not change
-_ROWS = 512  # images that are compared at once
+_NOBODY = -1  # where a class has fewer
+_ROWS = 32  # images that are compared at once
 
 
 def copy_groups(images: Float32Array, labels: IntArray) -> IntArray:
@@ -45,13 +46,9 @@ def copy_groups(images: Float32Array, labels: IntArray) -> IntArray:
     """
     groups = equal_rows([images])
     first = np.unique(groups, return_index=True)[1]
-    pairs = [np.empty((2, 0), dtype=np.int64)]
+    left = right = np.empty(0, dtype=np.int64)
     if min(images.shape[2:]) > 4 * _LEAST_REACH:
-        small, labels = _small(images[first]), labels[first]
-        for label in np.unique(labels):
-            rows = np.flatnonzero(labels == label)
-            pairs.append(rows[_near_pairs(small[rows])])
-    left, right = np.concatenate(pairs, axis=1)
+        left, right = _near_pairs(_small(images[first]), labels[first])
     from scipy.sparse import coo_array  # here, as a server loads less without
     from scipy.sparse.csgraph import connected_components
 
@@ -74,28 +71,36 @@ def _small(images: Float32Array) -> Tensor:
     return torch.cat([functional.avg_pool2d(part.mean(1, keepdim=True), step)[:, 0] for part in parts])
 
 
-def _near_pairs(small: Tensor) -> IntArray:
-    """Return which of some images, shape (n, height, width), are near copies of another, shape (2, pairs)."""
+def _near_pairs(small: Tensor, labels: IntArray) -> IntArray:
+    """Return which of some images, shape (n, height, width), are near copies of one of their class, shape (2, pairs)."""
     n, height, width = small.shape
-    if n < 2:
-        return np.empty((2, 0), dtype=np.int64)
-    candidates, reach = _candidates(small), min(_REACH, (min(height, width) - 1) // 4)
-    core = _standardised(small[:, reach : height - reach, reach : width - reach])
+    classes, class_of, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    candidates = torch.full((n, _CANDIDATES), _NOBODY)
+    for place in range(len(classes)):
+        rows = torch.from_numpy(np.flatnonzero(class_of == place))
+        nearest = _nearest(small[rows])
+        candidates[rows[:, None], torch.arange(nearest.shape[1])] = rows[nearest]
+    reach = min(_REACH, (min(height, width) - 1) // 4)
+    core = small[:, reach : height - reach, reach : width - reach]
+    # To mirror what is compared with is to mirror every moved image.
+    sides = torch.stack([_standardised(side) for side in (core, core.flip(2), core.flip(1))], dim=1)
     best = torch.full(candidates.shape, -1.0)
     for start in range(0, n, _ROWS):
-        rows = slice(start, start + _ROWS)
-        compared = core[candidates[rows]]  # (rows, candidates, pixels)
-        for moved in _moved(small[rows], reach):
-            correlation = torch.einsum("np,ncp->nc", _standardised(moved), compared)
-            torch.maximum(best[rows], correlation, out=best[rows])
-    is_near = (best >= _LIKELY).any(1)
-    is_augmented = int(is_near.sum()) >= _ENOUGH and float(is_near.float().mean()) >= _SHARE
-    rows_found, place = torch.nonzero(best >= (_LIKELY if is_augmented else _CERTAIN), as_tuple=True)
-    pairs: IntArray = torch.stack([rows_found, candidates[rows_found, place]]).numpy()
+        chunk = slice(start, start + _ROWS)
+        compared = sides[candidates[chunk]].flatten(1, 2).transpose(1, 2)  # (rows, pixels, candidates * sides)
+        for windows in _moved(small[chunk], reach):
+            alike = torch.bmm(windows, compared).amax(1)
+            torch.maximum(best[chunk], alike.view(-1, _CANDIDATES, sides.shape[1]).amax(2), out=best[chunk])
+    best[candidates == _NOBODY] = -1.0
+    n_near = np.bincount(class_of, (best >= _LIKELY).any(1).numpy(), len(classes))
+    is_augmented = (n_near >= _ENOUGH) & (n_near >= _SHARE * counts)
+    least = torch.from_numpy(np.where(is_augmented, _LIKELY, _CERTAIN)[class_of])
+    found, place = torch.nonzero(best >= least[:, None], as_tuple=True)
+    pairs: IntArray = torch.stack([found, candidates[found, place]]).numpy()
     return pairs
 
 
-def _candidates(small: Tensor) -> Tensor:
+def _nearest(small: Tensor) -> Tensor:
     """Return for each image the others most like it whatever their place and side, shape (n, at most 8)."""
     spectrum = torch.fft.rfft2(small - small.mean((1, 2), keepdim=True)).abs()
     spectrum = spectrum + spectrum.flip(1).roll(1, 1)  # that of the mirrored image as well
@@ -110,16 +115,14 @@ def _candidates(small: Tensor) -> Tensor:
 
 
 def _moved(small: Tensor, margin: int) -> Iterator[Tensor]:
-    """Yield the images shifted, warped and mirrored, without a margin."""
-    height, width = small.shape[1:]
+    """Yield the images warped one way after the other, each shifted and without a margin: (n, shifts, pixels)."""
+    n, height, width = small.shape
+    size = height - 2 * margin, width - 2 * margin
     versions = [(small, margin), *((_warped(small, degrees, share), reach) for degrees, share, reach in _WARPS)]
     for version, reach in versions:
-        for down in range(margin - reach, margin + reach + 1):
-            for right in range(margin - reach, margin + reach + 1):
-                part = version[:, down : height - 2 * margin + down, right : width - 2 * margin + right]
-                yield part
-                yield part.flip(2)
-                yield part.flip(1)
+        part = version[:, margin - reach : height - margin + reach, margin - reach : width - margin + reach]
+        windows = part.unfold(1, size[0], 1).unfold(2, size[1], 1)
+        yield _standardised(windows.reshape(-1, *size)).view(n, (2 * reach + 1) ** 2, -1)
 
 
 def _warped(small: Tensor, degrees: float, share: float) -> Tensor:
