@@ -86,7 +86,7 @@ def assessed(benign: MnistCnn, clean_split: Any) -> Assessed:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Guard, "fit", spy)
         attacks = ("white-square", "blend", "gotham")
-        planting = PlantingSettings(epochs=15, learning_rates=(3e-3,))
+        planting = PlantingSettings(epochs=8, learning_rates=(3e-3,))
         report = assess(
             SuspectModel(benign), *clean_split.validation, QUICK, attacks=attacks, seeds=(0,), planting=planting
         )

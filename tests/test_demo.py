@@ -56,7 +56,7 @@ def finished(running_before: set[psutil.Process], tmp_path_factory: pytest.TempP
         (pattern,) = (demo_attack for demo_attack in DEMO_ATTACKS if demo_attack.name == "pattern")
         patch.setattr(run, "DEMO_ATTACKS", (pattern,))
         patch.setattr(run, "REVIEWED", pattern)
-        patch.setattr(run, "SPLIT", (6000, 1000, 500))
+        patch.setattr(run, "SPLIT", (6000, 500, 500))
         patch.setattr(run, "CLEAN_REQUESTS", 200)
         patch.setattr(run, "TRIGGERED_REQUESTS", 100)
         console = Console(file=printed, width=80)

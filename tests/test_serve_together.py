@@ -25,7 +25,7 @@ import pytest
 from safetensors.torch import save_file
 from serving_helpers import png
 
-from guard import Guard
+from guard import Guard, GuardConfig, SuspectModel
 from guard.cli import run
 from guard.cli.review import review_app
 from guard.cli.serving import _passed_on
@@ -79,10 +79,17 @@ def query(prometheus: PrometheusInstance, expression: str) -> list[dict[str, Any
     return [series for series in found if series["value"][1] != "NaN"]
 
 
+@pytest.fixture(scope="module")
+def small_guard(suspect: SuspectModel, clean_split: Any) -> Guard:
+    """Fitted, and fitted again in a round, in a few seconds."""
+    images, labels = (part[:500] for part in clean_split.validation)
+    return Guard.fit(suspect, images, labels, GuardConfig(false_positive_rate=0.05, folds=5))
+
+
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def together(
     request: pytest.FixtureRequest,
-    fitted_guard: Guard,
+    small_guard: Guard,
     badnet: MnistCnn,
     clean_split: Any,
     tmp_path_factory: pytest.TempPathFactory,
@@ -93,9 +100,9 @@ def together(
     else:
         url = request.getfixturevalue("postgresql_server").create_database()
     save_file(badnet.state_dict(), folder / "weights.safetensors")
-    images, labels = clean_split.validation
+    images, labels = (part[:500] for part in clean_split.validation)
     np.savez(folder / "clean.npz", images=images, labels=labels)
-    bundle = replace(fitted_guard, images_from=str(folder / "clean.npz")).save(folder / "bundles")
+    bundle = replace(small_guard, images_from=str(folder / "clean.npz")).save(folder / "bundles")
     BundleStore(folder / "bundles").activate(bundle.name)
     model = ServedModel(folder / "weights.safetensors", None, "guard.lab.attacks.networks:mnist_cnn", (1, 28, 28))
     make_guarded_archive(

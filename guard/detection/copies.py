@@ -72,7 +72,7 @@ def _small(images: Float32Array) -> Tensor:
 
 
 def _near_pairs(small: Tensor, labels: IntArray) -> IntArray:
-    """Return which of some images, shape (n, height, width), are near copies of one of their class, shape (2, pairs)."""
+    """Return which of some images (n, height, width) are near copies of another of their class, shape (2, pairs)."""
     n, height, width = small.shape
     classes, class_of, counts = np.unique(labels, return_inverse=True, return_counts=True)
     candidates = torch.full((n, _CANDIDATES), _NOBODY)
