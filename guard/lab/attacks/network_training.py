@@ -344,7 +344,7 @@ def accuracy(module: nn.Module, images: Float32Array, labels: IntArray, batch_si
     return float((predict_labels(module, images, batch_size) == labels).mean())
 
 
-def predict_labels(module: nn.Module, images: Float32Array, batch_size: int = 500) -> IntArray:
+def predict_labels(module: nn.Module, images: Float32Array, batch_size: int = 100) -> IntArray:
     """Return the module's most likely label per image, shape (n,), int64; the module's mode is left as it is."""
     device = device_of(module)
     with torch.inference_mode():
