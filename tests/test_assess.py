@@ -478,7 +478,18 @@ def guard(work: Path, few_folds: None, monkeypatch: pytest.MonkeyPatch, capfd: p
 
 def test_assess_command_prints_a_table_and_writes_report_and_picture(guard: Run, work: Path) -> None:
     before = (work / "weights.safetensors").read_bytes()
-    chosen = ["--trigger", "white-square", "--trigger", "blend", "--seeds", "1", "--output", "out/deep"]
+    chosen = [
+        "--trigger",
+        "white-square",
+        "--trigger",
+        "blend",
+        "--seeds",
+        "1",
+        "--epochs",
+        "15",
+        "--output",
+        "out/deep",
+    ]
     status, shown, problem = guard(*ASSESS, *chosen)
     assert status == 0, problem
     for heading in COLUMNS:
@@ -502,7 +513,7 @@ def test_assess_command_prints_a_table_and_writes_report_and_picture(guard: Run,
 def test_assess_command_takes_the_users_handler_and_equals_the_architecture(guard: Run, work: Path) -> None:
     claimed = ["--weights", "weights.safetensors", "--handler", "my_handler.py", "--extra-file", "assess_network.py"]
     chosen = ["--images", "clean.npz", "--false-positive-rate", "0.1", "--trigger", "white-square", "--seeds", "1"]
-    status, _, problem = guard("assess", *claimed, *chosen, "--output", "handled")
+    status, _, problem = guard("assess", *claimed, *chosen, "--output", "handled", "--epochs", "15")
     assert status == 0, problem
     guard(*ASSESS, *chosen, "--output", "plain", "--epochs", "1")
     ours, second = (json.loads((work / name / "report.json").read_text()) for name in ("handled", "plain"))

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from conftest import CleanSplit
 from PIL import Image
 from rich.console import Console
 
+from guard import GuardConfig
 from guard.demo import run
-from guard.lab.attacks.recipes import DEMO_ATTACKS
+from guard.lab.attacks import MnistCnn
+from guard.lab.attacks.recipes import DEMO_ATTACKS, AttackRecipe
 from guard.relabel.address import queue_url
 from guard.relabel.items import State
 from guard.relabel.queue import Queue
+from guard.types import AnyArray
 
 pytestmark = pytest.mark.torchserve
 
@@ -48,15 +54,29 @@ def running_before() -> set[psutil.Process]:
 
 
 @pytest.fixture(scope="module")
-def finished(running_before: set[psutil.Process], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Folder and printed text of one short demo."""
+def finished(
+    running_before: set[psutil.Process],
+    badnet: MnistCnn,
+    clean_split: CleanSplit,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, str]:
+    """Folder and printed text of one short demo, with a network that was trained before on the demo's own images."""
+
+    def trained(attack: AttackRecipe, *train: AnyArray, seed: int, progress: object) -> tuple[MnistCnn, None, None]:
+        assert (attack.name, seed) == ("pattern", 0)
+        np.testing.assert_array_equal(train[0], clean_split.train.images)
+        np.testing.assert_array_equal(train[1], clean_split.train.labels)
+        return badnet, None, None
+
     printed = io.StringIO()
     output = tmp_path_factory.mktemp("demo") / "made by the demo"
     with pytest.MonkeyPatch.context() as patch:
         (pattern,) = (demo_attack for demo_attack in DEMO_ATTACKS if demo_attack.name == "pattern")
         patch.setattr(run, "DEMO_ATTACKS", (pattern,))
+        patch.setattr(run, "train_badnet", trained)
         patch.setattr(run, "REVIEWED", pattern)
         patch.setattr(run, "SPLIT", (6000, 500, 500))
+        patch.setattr(run, "GuardConfig", partial(GuardConfig, folds=5))  # in the first fit, and in those of a round
         patch.setattr(run, "CLEAN_REQUESTS", 200)
         patch.setattr(run, "TRIGGERED_REQUESTS", 100)
         console = Console(file=printed, width=80)

@@ -44,7 +44,7 @@ assert checkout_root() is None
 for name in sys.argv[2:]:
     assert resource_path(name).is_relative_to(installed), resource_path(name)
 data = load_dataset("mnist", "test")
-np.savez("clean.npz", images=data.images[:300], labels=data.labels[:300])
+np.savez("clean.npz", images=data.images[:120], labels=data.labels[:120])
 Path("tiny_network.py").write_text(
     "from torch import nn\\n\\n\\ndef make():\\n"
     "    return nn.Sequential(nn.Conv2d(1, 4, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))\\n"
