@@ -30,7 +30,6 @@ from guard.cli.output import (
     print_warning,
     say,
     tell,
-    users_place,
     what_failed,
     write,
 )
@@ -42,6 +41,7 @@ from guard.cli.snapshot import snapshot_app
 from guard.cli.wrap import unwrap, wrap
 from guard.cli.zoo import zoo_app
 from guard.errors import BundleError, ConfigError
+from guard.users_code import users_place
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -17,6 +17,7 @@ from guard.data.image_files import MODES, in_channels, is_picture, load_images, 
 from guard.data.labelled_folders import FoundFile, composed, find_files, labels_of
 from guard.errors import ConfigError, DataError, GuardError, RowError
 from guard.types import Float32Array, IntArray
+from guard.users_code import why_it_failed
 
 T = TypeVar("T")
 Found = TypeVar("Found", bound="NamedImages")
@@ -343,13 +344,20 @@ def preprocessing(name: str | None) -> Convert:
     if name is None:
         return _stacked
     module, _, function = name.partition(":")
+    if not module or not function:
+        raise ConfigError(f"--preprocess must be module:function, got {name!r}.")
     try:
-        call = getattr(importlib.import_module(module), function)
+        loaded = importlib.import_module(module)
     except Exception as error:  # importing runs the user's code
+        alone = f'Importing it must work by itself: try `python -c "import {module}"`.'
         raise ConfigError(
-            f"--preprocess {name!r} must be module:function, and be importable: {type(error).__name__}: {error}. "
-            "Check its name, and its folder on PYTHONPATH."
+            f"--preprocess {name!r} cannot be imported: {why_it_failed(error, alone, module=module)}"
         ) from error
+    call = getattr(loaded, function, None)
+    if not callable(call):
+        there = f"{function!r}, which is no function" if hasattr(loaded, function) else f"no {function!r}"
+        place = getattr(loaded, "__file__", None) or "part of Python"
+        raise ConfigError(f"--preprocess {name!r}: module {module!r} ({place}) has {there}. Check the name.")
 
     def convert(images: list[Any]) -> Float32Array:
         result = call(_stacked(images))

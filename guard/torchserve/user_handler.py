@@ -27,6 +27,7 @@ from guard.suspect.weights import check_weights_file
 from guard.torchserve.archives.archive import make_archive
 from guard.torchserve.row_fidelity import declares_one_row, why_one_by_one
 from guard.types import Float32Array
+from guard.users_code import why_it_failed
 
 _NAME = "offline"
 #: Requests that are compared alone and together.
@@ -151,7 +152,10 @@ class Remedy(NamedTuple):
 
 
 #: For handlers that are named file by file.
-ADD_FILES = Remedy("Add what it needs with --extra-file.", "Does it need a --model-file or an --extra-file?")
+ADD_FILES = Remedy(
+    "Add it with --extra-file if it is a file of yours, else install the package that has it.",
+    "Does it need a --model-file or an --extra-file?",
+)
 
 
 @contextmanager
@@ -280,7 +284,8 @@ def _initialised(
         inner = handler()
         inner.initialize(context)
     except Exception as error:
-        raise SuspectModelError(f"handler {name} failed in initialize: {_short(error)}. {remedy.initialize}") from error
+        why = why_it_failed(error, remedy.initialize, remedy.imports)
+        raise SuspectModelError(f"handler {name} failed in initialize: {why}") from error
     return inner, context
 
 
@@ -335,11 +340,17 @@ def handler_class(name: str, method: str, remedy: str = ADD_FILES.imports) -> ty
     """
     from ts.utils.util import list_classes_from_module
 
+    module_name = Path(name).stem if name.endswith(".py") else f"ts.torch_handler.{name}"
     try:
-        module = importlib.import_module(Path(name).stem if name.endswith(".py") else f"ts.torch_handler.{name}")
+        module = importlib.import_module(module_name)
         classes: list[type] = list_classes_from_module(module)
     except Exception as error:  # importing runs the user's code
-        raise ArchiveError(f"handler {name} cannot be imported: {_short(error)}. {remedy}") from error
+        if getattr(error, "name", None) == module_name and isinstance(error, ModuleNotFoundError):
+            raise ArchiveError(
+                f"handler {name} cannot be imported: TorchServe ships none of that name. Name a file of your own with "
+                "its suffix .py."
+            ) from error
+        raise ArchiveError(f"handler {name} cannot be imported: {why_it_failed(error, remedy, remedy)}") from error
     if len(classes) != 1 or not callable(getattr(classes[0], method, None)):
         raise ArchiveError(
             f"handler {name} must define exactly one class, with a {method} method; it defines {len(classes)}. "
@@ -402,10 +413,6 @@ def _as_images(rows: Sequence[Tensor]) -> Float32Array:
             f"got {' and '.join(shapes)}. {_ONE_ROW}"
         )
     return np.stack([row.numpy() for row in rows])
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).rstrip('.')}"
 
 
 def _loaded_before(folder: Path) -> dict[str, Any]:
