@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from guard.errors import ArchiveError, DataError, GuardError, SuspectModelError, UnsafeWeightsError
 from guard.torchserve.user_handler import open_user_handler
@@ -15,6 +17,7 @@ from guard.torchserve.user_handler import open_user_handler
 HANDLER = """
 import os
 import torch
+from PIL import Image
 from ts.torch_handler.base_handler import BaseHandler
 from helper import SCALE
 
@@ -197,3 +200,18 @@ def test_user_handler_by_the_name_of_a_shipped_one(tmp_path: Path) -> None:
         assert user.module.out_features == 3
     with pytest.raises(ArchiveError, match="handler no_such cannot be imported"):
         open_user_handler("no_such", tmp_path / "weights.pt").__enter__()
+
+
+def test_user_handler_of_other_bodies_than_images_says_why_its_batches_are_not_tried(tmp_path: Path) -> None:
+    write(tmp_path, handler=methods(preprocess="(self, data): return torch.tensor([item['body'] for item in data])"))
+    with open_mine(tmp_path) as user:
+        assert user.model_inputs([[[[1.0, 2.0], [3.0, 4.0]]]]).shape == (1, 1, 2, 2)
+        why = user.why_one_by_one([], (1, 2, 2))
+        assert why.startswith("the handler takes none of the example images, which are noise as PNG, for no example ")
+        assert "Bodies of other kinds, such as JSON, are not tried together." in why
+        assert why.endswith('If it makes one row of every request, in order, set batching = "declared" in guard.toml')
+        unknown = user.why_one_by_one([b"[1, 2, 3, 4]"], (7, 2, 2))
+        assert unknown.startswith("no example request is one image, and no image can be made in its place. If it makes")
+        stream = io.BytesIO()
+        Image.new("L", (2, 2)).save(stream, "PNG")
+        assert user.why_one_by_one([stream.getvalue()], (1, 2, 2)) == "the handler takes none of the example images"
