@@ -215,3 +215,34 @@ def test_user_handler_of_other_bodies_than_images_says_why_its_batches_are_not_t
         stream = io.BytesIO()
         Image.new("L", (2, 2)).save(stream, "PNG")
         assert user.why_one_by_one([stream.getvalue()], (1, 2, 2)) == "the handler takes none of the example images"
+
+
+def test_user_handler_that_refuses_by_an_exception_is_believed(tmp_path: Path) -> None:
+    imported = "from ts.utils.util import PredictionException"
+    raises = f"(self, data):\n        {imported}\n        raise PredictionException('no PNG.', 415)"
+    write(tmp_path, handler=methods(preprocess=raises))
+    with open_mine(tmp_path) as user, pytest.raises(DataError, match=r"refused the input with status 415: no PNG\.$"):
+        user.model_inputs([b"1234"])
+
+
+def test_user_handler_that_takes_form_fields_alone_says_so(tmp_path: Path) -> None:
+    write(tmp_path, handler=methods(preprocess="(self, data): return [item['data'] for item in data]"))
+    with open_mine(tmp_path) as user, pytest.raises(DataError, match=r"item\.get\('data'\) or item\.get\('body'\)\.$"):
+        user.model_inputs([b"1234"])
+    write(tmp_path, handler=methods(preprocess="(self, data): return {}['colour']"))
+    with open_mine(tmp_path) as user, pytest.raises(KeyError, match="colour"):
+        user.model_inputs([b"1234"])
+
+
+def test_user_handler_whose_network_has_another_name_says_which(tmp_path: Path) -> None:
+    for more, expected in (
+        ("self.net = self.model", 'setting model_attribute = "net" in guard.toml.'),
+        ("self.net = self.head = self.model", "(networks are in net, head)."),
+    ):
+        write(
+            tmp_path,
+            handler=methods(initialize=f"(self, context): super().initialize(context); {more}; del self.model"),
+        )
+        with pytest.raises(SuspectModelError) as caught, open_mine(tmp_path):
+            pass
+        assert str(caught.value).endswith(expected)

@@ -212,8 +212,12 @@ def as_fitted(
 
 def without_labels(path: Path) -> DataError:
     """Return the error about images that no class is given for."""
-    unpack = " Unpack it first." if path.is_file() and path.suffix.lower() in _ARCHIVES else ""
-    return DataError(f"{path} has no labels: use one sub-folder per class, or a .npz with 'labels'.{unpack}")
+    is_archive = path.suffix.lower() in _ARCHIVES
+    unpack = " Unpack it first." if path.is_file() and is_archive else ""
+    use = "use"
+    if path.is_file() and path.suffix.lower() != ".npz" and not is_archive:
+        use = f"it is {'one image' if is_picture(path) else 'neither a folder nor a .npz'}. Use"
+    return DataError(f"{path} has no labels: {use} one sub-folder per class, or a .npz with 'labels'.{unpack}")
 
 
 def in_channels_taken(images: Found, run: Callable[[list[Any]], object], at_once: int = 1) -> Found:

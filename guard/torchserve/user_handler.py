@@ -135,13 +135,32 @@ class UserHandler:
         """Return the rows that reach the network while the handler answers requests as one batch."""
         context = self._context
         with tapped(self.module) as tap:
-            self._inner.handle(_requests(context, bodies), context)
+            self._answered(bodies)
         for index in range(len(bodies)):
             if (status := context.get_response_status(index)[0]) >= 400:
                 raise DataError(f"the handler refused the input with status {status}.")
         if any(inputs is None for inputs in tap.inputs):
             raise DataError("what the handler gives its network must be one tensor, and is none.")
         return [row for inputs in tap.inputs if inputs is not None for row in inputs.cpu()]
+
+    def _answered(self, bodies: Sequence[Any]) -> None:
+        """Let the handler answer requests as one batch; DataError if it refuses them, or finds no body in them."""
+        from ts.utils.util import PredictionException
+
+        try:
+            self._inner.handle(_requests(self._context, bodies), self._context)
+        except PredictionException as error:
+            why = f": {error.message}" if error.message else ""
+            raise DataError(
+                f"the handler refused the input with status {error.error_code}{why.rstrip('.')}."
+            ) from error
+        except KeyError as error:
+            if error.args != ("data",):
+                raise
+            raise DataError(
+                "the handler takes form fields called 'data' alone, and the server gives it what a client sends as it "
+                "is under 'body'. Let it read item.get('data') or item.get('body')."
+            ) from error
 
 
 class Remedy(NamedTuple):
@@ -240,7 +259,7 @@ def open_unpacked_handler(
         if not isinstance(module, nn.Module):
             raise SuspectModelError(
                 f"handler {handler}: its attribute {model_attribute!r} must be a torch.nn.Module, "
-                f"got {type(module).__name__}. Name the right one with the setting model_attribute."
+                f"got {type(module).__name__}. {_right_attribute(inner)}"
             )
         yield UserHandler(inner, context, module)
     finally:
@@ -248,6 +267,17 @@ def open_unpacked_handler(
         for key in [key for key, loaded in sys.modules.items() if _lies_in(loaded, folder)]:
             del sys.modules[key]
         sys.modules.update(hidden)
+
+
+def _right_attribute(inner: Any) -> str:
+    """Say how to name the attribute of a handler that holds its network."""
+    try:
+        found = [name for name, value in vars(inner).items() if isinstance(value, nn.Module)]
+    except TypeError:
+        found = []
+    named = f'model_attribute = "{found[0]}"' if len(found) == 1 else "model_attribute"
+    which = f" (networks are in {', '.join(found)})" if len(found) > 1 else ""
+    return f"Name the right one with the setting {named} in guard.toml{which}."
 
 
 def _unpacked(
