@@ -112,7 +112,8 @@ def _usage_error(error: Any) -> int:
         tell(message)
     else:
         command = error.ctx.command_path if getattr(error, "ctx", None) else "guard"
-        print_error(f"{message} See `{command} --help`.")
+        end = "" if message.endswith((".", "?", "!")) else "."
+        print_error(f"{message}{end} See `{command} --help`.")
     return 2
 
 

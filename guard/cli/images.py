@@ -361,7 +361,9 @@ def preprocessing(name: str | None) -> Convert:
     if not callable(call):
         there = f"{function!r}, which is no function" if hasattr(loaded, function) else f"no {function!r}"
         place = getattr(loaded, "__file__", None) or "part of Python"
-        raise ConfigError(f"--preprocess {name!r}: module {module!r} ({place}) has {there}. Check the name.")
+        raise ConfigError(
+            f"--preprocess {name!r} must be module:function: module {module!r} ({place}) has {there}. Check the name."
+        )
 
     def convert(images: list[Any]) -> Float32Array:
         result = call(_stacked(images))
@@ -403,6 +405,8 @@ def each(work: Callable[[Sequence[int]], Sequence[T]], rows: Sequence[int]) -> l
 
 
 def _arrays(path: Path, as_bytes: bool) -> NamedImages | None:
+    if not path.exists() and path.parts[0] in ("http:", "https:", "s3:", "gs:"):
+        raise DataError(f"{path} is an address, and images are read from this machine. Fetch them first.")
     if not path.exists():
         raise DataError(f"{path} does not exist. Give a .npz file, an image, or a folder of images.")
     if path.suffix.lower() != ".npz" or path.is_dir():
