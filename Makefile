@@ -94,7 +94,7 @@ bench-networks: setup
 	$(BIN)/python -m pip install --quiet --no-deps "timm>=1.0.20"
 	$(BIN)/python -m pip install --quiet "transformers>=5.0"
 	$(BIN)/python benchmarks/networks/training.py $(ARGS)
-	$(BIN)/python benchmarks/networks/detection.py
+	$(BIN)/python benchmarks/networks/detection.py --again
 	$(BIN)/python benchmarks/networks/serving.py
 
 clean:

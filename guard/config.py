@@ -168,6 +168,10 @@ def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
+        if isinstance(first["input"], dict):
+            return (
+                f"there is a table [{key}], and settings stand alone. Remove that line, and what else is not a setting."
+            )
         return _unknown(key)
     if key == "false_positive_rate" and isinstance(first["input"], int | float):
         return f"false_positive_rate must be in (0, 1), got {first['input']}."
@@ -208,7 +212,8 @@ def load_config(settings_file: Path | None = None, **flags: Any) -> GuardConfig:
 def load_settings(settings_file: Path | None = None, **flags: Any) -> dict[str, Any]:
     """Read the settings as `load_config` does, and return those that were given; defaults are left out."""
     if settings_file is not None and not settings_file.is_file():
-        raise ConfigError(f"settings file {settings_file} does not exist. Name another with --settings.")
+        folder = ": it is a folder" if settings_file.is_dir() else ""
+        raise ConfigError(f"settings file {settings_file} does not exist{folder}. Name another with --settings.")
     toml = settings_file or Path(SETTINGS_FILE)
     for name in os.environ:
         key = name[len(ENVIRONMENT_PREFIX) :].lower()

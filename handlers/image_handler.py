@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib
 import io
 import json
 import sys
@@ -54,6 +53,7 @@ class ImageHandler(BaseHandler):  # type: ignore[misc]  # ts is untyped
     def initialize(self, context: Any) -> None:
         """Read the settings, build the network, load its weights without running any code of the weights file."""
         from guard.suspect.checkpoints import load_weights
+        from guard.suspect.model import build_architecture
 
         folder = Path(context.system_properties["model_dir"])
         self.settings = {**DEFAULTS, **json.loads((folder / "image_handler.json").read_text())}
@@ -62,8 +62,7 @@ class ImageHandler(BaseHandler):  # type: ignore[misc]  # ts is untyped
         gpu = context.system_properties.get("gpu_id")
         self.device = torch.device(f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu")
         sys.path.insert(0, str(folder))
-        module, _, factory = self.settings["architecture"].partition(":")
-        self.model = getattr(importlib.import_module(module), factory)()
+        self.model = build_architecture(self.settings["architecture"])
         weights = folder / context.manifest["model"]["serializedFile"]
         load_weights(self.model, weights, state_key=self.settings["state_key"])
         self.model.to(self.device).eval()

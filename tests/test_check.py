@@ -351,3 +351,10 @@ def test_archive_compares_what_was_fitted_with_what_the_image_handler_feeds(
     assert found == status, err
     assert message in " ".join(err.split())
     assert ("warning" in err) == message.startswith("warning")
+
+
+def test_check_names_the_image_that_gets_no_verdict(workshop: Workshop, bodies: list[bytes]) -> None:
+    archive = workshop.guarded("stock", start=False)
+    sent, names = [*bodies[:3], b"no image"], ["0/a.png", "0/b.png", "1/c.png", "1/d.png"]
+    with pytest.raises(ArchiveError, match=r"2 of 8 clean images got no verdict; the first: .*\(image 1/d\.png\)\.$"):
+        check_archive(archive, sent, 0.05, pinned=True, names=names)

@@ -191,7 +191,9 @@ def test_version_is_printed(guard: Run) -> None:
         ([*FIT, "--mode", "magic"], "mode: input should be 'calibrated' or 'paper', got 'magic'"),
         ([*FIT, "--false-positive-rate", "1.5"], "false_positive_rate must be in (0, 1), got 1.5"),
         ([*FIT, "--device", "toaster"], "--device 'toaster' cannot be used"),
+        ([*FIT, "--false-positive-rate", "5%"], "unable to parse string as a number. See `guard fit --help`."),
         ([*FIT, "--settings", "none.toml"], "settings file none.toml does not exist"),
+        ([*FIT, "--settings", "clean"], "settings file clean does not exist: it is a folder. Name another"),
         ([*FIT, "--preprocess", "cli_network:none"], "--preprocess 'cli_network:none' must be module:function"),
         (["inspect", "new", *MODEL, "--output", "no/such/folder.csv"], "there is no folder no/such"),
         (["archive", "m", "--weights", "weights.safetensors"], "give --architecture"),
@@ -282,6 +284,7 @@ def test_fit_on_npz_equals_fit_on_folders(fitted: Path, guard: Run) -> None:
     ("arguments", "message"),
     [
         (["--images", "nowhere"], "nowhere does not exist"),
+        (["--images", "https://example.org/clean.zip"], "is an address, and images are read from this machine. Fetch"),
         (["--images", "new"], "new has no labels: use one sub-folder per class"),
         (["--class-names", "stop,yield"], "sub-folder 'forty [km]' is not in the class list"),
         (["--class-names", "a,b", "--images", "clean.npz"], "has 4 classes, got 2 class names"),

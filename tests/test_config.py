@@ -233,3 +233,12 @@ def test_load_config_named_file_missing_is_refused(folder):
         load_config(folder / "nowhere.toml")
     with pytest.raises(ConfigError, match="does not exist"):
         load_config(folder)  # a folder is no file
+
+
+def test_settings_below_a_heading_are_told_from_unknown_ones(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text("[guard]\nfalse_positive_rate = 0.05\n")
+    with pytest.raises(ConfigError, match=r"^there is a table \[guard\], and settings stand alone\. Remove that line"):
+        load_settings(tmp_path / "s.toml")
+    (tmp_path / "s.toml").write_text("guard = 0.05\n")
+    with pytest.raises(ConfigError, match="unknown setting 'guard'"):
+        load_settings(tmp_path / "s.toml")

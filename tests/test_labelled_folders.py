@@ -24,6 +24,7 @@ from guard.cli.images import (
     naming_rows,
     preprocessing,
     read_all,
+    without_labels,
 )
 from guard.cli.model import class_list
 from guard.data.labelled_folders import find_files, labels_of
@@ -536,3 +537,59 @@ def test_order_with_commas_in_names_is_suggested_as_a_file(tmp_path: Path) -> No
     suspect = SuspectModel(Brightness(), depths=())
     with pytest.raises(DataError, match=r'FILE\.json that holds \["stop sign", "yield", "no, entry"\]$'):
         check_order(suspect, (images - images.mean()) / images.std(), found, force=False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0 zebra\n1 no entry\n2 cat\n",
+        "2\tcat\n0\tzebra\n1\tno entry\n",
+        "id,name\n0,zebra\n1,no entry\n2,cat\n",
+        "name;id\nno entry;1\nzebra;0\ncat;2\n",
+        "names:\n  0: zebra\n  1: 'no entry'\n  2: cat\n",
+        "1. zebra\n2. no entry\n3. cat\n",
+        '"0","zebra"\n"1","no entry"\n"2","cat"\n',
+        "0=zebra\n1=no entry\n2=cat",
+    ],
+)
+def test_class_list_with_numbers_is_read_by_them(tmp_path: Path, text: str) -> None:
+    (tmp_path / "classes.txt").write_text(text)
+    assert class_list(str(tmp_path / "classes.txt")) == ["zebra", "no entry", "cat"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["20 km/h", "30 km/h", "50 km/h"],
+        ["1 euro", "2 euro"],
+        ["0 zebra", "2 cat", "3 dog"],
+        ["0 zebra", "1 cat", "dog"],
+        ["0", "1", "2"],
+        ["3D", "2D"],
+    ],
+)
+def test_class_names_that_hold_numbers_stay_as_they_are(tmp_path: Path, names: list[str]) -> None:
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    assert class_list(str(tmp_path / "classes.txt")) == names
+
+
+def test_numbered_line_of_a_class_list_is_a_name_as_well(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("1 person\n2 people\n")
+    names = class_list(str(tmp_path / "classes.txt"))
+    assert labels_of(["1 person", "people"], ["1 person", "people"], names)[0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("list.csv", "it is neither a folder nor a .npz. Use"),
+        ("images.npy", "it is neither a folder nor a .npz. Use"),
+        ("a.png", "it is one image. Use"),
+        ("clean.zip", "use"),
+    ],
+)
+def test_file_that_is_no_labelled_set_says_what_it_is(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    message = str(without_labels(tmp_path / name))
+    assert f"{name} has no labels: {kind} one sub-folder per class" in message
+    assert message.endswith("Unpack it first.") == name.endswith(".zip")

@@ -22,7 +22,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in (
         "errors files",
-        "types resources",
+        "types resources users_code",
         "arrays config telemetry relabel data suspect processes",
         "statistics storage observing",
         "backups",

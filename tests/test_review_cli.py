@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from guard import Activations
 from guard.cli import run
-from guard.cli.review import _networks_of, open_workspace
+from guard.cli.review_sources import networks_of, open_workspace
 from guard.errors import DataError, ServerError
 from guard.relabel.address import queue_url
 from guard.relabel.items import State
@@ -230,8 +230,8 @@ def test_page_compares_with_the_images_of_sub_folders_that_are_one_class(databas
 def test_page_starts_without_maps_where_the_archive_does_not_start(tmp_path, capsys):
     (tmp_path / "broken.mar").write_bytes(b"no archive")
     with ExitStack() as beside:
-        assert _networks_of([str(tmp_path / "broken.mar")], tmp_path, "cpu", beside) == {}
-        assert _networks_of([f"digits={tmp_path / 'broken.mar'}"], tmp_path, "cpu", beside) == {}
+        assert networks_of([str(tmp_path / "broken.mar")], tmp_path, "cpu", beside) == {}
+        assert networks_of([f"digits={tmp_path / 'broken.mar'}"], tmp_path, "cpu", beside) == {}
     printed = capsys.readouterr().err
     assert "the page shows no maps of where the model looks." in printed
     assert "the page shows no maps of where digits looks." in printed
@@ -245,7 +245,7 @@ def test_page_has_the_network_of_every_model_for_its_maps(tmp_path, fitted_guard
         make_guarded_archive(name, model, bundle, model_store=tmp_path, bundles=tmp_path / "bundles")
     with ExitStack() as beside:
         archives = [f"{name}={tmp_path / name}.mar" for name in ("digits", "others")]
-        served = _networks_of(archives, tmp_path, "cpu", beside)
+        served = networks_of(archives, tmp_path, "cpu", beside)
         queue = beside.enter_context(Queue.open(f"sqlite:///{tmp_path / 'queue.db'}"))
         workspace = open_workspace(queue, tmp_path / "bundles", served=served)
         maps = {name: workspace.occlusion_of(picture(0, model=name)) for name in ("digits", "others", "third")}

@@ -134,3 +134,34 @@ def test_stack_whose_companion_cannot_start_leaves_nothing_running(make: Callabl
         running.start_companions()
     assert not made.server.alive
     assert not (tmp_path / "work" / "targets.json").exists()
+
+
+def words_after(arguments: list[str], option: str) -> list[str]:
+    return [word for before, word in itertools.pairwise(arguments) if before == option]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), ["digits={}/of-digits", "signs={}/of-signs"]),
+        (("--bundles", "elsewhere"), ["elsewhere"]),
+        (("--bundles=elsewhere",), []),
+    ],
+)
+def test_stack_gives_the_page_the_bundles_of_every_model(
+    make: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    expected: list[str],
+) -> None:
+    monkeypatch.setattr(
+        stack, "followed_bundles", lambda path: tmp_path / f"of-{path.stem}" if path.stem != "plain" else None
+    )
+    made = make(review_port=18099, exports_metrics=False, review_options=options)
+    made.server.archives_served["signs"] = tmp_path / "work" / "signs.mar"
+    with made.stack as running:
+        running.start_companions()
+        arguments, _ = eval(started(tmp_path, "review")[0].read_text())
+    assert words_after(arguments, "--bundles") == [text.format(tmp_path) for text in expected]
+    assert made.said == []

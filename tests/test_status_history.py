@@ -211,7 +211,7 @@ def test_what_is_wrong_comes_first_and_the_worst_of_it_first():
     totals[Key("guard_bypassed_total", ("guard_error",))] = 12.0
     totals[Key("guard_shed_total", ("full",))] = 7.0
     history = replace(history_of(), totals=totals, in_use=("cd" * 32,))
-    level, sentence, findings = shown(numbers(history, oldest=300, expected_rate=0.01, active="ab" * 32))
+    level, sentence, findings = shown(numbers(history, oldest=300, expected_rate=0.01, active=("ab" * 32,)))
     assert level == "bad"
     assert sentence == (
         "Not well: 300 of 1,242 requests flagged in the last hour, 12 bypassed, oldest waiting item 5 h."

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from guard.errors import ArchiveError, DataError, GuardError, SuspectModelError, UnsafeWeightsError
 from guard.torchserve.user_handler import open_user_handler
@@ -15,6 +17,7 @@ from guard.torchserve.user_handler import open_user_handler
 HANDLER = """
 import os
 import torch
+from PIL import Image
 from ts.torch_handler.base_handler import BaseHandler
 from helper import SCALE
 
@@ -197,3 +200,49 @@ def test_user_handler_by_the_name_of_a_shipped_one(tmp_path: Path) -> None:
         assert user.module.out_features == 3
     with pytest.raises(ArchiveError, match="handler no_such cannot be imported"):
         open_user_handler("no_such", tmp_path / "weights.pt").__enter__()
+
+
+def test_user_handler_of_other_bodies_than_images_says_why_its_batches_are_not_tried(tmp_path: Path) -> None:
+    write(tmp_path, handler=methods(preprocess="(self, data): return torch.tensor([item['body'] for item in data])"))
+    with open_mine(tmp_path) as user:
+        assert user.model_inputs([[[[1.0, 2.0], [3.0, 4.0]]]]).shape == (1, 1, 2, 2)
+        why = user.why_one_by_one([], (1, 2, 2))
+        assert why.startswith("the handler takes none of the example images, which are noise as PNG, for no example ")
+        assert "Bodies of other kinds, such as JSON, are not tried together." in why
+        assert why.endswith('If it makes one row of every request, in order, set batching = "declared" in guard.toml')
+        unknown = user.why_one_by_one([b"[1, 2, 3, 4]"], (7, 2, 2))
+        assert unknown.startswith("no example request is one image, and no image can be made in its place. If it makes")
+        stream = io.BytesIO()
+        Image.new("L", (2, 2)).save(stream, "PNG")
+        assert user.why_one_by_one([stream.getvalue()], (1, 2, 2)) == "the handler takes none of the example images"
+
+
+def test_user_handler_that_refuses_by_an_exception_is_believed(tmp_path: Path) -> None:
+    imported = "from ts.utils.util import PredictionException"
+    raises = f"(self, data):\n        {imported}\n        raise PredictionException('no PNG.', 415)"
+    write(tmp_path, handler=methods(preprocess=raises))
+    with open_mine(tmp_path) as user, pytest.raises(DataError, match=r"refused the input with status 415: no PNG\.$"):
+        user.model_inputs([b"1234"])
+
+
+def test_user_handler_that_takes_form_fields_alone_says_so(tmp_path: Path) -> None:
+    write(tmp_path, handler=methods(preprocess="(self, data): return [item['data'] for item in data]"))
+    with open_mine(tmp_path) as user, pytest.raises(DataError, match=r"item\.get\('data'\) or item\.get\('body'\)\.$"):
+        user.model_inputs([b"1234"])
+    write(tmp_path, handler=methods(preprocess="(self, data): return {}['colour']"))
+    with open_mine(tmp_path) as user, pytest.raises(KeyError, match="colour"):
+        user.model_inputs([b"1234"])
+
+
+def test_user_handler_whose_network_has_another_name_says_which(tmp_path: Path) -> None:
+    for more, expected in (
+        ("self.net = self.model", 'setting model_attribute = "net" in guard.toml.'),
+        ("self.net = self.head = self.model", "(networks are in net, head)."),
+    ):
+        write(
+            tmp_path,
+            handler=methods(initialize=f"(self, context): super().initialize(context); {more}; del self.model"),
+        )
+        with pytest.raises(SuspectModelError) as caught, open_mine(tmp_path):
+            pass
+        assert str(caught.value).endswith(expected)

@@ -657,3 +657,52 @@ def test_subclass_of_arguments_is_still_refused(tmp_path: Path) -> None:
 
 class _Arguments(argparse.Namespace):
     """Code of the user's own."""
+
+
+@pytest.mark.parametrize(
+    ("content", "what", "remedy"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n",
+            "Git LFS pointer",
+            "Run git lfs pull.",
+        ),
+        (b"\x1f\x8b\x08\x00" + bytes(20), "a gzip archive", "Unpack it first."),
+        (b"BZh91AY&SY" + bytes(20), "a bzip2 archive", "Unpack it first."),
+        (b"\n<!DOCTYPE html><html><title>404</title></html>", "a web page", "logged in if that is needed."),
+        (
+            b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+            "a web page",
+            "logged in if that is needed.",
+        ),
+        (b'{"metadata": {}, "weight_map": {}}', "JSON", "save all tensors in one with safetensors."),
+    ],
+)
+def test_file_that_is_not_the_weights_says_how_to_get_them(tmp_path, content, what, remedy):
+    (tmp_path / "w.pt").write_bytes(content)
+    with pytest.raises(UnsafeWeightsError) as caught:
+        check_weights_file(tmp_path / "w.pt")
+    assert what in str(caught.value)
+    assert str(caught.value).endswith(remedy)
+    assert "sandbox" not in str(caught.value)
+
+
+def test_one_of_several_files_says_that_they_must_be_joined(tmp_path):
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    part = {name: value for name, value in module.state_dict().items() if name.startswith("0")}
+    save_file(part, tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(SuspectModelError, match=r"2 missing .* Weights in several files must be joined first"):
+        load_weights(module, tmp_path / "model-00001-of-00002.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_not_numbers_are_named(tmp_path, dtype):
+    module = torch.nn.Linear(2, 3)
+    module.register_buffer("mask", torch.full((2,), float("nan")))  # no weight: nobody knows what it is for
+    torch.save(module.state_dict(), tmp_path / "w.pt")
+    load_weights(module, tmp_path / "w.pt")
+    state = {name: value.to(dtype) for name, value in module.state_dict().items()}
+    state["weight"][1, 1] = float("nan")
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(SuspectModelError, match="entry 'weight' holds NaN, so the network cannot answer"):
+        load_weights(module, tmp_path / "w.pt")

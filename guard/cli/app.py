@@ -30,7 +30,6 @@ from guard.cli.output import (
     print_warning,
     say,
     tell,
-    users_place,
     what_failed,
     write,
 )
@@ -42,6 +41,7 @@ from guard.cli.snapshot import snapshot_app
 from guard.cli.wrap import unwrap, wrap
 from guard.cli.zoo import zoo_app
 from guard.errors import BundleError, ConfigError
+from guard.users_code import users_place
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -112,7 +112,8 @@ def _usage_error(error: Any) -> int:
         tell(message)
     else:
         command = error.ctx.command_path if getattr(error, "ctx", None) else "guard"
-        print_error(f"{message} See `{command} --help`.")
+        end = "" if message.endswith((".", "?", "!")) else "."
+        print_error(f"{message}{end} See `{command} --help`.")
     return 2
 
 

@@ -43,7 +43,8 @@ def check(
     promise = promise_of(archive)
     rate = promise.false_positive_rate if false_positive_rate is None else false_positive_rate
     found = find_requests(images)
-    bodies = [found.read(row) for row in chosen_rows(len(found.names))]
+    rows = chosen_rows(len(found.names))
+    bodies, names = [found.read(row) for row in rows], [found.names[row] for row in rows]
     of_fit = None
     if promise.images_from == str(images.absolute()):
         of_fit = share_of_fit(judging_guard(archive, promise.bundle), rate)
@@ -51,11 +52,11 @@ def check(
         if model is not None or key_file is not None:
             raise ConfigError("--model and --key-file go with --url. Leave them out, or name the server.")
         with progress_bar("loading the archive in another process", share_known=False):
-            report = check_archive(archive, bodies, rate, of_fit=of_fit)
+            report = check_archive(archive, bodies, rate, of_fit=of_fit, names=names)
     else:
         with progress_bar("asking the server", share_known=False):
             key = _prediction_key(key_file)
-            report = check_server(url, model or promise.model, bodies, rate, token=key, of_fit=of_fit)
+            report = check_server(url, model or promise.model, bodies, rate, token=key, of_fit=of_fit, names=names)
     say(report.line())
     say(f"judged by bundle {report.bundle}")
 
@@ -76,9 +77,10 @@ def check_written(archive: Path, images: Path | None, rate: float, guard: Guard)
             check_start(archive)
             return "it starts; no image was sent through it: `guard check` does, with --images"
         found = find_requests(images)
-        bodies = [found.read(row) for row in chosen_rows(len(found.names))]
+        rows = chosen_rows(len(found.names))
+        bodies, names = [found.read(row) for row in rows], [found.names[row] for row in rows]
         of_fit = share_of_fit(guard, rate) if guard.images_from == str(images.absolute()) else None
-        return check_archive(archive, bodies, rate, of_fit=of_fit).line()
+        return check_archive(archive, bodies, rate, of_fit=of_fit, names=names).line()
 
 
 def _prediction_key(key_file: Path | None) -> str | None:

@@ -17,6 +17,7 @@ from guard.data.image_files import MODES, in_channels, is_picture, load_images, 
 from guard.data.labelled_folders import FoundFile, composed, find_files, labels_of
 from guard.errors import ConfigError, DataError, GuardError, RowError
 from guard.types import Float32Array, IntArray
+from guard.users_code import why_it_failed
 
 T = TypeVar("T")
 Found = TypeVar("Found", bound="NamedImages")
@@ -211,8 +212,12 @@ def as_fitted(
 
 def without_labels(path: Path) -> DataError:
     """Return the error about images that no class is given for."""
-    unpack = " Unpack it first." if path.is_file() and path.suffix.lower() in _ARCHIVES else ""
-    return DataError(f"{path} has no labels: use one sub-folder per class, or a .npz with 'labels'.{unpack}")
+    is_archive = path.suffix.lower() in _ARCHIVES
+    unpack = " Unpack it first." if path.is_file() and is_archive else ""
+    use = "use"
+    if path.is_file() and path.suffix.lower() != ".npz" and not is_archive:
+        use = f"it is {'one image' if is_picture(path) else 'neither a folder nor a .npz'}. Use"
+    return DataError(f"{path} has no labels: {use} one sub-folder per class, or a .npz with 'labels'.{unpack}")
 
 
 def in_channels_taken(images: Found, run: Callable[[list[Any]], object], at_once: int = 1) -> Found:
@@ -343,13 +348,22 @@ def preprocessing(name: str | None) -> Convert:
     if name is None:
         return _stacked
     module, _, function = name.partition(":")
+    if not module or not function:
+        raise ConfigError(f"--preprocess must be module:function, got {name!r}.")
     try:
-        call = getattr(importlib.import_module(module), function)
+        loaded = importlib.import_module(module)
     except Exception as error:  # importing runs the user's code
+        alone = f'Importing it must work by itself: try `python -c "import {module}"`.'
         raise ConfigError(
-            f"--preprocess {name!r} must be module:function, and be importable: {type(error).__name__}: {error}. "
-            "Check its name, and its folder on PYTHONPATH."
+            f"--preprocess {name!r} cannot be imported: {why_it_failed(error, alone, module=module)}"
         ) from error
+    call = getattr(loaded, function, None)
+    if not callable(call):
+        there = f"{function!r}, which is no function" if hasattr(loaded, function) else f"no {function!r}"
+        place = getattr(loaded, "__file__", None) or "part of Python"
+        raise ConfigError(
+            f"--preprocess {name!r} must be module:function: module {module!r} ({place}) has {there}. Check the name."
+        )
 
     def convert(images: list[Any]) -> Float32Array:
         result = call(_stacked(images))
@@ -391,6 +405,8 @@ def each(work: Callable[[Sequence[int]], Sequence[T]], rows: Sequence[int]) -> l
 
 
 def _arrays(path: Path, as_bytes: bool) -> NamedImages | None:
+    if not path.exists() and path.parts[0] in ("http:", "https:", "s3:", "gs:"):
+        raise DataError(f"{path} is an address, and images are read from this machine. Fetch them first.")
     if not path.exists():
         raise DataError(f"{path} does not exist. Give a .npz file, an image, or a folder of images.")
     if path.suffix.lower() != ".npz" or path.is_dir():

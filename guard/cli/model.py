@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from guard.types import Float32Array
 
 _NAMED = 5  # files that a line names
+#: A line of a class list that is numbered.
+_NUMBER_FIRST = re.compile(r"""["']?(?P<number>\d{1,6})["']?\s*[\s,;:=|.)]\s*["']?(?P<name>\S.*?)["']?""")
+_NUMBER_LAST = re.compile(r"""["']?(?P<name>\S.*?)["']?\s*[\t,;:=|]\s*["']?(?P<number>\d{1,6})["']?""")
 
 
 @contextmanager
@@ -109,6 +113,8 @@ def gpu_number(device: str) -> int | None:
 def class_list(text: str | None) -> ClassList | None:
     """Return the names that --class-names gives: with commas, or in a file of whatever encoding, JSON or one per line.
 
+    Lines may be numbered from 0 or 1 without a gap, in any order, below a heading: `3 cat`, `3,cat`, `cat;3`, `3: cat`.
+
     Raises
     ------
     ConfigError
@@ -126,10 +132,22 @@ def class_list(text: str | None) -> ClassList | None:
             raise ConfigError(f"--class-names {text}: its labels must be 0, 1, 2, ... without a gap. Mend it.")
         return classes
     if Path(text).is_file():
-        return ClassList([line.strip() for line in decoded(Path(text).read_bytes()).splitlines() if line.strip()])
+        return _listed([line.strip() for line in decoded(Path(text).read_bytes()).splitlines() if line.strip()])
     if "," not in text and (Path(text).is_dir() or Path(text).suffix in (".txt", ".csv", ".names", ".json")):
         raise ConfigError(f"--class-names {text}: there is no such file. Check the path, or give names with commas.")
     return ClassList([name.strip() for name in text.split(",")])
+
+
+def _listed(lines: list[str]) -> ClassList:
+    """Return the classes of the lines of a file; where all are numbered, by their numbers."""
+    for some in (lines, lines[1:]):
+        parts = [_NUMBER_FIRST.fullmatch(line) or _NUMBER_LAST.fullmatch(line) for line in some]
+        entries = {int(part["number"]): (line, part["name"]) for part, line in zip(parts, some, strict=True) if part}
+        first = min(entries, default=-1)
+        names = {name for _, name in entries.values()}
+        if first in (0, 1) and len(names) == len(some) > 1 and set(entries) == set(range(first, first + len(some))):
+            return ClassList([entries[number] for number in sorted(entries)])  # the whole line may be a name as well
+    return ClassList(lines)
 
 
 def try_once(suspect: SuspectModel, inputs: Any, labels: Any = None) -> None:

@@ -60,7 +60,7 @@ LabelledImages = Annotated[
 ClassNames = Annotated[
     str | None,
     typer.Option(
-        help="Class list in the model's order: names with commas, or a file (JSON, or one per line); "
+        help="Class list in the model's order: names with commas, or a file (JSON, or one per line, numbered or not); "
         "default: the names of the sub-folders."
     ),
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import sys
-import sysconfig
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,15 +19,13 @@ from rich.table import Table
 from rich.text import Text
 
 from guard.errors import GuardError
+from guard.users_code import users_place
 
 #: Called with a line of text and the share done, in [0, 1].
 Report = Callable[[str, float], None]
 
 console = Console()
 errors = Console(stderr=True)
-
-#: The folder of this package: in an editable install not in site-packages.
-_PACKAGE = Path(__file__).resolve().parent.parent
 
 #: Between two lines of progress where stderr is no terminal; what is done sooner prints none.
 _SECONDS_BETWEEN_LINES = 5.0
@@ -128,23 +125,6 @@ def what_failed(error: BaseException) -> str:
         return "out of memory. Give fewer or smaller images."
     frames = traceback.extract_tb(error.__traceback__)
     return f"{name} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})." if frames else f"{name}."
-
-
-def users_place(error: BaseException) -> str:
-    """Return file, line and function of the user's own code that an error came through last; empty if none."""
-    users_frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
-    return (
-        f"{Path(users_frames[-1].filename).name}, line {users_frames[-1].lineno}, in {users_frames[-1].name}"
-        if users_frames
-        else ""
-    )
-
-
-def _is_users(filename: str) -> bool:
-    path = Path(filename).resolve()
-    places = (_PACKAGE, *map(Path, {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")}))
-    is_ours = any(path.is_relative_to(place) for place in places) or {"site-packages", "dist-packages"} & {*path.parts}
-    return not is_ours and not filename.startswith("<") and path.name != "guard"
 
 
 def print_table(table: Table) -> None:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from guard.cli.options import Architecture, Bundles, Device, MetricsPort, QueueUrl, StateKey
+from guard.cli.options import Architecture, Device, MetricsPort, QueueUrl, StateKey
 from guard.cli.output import plain_table, print_table, print_warning, say, tell, write
-from guard.errors import ConfigError, DataError, GuardError
+from guard.cli.review_sources import by_model, known_bundles, networks_of, open_workspace
+from guard.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from guard.cli.images import NamedImages
     from guard.relabel.queue import Queue
-    from guard.review.known_bundles import KnownBundles
     from guard.review.status.history import MetricsSource
-    from guard.review.workspace import CleanImages, Workspace
-    from guard.suspect.model import SuspectModel
 
 _AS_KEPT = "as the queue has it"
 Name = Annotated[str, typer.Argument(help="Name of the reviewer.")]
@@ -42,6 +37,16 @@ RetentionDays = Annotated[
     ),
 ]
 
+BundleFolders = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--bundles",
+        metavar="<path>",
+        show_default="those that --archive follows, or bundles",
+        help="Folder of bundles. MODEL=FOLDER, repeated, where models have folders of their own.",
+    ),
+]
+
 review_app = typer.Typer(
     invoke_without_command=True,
     rich_markup_mode=None,
@@ -53,11 +58,13 @@ review_app = typer.Typer(
 def review(
     context: typer.Context,
     queue: QueueUrl = None,
-    bundles: Bundles = Path("bundles"),
+    bundles: BundleFolders = None,
     images: Annotated[
-        Path | None,
+        list[str] | None,
         typer.Option(
-            help="The clean images to compare with; default: those that the guard was fitted on, if they are there."
+            metavar="<path>",
+            help="The clean images to compare with; default: those that the guard was fitted on, if they are there. "
+            "MODEL=PATH, repeated, for several models.",
         ),
     ] = None,
     weights: Annotated[
@@ -117,17 +124,18 @@ def review(
         if changes:
             opened.change_settings(**changes)
             tell(f"{', '.join(changes)}: set for the whole queue, see guard review settings")
+        known = known_bundles(bundles, archive or [])
         workspace = open_workspace(
             opened,
-            bundles,
-            images,
+            known,
+            by_model("--images", images or []),
             weights,
             architecture,
             device,
             ReviewSettings(allowed_hosts=names),
             metrics=_metrics_source(metrics_url or [], prometheus),
             state_key=state_key,
-            served=_networks_of(archive or [], bundles, device, beside) if weights is None else {},
+            served=networks_of(archive or [], known, device, beside) if weights is None else {},
         )
         if not workspace.reviewers.names():
             tell("there is no reviewer yet: guard review --queue ... add-user NAME --role admin")
@@ -234,7 +242,7 @@ def export(
         str, typer.Option("--format", help="label-studio, csv, or labelling-config (for a Label Studio project).")
     ] = "label-studio",
     items_of: Annotated[str, typer.Option("--what", help="open, answered or all.")] = "open",
-    bundles: Bundles = Path("bundles"),
+    bundles: BundleFolders = None,
     queue: QueueUrl = None,
 ) -> None:
     """Write items to a file, to be labelled elsewhere."""
@@ -246,7 +254,7 @@ def export(
     if items_of not in EXPORTS:
         raise ConfigError(f"--what must be one of {', '.join(EXPORTS)}, got {items_of!r}.")
     with _open(context, queue) as opened:
-        workspace = open_workspace(opened, bundles)
+        workspace = open_workspace(opened, known_bundles(bundles))
         items = exchange.items_in(opened, EXPORTS[items_of])
         if output_format == "label-studio":
             parts = exchange.write_label_studio(
@@ -275,7 +283,7 @@ def import_file(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="Label Studio JSON, or CSV with item, verdict and true_label.")],
     reviewer: Annotated[str, typer.Option(help="In whose name the answers are saved.")],
-    bundles: Bundles = Path("bundles"),
+    bundles: BundleFolders = None,
     quorum: Annotated[int | None, typer.Option(hidden=True)] = None,
     queue: QueueUrl = None,
 ) -> None:
@@ -293,121 +301,8 @@ def import_file(
             raise ConfigError(f"the queue's quorum is {known}, got --quorum {quorum}. Set it: guard review settings.")
         if reviewer not in Reviewers(opened).names():
             raise DataError(f"there is no reviewer {reviewer!r}. Add one with `guard review add-user`.")
-        done = import_text(open_workspace(opened, bundles), reviewer, text)
+        done = import_text(open_workspace(opened, known_bundles(bundles)), reviewer, text)
     say(f"{done.saved} answers saved, {done.known} there already, {done.unanswered} rows unanswered")
-
-
-def open_workspace(
-    queue: Queue,
-    bundles: Path,
-    images: Path | None = None,
-    weights: Path | None = None,
-    architecture: str | None = None,
-    device: str = "cpu",
-    settings: Any = None,
-    metrics: MetricsSource | None = None,
-    state_key: str | None = None,
-    served: Mapping[str, SuspectModel] | None = None,
-) -> Workspace:
-    """Return what the page works with, from what the command line names, and what the active bundle remembers.
-
-    `served` are networks that are at hand already, by the name of their model ("" = all others).
-    """
-    from guard.relabel.reviewers import Reviewers
-    from guard.relabel.rounds import Rounds
-    from guard.review.known_bundles import KnownBundles
-    from guard.review.occlusion import Occlusion
-    from guard.review.workspace import ReviewSettings, Workspace
-
-    if (weights is None) != (architecture is None):
-        raise ConfigError("--weights and --architecture go together. Give both, or neither.")
-    known = KnownBundles(bundles if bundles.is_dir() else None)
-    clean, networks = _clean_images(images, known), dict(served or {})
-    if weights is not None and architecture is not None:
-        from guard.suspect.model import SuspectModel
-
-        networks[""] = SuspectModel.load(weights, architecture, state_key=state_key, device=device)
-        _use_active_points(networks[""], bundles)
-    return Workspace(
-        queue,
-        Reviewers(queue),
-        Rounds(queue),
-        known,
-        clean,
-        {model: Occlusion(network) for model, network in networks.items()},
-        settings or ReviewSettings(),
-        metrics,
-    )
-
-
-def _use_active_points(suspect: SuspectModel, bundles: Path) -> None:
-    """Read the model's output as the active bundle does, if that was fitted for these weights."""
-    from guard.storage.bundle import BundleStore, read_bundle
-    from guard.suspect.split_points import SplitPoints
-
-    store = BundleStore(bundles)
-    digest = store.active_digest() if bundles.is_dir() else None
-    document = read_bundle(store.folder_of(digest)).document if digest else {}
-    if document.get("split_points") and document["weights_digest"] == suspect.digest:
-        suspect.use_split_points(SplitPoints.from_dict(document["split_points"]))
-
-
-@dataclass(frozen=True, slots=True)
-class _OnDisk(Sequence[Any]):
-    """Images that are read when the page shows them: they may differ in size, and there may be many."""
-
-    found: NamedImages
-
-    def __len__(self) -> int:
-        return len(self.found.names)
-
-    def __getitem__(self, row: Any) -> Any:
-        return self.found.read(row)
-
-
-def _clean_images(named: Path | None, bundles: KnownBundles) -> CleanImages | None:
-    """Return the clean images that were named, else those that the active bundle was fitted on, if they are there."""
-    from guard.cli.images import as_fitted, find_labelled
-    from guard.review.workspace import CleanImages
-
-    bundle = bundles.active()
-    path = named or (Path(bundle.images_from) if bundle is not None and bundle.images_from else None)
-    if path is None or (named is None and not path.exists()):
-        return None
-    try:
-        found = find_labelled(path)
-    except DataError as error:
-        if named is not None:
-            raise
-        print_warning(f"the page shows no clean images. {error}")
-        return None
-    while bundle is not None:
-        same = bundle.images_from is not None and path.resolve() == Path(bundle.images_from).resolve()
-        labelled = as_fitted(found, bundle.labels, bundle.class_names, is_its_folder=same)
-        clean = CleanImages(_OnDisk(found), labelled.labels, fitted=bundle)
-        if clean.are_of(bundle):
-            return clean
-        bundle = bundles.find(bundle.parent)  # retrained on a part of them
-    return CleanImages(_OnDisk(found), found.labels)
-
-
-def _networks_of(archives: Sequence[str], bundles: Path, device: str, beside: ExitStack) -> dict[str, SuspectModel]:
-    """Return the networks of guarded archives, FILE or NAME=FILE, by name; warn of those that do not start here."""
-    from guard.suspect.model import SuspectModel
-    from guard.torchserve.archives.contents import followed_bundles
-    from guard.torchserve.archives.wrapping import open_guarded
-
-    found = {}
-    for text in archives:
-        name, _, file = ("", "", text) if Path(text).exists() else text.rpartition("=")
-        try:
-            with contextlib.redirect_stdout(sys.stderr):
-                module = beside.enter_context(open_guarded(Path(file))).module
-            found[name] = SuspectModel(module, device=device)
-            _use_active_points(found[name], followed_bundles(Path(file)) or bundles)
-        except GuardError as error:
-            print_warning(f"the page shows no maps of where {name or 'the model'} looks. {error}")
-    return found
 
 
 def _metrics_source(urls: list[str], prometheus: str | None) -> MetricsSource | None:

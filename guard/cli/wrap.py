@@ -287,6 +287,7 @@ def _checked(archive: Path, guard: Guard, found: NamedLabelledImages) -> CheckRe
             digest=guard.digest,
             pinned=True,
             of_fit=share_of_fit(guard, guard.config.false_positive_rate),
+            names=[found.names[row] for row in rows],
         )
 
 

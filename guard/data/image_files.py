@@ -78,7 +78,7 @@ def load_images(path: str | Path, *, finite: bool = True) -> LoadedImages:
         images = _first(arrays, "images", "x")
         labels = _first(arrays, "labels", "y")
         if images is None:
-            raise DataError(f"it needs an array called images or x, got {sorted(arrays)}")
+            raise DataError(f"it needs an array called images or x, got {sorted(arrays)}. Save it under that name")
         tensor = _as_nchw(images)
         names, are_pixels = [str(row) for row in range(len(tensor))], images.dtype.kind != "f"
         if finite and not np.isfinite(tensor).all():

@@ -66,11 +66,13 @@ def occlusion_words(request: Request, workspace: TheWorkspace, session: SignedIn
 
 
 @router.get("/clean/{row}.png")
-def clean_picture(workspace: TheWorkspace, session: SignedIn, row: Number) -> Response:
-    """Return one clean image."""
-    if workspace.clean is None or not 0 <= row < len(workspace.clean.images):
+def clean_picture(workspace: TheWorkspace, session: SignedIn, row: Number, of: Number = 0) -> Response:
+    """Return one clean image, of one of the page's sets by its place among them."""
+    sets = workspace.clean_sets
+    clean = sets[of] if 0 <= of < len(sets) else None
+    if clean is None or not 0 <= row < len(clean.images):
         raise HTTPException(404, "there is no such clean image.")
-    return picture_response(picture_of_tensor(workspace.clean.images[row]))
+    return picture_response(picture_of_tensor(clean.images[row]))
 
 
 def _occlusion(workspace: Workspace, flagged: FlaggedInput) -> Occlusion:

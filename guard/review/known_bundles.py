@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from guard.detection.soundness import check_stored
-from guard.errors import BundleError
+from guard.errors import BundleError, ConfigError
 from guard.storage.bundle import BundleStore, StoredBundle, read_bundle
 from guard.types import Float32Array, Float64Array, IntArray
 
-#: Bundles kept in memory.
+#: Bundles of each folder kept in memory, on average.
 _KEPT = 4
 
 
@@ -43,6 +44,8 @@ class KnownBundle:
         Digest of the bundle that it was retrained from; "" for a guard that was fitted.
     has_backup : bool
         Whether second opinions are a backup's; else they are the replacement head's.
+    root : Path
+        The folder of bundles that it lies in.
     """
 
     digest: str
@@ -55,6 +58,7 @@ class KnownBundle:
     images_from: str | None
     parent: str
     has_backup: bool
+    root: Path
 
     def nearest(self, features: Float32Array, label: int, n: int) -> IntArray:
         """Return the rows of the n clean references of a class that are nearest to features of shape (d,)."""
@@ -67,61 +71,119 @@ class KnownBundle:
 
 
 class KnownBundles:
-    """Bundles of a folder, read when first asked for.
+    """Bundles of one folder or of several, read when first asked for.
 
     Parameters
     ----------
-    folder : Path or None
-        None: nothing is known, and classes go by their numbers.
+    *folders : Path or None
+        Of the models that `of_models` does not name. None: nothing is known, and classes go by their numbers.
+    of_models : mapping of str to Path, optional
+        The folder of a model, by its name.
+
+    Raises
+    ------
+    ConfigError
+        If a bundle lies in several folders of which nobody says whose they are.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
-        self._kept: OrderedDict[str, KnownBundle | None] = OrderedDict()
+    def __init__(self, *folders: Path | None, of_models: Mapping[str, Path] | None = None) -> None:
+        named = of_models or {}
+        one: dict[Path, Path] = {}  # a folder may be named in several ways
+        for folder in [*(folder for folder in folders if folder is not None), *named.values()]:
+            one.setdefault(folder.resolve(), folder)
+        self.of_models = {model: one[folder.resolve()] for model, folder in named.items()}
+        self._others = list(dict.fromkeys(one[folder.resolve()] for folder in folders if folder is not None))
+        self._stores = [BundleStore(root) for root in dict.fromkeys([*self._others, *self.of_models.values()])]
+        self._kept: OrderedDict[tuple[Path, str], KnownBundle | None] = OrderedDict()
         self._lock = threading.Lock()
+        _check_places([BundleStore(root) for root in self._others])
+
+    @property
+    def stores(self) -> list[BundleStore]:
+        """All folders, each once."""
+        return list(self._stores)
 
     @property
     def store(self) -> BundleStore | None:
-        """The folder that servers follow; None if none was named."""
-        return BundleStore(self._folder) if self._folder is not None else None
+        """The folder that servers follow; None if none was named, or several were."""
+        return self._stores[0] if len(self._stores) == 1 else None
 
-    def find(self, digest: str) -> KnownBundle | None:
-        """Return a bundle by its digest; None if it is not in the folder, damaged or not sound."""
-        if self._folder is None or not re.fullmatch("[0-9a-f]{64}", digest):
+    def store_of(self, model: str) -> BundleStore | None:
+        """Return the folder of a model; None if nobody says which it is."""
+        if model in self.of_models:
+            return BundleStore(self.of_models[model])
+        return BundleStore(self._others[0]) if len(self._others) == 1 else None
+
+    def models_in(self, root: Path) -> list[str]:
+        """Return the names of the models whose folder was named to be this one."""
+        return [model for model, folder in self.of_models.items() if folder == root]
+
+    def find(self, digest: str, model: str = "") -> KnownBundle | None:
+        """Return a bundle by its digest, of the model's folder or else of another.
+
+        None if it is in no folder, damaged or not sound.
+        """
+        if not re.fullmatch("[0-9a-f]{64}", digest):
+            return None
+        own = self.store_of(model)
+        stores = self._stores if own is None else [own, *self._stores]
+        return next((known for store in stores if (known := self._read_once(store.root, digest)) is not None), None)
+
+    def active(self, model: str = "") -> KnownBundle | None:
+        """Return the bundle that serves a model now; None if there is none, or nobody says in which folder it is."""
+        return self.active_in(self.store_of(model))
+
+    def active_in(self, store: BundleStore | None) -> KnownBundle | None:
+        """Return the active bundle of a folder; None if there is none."""
+        digest = store.known_active() if store is not None else None
+        return self._read_once(store.root, digest) if store is not None and digest else None
+
+    def is_active(self, digest: str | None, model: str = "") -> bool:
+        """Return whether a bundle is the one that serves a model now, as far as folders are known."""
+        own = self.store_of(model)
+        stores = self._stores if own is None else [own]
+        return digest is not None and any(store.known_active() == digest for store in stores)
+
+    def class_names(self, digest: str, model: str = "") -> tuple[str, ...] | None:
+        """Return the class names of a bundle, or of the model's active one if it is gone."""
+        known = self.find(digest, model) or self.active(model)
+        return known.class_names if known is not None else None
+
+    def _read_once(self, root: Path, digest: str) -> KnownBundle | None:
+        key = (root, digest)
+        if not (root / digest).is_dir():  # not kept: it may come
             return None
         with self._lock:
-            if digest not in self._kept:
-                self._kept[digest] = _read(self._folder / digest)
-                while len(self._kept) > _KEPT:
+            if key not in self._kept:
+                self._kept[key] = _read(root / digest)
+                while len(self._kept) > _KEPT * len(self._stores):
                     self._kept.popitem(last=False)
-            self._kept.move_to_end(digest)
-            return self._kept[digest]
+            self._kept.move_to_end(key)
+            return self._kept[key]
 
-    def active(self) -> KnownBundle | None:
-        """Return the bundle that serves now; None if there is none."""
-        digest = self.store.known_active() if self.store is not None else None
-        return self.find(digest) if digest else None
 
-    def is_active(self, digest: str | None) -> bool:
-        """Return whether a bundle is the one that serves now, as far as the folder is known."""
-        return self.store is not None and digest is not None and self.store.known_active() == digest
-
-    def class_names(self, digest: str) -> tuple[str, ...] | None:
-        """Return the class names of a bundle, or of the active one if it is gone."""
-        known = self.find(digest) or self.active()
-        return known.class_names if known is not None else None
+def _check_places(stores: Sequence[BundleStore]) -> None:
+    """Refuse folders that hold the same bundle, where nobody says which model is whose."""
+    seen: dict[str, Path] = {}
+    for store in stores:
+        for digest in store.digests():
+            if (other := seen.setdefault(digest, store.root)) != store.root:
+                raise ConfigError(
+                    f"bundle {digest[:12]} lies in {other} and in {store.root}, so nobody knows which folder its model "
+                    "follows. Name the model of each: --bundles MODEL=FOLDER."
+                )
 
 
 def _read(path: Path) -> KnownBundle | None:
     try:
         stored = read_bundle(path)
         check_stored(stored)
-        return _known(stored)
+        return _known(stored, path.parent)
     except (BundleError, KeyError, TypeError, ValueError):
         return None
 
 
-def _known(stored: StoredBundle) -> KnownBundle:
+def _known(stored: StoredBundle, root: Path) -> KnownBundle:
     names, features = stored.document["class_names"], stored.arrays["reference.features"]
     return KnownBundle(
         stored.digest,
@@ -134,4 +196,5 @@ def _known(stored: StoredBundle) -> KnownBundle:
         stored.document.get("images_from"),
         (stored.document.get("lineage") or {}).get("retrained_from", ""),
         bool(stored.document.get("backup")),
+        root,
     )

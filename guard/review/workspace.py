@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -20,7 +21,7 @@ from guard.review.answer_log import AnswerLog
 from guard.review.held_items import HeldItems
 from guard.review.known_bundles import KnownBundle, KnownBundles
 from guard.review.occlusion import Occlusion
-from guard.review.status.bundles import BundleList
+from guard.review.status.bundles import BundleLists
 from guard.review.status.history import MetricsSource
 from guard.types import Float32Array, IntArray
 
@@ -109,12 +110,15 @@ class Neighbours:
         Of the class, and who names it.
     rows : list of int
         Positions in the clean images, nearest first.
+    place : int
+        Of these clean images in `Workspace.clean_sets`.
     """
 
     label: int
     name: str
     why: str
     rows: list[int]
+    place: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -180,12 +184,14 @@ class Workspace:
     rounds : Rounds
     bundles : KnownBundles
     clean : CleanImages or None
-        None: no clean neighbours are shown.
+        Of all bundles whose folder has none of its own. None: no clean neighbours are shown for these.
     occlusions : mapping of str to Occlusion
         By the name of the model; under "" that of all others. Where there is none, the network is not at hand.
     settings : ReviewSettings
     metrics : MetricsSource or None
         What the status page knows of the server; None: nothing.
+    clean_by_folder : mapping of Path to CleanImages
+        Clean images of the models of one folder of bundles, where there are several folders.
     """
 
     queue: Queue
@@ -196,15 +202,21 @@ class Workspace:
     occlusions: Mapping[str, Occlusion] = field(default_factory=dict)
     settings: ReviewSettings = field(default_factory=ReviewSettings)
     metrics: MetricsSource | None = None
+    clean_by_folder: Mapping[Path, CleanImages] = field(default_factory=dict)
     held_items: HeldItems = field(default_factory=HeldItems, init=False)
     log: AnswerLog = field(init=False)
     activity: Activity = field(init=False)
-    bundle_list: BundleList = field(init=False)
+    bundle_lists: BundleLists = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "log", AnswerLog(self.queue))
         object.__setattr__(self, "activity", Activity(self.queue, with_gold=True))
-        object.__setattr__(self, "bundle_list", BundleList(self.bundles.store, self.rounds))
+        object.__setattr__(self, "bundle_lists", BundleLists(self.bundles, self.rounds))
+
+    @property
+    def clean_sets(self) -> list[CleanImages | None]:
+        """All clean images that the page shows: first `clean`, then those of single folders."""
+        return [self.clean, *self.clean_by_folder.values()]
 
     def take(self, reviewer: str, order: Order, group: int | None = None) -> QueueItem | None:
         """Return what the reviewer should look at now: an item that they hold, else the next one; None if none is."""
@@ -316,14 +328,14 @@ class Workspace:
 
     def names(self, flagged: FlaggedInput) -> list[str]:
         """Return one name per class of the model that a flagged input was for."""
-        return wording.label_names(self.bundles.class_names(flagged.bundle_digest), flagged.n_classes)
+        return wording.label_names(self.bundles.class_names(flagged.bundle_digest, flagged.model), flagged.n_classes)
 
     def ask_for_retraining(self, model: str, reviewer: str) -> None:
         """Ask for a retraining of a model; DataError if there is none of that name."""
         if model not in (known := self.models()):
             raise DataError(f"there is no model {model!r}: known are {known}.")
         last = self.rounds.last(model)
-        if last is not None and last.outcome == "promoted" and self.bundles.is_active(last.candidate_digest):
+        if last is not None and last.outcome == "promoted" and self.bundles.is_active(last.candidate_digest, model):
             n_settled, n_new = (self.queue.count_settled(model, since=since) for since in (None, last.began_at))
             if n_new == 0 and n_settled == last.n_decisions:
                 raise DataError(f"no answer is new since round {last.id} of {model}: there is nothing to learn.")
@@ -331,7 +343,7 @@ class Workspace:
 
     def awaited(self, reviewer: Reviewer) -> list[Awaited]:
         """Return how near the next retraining of each model is, as somebody may see it."""
-        needed = self.bundle_list.answers_needed()
+        needed = self.bundle_lists.answers_needed()
         seen_by = None if reviewer.role == "admin" else reviewer.name
         found = []
         for model in self.models():
@@ -386,7 +398,7 @@ class Workspace:
         return self.queue.counts() if reviewer.role == "admin" else self.queue.counts(seen_by=reviewer.name)
 
     def _bundle_of(self, flagged: FlaggedInput) -> KnownBundle | None:
-        return self.bundles.find(flagged.bundle_digest) or self.bundles.active()
+        return self.bundles.find(flagged.bundle_digest, flagged.model) or self.bundles.active(flagged.model)
 
     def _still_held(self, reviewer: str, group: int | None) -> list[QueueItem]:
         wanted = self.held_items.of(reviewer, group)
@@ -397,21 +409,23 @@ class Workspace:
     def _neighbours(
         self, flagged: FlaggedInput, names: Sequence[str], known: KnownBundle | None
     ) -> tuple[list[Neighbours], str]:
-        if self.clean is None:
-            return [], "No clean images were given. Start the page with --images to compare with the nearest ones."
-        if known is None:
+        if known is None and any(self.clean_sets):
             return [], "The bundle that flagged this input is not in the folder of bundles."
-        if not self.clean.are_of(known):
-            if self.clean.fitted is None:
+        clean = self.clean if known is None else self.clean_by_folder.get(known.root, self.clean)
+        if clean is None or known is None:
+            return [], "No clean images were given. Start the page with --images to compare with the nearest ones."
+        if not clean.are_of(known):
+            if clean.fitted is None:
                 return [], "The clean images at hand are not those of this guard. Name those with --images."
-            known = self.clean.fitted
+            known = clean.fitted
         rival, why = wording.rival_label(flagged, self.opinion(flagged))
         labels = ((flagged.suspect_label, "what the suspect says"), (rival, why))
         features = flagged.activations.features[0]
-        found = [
-            Neighbours(label, names[label], why, [int(row) for row in known.nearest(features, label, NEIGHBOURS)])
-            for label, why in labels
-        ]
+        place = next(place for place, one in enumerate(self.clean_sets) if one is clean)
+        found = []
+        for label, why in labels:
+            rows = [int(row) for row in known.nearest(features, label, NEIGHBOURS)]
+            found.append(Neighbours(label, names[label], why, rows, place))
         return found, ""
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from guard.errors import SuspectModelError
-from guard.suspect.weights import check_dense, read_weights
+from guard.suspect.weights import JOIN, check_dense, read_weights
 
 #: `state_key` of the tensors that lie at the top of the file.
 TOP_LEVEL = "."
@@ -34,7 +34,8 @@ _ATTRIBUTES = _WRAPPERS | {"model", "net", "network", "ema"}
 _COUNTERS = re.compile(
     r"(.*\.)?(n_averaged|total_ops|total_params|num_batches_tracked)|(\w+_)?(loss|acc\d*|accuracy|epoch|steps?|lr)\d*"
 )
-
+#: Name of one of several files that hold the weights together.
+_PART = re.compile(r"\d+-of-\d+")
 
 _Rename = Callable[[str], str]
 
@@ -98,6 +99,11 @@ def load_weights(
     for name, value in chosen.state.items():
         if isinstance(value, Tensor):
             check_dense(str(path), name, value)
+            if name in expected.parameters and _holds_nan(value):
+                raise SuspectModelError(
+                    f"weights file {path}: entry {name!r} holds NaN, so the network cannot answer. Take a checkpoint "
+                    "from before its training went wrong, or fetch the file again."
+                )
     state = OrderedDict(expected.complete(chosen.state))
     state._metadata = expected.versions  # type: ignore[attr-defined]
     try:
@@ -116,6 +122,7 @@ class _Architecture:
         state = module.state_dict()
         self.state: dict[str, Any] = dict(state)
         self.versions = getattr(state, "_metadata", None)
+        self.parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
         tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
         groups: dict[int, list[str]] = {}
         for name, tensor in tensors:
@@ -243,7 +250,7 @@ def _chosen(candidates: list[_Candidate], path: str, architecture: str, state_ke
         others = f" Tensors were found under {_listed(candidates)}." if len(candidates) > 1 else ""
         raise SuspectModelError(
             f"weights file {path} does not fit {architecture}{where}: {nearest.fault}. "
-            f"Is it the same architecture and number of classes?{others}"
+            f"{JOIN if _PART.search(path) else 'Is it the same architecture and number of classes?'}{others}"
         )
     if any(not _are_equal(fitting[0].state, other.state) for other in fitting[1:]):
         raise SuspectModelError(
@@ -251,6 +258,11 @@ def _chosen(candidates: list[_Candidate], path: str, architecture: str, state_ke
             "Name the one that is served with --state-key (in Python, state_key)."
         )
     return fitting[0]
+
+
+def _holds_nan(value: Tensor) -> bool:
+    is_readable = value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return is_readable and bool(value.isnan().any())
 
 
 def _distance(candidate: _Candidate) -> int:

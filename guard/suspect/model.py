@@ -13,12 +13,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from guard.errors import DataError, SuspectModelError
+from guard.errors import DataError, SuspectModelError, did_you_mean
 from guard.suspect.batch_dependence import check_modes, modes_of
 from guard.suspect.checkpoints import load_weights
 from guard.suspect.contents import MOST_ROWS, LayerContent, layer_contents, sample_rows
@@ -28,6 +29,7 @@ from guard.suspect.recording import OnForward, Turn, device_of, record
 from guard.suspect.split_points import OUTPUT_SUFFIX, SplitPoints, find_split_points, model_input, module_named
 from guard.suspect.weights import check_weights_file
 from guard.types import Activations, Float32Array, IntArray
+from guard.users_code import why_it_failed
 
 #: Images that the network is given at once, where nobody says otherwise.
 BATCH_SIZE = 256
@@ -304,21 +306,26 @@ def build_architecture(architecture: str) -> nn.Module:
     if not module_name or not factory_name:
         raise SuspectModelError(f'architecture must be "package.module:factory", got {architecture!r}.')
     try:
-        factory = importlib.import_module(module_name)
-        for part in factory_name.split("."):
-            factory = getattr(factory, part)
-    except AttributeError:
-        raise SuspectModelError(
-            f"architecture {architecture!r}: module {module_name!r} has no {factory_name!r}. Check the name."
-        ) from None
+        found: Any = importlib.import_module(module_name)
     except Exception as error:  # importing runs the user's code
+        alone = f'Importing it must work by itself: try `python -c "import {module_name}"`.'
         raise SuspectModelError(
-            f"architecture {architecture!r} cannot be imported: {type(error).__name__}: {error}. "
-            "Is its folder on PYTHONPATH?"
+            f"architecture {architecture!r} cannot be imported: {why_it_failed(error, alone, module=module_name)}"
         ) from error
+    factory = _part_of(found, factory_name, architecture)
+    if isinstance(factory, nn.Module):
+        raise SuspectModelError(
+            f"architecture {architecture!r} is a network already ({type(factory).__name__}), and must be what builds "
+            "one. Name its class, or a function that returns it."
+        )
     try:
-        module = factory()  # type: ignore[operator]
+        module = factory()
     except Exception as error:
+        if (trace := error.__traceback__) is not None and trace.tb_next is not None:  # from within the factory
+            raise SuspectModelError(
+                f"architecture {architecture!r} fails when it is called: "
+                f"{why_it_failed(error, 'Mend it, or name another function.')}"
+            ) from error
         raise SuspectModelError(
             f"architecture {architecture!r} must be callable without arguments, but it failed with "
             f"{type(error).__name__}: {error}. Name a function that fills them in."
@@ -328,6 +335,33 @@ def build_architecture(architecture: str) -> nn.Module:
             f"architecture {architecture!r} must return a torch.nn.Module, got {type(module).__name__}."
         )
     return module
+
+
+def _part_of(module: Any, factory_name: str, architecture: str) -> Any:
+    """Return what a dotted name stands for in a module, of which parts may be imported only now."""
+    found = module
+    try:
+        for part in factory_name.split("."):
+            found = getattr(found, part)
+    except AttributeError:
+        place = getattr(module, "__file__", None) or ("a folder" if hasattr(module, "__path__") else "part of Python")
+        raise SuspectModelError(
+            f"architecture {architecture!r}: module {module.__name__!r} ({place}) has no {factory_name!r}. "
+            f"{_what_it_defines(module, factory_name)}"
+        ) from None
+    except Exception as error:
+        raise SuspectModelError(
+            f"architecture {architecture!r} cannot be imported: {why_it_failed(error, 'Mend it, or name another one.')}"
+        ) from error
+    return found
+
+
+def _what_it_defines(module: Any, wanted: str) -> str:
+    """Name the functions and classes that a module of the user's defines itself, the closest one if there is one."""
+    name = module.__name__
+    own = [key for key, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == name]
+    public = [key for key in own if not key.startswith("_")]
+    return did_you_mean(wanted, public) if public else "It defines no function and no class."
 
 
 def _check_watchable(module: nn.Module) -> None:

@@ -52,23 +52,27 @@ _BESIDE = (
     *("numpy.dtypes.Float32DType", "numpy.dtypes.Float64DType", "numpy.dtypes.Int64DType"),
 )
 
-_JOIN = "weights in several files must be joined first: load each, and save all tensors in one with safetensors"
-#: (bytes, offset, what the file is): foreign formats worth a name of their own.
+JOIN = "Weights in several files must be joined first: load each, and save all tensors in one with safetensors."
+#: (bytes, offset, what the file is, what to do): foreign formats worth a name of their own.
 _FOREIGN = (
-    (b"{", 0, f"JSON, and holds no tensors. If it is an index: {_JOIN}"),
-    (b"\x7fELF", 0, "a compiled library (ELF), which runs code when loaded"),
-    (b"MZ", 0, "a Windows program or library, which runs code when loaded"),
-    (b"\xcf\xfa\xed\xfe", 0, "a compiled library (Mach-O), which runs code when loaded"),
-    (b"\xca\xfe\xba\xbe", 0, "a compiled library (Mach-O), which runs code when loaded"),
-    (b"\x93NUMPY", 0, "a NumPy array, not a state dict"),
-    (b"\x89HDF", 0, "an HDF5 file (Keras), not a PyTorch state dict"),
-    (b"GGUF", 0, "a GGUF file, not a PyTorch state dict"),
-    (b"\x1f\x8b", 0, "a gzip archive; unpack it first"),
-    (b"7z\xbc\xaf\x27\x1c", 0, "a 7-Zip archive; unpack it first"),
-    (b"ustar", 257, "a tar archive, which torch.load reads with an unrestricted pickle"),
-    (b"version https://git-lfs", 0, "a Git LFS pointer, not the file itself; run git lfs pull"),
-    (b"\x80", 0, "a Python pickle that torch.save did not write; loading it could run code"),
+    (b"{", 0, "JSON, and holds no tensors", f"If it is an index: {JOIN[0].lower()}{JOIN[1:]}"),
+    (b"\x7fELF", 0, "a compiled library (ELF), which runs code when loaded", CONVERT),
+    (b"MZ", 0, "a Windows program or library, which runs code when loaded", CONVERT),
+    (b"\xcf\xfa\xed\xfe", 0, "a compiled library (Mach-O), which runs code when loaded", CONVERT),
+    (b"\xca\xfe\xba\xbe", 0, "a compiled library (Mach-O), which runs code when loaded", CONVERT),
+    (b"\x93NUMPY", 0, "a NumPy array, not a state dict", CONVERT),
+    (b"\x89HDF", 0, "an HDF5 file (Keras), not a PyTorch state dict", CONVERT),
+    (b"GGUF", 0, "a GGUF file, not a PyTorch state dict", CONVERT),
+    (b"\x1f\x8b", 0, "a gzip archive", "Unpack it first."),
+    (b"7z\xbc\xaf\x27\x1c", 0, "a 7-Zip archive", "Unpack it first."),
+    (b"BZh", 0, "a bzip2 archive", "Unpack it first."),
+    (b"\xfd7zXZ\x00", 0, "an xz archive", "Unpack it first."),
+    (b"Rar!", 0, "a RAR archive", "Unpack it first."),
+    (b"ustar", 257, "a tar archive, which torch.load reads with an unrestricted pickle", CONVERT),
+    (b"version https://git-lfs", 0, "a Git LFS pointer, not the file itself", "Run git lfs pull."),
+    (b"\x80", 0, "a Python pickle that torch.save did not write; loading it could run code", CONVERT),
 )
+_WEB_PAGE = re.compile(rb"\s*<(!doctype|html|head|\?xml|error)", re.IGNORECASE)
 
 
 def check_weights_file(path: str | Path) -> None:
@@ -152,7 +156,7 @@ def check_dense(path: str, name: str, tensor: Tensor) -> None:
 def _read(path: Path, map_only: bool) -> Any:
     """Return what the file holds; with `map_only` the tensors' bytes are left on disk where the format allows it."""
     if path.is_dir():
-        raise SuspectModelError(f"weights file {path} is a folder. Name the file in it; {_JOIN}.")
+        raise SuspectModelError(f"weights file {path} is a folder. Name the file in it. {JOIN}")
     try:
         with path.open("rb") as file:
             head = file.read(512)
@@ -172,9 +176,14 @@ def _read(path: Path, map_only: bool) -> Any:
     if head.startswith(_TORCH_PICKLE):
         _check_old_pickle(path)
         return _read_torch(path, "cpu")
-    for magic, offset, kind in _FOREIGN:
+    for magic, offset, kind, remedy in _FOREIGN:
         if head.startswith(magic, offset):
-            raise UnsafeWeightsError(f"weights file {path} is {kind}. {CONVERT}")
+            raise UnsafeWeightsError(f"weights file {path} is {kind}. {remedy}")
+    if _WEB_PAGE.match(head):
+        raise UnsafeWeightsError(
+            f"weights file {path} is a web page, not the file itself: whoever was asked for it answered with a page. "
+            "Fetch it again, logged in if that is needed."
+        )
     if head[0] == 0x08 and (b"onnx" in head or b"pytorch" in head or head[2:3] == b"\x12"):  # ir_version, producer
         raise UnsafeWeightsError(f"weights file {path} is an ONNX graph, not a PyTorch state dict. {CONVERT}")
     raise UnsafeWeightsError(f"weights file {path} is neither safetensors nor a PyTorch state dict. {CONVERT}")

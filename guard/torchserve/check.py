@@ -147,6 +147,7 @@ def check_archive(
     digest: str | None = None,
     pinned: bool = False,
     of_fit: float | None = None,
+    names: Sequence[str] = (),
 ) -> CheckReport:
     """Load a guarded archive afresh in another process, as a server would, and send clean images through it.
 
@@ -165,6 +166,8 @@ def check_archive(
         Take the bundle in the archive, even if it follows a folder of bundles.
     of_fit : float, optional
         What `share_of_fit` says of its guard, where the images are those of the fit.
+    names : sequence of str
+        Of the images, for the error about one that gets no verdict.
 
     Raises
     ------
@@ -181,7 +184,8 @@ def check_archive(
         for batch, found in zip(batches[len(bodies) :], answers[len(bodies) :], strict=True)
         for row, answer in zip(batch, found, strict=True)
     }
-    _check_verdicts(archive.name, [*alone, *together.values()])
+    named = [names[row] for row in [*range(len(bodies)), *together]] if names else []
+    _check_verdicts(archive.name, [*alone, *together.values()], named)
     _check_same(alone, [together[row] for row in range(len(bodies))], f"{archive.name}: in batches of {_BATCH}")
     if expected is not None:
         fitted = [Answer(200, "", float(p_value), "", "") for p_value in expected]
@@ -202,6 +206,7 @@ def check_server(
     *,
     token: str | None,
     of_fit: float | None = None,
+    names: Sequence[str] = (),
 ) -> CheckReport:
     """Send clean images to a running server, one by one.
 
@@ -210,7 +215,7 @@ def check_server(
     url : str
         Its inference address, on loopback.
     model : str
-    bodies, requested, of_fit
+    bodies, requested, of_fit, names
         As for `check_archive`.
     token : str or None
         Key for predictions.
@@ -236,7 +241,7 @@ def check_server(
                 raise ServerError(f"{url} {key}. Give the key_file.json of this start of TorchServe as --key-file.")
             message = reply.body[:300].decode(errors="replace") if reply.status >= 400 else ""
             alone.append(Answer.of(reply.status, reply.headers, message))
-    _check_verdicts(model, alone)
+    _check_verdicts(model, alone, names)
     return _report(model, alone, requested, 0, None, of_fit)
 
 
@@ -276,10 +281,12 @@ def _entry(body: Any) -> dict[str, Any]:
     return {"bytes": base64.b64encode(body).decode()} if isinstance(body, bytes) else {"parsed": body}
 
 
-def _check_verdicts(name: str, answers: Sequence[Answer]) -> None:
-    bad = [answer for answer in answers if answer.verdict not in ("clean", "poisoned")]
+def _check_verdicts(name: str, answers: Sequence[Answer], names: Sequence[str]) -> None:
+    bad = [row for row, answer in enumerate(answers) if answer.verdict not in ("clean", "poisoned")]
     if bad:
-        found = f"status {bad[0].status}, verdict {bad[0].verdict or 'none'} {bad[0].message}".strip()
+        first = answers[bad[0]]
+        found = f"status {first.status}, verdict {first.verdict or 'none'} {first.message}".strip().rstrip(".")
+        found += f" (image {names[bad[0]]})" if names else ""
         raise ArchiveError(f"{name}: {len(bad)} of {len(answers)} clean images got no verdict; the first: {found}.")
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from guard.serving.single_image import holds_one_image
 from guard.serving.tap import is_same_row, tapped
 from guard.torchserve.probe_bodies import distinct_images, odd_images
 
@@ -29,6 +30,8 @@ DECLARATION = "one_row_per_request"
 _LARGEST = 8
 #: Numbers of an answer may differ by this much, absolutely and relatively: a softmax of a batch rounds otherwise.
 _CLOSE = 1e-4
+#: What a person can do about a handler that cannot be tried.
+_DECLARE = 'If it makes one row of every request, in order, set batching = "declared" in guard.toml'
 #: Where TorchServe's metrics leave a worker; a probe is no traffic, and must not count.
 _METRICS_LOG = "ts.metrics.caching_metric"
 
@@ -96,7 +99,9 @@ def why_one_by_one(
     logger = logging.getLogger(_METRICS_LOG)
     was_disabled, logger.disabled = logger.disabled, True
     try:
-        _Probe(ask, module, min(batch_size, _LARGEST)).run(distinct_images(examples, input_shape))
+        images = distinct_images(examples, input_shape)
+        are_noise = not any(map(holds_one_image, examples))
+        _Probe(ask, module, min(batch_size, _LARGEST)).run(images, are_noise)
     except _NotShownError as reason:
         return str(reason)
     except Exception as error:  # it runs the user's code
@@ -148,9 +153,11 @@ class _Probe:
         self._marks: list[Tensor] = []
         self._alone: dict[tuple[int, int], Seen] = {}  # by the body's identity and the number of the mark
 
-    def run(self, images: Sequence[bytes]) -> None:
+    def run(self, images: Sequence[bytes], are_noise: bool) -> None:
         """Raise _NotShownError unless everything is as it must be."""
-        kept = self._told_apart(images)
+        if not images:
+            raise _NotShownError(f"no example request is one image, and no image can be made in its place. {_DECLARE}")
+        kept = self._told_apart(images, are_noise)
         self._choose_marks(kept[0])
         for order in self._orders(len(kept)):
             self._check_good([kept[index] for index in order])
@@ -166,7 +173,7 @@ class _Probe:
             if counts[id(several)] > 1 and counts[id(none)] == 0:
                 self._check_mixed([kept[0], several, none, kept[1]], "a body with two inputs beside one with none")
 
-    def _told_apart(self, images: Sequence[bytes]) -> list[bytes]:
+    def _told_apart(self, images: Sequence[bytes], are_noise: bool) -> list[bytes]:
         """Return those images of which each makes one row, unlike those of the others."""
         kept: list[tuple[bytes, Tensor]] = []
         for image in images:
@@ -180,9 +187,11 @@ class _Probe:
             if not any(is_same_row(seen.rows[0], row) for _, row in kept):
                 kept.append((image, seen.rows[0]))
         if not kept:
-            raise _NotShownError(
-                "the handler takes none of the example images, or there is none that is a single image"
+            of_noise = (
+                ", which are noise as PNG, for no example request is one image. Bodies of other kinds, such as JSON, "
+                f"are not tried together. {_DECLARE}"
             )
+            raise _NotShownError(f"the handler takes none of the example images{of_noise if are_noise else ''}")
         if len(kept) < 2:
             raise _NotShownError("the examples cannot be told apart by what reaches the network")
         return [image for image, _ in kept]

@@ -138,14 +138,14 @@ class ServingStack:
 
         commands = {}
         if beside.review_port is not None:
-            folders = list(dict.fromkeys(map(str, bundles.values())))
-            if len(folders) > 1:
-                self._tell(
-                    f"the review page knows the bundles in {folders[0]} only: other models' classes go by numbers"
-                )
-            archives = [f"{name}={path}" for name, path in self.server.archives_served.items() if is_guarded(path)]
+            guarded = {name: path for name, path in self.server.archives_served.items() if is_guarded(path)}
+            folders = [f"{name}={folder}" if len(guarded) > 1 else str(folder) for name, folder in bundles.items()]
+            if any(word.partition("=")[0] == "--bundles" for word in beside.review_options):
+                folders = []  # whoever names some names all
+            archives = [f"{name}={path}" for name, path in guarded.items()]
             commands["review page"] = [
-                *("review", "--port", str(beside.review_port), *(["--bundles", folders[0]] if folders else [])),
+                *("review", "--port", str(beside.review_port)),
+                *(word for folder in folders for word in ("--bundles", folder)),
                 *(word for archive in archives for word in ("--archive", archive)),
                 *("--metrics-url", self.server.metrics_url, *metrics_option("guard-review"), *beside.review_options),
             ]

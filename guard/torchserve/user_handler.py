@@ -27,6 +27,7 @@ from guard.suspect.weights import check_weights_file
 from guard.torchserve.archives.archive import make_archive
 from guard.torchserve.row_fidelity import declares_one_row, why_one_by_one
 from guard.types import Float32Array
+from guard.users_code import why_it_failed
 
 _NAME = "offline"
 #: Requests that are compared alone and together.
@@ -134,13 +135,32 @@ class UserHandler:
         """Return the rows that reach the network while the handler answers requests as one batch."""
         context = self._context
         with tapped(self.module) as tap:
-            self._inner.handle(_requests(context, bodies), context)
+            self._answered(bodies)
         for index in range(len(bodies)):
             if (status := context.get_response_status(index)[0]) >= 400:
                 raise DataError(f"the handler refused the input with status {status}.")
         if any(inputs is None for inputs in tap.inputs):
             raise DataError("what the handler gives its network must be one tensor, and is none.")
         return [row for inputs in tap.inputs if inputs is not None for row in inputs.cpu()]
+
+    def _answered(self, bodies: Sequence[Any]) -> None:
+        """Let the handler answer requests as one batch; DataError if it refuses them, or finds no body in them."""
+        from ts.utils.util import PredictionException
+
+        try:
+            self._inner.handle(_requests(self._context, bodies), self._context)
+        except PredictionException as error:
+            why = f": {error.message}" if error.message else ""
+            raise DataError(
+                f"the handler refused the input with status {error.error_code}{why.rstrip('.')}."
+            ) from error
+        except KeyError as error:
+            if error.args != ("data",):
+                raise
+            raise DataError(
+                "the handler takes form fields called 'data' alone, and the server gives it what a client sends as it "
+                "is under 'body'. Let it read item.get('data') or item.get('body')."
+            ) from error
 
 
 class Remedy(NamedTuple):
@@ -151,7 +171,10 @@ class Remedy(NamedTuple):
 
 
 #: For handlers that are named file by file.
-ADD_FILES = Remedy("Add what it needs with --extra-file.", "Does it need a --model-file or an --extra-file?")
+ADD_FILES = Remedy(
+    "Add it with --extra-file if it is a file of yours, else install the package that has it.",
+    "Does it need a --model-file or an --extra-file?",
+)
 
 
 @contextmanager
@@ -236,7 +259,7 @@ def open_unpacked_handler(
         if not isinstance(module, nn.Module):
             raise SuspectModelError(
                 f"handler {handler}: its attribute {model_attribute!r} must be a torch.nn.Module, "
-                f"got {type(module).__name__}. Name the right one with the setting model_attribute."
+                f"got {type(module).__name__}. {_right_attribute(inner)}"
             )
         yield UserHandler(inner, context, module)
     finally:
@@ -244,6 +267,17 @@ def open_unpacked_handler(
         for key in [key for key, loaded in sys.modules.items() if _lies_in(loaded, folder)]:
             del sys.modules[key]
         sys.modules.update(hidden)
+
+
+def _right_attribute(inner: Any) -> str:
+    """Say how to name the attribute of a handler that holds its network."""
+    try:
+        found = [name for name, value in vars(inner).items() if isinstance(value, nn.Module)]
+    except TypeError:
+        found = []
+    named = f'model_attribute = "{found[0]}"' if len(found) == 1 else "model_attribute"
+    which = f" (networks are in {', '.join(found)})" if len(found) > 1 else ""
+    return f"Name the right one with the setting {named} in guard.toml{which}."
 
 
 def _unpacked(
@@ -280,7 +314,8 @@ def _initialised(
         inner = handler()
         inner.initialize(context)
     except Exception as error:
-        raise SuspectModelError(f"handler {name} failed in initialize: {_short(error)}. {remedy.initialize}") from error
+        why = why_it_failed(error, remedy.initialize, remedy.imports)
+        raise SuspectModelError(f"handler {name} failed in initialize: {why}") from error
     return inner, context
 
 
@@ -335,11 +370,17 @@ def handler_class(name: str, method: str, remedy: str = ADD_FILES.imports) -> ty
     """
     from ts.utils.util import list_classes_from_module
 
+    module_name = Path(name).stem if name.endswith(".py") else f"ts.torch_handler.{name}"
     try:
-        module = importlib.import_module(Path(name).stem if name.endswith(".py") else f"ts.torch_handler.{name}")
+        module = importlib.import_module(module_name)
         classes: list[type] = list_classes_from_module(module)
     except Exception as error:  # importing runs the user's code
-        raise ArchiveError(f"handler {name} cannot be imported: {_short(error)}. {remedy}") from error
+        if getattr(error, "name", None) == module_name and isinstance(error, ModuleNotFoundError):
+            raise ArchiveError(
+                f"handler {name} cannot be imported: TorchServe ships none of that name. Name a file of your own with "
+                "its suffix .py."
+            ) from error
+        raise ArchiveError(f"handler {name} cannot be imported: {why_it_failed(error, remedy, remedy)}") from error
     if len(classes) != 1 or not callable(getattr(classes[0], method, None)):
         raise ArchiveError(
             f"handler {name} must define exactly one class, with a {method} method; it defines {len(classes)}. "
@@ -402,10 +443,6 @@ def _as_images(rows: Sequence[Tensor]) -> Float32Array:
             f"got {' and '.join(shapes)}. {_ONE_ROW}"
         )
     return np.stack([row.numpy() for row in rows])
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).rstrip('.')}"
 
 
 def _loaded_before(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from guard.detection.soundness import check_stored
 from guard.errors import BundleError
 from guard.files import read_plain
 from guard.relabel.rounds import Round, Rounds
+from guard.review.known_bundles import KnownBundles
 from guard.storage.bundle import JOURNAL, RETRAINER_LOCK, BundleStore, read_bundle
 
 #: Bundles that are listed.
@@ -44,6 +46,8 @@ class ListedBundle:
         False-positive rate that was asked for, and the one measured on clean images.
     contradictions : Contradictions or None
         Among its clean images; None of an older version.
+    of : str
+        Names of the models that follow its folder, or the folder; "" where the page knows one folder only.
     """
 
     digest: str
@@ -56,6 +60,7 @@ class ListedBundle:
     rate: float | None
     realised: float | None
     contradictions: Contradictions | None
+    of: str = ""
 
 
 class BundleList:
@@ -66,10 +71,13 @@ class BundleList:
     store : BundleStore or None
         None: no folder was named.
     rounds : Rounds
+    of : str
+        As a line of the list says whose bundles these are.
     """
 
-    def __init__(self, store: BundleStore | None, rounds: Rounds) -> None:
+    def __init__(self, store: BundleStore | None, rounds: Rounds, of: str = "") -> None:
         self.store = store
+        self.of = of
         self._rounds = rounds
         self._documents: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
@@ -86,7 +94,7 @@ class BundleList:
         for folder in folders[:SHOWN]:
             document = self._document(folder)
             if document is not None:
-                listed.append(_listed(folder, document, active, in_use, made_by.get(folder.name)))
+                listed.append(_listed(folder, document, active, in_use, made_by.get(folder.name), self.of))
         return listed
 
     def expected_rate(self) -> float | None:
@@ -108,6 +116,10 @@ class BundleList:
             return {str(known["model"]): int(known["enough_decisions"] or known["min_decisions"])}
         except (OSError, ValueError, KeyError, TypeError):  # of an earlier version: empty
             return {}
+
+    def active(self) -> str | None:
+        """Return the digest that ACTIVE names; None if there is none."""
+        return self.store.known_active() if self.store is not None else None
 
     def way_back(self) -> str | None:
         """Return the digest that a roll-back goes to; None if there is none."""
@@ -140,7 +152,7 @@ class BundleList:
         _log.warning("%s rolled the bundle back from %s to %s", reviewer, active[:12], target[:12])
 
     def _active(self) -> dict[str, Any] | None:
-        digest = self.store.known_active() if self.store is not None else None
+        digest = self.active()
         return self._document(self.store.folder_of(digest)) if self.store is not None and digest else None
 
     def _document(self, folder: Path) -> dict[str, Any] | None:
@@ -154,7 +166,7 @@ class BundleList:
 
 
 def _listed(
-    folder: Path, document: dict[str, Any], active: str | None, in_use: tuple[str, ...], made_by: Round | None
+    folder: Path, document: dict[str, Any], active: str | None, in_use: tuple[str, ...], made_by: Round | None, of: str
 ) -> ListedBundle:
     return ListedBundle(
         folder.name,
@@ -167,7 +179,47 @@ def _listed(
         document["settings"].get("false_positive_rate"),
         document.get("realised_false_positive_rate"),
         Contradictions.from_document(document),
+        of,
     )
+
+
+class BundleLists(Sequence[BundleList]):
+    """The lists of all folders of bundles that the page knows, in their order; one that is empty if it knows none.
+
+    Parameters
+    ----------
+    bundles : KnownBundles
+    rounds : Rounds
+    """
+
+    def __init__(self, bundles: KnownBundles, rounds: Rounds) -> None:
+        self._bundles = bundles
+        stores = bundles.stores
+        if len(stores) < 2:
+            self._lists = [BundleList(bundles.store, rounds)]
+        else:
+            self._lists = [
+                BundleList(store, rounds, ", ".join(bundles.models_in(store.root)) or str(store.root))
+                for store in stores
+            ]
+
+    def __len__(self) -> int:
+        return len(self._lists)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._lists[place]
+
+    def of_model(self, model: str | None) -> list[BundleList]:
+        """Return the list of the folder that a model follows; all lists for None, or where nobody knows the folder."""
+        own = self._bundles.store_of(model) if model is not None else None
+        roots = [each.store.root if each.store is not None else None for each in self._lists]
+        if own is None or own.root not in roots:
+            return list(self._lists)
+        return [self._lists[roots.index(own.root)]]
+
+    def answers_needed(self) -> dict[str, int]:
+        """Return how many new answers start a retraining, by model, as the retrainers of all folders have written."""
+        return {model: needed for each in self._lists for model, needed in each.answers_needed().items()}
 
 
 def _made_at(folder: Path) -> float:

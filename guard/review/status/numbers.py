@@ -106,8 +106,8 @@ class Numbers:
         Share of clean requests that are flagged by mistake, as measured when the guard was fitted.
     last_round : Round or None
         The newest retraining.
-    active : str or None
-        Digest that ACTIVE names.
+    active : tuple of str
+        Digests that ACTIVE names, of every folder of bundles.
     has_metrics : bool
         False if the page was given no metrics address.
     contradictions : Contradictions or None
@@ -118,7 +118,7 @@ class Numbers:
     queue: QueueNow
     expected_rate: float | None = None
     last_round: Round | None = None
-    active: str | None = None
+    active: tuple[str, ...] = ()
     has_metrics: bool = True
     contradictions: Contradictions | None = None
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import RedirectResponse, Response
 
+from guard.errors import BundleError
 from guard.relabel.items import State
-from guard.review.access import Form, Session, SignedIn, TheWorkspace, need_admin
+from guard.review.access import Form, Number, Session, SignedIn, TheWorkspace, need_admin
 from guard.review.pages import shared
 from guard.review.rendering import render
 from guard.review.status import numbers as status_numbers
+from guard.review.status.bundles import BundleList
 from guard.review.status.history import SPANS, History, Span
 from guard.review.status.numbers import Numbers, read_queue
 from guard.review.status.verdict import answer
-from guard.review.workspace import Workspace
+from guard.review.workspace import Workspace, number_of
 
 router = APIRouter(prefix="/status")
 
@@ -46,14 +49,16 @@ def now_part(request: Request, workspace: TheWorkspace, session: SignedIn, span:
 
 
 @router.get("/rollback")
-def ask_to_roll_back(request: Request, workspace: TheWorkspace, session: SignedIn) -> Response:
-    """Show what a roll-back would do, and ask."""
+def ask_to_roll_back(request: Request, workspace: TheWorkspace, session: SignedIn, folder: Number = 0) -> Response:
+    """Show what a roll-back in a folder of bundles would do, and ask."""
     need_admin(session.reviewer.role)
-    store, listed = workspace.bundle_list.store, {bundle.digest: bundle for bundle in workspace.bundle_list.newest()}
+    chosen = _folder(workspace, folder)
     context = {
-        "active": store.known_active() if store is not None else None,
-        "target": workspace.bundle_list.way_back(),
-        "listed": listed,
+        "active": chosen.active(),
+        "target": chosen.way_back(),
+        "listed": {bundle.digest: bundle for bundle in chosen.newest()},
+        "folder": folder,
+        "of": chosen.of,
         **shared(workspace, session),
     }
     return render(request, "rollback.html", context)
@@ -63,8 +68,18 @@ def ask_to_roll_back(request: Request, workspace: TheWorkspace, session: SignedI
 def roll_back(workspace: TheWorkspace, posted: Form) -> Response:
     """Make the bundle before the active one active again."""
     need_admin(posted.session.reviewer.role)
-    workspace.bundle_list.roll_back(posted.text("active"), posted.text("target"), posted.session.name)
+    chosen = _folder(workspace, number_of(posted.text("folder") or "0"))
+    chosen.roll_back(posted.text("active"), posted.text("target"), posted.session.name)
     return RedirectResponse("/status", status_code=303)
+
+
+def _folder(workspace: Workspace, place: int | None) -> BundleList:
+    """Return the list of a folder of bundles by its place among them."""
+    lists = workspace.bundle_lists
+    if place is None or not 0 <= place < len(lists):
+        raise BundleError(f"there is no such folder of bundles: the page knows {len(lists)}.")
+    chosen: BundleList = lists[place]
+    return chosen
 
 
 def _context(workspace: Workspace, session: Session, span_name: str, model_name: str) -> dict[str, Any]:
@@ -74,15 +89,16 @@ def _context(workspace: Workspace, session: Session, span_name: str, model_name:
     history, models = _history(workspace, span, model_name, now)
     model = model_name if model_name in models else None
     rounds = workspace.rounds.all(20, model=model)
-    store = workspace.bundle_list.store
+    lists = workspace.bundle_lists.of_model(model)
+    sure = [found for found in (each.contradictions() for each in lists) if found is not None]
     numbers = Numbers(
         history,
         read_queue(workspace.activity, frame["counts"], history, model),
-        workspace.bundle_list.expected_rate(),
+        _expected_rate(workspace, lists, span, models, now),
         next((entry for entry in rounds if entry.outcome is not None), None),
-        store.known_active() if store is not None else None,
+        tuple(digest for each in lists if (digest := each.active()) is not None),
         workspace.metrics is not None,
-        workspace.bundle_list.contradictions(),
+        next((found for found in sure if found.is_noticed), sure[0] if sure else None),
     )
     charts = status_numbers.charts(numbers)
     middles = [round((begin + end) / 2) for begin, end in zip(history.edges, history.edges[1:], strict=False)]
@@ -110,11 +126,36 @@ def _context(workspace: Workspace, session: Session, span_name: str, model_name:
         "dropped": sum(numbers.queue.counts.dropped.values()),
         "people": people,
         "detectors": _fired(history),
-        "bundles": workspace.bundle_list.newest(history.in_use),
-        "way_back": workspace.bundle_list.way_back() if session.is_admin else None,
+        "bundles": [bundle for each in lists for bundle in each.newest(history.in_use)],
+        "ways_back": [
+            (place, each.of)
+            for place, each in enumerate(workspace.bundle_lists)
+            if session.is_admin and each in lists and each.way_back()
+        ],
         "milliseconds": status_numbers.milliseconds,
         **frame,
     }
+
+
+def _expected_rate(
+    workspace: Workspace, lists: Sequence[BundleList], span: Span, models: Sequence[str], now: datetime
+) -> float | None:
+    """Return the share of clean requests that are flagged, as measured; of several folders, each by its requests."""
+    rates = [each.expected_rate() for each in lists]
+    if len(set(rates)) == 1:
+        return rates[0]
+    if workspace.metrics is None or None in rates:
+        return None
+    judged, expected = 0.0, 0.0
+    for model in models:
+        of_model = workspace.bundle_lists.of_model(model)
+        verdicts = workspace.metrics.history(span, model, now.timestamp())
+        n = sum(verdicts.total("guard_verdicts_total", verdict) for verdict in ("clean", "poisoned"))
+        rate = of_model[0].expected_rate() if len(of_model) == 1 else None
+        if n and rate is None:
+            return None
+        judged, expected = judged + n, expected + n * (rate or 0.0)
+    return expected / judged if judged else None
 
 
 def _history(workspace: Workspace, span: Span, model: str, now: datetime) -> tuple[History, list[str]]:

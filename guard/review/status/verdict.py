@@ -138,9 +138,10 @@ def _of_bundles(numbers: Numbers) -> list[Finding]:
             found.append(Finding("look", f"the last retraining, round {last.id}, was {_outcome_text(last.outcome)}"))
     if (sure := numbers.contradictions) is not None and sure.is_noticed:
         found.append(Finding("look", f"the active bundle may be of little use: {sure.told}"))
-    if numbers.active and history.in_use and numbers.active not in history.in_use:
-        used = ", ".join(digest[:12] for digest in history.in_use)
-        found.append(Finding("look", f"bundle {numbers.active[:12]} is active, but the server uses {used}"))
+    for active in numbers.active if history.in_use else ():
+        if active not in history.in_use:
+            used = ", ".join(digest[:12] for digest in history.in_use)
+            found.append(Finding("look", f"bundle {active[:12]} is active, but the server uses {used}"))
     if refused := history.total("guard_bundle_swaps_total", "refused"):
         found.append(
             Finding("look", f"the server refused a new bundle {refused:,.0f} times in the last {history.span.name}")

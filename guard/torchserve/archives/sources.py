@@ -38,7 +38,8 @@ def architecture_files(architecture: str) -> list[Path]:
         if _is_known(top):
             return []
         raise ArchiveError(
-            f"module {top!r} of architecture {architecture!r} is not found. Is its folder on PYTHONPATH?"
+            f"module {top!r} of architecture {architecture!r} is not found. Start the command in the folder that has "
+            "it, or put that folder on PYTHONPATH."
         )
     return [source, *imported_files([source])]
 
