@@ -144,7 +144,7 @@ def test_database_that_cannot_be_reached_is_unavailable(tmp_path):
 
 def test_file_that_is_no_database_is_refused(tmp_path):
     (tmp_path / "queue.db").write_bytes(b"not a database, but long enough to look at" * 100)
-    with pytest.raises(QueueError, match="not a database"):
+    with pytest.raises(QueueError, match=r"queue\.db is no queue, or it is damaged \(file is not a database\)\. Check"):
         Queue.open(f"sqlite:///{tmp_path}/queue.db")
 
 

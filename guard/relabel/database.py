@@ -128,14 +128,14 @@ class Database:
                 yield connection
                 connection.commit()
         except (exc.DBAPIError, exc.TimeoutError, sqlite3.Error) as error:
-            raise translated(error) from error
+            raise _translated(error, self.engine.url.database or "") from error
         except (OverflowError, UnicodeEncodeError) as error:  # from the driver, before the database sees the value
             kind = "a number of more than 64 bits" if isinstance(error, OverflowError) else "half a character"
             raise QueueError(f"the queue's database cannot hold {kind}. Send another value.") from error
 
 
-def translated(error: Exception) -> QueueError:
-    """Return the error of this package for one of the database's, in one line."""
+def _translated(error: Exception, name: str) -> QueueError:
+    """Return the error of this package for one of a database's of that name or path, in one line."""
     cause = getattr(error, "orig", None) or error
     text = " ".join(str(cause).split())
     sqlstate = getattr(cause, "sqlstate", None) or ""
@@ -149,6 +149,11 @@ def translated(error: Exception) -> QueueError:
         return QueueUnavailable(f"the queue's database cannot be used ({text}). Is it there, and may it be written?")
     if getattr(error, "connection_invalidated", False) or isinstance(error, exc.InterfaceError):
         return QueueUnavailable(f"the queue's database is gone ({text}). It is tried again by the next call.")
+    if "not a database" in text or "malformed" in text:
+        return QueueError(
+            f"{name} is no queue, or it is damaged ({text}). Check the path; `guard snapshot restore` brings a "
+            "queue back."
+        )
     return QueueError(f"the queue's database refused ({text}).")
 
 
