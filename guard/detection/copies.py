@@ -76,8 +76,8 @@ def _near_pairs(small: Tensor, labels: IntArray) -> IntArray:
     n, height, width = small.shape
     classes, class_of, counts = np.unique(labels, return_inverse=True, return_counts=True)
     candidates = torch.full((n, _CANDIDATES), _NOBODY)
-    for place in range(len(classes)):
-        rows = torch.from_numpy(np.flatnonzero(class_of == place))
+    for number in range(len(classes)):
+        rows = torch.from_numpy(np.flatnonzero(class_of == number))
         nearest = _nearest(small[rows])
         candidates[rows[:, None], torch.arange(nearest.shape[1])] = rows[nearest]
     reach = min(_REACH, (min(height, width) - 1) // 4)
