@@ -82,15 +82,16 @@ def _near_pairs(small: Tensor, labels: IntArray) -> IntArray:
         candidates[rows[:, None], torch.arange(nearest.shape[1])] = rows[nearest]
     reach = min(_REACH, (min(height, width) - 1) // 4)
     core = small[:, reach : height - reach, reach : width - reach]
-    # To mirror what is compared with is to mirror every moved image.
-    sides = torch.stack([_standardised(side) for side in (core, core.flip(2), core.flip(1))], dim=1)
     best = torch.full(candidates.shape, -1.0)
     for start in range(0, n, _ROWS):
         chunk = slice(start, start + _ROWS)
-        compared = sides[candidates[chunk]].flatten(1, 2).transpose(1, 2)  # (rows, pixels, candidates * sides)
+        others = core[candidates[chunk]]  # (rows, candidates, height, width)
+        # To mirror what is compared with is to mirror every moved image.
+        sides = torch.stack([others, others.flip(3), others.flip(2)], dim=2)
+        compared = _standardised(sides.flatten(0, 2)).view(len(others), _CANDIDATES * 3, -1).transpose(1, 2)
         for windows in _moved(small[chunk], reach):
             alike = torch.bmm(windows, compared).amax(1)
-            torch.maximum(best[chunk], alike.view(-1, _CANDIDATES, sides.shape[1]).amax(2), out=best[chunk])
+            torch.maximum(best[chunk], alike.view(-1, _CANDIDATES, 3).amax(2), out=best[chunk])
     best[candidates == _NOBODY] = -1.0
     n_near = np.bincount(class_of, (best >= _LIKELY).any(1).numpy(), len(classes))
     is_augmented = (n_near >= _ENOUGH) & (n_near >= _SHARE * counts)
