@@ -92,7 +92,7 @@ class Activations:
                 finite &= np.isfinite(array).all(axis=1)
         return finite
 
-    @property
+    @cached_property
     def is_finite(self) -> bool:
         """Whether all rows hold only finite numbers."""
         return bool(self.finite_rows.all())
