@@ -83,19 +83,23 @@ class Activations:
     @cached_property
     def finite_rows(self) -> BoolArray:
         """Which rows hold only finite numbers, shape (n,); looked at once, and inherited by parts and stacks."""
-        arrays = [array for _, array in self.items()]
         finite = np.ones(len(self), dtype=bool)
-        with np.errstate(over="ignore", invalid="ignore"):
-            is_finite = all(math.isfinite(np.add.reduce(array, axis=None)) for array in arrays)  # both survive a sum
-        if not is_finite:
-            for array in arrays:
+        if not self._has_finite_sums():
+            for _, array in self.items():
                 finite &= np.isfinite(array).all(axis=1)
         return finite
 
     @cached_property
     def is_finite(self) -> bool:
         """Whether all rows hold only finite numbers."""
+        if "finite_rows" not in self.__dict__ and self._has_finite_sums():
+            return True
         return bool(self.finite_rows.all())
+
+    def _has_finite_sums(self) -> bool:
+        """Return whether the sum of every array is finite: NaN and infinity both survive a sum."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return all(math.isfinite(np.add.reduce(array, axis=None)) for _, array in self.items())
 
     def require_finite(self, depth: str) -> FloatArray:
         """Return the features at one depth, as `at`.
@@ -115,7 +119,7 @@ class Activations:
         """Return the same logits with other arrays, finite where these are, at the split layer and at every depth."""
         depths = {name: array for name, array in layers.items() if name != FEATURES}
         other = Activations(self.logits, layers[FEATURES], depths)
-        for name in ("predicted_labels", "finite_rows"):
+        for name in ("predicted_labels", "finite_rows", "is_finite"):
             if name in self.__dict__:
                 other.__dict__[name] = self.__dict__[name]
         return other
@@ -130,6 +134,8 @@ class Activations:
         )
         if "finite_rows" in self.__dict__:
             part.__dict__["finite_rows"] = self.finite_rows[rows]
+        elif self.__dict__.get("is_finite"):
+            part.__dict__["is_finite"] = True
         return part
 
     @classmethod

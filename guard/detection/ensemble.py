@@ -146,10 +146,11 @@ class Ensemble:
         raw = np.empty((len(activations), len(self.members)))
         if fused is None or not fused.score_into(raw, activations):
             return self.score(activations)
-        others = [(column, self.members[column].detector) for column in fused.others]
-        as_they_are = all(detector.reads == "activations" for _, detector in others)
-        views = dict.fromkeys(get_args(Reads), activations) if as_they_are else self.views(activations)
-        for column, detector in others:
+        views: Mapping[Reads, Activations] = {"activations": activations}
+        for column in fused.others:
+            detector = self.members[column].detector
+            if detector.reads not in views:
+                views = self.views(activations)
             raw[:, column] = detector.score(views[detector.reads])
         return raw
 
