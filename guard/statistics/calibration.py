@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -146,11 +147,11 @@ class SurpriseMap:
 
     def surprise(self, scores: Float64Array) -> Float64Array:
         """Return surprise per row and detector, shape (n, n_detectors), float64, >= 0; higher = more suspicious."""
+        if len(scores) == 1:
+            return np.array([self._of_one(scores[0].tolist())])
         low, width, level, rise = self._pieces
         values = np.minimum(scores, _HUGE)
-        reached: IntArray = np.add.reduce(
-            self.knots <= values[:, :, np.newaxis], axis=2
-        )  # for one row quicker than np.interp
+        reached: IntArray = np.add.reduce(self.knots <= values[:, :, np.newaxis], axis=2)
         reached += self._firsts
         body: Float64Array = values - low.take(reached)
         width = width.take(reached)
@@ -167,6 +168,27 @@ class SurpriseMap:
         excess /= self._least_shape
         body += excess
         return body
+
+    def _of_one(self, scores: list[float]) -> list[float]:
+        """Return the same of a single row, number by number: quicker than so many calls on few numbers."""
+        surprises = []
+        for score, (knots, low, width, level, rise), scale, shape in zip(scores, *self._of_detectors, strict=True):
+            value = _HUGE if score > _HUGE else score
+            reached = bisect_right(knots, value)
+            surprise = level[reached]
+            if reached:
+                beyond = value - low[reached]
+                surprise += (width[reached] if beyond > width[reached] else beyond) / width[reached] * rise[reached]
+            if reached == len(knots):
+                surprise += math.log1p((value - knots[-1]) / scale * shape) / shape
+            surprises.append(surprise)
+        return surprises
+
+    @cached_property
+    def _of_detectors(self) -> tuple[list[tuple[list[float], ...]], list[float], list[float]]:
+        """Knots and pieces, scale and shape of each detector, for `_of_one`."""
+        pieces = zip(*(array.tolist() for array in (self.knots, *self._pieces)), strict=True)
+        return list(pieces), self.scale.tolist(), self._least_shape.tolist()
 
     @cached_property
     def _pieces(self) -> tuple[Float64Array, Float64Array, Float64Array, Float64Array]:
