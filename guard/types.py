@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -139,6 +140,26 @@ class Activations:
         return part
 
     @classmethod
+    def from_columns(cls, joined: Float32Array, widths: Sequence[int], depths: Sequence[str]) -> Activations:
+        """Return activations whose arrays are columns of one, and share its memory.
+
+        Parameters
+        ----------
+        joined : ndarray of shape (n, sum of widths), float32
+            Logits, features at the split layer, and those at the depths, side by side.
+        widths : sequence of int
+            Columns of each.
+        depths : sequence of str
+        """
+        ends = list(itertools.accumulate(widths))
+        logits, features, *others = (joined[:, end - width : end] for end, width in zip(ends, widths, strict=True))
+        whole = cls(logits, features, dict(zip(depths, others, strict=True)))
+        with np.errstate(over="ignore", invalid="ignore"):
+            if math.isfinite(np.add.reduce(joined, axis=None)):  # else which rows are is looked at when asked
+                whole.__dict__["is_finite"] = True
+        return whole
+
+    @classmethod
     def concatenate(cls, parts: list[Activations]) -> Activations:
         """Stack several activations of the same model, in order."""
         if not parts:
@@ -148,7 +169,9 @@ class Activations:
             np.concatenate([part.features for part in parts]),
             {name: np.concatenate([part.at(name) for part in parts]) for name in parts[0].depths},
         )
-        if all("finite_rows" in part.__dict__ for part in parts):
+        if all(part.__dict__.get("is_finite") for part in parts):
+            whole.__dict__["is_finite"] = True
+        elif all("finite_rows" in part.__dict__ for part in parts):
             whole.__dict__["finite_rows"] = np.concatenate([part.finite_rows for part in parts])
         return whole
 
