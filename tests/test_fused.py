@@ -159,6 +159,14 @@ def test_fused_scores_of_early_verdicts_equal_those_of_the_detectors(ensemble: E
     assert_same(ensemble.up_to(["early", "middle"]), NEW)
 
 
+def test_fused_scores_of_early_verdicts_look_at_no_other_depth(ensemble: Ensemble) -> None:
+    early = ensemble.up_to(["early"])
+    blind = Activations(
+        NEW.logits, NEW.features * np.nan, {"early": NEW.depths["early"], "middle": np.full((240, 1), np.nan)}
+    )
+    np.testing.assert_array_equal(early.score_fused(blind), early.score_fused(NEW))
+
+
 def test_fused_scores_of_a_restored_ensemble_are_equal_bit_by_bit(ensemble: Ensemble) -> None:
     restored = Ensemble.restore(ensemble.describe(), ensemble.arrays())
     np.testing.assert_array_equal(restored.score_fused(NEW), ensemble.score_fused(NEW))

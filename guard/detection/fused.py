@@ -66,8 +66,10 @@ class FusedScores:
             False where the detectors themselves must look, or complain: values are not finite or huge, or shapes are
             not those of `fit`.
         """
-        if not activations.is_finite or self._n_classes != {activations.logits.shape[1]}:
+        if self._n_classes != {activations.logits.shape[1]}:
             return False
+        if not (activations.is_finite or np.isfinite(activations.logits).all()):
+            return False  # what the spaces read, they look at themselves
         features = [activations.at(depth) for depth in self._depths]
         whitened = self._spaces(features)
         if whitened is None:

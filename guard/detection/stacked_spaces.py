@@ -49,8 +49,8 @@ class StackedSpaces:
         Parameters
         ----------
         features : sequence of ndarray of shape (n, d_k)
-            One per depth; None where the widths are not those of the spaces, or a row is so long that a space would cut
-            it off.
+            One per depth; None where the widths are not those of the spaces, a value is not finite, or a row is so long
+            that a space would cut it off.
 
         Returns
         -------
