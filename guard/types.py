@@ -25,6 +25,7 @@ Action = Literal["observe", "flag", "relabel", "block"]
 
 #: Name under which detectors ask `Activations.at` for the split layer.
 FEATURES = "features"
+_JOINED = "_joined"  # the array whose columns are all arrays of activations, where there is one
 #: Name of the depth that holds a backup's logits, where a backup is one of the detectors; no layer is named so.
 BACKUP = "backup:logits"
 
@@ -99,8 +100,9 @@ class Activations:
 
     def _has_finite_sums(self) -> bool:
         """Return whether the sum of every array is finite: NaN and infinity both survive a sum."""
+        arrays = [self.__dict__[_JOINED]] if _JOINED in self.__dict__ else [array for _, array in self.items()]
         with np.errstate(over="ignore", invalid="ignore"):
-            return all(math.isfinite(np.add.reduce(array, axis=None)) for _, array in self.items())
+            return all(math.isfinite(np.add.reduce(array, axis=None)) for array in arrays)
 
     def require_finite(self, depth: str) -> FloatArray:
         """Return the features at one depth, as `at`.
@@ -154,9 +156,7 @@ class Activations:
         ends = list(itertools.accumulate(widths))
         logits, features, *others = (joined[:, end - width : end] for end, width in zip(ends, widths, strict=True))
         whole = cls(logits, features, dict(zip(depths, others, strict=True)))
-        with np.errstate(over="ignore", invalid="ignore"):
-            if math.isfinite(np.add.reduce(joined, axis=None)):  # else which rows are is looked at when asked
-                whole.__dict__["is_finite"] = True
+        whole.__dict__[_JOINED] = joined  # one array to look for NaN and infinity in
         return whole
 
     @classmethod
