@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -24,6 +25,7 @@ Action = Literal["observe", "flag", "relabel", "block"]
 
 #: Name under which detectors ask `Activations.at` for the split layer.
 FEATURES = "features"
+_JOINED = "_joined"  # the array whose columns are all arrays of activations, where there is one
 #: Name of the depth that holds a backup's logits, where a backup is one of the detectors; no layer is named so.
 BACKUP = "backup:logits"
 
@@ -83,19 +85,24 @@ class Activations:
     @cached_property
     def finite_rows(self) -> BoolArray:
         """Which rows hold only finite numbers, shape (n,); looked at once, and inherited by parts and stacks."""
-        arrays = [array for _, array in self.items()]
         finite = np.ones(len(self), dtype=bool)
-        with np.errstate(over="ignore", invalid="ignore"):
-            is_finite = all(math.isfinite(np.add.reduce(array, axis=None)) for array in arrays)  # both survive a sum
-        if not is_finite:
-            for array in arrays:
+        if not self._has_finite_sums():
+            for _, array in self.items():
                 finite &= np.isfinite(array).all(axis=1)
         return finite
 
-    @property
+    @cached_property
     def is_finite(self) -> bool:
         """Whether all rows hold only finite numbers."""
+        if "finite_rows" not in self.__dict__ and self._has_finite_sums():
+            return True
         return bool(self.finite_rows.all())
+
+    def _has_finite_sums(self) -> bool:
+        """Return whether the sum of every array is finite: NaN and infinity both survive a sum."""
+        arrays = [self.__dict__[_JOINED]] if _JOINED in self.__dict__ else [array for _, array in self.items()]
+        with np.errstate(over="ignore", invalid="ignore"):
+            return all(math.isfinite(np.add.reduce(array, axis=None)) for array in arrays)
 
     def require_finite(self, depth: str) -> FloatArray:
         """Return the features at one depth, as `at`.
@@ -115,7 +122,7 @@ class Activations:
         """Return the same logits with other arrays, finite where these are, at the split layer and at every depth."""
         depths = {name: array for name, array in layers.items() if name != FEATURES}
         other = Activations(self.logits, layers[FEATURES], depths)
-        for name in ("predicted_labels", "finite_rows"):
+        for name in ("predicted_labels", "finite_rows", "is_finite"):
             if name in self.__dict__:
                 other.__dict__[name] = self.__dict__[name]
         return other
@@ -130,7 +137,27 @@ class Activations:
         )
         if "finite_rows" in self.__dict__:
             part.__dict__["finite_rows"] = self.finite_rows[rows]
+        elif self.__dict__.get("is_finite"):
+            part.__dict__["is_finite"] = True
         return part
+
+    @classmethod
+    def from_columns(cls, joined: Float32Array, widths: Sequence[int], depths: Sequence[str]) -> Activations:
+        """Return activations whose arrays are columns of one, and share its memory.
+
+        Parameters
+        ----------
+        joined : ndarray of shape (n, sum of widths), float32
+            Logits, features at the split layer, and those at the depths, side by side.
+        widths : sequence of int
+            Columns of each.
+        depths : sequence of str
+        """
+        ends = list(itertools.accumulate(widths))
+        logits, features, *others = (joined[:, end - width : end] for end, width in zip(ends, widths, strict=True))
+        whole = cls(logits, features, dict(zip(depths, others, strict=True)))
+        whole.__dict__[_JOINED] = joined  # one array to look for NaN and infinity in
+        return whole
 
     @classmethod
     def concatenate(cls, parts: list[Activations]) -> Activations:
@@ -142,7 +169,9 @@ class Activations:
             np.concatenate([part.features for part in parts]),
             {name: np.concatenate([part.at(name) for part in parts]) for name in parts[0].depths},
         )
-        if all("finite_rows" in part.__dict__ for part in parts):
+        if all(part.__dict__.get("is_finite") for part in parts):
+            whole.__dict__["is_finite"] = True
+        elif all("finite_rows" in part.__dict__ for part in parts):
             whole.__dict__["finite_rows"] = np.concatenate([part.finite_rows for part in parts])
         return whole
 

@@ -337,3 +337,14 @@ def test_heads_of_the_folds_end_training_as_the_final_ones_do(apart):
     guard = Guard.fit_activations(clean, labels, GuardConfig(false_positive_rate=0.1, folds=5))
     realised = guard.scores(draw(2000, 2)[0]).is_poisoned.mean()
     assert realised <= 0.1 + tolerance(0.1, 128, 2000)
+
+
+def test_surprise_of_a_single_row_is_that_of_the_row_in_a_batch():
+    rng = np.random.default_rng(4)
+    clean = rng.exponential(size=(400, 5)) ** 2
+    clean[:, 1], clean[:, 2] = 3.0, np.round(clean[:, 2])  # constant, and with many equal scores
+    fitted = SurpriseMap.fit(clean)
+    ends = [[value] * 5 for value in (-np.inf, -1.0, 0.0, 1e29, 1e30, np.inf, np.nan)]
+    scores = np.concatenate([clean[:40], 10 * clean[:40], fitted.knots.T, ends])
+    single = np.concatenate([fitted.surprise(row[np.newaxis]) for row in scores])
+    np.testing.assert_allclose(single, fitted.surprise(scores), rtol=1e-14, atol=1e-15)

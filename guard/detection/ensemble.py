@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self, get_args
 
 import numpy as np
@@ -15,6 +16,7 @@ from guard.detection.detectors.anytime import AnytimeDisagreement
 from guard.detection.detectors.base import Joins, Kind, Reads, Source
 from guard.detection.detectors.disagreement import HeadDisagreement
 from guard.detection.detectors.lof import PerClassLof
+from guard.detection.fused import FusedScores
 from guard.detection.whitening import WhitenedSpace
 from guard.errors import BundleError, DataError, NotFittedError
 from guard.types import BACKUP, FEATURES, Activations, AnyArray, Float32Array, Float64Array, IntArray
@@ -112,6 +114,7 @@ class Ensemble:
         clean = sources == Source.CLEAN
         for depth in self.spaces:
             self.spaces[depth] = WhitenedSpace.fit(activations.at(depth)[clean], labels[clean])
+        self.__dict__.pop("_fused", None)
         views = self.views(activations)
         for member in self.members:
             rows = np.isin(sources, [*member.detector.learns_from])
@@ -136,6 +139,27 @@ class Ensemble:
         for column, member in enumerate(self.members):
             raw[:, column] = member.detector.score(views[member.detector.reads])
         return raw
+
+    def score_fused(self, activations: Activations) -> Float64Array:
+        """Return what `score` returns, but for rounding, in a fraction of the time: for decisions while serving."""
+        fused = self._fused
+        raw = np.empty((len(activations), len(self.members)))
+        if fused is None or not fused.score_into(raw, activations):
+            return self.score(activations)
+        views: Mapping[Reads, Activations] = {"activations": activations}
+        for column in fused.others:
+            detector = self.members[column].detector
+            if detector.reads not in views:
+                views = self.views(activations)
+            raw[:, column] = detector.score(views[detector.reads])
+        return raw
+
+    @cached_property
+    def _fused(self) -> FusedScores | None:
+        spaces = {depth: space for depth, space in self.spaces.items() if space is not None}
+        if not spaces or len(spaces) < len(self.spaces):
+            return None
+        return FusedScores([member.detector for member in self.members], spaces)
 
     def views(self, activations: Activations) -> dict[Reads, Activations]:
         """Return what detectors read, by name; whitened are the depths that there is a space for, and only these."""

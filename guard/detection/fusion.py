@@ -24,6 +24,7 @@ _KIND = "kind."  # before the names of arrays that map the scores of kinds
 _WHOLE = frozenset({"temperature", "kinds", "shows", "centre", "whiten"})
 #: log(1 + exp z) that one in ten clean inputs exceeds.
 _RESEMBLING = 1.5
+_NOVELTY, _CONTRADICTION = SHOWS.index("novelty"), SHOWS.index("contradiction")
 
 
 class Fusion(Protocol):
@@ -134,15 +135,19 @@ class CalibratedFusion:
         if self.kind_scores_ is None or self.kind_map_ is None or self.temperature_ is None:
             older: Float64Array = np.sqrt(np.square(surprise).mean(axis=1))
             return older
+        kinds = self.kind_scores_
         graded = _graded(self.surprise_of_kinds(surprise))
-        resembling = np.maximum(graded[:, self.kind_scores_.is_resemblance] - _RESEMBLING, 0.0)
         sure = confidence(logits, self.temperature_)
-        factors = np.ones((len(sure), len(SHOWS)))
-        factors[:, SHOWS.index("novelty")] = 0.5 * (1.0 + sure)
-        factors[:, SHOWS.index("contradiction")] = np.maximum(sure, 0.5)
-        graded *= factors[:, self.kind_scores_.shows]
-        mean = np.square(graded) @ self.kind_scores_.weights
-        combined: Float64Array = np.sqrt(mean + np.square(resembling).sum(axis=1))
+        factors = np.ones((len(SHOWS), len(sure)))
+        factors[_NOVELTY] += sure
+        factors[_NOVELTY] *= 0.5
+        np.maximum(sure, 0.5, out=factors[_CONTRADICTION])
+        squared = np.multiply(graded, factors.take(kinds.shows, axis=0).T, order="C")
+        mean = np.square(squared, out=squared).dot(kinds.weights)
+        if kinds.has_resemblance:
+            resembling = np.maximum(graded[:, kinds.is_resemblance] - _RESEMBLING, 0.0)
+            mean += np.square(resembling).sum(axis=1)
+        combined: Float64Array = np.sqrt(mean, out=mean)
         return combined
 
     def surprise_of_kinds(self, surprise: Float64Array) -> Float64Array:
@@ -156,7 +161,7 @@ class CalibratedFusion:
         if self.kind_scores_ is None:
             return largest_surprises(n_detectors, n)
         largest = _graded(largest_surprises(len(self.kind_scores_.shows), n))
-        return np.hypot(largest, largest) if self.kind_scores_.is_resemblance.any() else largest
+        return np.hypot(largest, largest) if self.kind_scores_.has_resemblance else largest
 
     def decide(self, combined: Float64Array, p_values: Float64Array, false_positive_rate: float) -> BoolArray:
         """Return p <= false_positive_rate."""
@@ -188,7 +193,8 @@ class CalibratedFusion:
 
 def _graded(surprise: Float64Array) -> Float64Array:
     """Return softplus of normal scores, shape of `surprise`, >= 0."""
-    graded: Float64Array = np.logaddexp(0.0, -ndtri_exp(-surprise))
+    normal = ndtri_exp(-surprise)
+    graded: Float64Array = np.logaddexp(0.0, np.negative(normal, out=normal), out=normal)
     return graded
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self, get_args
 
 import numpy as np
@@ -21,7 +22,7 @@ _LEAST_VARIANCE = 1e-6
 _LARGEST = 1e9  # entry of a stored matrix
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class KindScores:
     """Makes one score of those of each kind's detectors, of which there is one per depth.
 
@@ -71,28 +72,40 @@ class KindScores:
 
     def __call__(self, scores: Float64Array) -> Float64Array:
         """Return one score per row and kind, shape (n, n_kinds), float64, >= 0; higher = more suspicious."""
-        is_of_kind = self.is_of_kind
-        is_averaged = ~self.whiten.any(axis=1, keepdims=True)
-        averaged = is_of_kind * is_averaged / is_of_kind.sum(axis=0)
-        distances = np.square((scores - self.centre) @ self.whiten) @ is_of_kind
-        of_kinds: Float64Array = scores @ averaged + np.sqrt(distances)
+        averaged, is_of_kind = self._sums
+        from_centre = (scores - self.centre).dot(self.whiten)
+        distances = np.square(from_centre, out=from_centre).dot(is_of_kind)
+        of_kinds: Float64Array = scores.dot(averaged)
+        of_kinds += np.sqrt(distances, out=distances)
         return of_kinds
+
+    @cached_property
+    def _sums(self) -> tuple[Float64Array, Float64Array]:
+        """Matrices (n_detectors, n_kinds) that make means of averaged kinds, and sums over the detectors of a kind."""
+        is_averaged = ~self.whiten.any(axis=1, keepdims=True)
+        averaged = self.is_of_kind * is_averaged / self.is_of_kind.sum(axis=0)
+        return averaged, self.is_of_kind.astype(np.float64)
 
     def any_of_kind(self, is_so: BoolArray) -> BoolArray:
         """Return what holds for any detector of a kind, shape (n, n_kinds), of what holds for detectors."""
         return np.asarray(is_so @ self.is_of_kind, dtype=np.bool_)
 
-    @property
+    @cached_property
     def is_of_kind(self) -> BoolArray:
         """Whether a detector is of a kind, shape (n_detectors, n_kinds)."""
         return np.asarray(self.kinds[:, np.newaxis] == np.arange(len(self.shows)), dtype=np.bool_)
 
-    @property
+    @cached_property
     def is_resemblance(self) -> BoolArray:
         """Which kinds see what resembles anomalies of the traffic, shape (n_kinds,)."""
         return np.asarray(self.shows == SHOWS.index("resemblance"), dtype=np.bool_)
 
-    @property
+    @cached_property
+    def has_resemblance(self) -> bool:
+        """Whether any kind does."""
+        return bool(self.is_resemblance.any())
+
+    @cached_property
     def weights(self) -> Float64Array:
         """Weight of each kind in a mean over what they show, and there over their detectors; shape (n_kinds,).
 

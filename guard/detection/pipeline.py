@@ -323,7 +323,7 @@ class Guard(FittedGuard):
 
     def scores(self, activations: Activations) -> Scores:
         """Return all scores of a batch as arrays; one row per input."""
-        raw = self.ensemble.score(activations)
+        raw = self.ensemble.score_fused(activations)
         surprise = self.fusion.surprise(raw)
         combined = self.fusion.combine(surprise, activations.logits)
         p_values = conformal_p_values(combined, self.clean_scores)

@@ -16,7 +16,7 @@ from guard.types import FEATURES, AnyArray, Float32Array, Float64Array, FloatArr
 #: Principal components that are looked at, and images that each of them takes; all else is one number, the last column.
 _COMPONENTS, _IMAGES_EACH = 128, 4
 #: Leading directions, those that tell classes apart; half of all where that is less.
-_RANK = 16
+RANK = 16
 #: Share of the mean variance within classes that every direction gets, so that no direction counts without bound.
 _SHRINKAGE = 0.1
 _LEAST_SCALE = 1e-30
@@ -117,9 +117,13 @@ class WhitenedSpace:
         if inner.shape[1] == exact.shape[1]:
             left[:] = 0.0  # but for rounding
         rest = np.sqrt(np.maximum(left, 0.0)) / self.rest
-        rank = min(_RANK, (white.shape[1] + 1) // 2)
         white = white.astype(np.float32)
-        return white[:, :rank], np.column_stack([white[:, rank:], rest.astype(np.float32)])
+        return white[:, : self.rank], np.column_stack([white[:, self.rank :], rest.astype(np.float32)])
+
+    @property
+    def rank(self) -> int:
+        """Number of leading columns."""
+        return min(RANK, (len(self.rotation) + 1) // 2)
 
     def state(self) -> dict[str, AnyArray]:
         """Return everything that was learned, as arrays."""

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -169,7 +168,7 @@ class GuardRuntime:
             outcomes = self._judge_in_time(guard, activations, inputs, record.allowed_ms)
             if self.bookkeeping.spans is not None:
                 decided_ns = (began_ns, time.time_ns())
-                outcomes = [replace(outcome, decided_ns=decided_ns) for outcome in outcomes]
+                outcomes = [outcome.within(decided_ns) for outcome in outcomes]
             record.forward_passes += 1
             record.rows += outcomes
             replaced = self._relabelled(guard, activations, inputs, outcomes)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -145,19 +147,68 @@ class SurpriseMap:
 
     def surprise(self, scores: Float64Array) -> Float64Array:
         """Return surprise per row and detector, shape (n, n_detectors), float64, >= 0; higher = more suspicious."""
+        if len(scores) == 1:
+            return np.array([self._of_one(scores[0].tolist())])
+        low, width, level, rise = self._pieces
         values = np.minimum(scores, _HUGE)
-        detectors = np.arange(len(self.knots))
-        left = (self.knots <= values[:, :, np.newaxis]).sum(axis=2) - 1  # for one row much quicker than np.interp
-        left = np.minimum(np.maximum(left, 0), len(self.levels) - 2)
-        low, level = self.knots[detectors, left], self.levels[left]
-        left += 1
-        width = np.maximum(self.knots[detectors, left] - low, 1e-300)
-        share = np.minimum(np.maximum(values - low, 0.0), width) / width
-        body = level + share * (self.levels[left] - level)
-        excess = np.maximum(values - self.knots[:, -1], 0.0) / self.scale
-        shape = np.maximum(self.shape, 1e-9)
-        result: Float64Array = body + np.log1p(shape * excess) / shape
-        return result
+        reached: IntArray = np.add.reduce(self.knots <= values[:, :, np.newaxis], axis=2)
+        reached += self._firsts
+        body: Float64Array = values - low.take(reached)
+        width = width.take(reached)
+        np.maximum(body, 0.0, out=body)
+        np.minimum(body, width, out=body)
+        body /= width
+        body *= rise.take(reached)
+        body += level.take(reached)
+        excess: Float64Array = values - self.knots[:, -1]
+        np.maximum(excess, 0.0, out=excess)
+        excess /= self.scale
+        excess *= self._least_shape
+        np.log1p(excess, out=excess)
+        excess /= self._least_shape
+        body += excess
+        return body
+
+    def _of_one(self, scores: list[float]) -> list[float]:
+        """Return the same of a single row, number by number: quicker than so many calls on few numbers."""
+        surprises = []
+        for score, (knots, low, width, level, rise), scale, shape in zip(scores, *self._of_detectors, strict=True):
+            value = _HUGE if score > _HUGE else score
+            reached = bisect_right(knots, value)
+            surprise = level[reached]
+            if reached:
+                beyond = value - low[reached]
+                surprise += (width[reached] if beyond > width[reached] else beyond) / width[reached] * rise[reached]
+            if reached == len(knots):
+                surprise += math.log1p((value - knots[-1]) / scale * shape) / shape
+            surprises.append(surprise)
+        return surprises
+
+    @cached_property
+    def _of_detectors(self) -> tuple[list[tuple[list[float], ...]], list[float], list[float]]:
+        """Knots and pieces, scale and shape of each detector, for `_of_one`."""
+        pieces = zip(*(array.tolist() for array in (self.knots, *self._pieces)), strict=True)
+        return list(pieces), self.scale.tolist(), self._least_shape.tolist()
+
+    @cached_property
+    def _pieces(self) -> tuple[Float64Array, Float64Array, Float64Array, Float64Array]:
+        """Start and width, level and rise of the line on which a score lies that has reached so many knots."""
+        n_detectors, n_knots = self.knots.shape
+        left = np.clip(np.arange(-1, n_knots), 0, n_knots - 2)
+        low, high = self.knots[:, left], self.knots[:, left + 1]
+        shape = (n_detectors, n_knots + 1)
+        level = np.broadcast_to(self.levels[left], shape).copy()
+        rise = np.broadcast_to(self.levels[left + 1] - self.levels[left], shape).copy()
+        return np.ascontiguousarray(low), np.maximum(high - low, 1e-300), level, rise
+
+    @cached_property
+    def _firsts(self) -> IntArray:
+        n_detectors, n_knots = self.knots.shape
+        return np.arange(0, n_detectors * (n_knots + 1), n_knots + 1)
+
+    @cached_property
+    def _least_shape(self) -> Float64Array:
+        return np.maximum(self.shape, 1e-9)
 
     def arrays(self) -> dict[str, AnyArray]:
         """Return the map as arrays."""

@@ -21,9 +21,10 @@ def confidence(logits: FloatArray, temperature: float) -> Float64Array:
     temperature : float
         What logits are divided by, > 0.
     """
-    below = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    below = logits.astype(np.float64)
+    below -= np.maximum.reduce(logits, axis=1, keepdims=True)
     below /= temperature
-    sure: Float64Array = 1.0 / np.exp(below).sum(axis=1)
+    sure: Float64Array = np.reciprocal(np.add.reduce(np.exp(below, out=below), axis=1))
     return sure
 
 

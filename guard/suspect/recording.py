@@ -116,17 +116,13 @@ def _copy_features(tensor: Tensor, whole: bool = False, limit: int = POOL_LIMIT,
 
 
 def _activations(points: SplitPoints, logits: Tensor, taken: Sequence[Tensor | None]) -> Activations:
-    tensors = [_copy_features(logits.detach(), whole=True)]
+    tensors = [logits.detach().float()]
     for name, tensor in zip((points.split, *points.depths), taken, strict=True):
         if tensor is None:
             raise SuspectModelError(f"layer {name!r} gave no tensor in this forward pass. Locate the split again.")
-        tensors.append(tensor)
-    if logits.is_cpu:
-        arrays = [tensor.numpy() for tensor in tensors]
-    else:  # one transfer for all
-        joined = torch.cat([tensor.to(logits.device) for tensor in tensors], 1).cpu()
-        arrays = [part.contiguous().numpy() for part in torch.split(joined, [tensor.shape[1] for tensor in tensors], 1)]
-    return Activations(arrays[0], arrays[1], dict(zip(points.depths, arrays[2:], strict=True)))
+        tensors.append(tensor if tensor.device == logits.device else tensor.to(logits.device))
+    joined = torch.cat(tensors, 1).cpu().numpy()  # one copy, and one transfer, for all
+    return Activations.from_columns(joined, [tensor.shape[1] for tensor in tensors], points.depths)
 
 
 def device_of(module: nn.Module) -> torch.device:

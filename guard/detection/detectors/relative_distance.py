@@ -13,7 +13,7 @@ from guard.detection.detectors.base import Joins, OverDepths, Reads, Shows, Sour
 from guard.errors import DataError, NotFittedError
 from guard.types import FEATURES, Activations, AnyArray, BoolArray, Float64Array, IntArray
 
-_LEAST_SQUARED = 1e-24  # of a distance, where a logarithm follows
+LEAST_SQUARED = 1e-24  # of a distance, where a logarithm follows
 
 
 @dataclass
@@ -91,7 +91,7 @@ class RelativeDistance:
         squared *= -2.0
         squared += self.norms_
         squared += np.einsum("ij,ij->i", lead, lead)[:, np.newaxis]
-        np.maximum(squared, _LEAST_SQUARED, out=squared)
+        np.maximum(squared, LEAST_SQUARED, out=squared)
         every, answers = np.arange(len(rows)), self.places_[activations.predicted_labels]
         own = np.where(answers >= 0, squared[every, answers], np.inf)
         squared[every[answers >= 0], answers[answers >= 0]] = np.inf
