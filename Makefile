@@ -49,6 +49,7 @@ bench: setup
 	$(BIN)/python benchmarks/detection.py
 	$(BIN)/python benchmarks/lof_speed.py
 	$(BIN)/python benchmarks/guard_time.py
+	$(BIN)/python benchmarks/fit_time.py
 	$(BIN)/python benchmarks/profile_request.py
 	$(BIN)/python benchmarks/serving_overhead.py
 	$(BIN)/python benchmarks/queue_speed.py

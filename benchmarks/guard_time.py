@@ -69,8 +69,8 @@ def draw(rng: np.random.Generator, centres: Float64Array, labels: IntArray) -> F
     return features.astype(np.float32)
 
 
-def make_guard(classes: int, per_class: int, n_features: int) -> tuple[Guard, Activations]:
-    """Return a guard fitted on synthetic activations, without cross-fitting, and new activations to judge."""
+def synthetic(classes: int, per_class: int, n_features: int) -> Callable[[IntArray], Activations]:
+    """Return what makes synthetic activations of images of given true labels, by a network that is always right."""
     rng = np.random.default_rng([SEED, classes, per_class])
     widths = {"features": n_features, **dict.fromkeys(DEPTHS, min(n_features, POOL_LIMIT))}
     centres = {name: rng.normal(size=(classes, width)) for name, width in widths.items()}
@@ -81,6 +81,12 @@ def make_guard(classes: int, per_class: int, n_features: int) -> tuple[Guard, Ac
         features, *depths = (draw(rng, centre, labels) for centre in centres.values())
         return Activations(logits, features, dict(zip(DEPTHS, depths, strict=True)))
 
+    return activations_of
+
+
+def make_guard(classes: int, per_class: int, n_features: int) -> tuple[Guard, Activations]:
+    """Return a guard fitted on synthetic activations, without cross-fitting, and new activations to judge."""
+    activations_of = synthetic(classes, per_class, n_features)
     labels = np.repeat(np.arange(classes), per_class)
     clean, held_out = activations_of(labels), activations_of(labels[:: max(1, len(labels) // 1000)])
     config = GuardConfig(seed=SEED)
@@ -97,7 +103,7 @@ def make_guard(classes: int, per_class: int, n_features: int) -> tuple[Guard, Ac
         reference_labels=labels,
         realised_false_positive_rate=config.false_positive_rate,
     )
-    return guard, activations_of(rng.integers(0, classes, QUERIES))
+    return guard, activations_of(np.random.default_rng(SEED).integers(0, classes, QUERIES))
 
 
 class Given(NamedTuple):
