@@ -16,6 +16,7 @@ from guard import Activations, Guard, GuardConfig, SuspectModel
 from guard.cli import run
 from guard.detection.detectors import DETECTORS
 from guard.detection.ensemble import Ensemble
+from guard.detection.fused import FusedScores
 from guard.detection.fusion import CalibratedFusion
 from guard.detection.soundness import Calibration, reproduction, rows_scored
 from guard.errors import BundleError, DataError
@@ -167,6 +168,21 @@ def sound(suspect: SuspectModel, clean_split: Any, tmp_path_factory: pytest.Temp
     config = GuardConfig(false_positive_rate=0.05, anytime=True, folds=5)
     guard = Guard.fit(suspect, images[:300], labels[:300], config)
     return read_bundle(guard.save(tmp_path_factory.mktemp("sound")))
+
+
+def test_load_checks_the_scores_that_requests_get_and_makes_ready_what_they_need(sound, tmp_path, monkeypatch):
+    path = write(tmp_path, sound)
+    assert "_fused" in Guard.load(path).ensemble.__dict__  # no first request waits for it
+    scored = FusedScores.score_into
+
+    def blind(self, raw, activations):
+        done = scored(self, raw, activations)
+        raw[:] = 0.0
+        return done
+
+    monkeypatch.setattr(FusedScores, "score_into", blind)
+    with pytest.raises(BundleError, match="is not sound"):
+        Guard.load(path)
 
 
 class OlderFusion(CalibratedFusion):

@@ -124,7 +124,7 @@ def check_calibration(
         _check_map(fusion.surprise_map_, ensemble, clean_scores)
         _check_kinds(fusion, ensemble)
     with np.errstate(all="ignore"):  # what overflows is refused below
-        raw = ensemble.score(sample)
+        raw = ensemble.score_fused(sample)  # as requests are scored; the first one finds everything ready
         combined = fusion.combine(fusion.surprise(raw), sample.logits)
     if bad := int((np.isnan(raw).any(axis=1) | ~np.isfinite(combined)).sum()):
         raise DataError(f"{name}: {bad} of {len(raw)} of its own clean images get scores that are not finite.")
@@ -132,7 +132,7 @@ def check_calibration(
         knots = fusion.surprise_map_.knots
         stuck = _is_constant(raw) & (knots[:, -1] > knots[:, 0])
         if stuck.any():  # with two images in each class, every local outlier factor of a clean image is 1
-            stuck &= _is_constant(np.concatenate([raw, ensemble.score(_halfway(sample))]))
+            stuck &= _is_constant(np.concatenate([raw, ensemble.score_fused(_halfway(sample))]))
         if stuck.any():
             raise DataError(f"{name}: detector {ensemble.names[int(stuck.argmax())]} gives every input the same score.")
         if len(clean_scores) >= _ENOUGH:  # the tail of fewer may be anywhere
