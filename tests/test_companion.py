@@ -54,7 +54,10 @@ def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
 
 
 def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # whenever it ends, between two looks too
+        return False
 
 
 def test_companion_runs_with_its_environment_and_logs(make: Make, tmp_path: Path) -> None:
