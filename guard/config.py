@@ -212,8 +212,8 @@ def load_config(settings_file: Path | None = None, **flags: Any) -> GuardConfig:
 def load_settings(settings_file: Path | None = None, **flags: Any) -> dict[str, Any]:
     """Read the settings as `load_config` does, and return those that were given; defaults are left out."""
     if settings_file is not None and not settings_file.is_file():
-        folder = ": it is a folder" if settings_file.is_dir() else ""
-        raise ConfigError(f"settings file {settings_file} does not exist{folder}. Name another with --settings.")
+        what = "is a folder" if settings_file.is_dir() else "does not exist"
+        raise ConfigError(f"settings file {settings_file} {what}. Name another with --settings.")
     toml = settings_file or Path(SETTINGS_FILE)
     for name in os.environ:
         key = name[len(ENVIRONMENT_PREFIX) :].lower()
