@@ -161,9 +161,11 @@ class Activations:
 
     @classmethod
     def concatenate(cls, parts: list[Activations]) -> Activations:
-        """Stack several activations of the same model, in order."""
+        """Stack several activations of the same model, in order; of one, return itself."""
         if not parts:
             raise DataError("nothing to concatenate: give at least one Activations.")
+        if len(parts) == 1:
+            return parts[0]
         whole = cls(
             np.concatenate([part.logits for part in parts]),
             np.concatenate([part.features for part in parts]),

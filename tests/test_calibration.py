@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from guard import Activations, Guard, GuardConfig
-from guard.detection.heads.decision_head import holds_out_enough
+from guard.detection.heads.head_training import holds_out_enough
 from guard.errors import DataError
 from guard.statistics.calibration import (
     TAIL_START,

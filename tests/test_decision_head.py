@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from guard.detection.heads.decision_head import DecisionHead, hidden_widths
+from guard.detection.heads import decision_head, head_training
+from guard.detection.heads.decision_head import DecisionHead
+from guard.detection.heads.head_training import hidden_widths, portions_of_heads, train_heads
 from guard.errors import DataError, NotFittedError
 
 
@@ -52,19 +54,65 @@ def test_head_fit_leaves_the_global_generators_alone(noise_std):
     np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)
 
 
+@pytest.mark.parametrize("settings", [{}, {"noise_std": 0.2}, {"stops_early": False}, {"batch_size": 50}], ids=str)
+def test_heads_trained_together_are_those_trained_alone(settings):
+    """Parts of several sizes: with other last batches, other numbers of batches, and other epochs to stop at."""
+    features, labels = blobs(400)
+    parts = [np.arange(400), np.arange(37, 400), np.arange(0, 400, 2), np.arange(120), np.arange(399, 99, -1)]
+    labels = np.where(np.arange(400) == 36, -1, labels)  # of a row that most parts leave out
+    head = DecisionHead(max_epochs=20, **settings)
+    with pytest.raises(DataError, match="labels must be in"):
+        head.fit_parts(features, labels, 4, parts)
+    parts = [rows[rows != 36] for rows in parts]
+    for rows, together in zip(parts, head.fit_parts(features, labels, 4, parts), strict=True):
+        alone = DecisionHead(max_epochs=20, **settings).fit(features[rows], labels[rows], 4)
+        np.testing.assert_allclose(together.logits(features), alone.logits(features), rtol=1e-3, atol=1e-3)
+        assert (together.batch_size, together.noise_std) == (head.batch_size, head.noise_std)
+
+
+def test_head_gradients_are_those_of_autograd(monkeypatch):
+    caught = []
+    gradients = head_training._gradients
+
+    def watched(runs, weights, features, targets, batch, noise_std):
+        found = gradients(runs, weights, features, targets, batch, noise_std)
+        if len({len(rows) for rows in batch}) == 1:
+            for place, (run, rows) in enumerate(zip(runs, batch, strict=True)):
+                own = [layer[place].clone().requires_grad_() for layer in weights]
+                logits = head_training._forward((features[rows] - run.mean) / run.scale, own)
+                expected = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, targets[rows]), own)
+                caught.append(max(float((a[place] - b).abs().max()) for a, b in zip(found, expected, strict=True)))
+        return found
+
+    monkeypatch.setattr(head_training, "_gradients", watched)
+    DecisionHead(max_epochs=3).fit_parts(*blobs(300), 4, [np.arange(290), np.arange(10, 300), np.arange(298)])
+    assert len(caught) == 3 * 3 * 2  # epochs, heads, batches
+    assert max(caught) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("n_heads", "n_features", "n_classes", "sizes"),
+    [(11, 512, 10, [5, 6]), (21, 16, 10, [10, 11]), (11, 2048, 43, [1] * 11), (1, 4, 2, [1])],
+)
+def test_portions_of_heads_fit_the_cache(n_heads, n_features, n_classes, sizes):
+    portions = portions_of_heads(n_heads, n_features, n_classes)
+    assert [len(portion) for portion in portions] == sizes
+    assert [place for portion in portions for place in portion] == list(range(n_heads))
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_head_fit_trains_on_one_thread_and_restores_the_number(monkeypatch, fails):
     before = torch.get_num_threads()
     seen = []
-    train = DecisionHead._train
+    train = head_training._train_in_step
 
-    def watched(self, *arguments):
+    def watched(*arguments):
         seen.append(torch.get_num_threads())
         if fails:
             raise RuntimeError
-        return train(self, *arguments)
+        return train(*arguments)
 
-    monkeypatch.setattr(DecisionHead, "_train", watched)
+    monkeypatch.setattr(head_training, "_train_in_step", watched)
     try:
         torch.set_num_threads(2)
         if fails:
@@ -107,20 +155,19 @@ def test_head_layers_have_the_widths(head):
 
 def test_head_with_standardisation_folded_in_equals_standardising_first(monkeypatch):
     caught = []
-    train = DecisionHead._train
 
-    def watched(self, *arguments):
-        weights = train(self, *arguments)
-        caught.extend(tensor.detach().numpy().astype(np.float64) for tensor in weights)
-        return weights
+    def watched(*arguments):
+        (weights,) = trained = train_heads(*arguments)
+        caught.extend(tensor.numpy().astype(np.float64) for tensor in weights)
+        return trained
 
-    monkeypatch.setattr(DecisionHead, "_train", watched)
+    monkeypatch.setattr(decision_head, "train_heads", watched)
     features, labels = blobs(400)
     logits = DecisionHead().fit(features, labels, 4).logits(features)
     first, bias_1, second, bias_2, third, bias_3 = caught
     exact = features.astype(np.float64)
     hidden = np.maximum((exact - exact.mean(axis=0)) / exact.std(axis=0) @ first + bias_1, 0)
-    expected = np.maximum(hidden @ second + bias_2, 0) @ third + bias_3
+    expected = np.maximum(hidden @ second + bias_2, 0) @ third.T + bias_3
     np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3)
 
 

@@ -261,8 +261,8 @@ def test_fit_side_by_side_gives_the_same_guard(clean_activations, tmp_path, sett
 def test_fit_side_by_side_ends_with_the_first_error(clean_activations, monkeypatch):
     begun = []
 
-    def fails(config, training, rows, stops_early):
-        begun.append(rows)
+    def fails(*arguments):
+        begun.append(arguments)
         raise DataError("this fold is broken")
 
     monkeypatch.setattr("guard.detection.cross_fitting._fitted_ensemble", fails)

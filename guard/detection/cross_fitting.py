@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,11 +11,12 @@ import numpy as np
 
 from guard.config import GuardConfig
 from guard.detection.contradictions import Contradictions
+from guard.detection.detectors.base import Detector, FitsParts
 from guard.detection.detectors.lof import PerClassLof
 from guard.detection.ensemble import Ensemble
 from guard.detection.fusion import Fusion, new_fusion
-from guard.detection.heads.decision_head import holds_out_enough, one_thread
-from guard.detection.training_set import TrainingSet
+from guard.detection.heads.head_training import holds_out_enough, one_thread
+from guard.detection.training_set import Examples, TrainingSet
 from guard.statistics.calibration import conformal_p_values, stratified_folds
 from guard.types import BACKUP, FEATURES, BoolArray, Float64Array, FloatArray, IntArray
 
@@ -99,22 +100,50 @@ def cross_fit(
     part_scored = part[scored]
     # With early stopping here and without it there, heads of the folds would be sure otherwise than the final ones.
     stops_early = all(holds_out_enough(labels[training.teaches & (part != fold)]) for fold in range(folds))
-    wanted = Ensemble.for_mode(config, depths, with_anomalies=training.has_anomalies)
+    wanted = Ensemble.for_mode(config, depths, with_anomalies=training.has_anomalies, stops_early=stops_early)
     raw = np.empty((len(scored), len(wanted.names)))
     layers = [depth for depth in depths if depth != BACKUP] if config.anytime else []
     early_raw = [np.empty((len(scored), len(wanted.up_to(layers[: k + 1]).names))) for k in range(len(layers))]
+    examples = training.examples(training.teaches)
+    fold_of = np.full(len(examples.labels), -1)  # of no fold: labelled inputs and anomalies
+    of_clean = np.tile(part[training.teaches], training.copies)
+    fold_of[: len(of_clean)] = of_clean
+    #: Member, and the folds whose detectors are fitted at once; the last one of all is left out of nothing.
+    portions = [
+        (member.name, member.detector, portion)
+        for member in wanted.members
+        if isinstance(member.detector, FitsParts)
+        for portion in member.detector.portions(folds + 1, examples.activations)
+    ]
+    ready: list[dict[str, Detector]] = [{} for _ in range(folds + 1)]
+
+    def fit_portion(place: int) -> Sequence[Detector]:
+        _, detector, portion = portions[place]
+        learns = np.isin(examples.sources, [*detector.learns_from])
+        rows = [np.flatnonzero(learns & (fold_of != fold)) for fold in portion]
+        return detector.fit_parts(examples.activations, examples.labels, rows)
 
     def fit_part(fold: int) -> Ensemble | tuple[Float64Array, list[Float64Array]]:
         """Return the scores of one fold, or after the last fold the detectors that have seen all of them."""
-        fitted = _fitted_ensemble(config, training, training.teaches & (part != fold), stops_early)
+        fitted = _fitted_ensemble(config, training, examples, fold_of != fold, stops_early, ready[fold])
         if fold == folds:
             return fitted
         held_out = activations[scored[part_scored == fold]]
         early = (fitted.up_to(layers[: k + 1]) for k in range(len(layers)))
         return fitted.score(held_out), [shallow.score(held_out) for shallow in early]
 
-    for done, (fold, result) in enumerate(_side_by_side(fit_part, folds + 1, threads), start=1):
-        report(f"fitting, part {done} of {folds + 1}", 0.1 + 0.87 * done / (folds + 1))
+    n_pieces = len(portions) + folds + 1
+
+    def report_piece(done: int) -> None:
+        report(f"fitting, part {done} of {n_pieces}", 0.1 + 0.87 * done / n_pieces)
+
+    for done, (place, detectors) in enumerate(_side_by_side(fit_portion, len(portions), threads), start=1):
+        report_piece(done)
+        name, _, portion = portions[place]
+        for fold, detector in zip(portion, detectors, strict=True):
+            ready[fold][name] = detector
+    for done, (fold, result) in enumerate(_side_by_side(fit_part, folds + 1, threads), start=len(portions) + 1):
+        report_piece(done)
         if isinstance(result, Ensemble):
             ensemble = result
             continue
@@ -162,18 +191,23 @@ def _silent(_text: str, _share: float) -> None:
     """Report nothing."""
 
 
-def _fitted_ensemble(config: GuardConfig, training: TrainingSet, rows: BoolArray, stops_early: bool) -> Ensemble:
-    """Fit on the chosen rows of the clean inputs, and on everything else that may be learned from."""
+def _fitted_ensemble(
+    config: GuardConfig,
+    training: TrainingSet,
+    examples: Examples,
+    rows: BoolArray,
+    stops_early: bool,
+    ready: Mapping[str, Detector],
+) -> Ensemble:
+    """Fit on the chosen rows of the examples; detectors that are ready are taken as they are."""
     # As many fewer neighbours as images: with the same number among fewer, the factors of a fold would spread less than
     # the final ones do (nearly all of a class are neighbours), and its scores would calibrate too low.
-    chosen = training.examples(rows)
-    n_seen = int(np.isin(chosen.sources, [*PerClassLof.learns_from]).sum())
-    share = n_seen / (n_seen + training.copies * int((training.teaches & ~rows).sum()))
-    scaled = config.replace(n_neighbors=max(1, round(config.n_neighbors * share)))
+    is_seen = np.isin(examples.sources, [*PerClassLof.learns_from])
+    scaled = config.replace(n_neighbors=max(1, round(config.n_neighbors * is_seen[rows].sum() / is_seen.sum())))
     ensemble = Ensemble.for_mode(
         scaled, training.depths, with_anomalies=training.has_anomalies, stops_early=stops_early
     )
-    return ensemble.fit(*chosen)
+    return ensemble.fit(examples.activations[rows], examples.labels[rows], examples.sources[rows], ready)
 
 
 def _calibrated(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Self, get_args
 
 import numpy as np
@@ -93,7 +94,13 @@ class Ensemble:
                 members.append(Member(f"{kind}:{depth}" if depth else kind, kind, detector))
         return cls(members, dict.fromkeys((FEATURES, *layers)))
 
-    def fit(self, activations: Activations, labels: IntArray, sources: IntArray | None = None) -> Self:
+    def fit(
+        self,
+        activations: Activations,
+        labels: IntArray,
+        sources: IntArray | None = None,
+        fitted: Mapping[str, Detector] = MappingProxyType({}),
+    ) -> Self:
         """Fit every detector on what it learns from.
 
         Parameters
@@ -103,6 +110,8 @@ class Ensemble:
             True labels; `NO_LABEL` for an anomaly.
         sources : ndarray of shape (n,), int, optional
             A `Source` each; None = all are clean.
+        fitted : mapping of str to Detector, optional
+            Detectors by name that are fitted already, and take the place of those here.
 
         Raises
         ------
@@ -116,7 +125,12 @@ class Ensemble:
             self.spaces[depth] = WhitenedSpace.fit(activations.at(depth)[clean], labels[clean])
         self.__dict__.pop("_fused", None)
         views = self.views(activations)
+        self.members = tuple(
+            replace(member, detector=fitted.get(member.name, member.detector)) for member in self.members
+        )
         for member in self.members:
+            if member.name in fitted:
+                continue
             rows = np.isin(sources, [*member.detector.learns_from])
             member.detector.fit(views[member.detector.reads][rows], labels[rows])
         return self

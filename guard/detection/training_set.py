@@ -183,7 +183,8 @@ class TrainingSet:
 
         Poisoned inputs that show what the network answers are left out: nobody could learn from them.
         """
-        parts = [(part[rows], self.labels[rows], Source.CLEAN) for part in (self.clean, self.noisy) if part is not None]
+        clean = [part for part in (self.clean, self.noisy) if part is not None]
+        parts = [(part if rows.all() else part[rows], self.labels[rows], Source.CLEAN) for part in clean]
         sources = [np.full(len(part), source) for part, _, source in parts]
         activations, labels = [part for part, _, _ in parts], [label for _, label, _ in parts]
         if self.labelled is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
@@ -91,6 +91,17 @@ class Detector(Protocol):
     @classmethod
     def from_state(cls, state: Mapping[str, AnyArray], **settings: Any) -> Self:
         """Return a fitted detector from what `state` returned and the settings it was made with."""
+
+
+@runtime_checkable
+class FitsParts(Protocol):
+    """A detector that is cheaper to fit on several parts of the same inputs at once, as cross-fitting needs it."""
+
+    def fit_parts(self, activations: Activations, labels: IntArray, parts: Sequence[IntArray]) -> list[Self]:
+        """Return detectors with these settings, each fitted on the rows of one part, in this order."""
+
+    def portions(self, n_parts: int, activations: Activations) -> list[range]:
+        """Cut so many parts into portions, each to be fitted at once."""
 
 
 def check_columns(name: str, rows: AnyArray, fitted: int) -> None:

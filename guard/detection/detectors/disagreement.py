@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -19,6 +19,7 @@ from guard.detection.detectors.base import (
     check_columns,
 )
 from guard.detection.heads.decision_head import DecisionHead
+from guard.detection.heads.head_training import portions_of_heads
 from guard.types import BACKUP, FEATURES, Activations, AnyArray, Float32Array, Float64Array, IntArray
 
 
@@ -56,9 +57,24 @@ class HeadDisagreement:
 
     def fit(self, activations: Activations, labels: IntArray) -> Self:
         """Train the head on activations and true labels, shape (n,)."""
-        head = DecisionHead(noise_std=self.feature_noise_std, stops_early=self.stops_early, seed=self.seed)
-        self.head_ = head.fit(activations.at(self.depth), labels, activations.logits.shape[1])
+        self.head_ = self._fresh_head().fit(activations.at(self.depth), labels, activations.logits.shape[1])
         return self
+
+    def fit_parts(self, activations: Activations, labels: IntArray, parts: Sequence[IntArray]) -> list[Self]:
+        """Return detectors with these settings, each fitted on some of the rows: what `fit` gives, in less time."""
+        features, n_classes = activations.at(self.depth), activations.logits.shape[1]
+        fitted = []
+        for head in self._fresh_head().fit_parts(features, labels, n_classes, parts):
+            fitted.append(replace(self))
+            fitted[-1].head_ = head
+        return fitted
+
+    def portions(self, n_parts: int, activations: Activations) -> list[range]:
+        """Cut so many parts into portions that `fit_parts` is to be given at once."""
+        return portions_of_heads(n_parts, activations.at(self.depth).shape[1], activations.logits.shape[1])
+
+    def _fresh_head(self) -> DecisionHead:
+        return DecisionHead(noise_std=self.feature_noise_std, stops_early=self.stops_early, seed=self.seed)
 
     def score(self, activations: Activations) -> Float64Array:
         """Return the log-ratio per row, shape (n,), float64; higher = more suspicious.

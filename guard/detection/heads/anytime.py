@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from guard.arrays import check_range, require
-from guard.detection.heads.decision_head import one_thread
+from guard.detection.heads.head_training import one_thread
 from guard.errors import DataError, NotFittedError
 from guard.types import AnyArray, Float32Array, FloatArray, IntArray
 
