@@ -250,7 +250,7 @@ def _fitted(
     """Return a guard fitted on what the handler makes of the images."""
     from guard.cli.classes import check_classes, check_order
     from guard.cli.fitting import fit_guard
-    from guard.cli.images import read_all
+    from guard.cli.reading import read_all
 
     inputs = read_all(found, user.model_inputs, report, remedy=_AS_SENT)
     try:
