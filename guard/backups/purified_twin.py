@@ -19,7 +19,7 @@ from guard.backups.pruning import FinePruningSettings, NormPruningSettings, prun
 from guard.backups.purification import CurvePoint, Purification
 from guard.errors import ConfigError, DataError, did_you_mean
 from guard.suspect.digest import weights_digest
-from guard.types import Float32Array, IntArray
+from guard.types import BoolArray, Float32Array, IntArray
 
 #: Name -> class of its settings, and what does it to a copy.
 METHODS: dict[str, tuple[type[Any], Callable[..., Purification]]] = {
@@ -154,60 +154,66 @@ def purify(
     SuspectModelError
         If the network cannot be copied, or the method does not fit it.
     """
-    settings_class, run = _method(method)
-    settings = settings_class() if settings is None else settings
-    if not isinstance(settings, settings_class):
-        raise ConfigError(
-            f"method {method!r} takes {settings_class.__name__} as its settings, got {type(settings).__name__}."
-        )
+    settings, run = _method(method, settings)
     started = time.perf_counter()
     images = np.asarray(clean_images)
     check_images(images)
-    probes = dict(probes or {})
+    probes = probes or {}
     if "clean_accuracy" in probes:
         raise DataError("no probe can be named 'clean_accuracy': that is measured already. Choose another name.")
     before, twin = copy_network(module), copy_network(module)
-    n_classes = predict_logits(before, images[:1]).shape[1]
-    clean = CleanSet.split(images, clean_labels, n_classes, seed)
+    clean = CleanSet.split(images, clean_labels, predict_logits(before, images[:1]).shape[1], seed)
 
     def measure(network: nn.Module) -> dict[str, float]:
-        right = predict_logits(network, clean.held_out_images).argmax(axis=1) == clean.held_out_labels
-        return {"clean_accuracy": float(right.mean()), **{name: probe.share(network) for name, probe in probes.items()}}
+        shares = {name: probe.share(network) for name, probe in probes.items()}
+        return {"clean_accuracy": float(_right(network, clean).mean()), **shares}
 
     outcome = run(twin, clean, settings, seed, measure, progress or (lambda _share: None))
     twin.eval()
     seconds = time.perf_counter() - started
-    rates = [measure(network) for network in (before, twin)]
-    per_class = [_per_class(network, clean) for network in (before, twin)]
+    rates_before, rates_after = measure(before), measure(twin)
     report = PurifyReport(
         method=method,
         settings=dataclasses.asdict(settings),
         seed=seed,
         images=len(clean.labels),
         held_out=len(clean.held_out_labels),
-        clean_accuracy_before=rates[0].pop("clean_accuracy"),
-        clean_accuracy_after=rates[1].pop("clean_accuracy"),
-        per_class_before=per_class[0],
-        per_class_after=per_class[1],
+        clean_accuracy_before=rates_before.pop("clean_accuracy"),
+        clean_accuracy_after=rates_after.pop("clean_accuracy"),
+        per_class_before=_per_class(before, clean),
+        per_class_after=_per_class(twin, clean),
         units=outcome.units,
         pruned=outcome.pruned,
         seconds=seconds,
         suspect_digest=weights_digest(module),
         twin_digest=weights_digest(twin),
-        probes_before=rates[0],
-        probes_after=rates[1],
+        probes_before=rates_before,
+        probes_after=rates_after,
         curve=outcome.curve,
         notes=outcome.notes,
     )
     return Purified(twin, report)
 
 
-def _method(name: str) -> tuple[type[Any], Callable[..., Purification]]:
+def _method(name: str, settings: Any) -> tuple[Any, Callable[..., Purification]]:
+    """Return a method, and its settings: those given, or its defaults."""
     if name not in METHODS:
         raise ConfigError(f"there is no method {name!r}. {did_you_mean(name, METHODS)}")
-    return METHODS[name]
+    settings_class, run = METHODS[name]
+    settings = settings_class() if settings is None else settings
+    if not isinstance(settings, settings_class):
+        raise ConfigError(
+            f"method {name!r} takes {settings_class.__name__} as its settings, got {type(settings).__name__}."
+        )
+    return settings, run
+
+
+def _right(network: nn.Module, clean: CleanSet) -> BoolArray:
+    """Return which of the images held out get their label."""
+    right: BoolArray = predict_logits(network, clean.held_out_images).argmax(axis=1) == clean.held_out_labels
+    return right
 
 
 def _per_class(network: nn.Module, clean: CleanSet) -> tuple[float, ...]:
-    right = predict_logits(network, clean.held_out_images).argmax(axis=1) == clean.held_out_labels
+    right = _right(network, clean)
     return tuple(float(right[clean.held_out_labels == label].mean()) for label in range(clean.n_classes))
