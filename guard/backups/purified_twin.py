@@ -12,14 +12,14 @@ import numpy as np
 from torch import nn
 
 from guard.backups.anp import AnpSettings, prune_adversarially
-from guard.backups.backup_training import Report, copy_network, predict_logits
+from guard.backups.backup_training import Report, accuracy_of, copy_network, predict_logits
 from guard.backups.clean_set import CleanSet, check_images
 from guard.backups.last_layer import LastLayerSettings, retrain_last_layer
 from guard.backups.pruning import FinePruningSettings, NormPruningSettings, prune_by_activation, prune_by_norm
 from guard.backups.purification import CurvePoint, Purification
 from guard.errors import ConfigError, DataError, did_you_mean
 from guard.suspect.digest import weights_digest
-from guard.types import BoolArray, Float32Array, IntArray
+from guard.types import Float32Array, IntArray
 
 #: Name -> class of its settings, and what does it to a copy.
 METHODS: dict[str, tuple[type[Any], Callable[..., Purification]]] = {
@@ -52,7 +52,7 @@ class Probe:
 
     def share(self, module: nn.Module) -> float:
         """Return the share of the images that get their label, a fraction."""
-        return float((predict_logits(module, self.images).argmax(axis=1) == self.labels).mean())
+        return accuracy_of(module, self.images, self.labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +165,8 @@ def purify(
     clean = CleanSet.split(images, clean_labels, predict_logits(before, images[:1]).shape[1], seed)
 
     def measure(network: nn.Module) -> dict[str, float]:
-        shares = {name: probe.share(network) for name, probe in probes.items()}
-        return {"clean_accuracy": float(_right(network, clean).mean()), **shares}
+        right = accuracy_of(network, clean.held_out_images, clean.held_out_labels)
+        return {"clean_accuracy": right, **{name: probe.share(network) for name, probe in probes.items()}}
 
     outcome = run(twin, clean, settings, seed, measure, progress or (lambda _share: None))
     twin.eval()
@@ -208,12 +208,6 @@ def _method(name: str, settings: Any) -> tuple[Any, Callable[..., Purification]]
     return settings, run
 
 
-def _right(network: nn.Module, clean: CleanSet) -> BoolArray:
-    """Return which of the images held out get their label."""
-    right: BoolArray = predict_logits(network, clean.held_out_images).argmax(axis=1) == clean.held_out_labels
-    return right
-
-
 def _per_class(network: nn.Module, clean: CleanSet) -> tuple[float, ...]:
-    right = _right(network, clean)
+    right = predict_logits(network, clean.held_out_images).argmax(axis=1) == clean.held_out_labels
     return tuple(float(right[clean.held_out_labels == label].mean()) for label in range(clean.n_classes))

@@ -56,10 +56,7 @@ def assess(
     class_names: ClassNames = None,
     false_positive_rate: Rate = None,
     mode: Mode = None,
-    trigger: Annotated[
-        list[str] | None,
-        typer.Option(metavar="<str>", help=_TRIGGER_HELP),
-    ] = None,
+    trigger: Annotated[list[str] | None, typer.Option(metavar="<str>", help=_TRIGGER_HELP)] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How often everything is drawn anew.")] = 3,
     seed: Annotated[int | None, typer.Option(show_default="0", help="The first seed.")] = None,
     epochs: Annotated[

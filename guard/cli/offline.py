@@ -35,16 +35,7 @@ from guard.cli.options import (
     Threads,
     Weights,
 )
-from guard.cli.output import (
-    OutputFormat,
-    print_error,
-    print_table,
-    print_warning,
-    progress_bar,
-    say,
-    tell,
-    write,
-)
+from guard.cli.output import OutputFormat, print_error, print_table, print_warning, progress_bar, say, tell, write
 from guard.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -77,8 +68,7 @@ def fit(
     depth: Depths = None,
     logits: Annotated[str | None, typer.Option("--output", "--logits", help=LOGITS_HELP)] = None,
     backup: Annotated[
-        str,
-        typer.Option(help="Second opinion: defective, anp, norm-pruning, auto (the best of these), or none."),
+        str, typer.Option(help="Second opinion: defective, anp, norm-pruning, auto (the best of these), or none.")
     ] = _NO_BACKUP,
     backup_floor: Annotated[
         float, typer.Option(help="Share of planted triggers it must give their true label; else flag only.")

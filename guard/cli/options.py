@@ -39,8 +39,7 @@ def _no_file(name: str | None) -> str | None:
 
 
 Architecture = Annotated[
-    str | None,
-    typer.Option(callback=_no_file, help="Function that builds the network, as package.module:factory."),
+    str | None, typer.Option(callback=_no_file, help="Function that builds the network, as package.module:factory.")
 ]
 Handler = Annotated[
     str | None,

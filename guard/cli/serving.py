@@ -84,8 +84,7 @@ def archive(
     pin: Annotated[bool, typer.Option("--pin", help="Serve the embedded bundle only; do not follow ACTIVE.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an archive of that name.")] = False,
     images: Annotated[
-        Path | None,
-        typer.Option(help="Clean images as clients send them, to try the archive with before it is named."),
+        Path | None, typer.Option(help="Clean images as clients send them, to try the archive with before it is named.")
     ] = None,
     check: Check = True,
     queue: QueueUrl = None,
@@ -205,18 +204,13 @@ def _told_batches(model: ServedModel, examples: list[Path], config: GuardConfig)
 
 
 def _image_settings(
-    handler: str | None,
-    architecture: str | None,
-    state_key: str | None,
-    mean: str | None,
-    std: str | None,
-    resize: bool,
+    handler: str | None, architecture: str | None, key: str | None, mean: str | None, std: str | None, resize: bool
 ) -> dict[str, Any]:
     """Return what the image handler does to pictures; ConfigError if options do not go together."""
     if handler is None and architecture is None:
         raise ConfigError("give --architecture (for the image handler), or --handler with your own.")
     chosen = {"mean": _numbers("--mean", mean), "std": _numbers("--std", std), "resize": resize or None}
-    if architecture is None and state_key is not None:
+    if architecture is None and key is not None:
         raise ConfigError("--state-key goes with --architecture: your handler loads the weights. Leave one out.")
     if handler is not None and any(value is not None for value in chosen.values()):
         raise ConfigError("--mean, --std and --resize are for the image handler. Leave them out with --handler.")

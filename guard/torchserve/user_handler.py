@@ -21,15 +21,7 @@ from guard.serving.tap import is_same_row, tapped
 from guard.suspect.weights import check_weights_file
 from guard.torchserve.archives.archive import make_archive
 from guard.torchserve.row_fidelity import declares_one_row, why_one_by_one
-from guard.torchserve.worker import (
-    ADD_FILES,
-    Remedy,
-    asked,
-    asked_in_probe,
-    handler_class,
-    new_context,
-    probe_context,  # noqa: F401  # the adapters of archives made before look for it here
-)
+from guard.torchserve.worker import ADD_FILES, Remedy, asked, handler_class, new_context, probe_context
 from guard.types import Float32Array
 from guard.users_code import why_it_failed
 
@@ -288,6 +280,12 @@ def _initialised(
         why = why_it_failed(error, remedy.initialize, remedy.imports)
         raise SuspectModelError(f"handler {name} failed in initialize: {why}") from error
     return inner, context
+
+
+def asked_in_probe(handler: Any, context: Any, items: list[Any]) -> tuple[Any, Any]:
+    """Let a handler answer requests that no client sent; return what it did, and their context."""
+    made = probe_context(context, len(items))
+    return handler.handle(items, made), made
 
 
 def _as_images(rows: Sequence[Tensor]) -> Float32Array:

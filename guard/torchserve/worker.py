@@ -123,12 +123,6 @@ def probe_context(context: Any, n_requests: int = 1) -> Any:
     return request_context(context, [f"probe-{index}" for index in range(n_requests)], headers)
 
 
-def asked_in_probe(handler: Any, context: Any, items: list[Any]) -> tuple[Any, Any]:
-    """Let a handler answer requests that no client sent; return what it did, and their context."""
-    made = probe_context(context, len(items))
-    return handler.handle(items, made), made
-
-
 def asked(handler: Any, context: Any, bodies: Sequence[Any]) -> None:
     """Let a handler answer requests as one batch, in the context that it was initialised with; it keeps the statuses.
 

@@ -200,10 +200,7 @@ class _Round:
         clean = held_out[len(self.to_fit) :]
         self.control = (copy, guard)
         alarms = guard.scores(clean).is_poisoned
-        return Trial(
-            **about,
-            **_of_clean(clean, self.bench.labels[self.to_test], alarms),
-        )
+        return Trial(**about, **_of_clean(clean, self.bench.labels[self.to_test], alarms))
 
     def run(self, name: str, report: Progress) -> tuple[Trial, Float32Array]:
         """Plant one trigger, and see what a guard catches.

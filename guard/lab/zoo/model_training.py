@@ -23,7 +23,7 @@ from guard.lab.attacks.poisoning import Poisoned
 from guard.lab.zoo.card import ZooCard, required_success
 from guard.lab.zoo.collection import Zoo, build_network
 from guard.lab.zoo.measuring import Measured, measure
-from guard.lab.zoo.plan import Recipe, ZooEntry
+from guard.lab.zoo.plan import ZooEntry
 from guard.lab.zoo.splits import LabelledImages, ZooSplit, load_split
 from guard.suspect.weights import load_state_dict
 from guard.types import Float32Array
@@ -104,7 +104,7 @@ def train_entry(
         attack,
         twin,
         measure(stored, attack, split.test),
-        settings=_described(settings, recipe),
+        settings,
         epochs_run=report.epochs_run,
         poisoned_images=int(poisoned.is_poisoned.sum()) if isinstance(poisoned, Poisoned) else 0,
         cover_images=int(poisoned.is_cover.sum()) if isinstance(poisoned, Poisoned) else 0,
@@ -124,10 +124,16 @@ def _shape(split: ZooSplit) -> tuple[int, int]:
 
 
 def _card(
-    entry: ZooEntry, split: ZooSplit, attack: Attack | None, twin: ZooCard | None, measured: Measured, **training: Any
+    entry: ZooEntry,
+    split: ZooSplit,
+    attack: Attack | None,
+    twin: ZooCard | None,
+    measured: Measured,
+    settings: TrainingSettings,
+    **training: Any,
 ) -> ZooCard:
     """Return the card of a model; `training` are the fields of how it was trained."""
-    n_classes, channels = _shape(split)
+    recipe, (n_classes, channels) = entry.recipe, _shape(split)
     return ZooCard(
         name=entry.name,
         data_set=entry.data_set,
@@ -146,19 +152,16 @@ def _card(
         attack_success=round(min(measured.attack_success), 6) if measured.attack_success else None,
         attack_success_per_trigger=tuple(round(rate, 6) for rate in measured.attack_success),
         control_success=tuple(round(rate, 6) for rate in measured.control_success),
+        settings={
+            **asdict(settings),
+            "augmentation": asdict(recipe.augmentation) if recipe.augmentation is not None else None,
+            "clean_goal": recipe.clean_goal,
+            "how": recipe.how,
+            **({"n_train": recipe.n_train} if recipe.n_train is not None else {}),
+        },
         versions={"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
         **training,
     )
-
-
-def _described(settings: TrainingSettings, recipe: Recipe) -> dict[str, Any]:
-    return {
-        **asdict(settings),
-        "augmentation": asdict(recipe.augmentation) if recipe.augmentation is not None else None,
-        "clean_goal": recipe.clean_goal,
-        "how": recipe.how,
-        **({"n_train": recipe.n_train} if recipe.n_train is not None else {}),
-    }
 
 
 def _part_of(train: LabelledImages, n_train: int | None, seed: int) -> LabelledImages:
