@@ -29,7 +29,7 @@ from guard.torchserve.answers import Requests, set_answer
 from guard.torchserve.archives.contents import read_guard_files
 from guard.torchserve.batches import EXPLAIN, SWITCHES, Batches, is_empty
 from guard.torchserve.envelopes import handle_each
-from guard.torchserve.user_handler import handler_class, probe_context
+from guard.torchserve.worker import handler_class, probe_context
 
 BaseEnvelope.handle = handle_each  # this module is loaded before an envelope is made around its handler
 

@@ -209,7 +209,7 @@ def test_wrong_command_or_setting_is_one_line_and_status_2(guard: Run, arguments
 def test_cli_loads_torch_late_and_torchserve_never() -> None:
     modules = "guard.cli, guard.cli.assess, guard.cli.offline, guard.cli.serving"
     late = f"import sys, {modules}; assert not {{'torch', 'ts', 'sklearn'}} & set(sys.modules)"
-    modules = "guard.cli.images, guard.torchserve.user_handler, guard.cli.doctor, guard.demo.run"
+    modules = "guard.cli.reading, guard.torchserve.user_handler, guard.cli.doctor, guard.demo.run"
     never = f"import sys, {modules}; assert 'ts' not in sys.modules"
     for script in (late, never):
         subprocess.run([sys.executable, "-c", script], check=True)

@@ -13,9 +13,10 @@ import pytest
 from error_catalogue import PAGE, ROOMS, ROOT, messages, page, sources
 from image_helpers import png_that_says
 
-from guard.cli.images import NamedImages, find_images, read_all
+from guard.cli.images import NamedImages, find_images
 from guard.cli.model import tell_passed_over, tell_unserved
 from guard.cli.output import one_line, users_place, what_failed
+from guard.cli.reading import read_all
 from guard.config import load_config
 from guard.data.image_files import read_picture
 from guard.errors import DataError

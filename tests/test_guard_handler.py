@@ -27,7 +27,7 @@ from guard.lab.attacks import MnistCnn, Poisoned
 from guard.resources import resource_path
 from guard.storage.bundle import BundleStore
 from guard.telemetry import OUTCOMES
-from guard.torchserve.user_handler import handler_class
+from guard.torchserve.worker import handler_class
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,11 @@ from guard.cli.images import (
     as_fitted,
     find_images,
     find_labelled,
-    in_channels_taken,
     naming_rows,
-    preprocessing,
-    read_all,
     without_labels,
 )
 from guard.cli.model import class_list
+from guard.cli.reading import in_channels_taken, preprocessing, read_all
 from guard.data.labelled_folders import find_files, labels_of
 from guard.errors import ArchiveError, ConfigError, DataError, RowError
 from guard.files import decoded

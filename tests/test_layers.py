@@ -108,8 +108,8 @@ def test_telemetry_and_relabel_import_nouns_only():
             assert imported_rooms(file) - {room_of(file)} <= {"errors", "types", "files"}, file
 
 
-#: Runs a user's TorchServe handler where images are read from files, so it needs TorchServe itself; only when called.
-RUNS_HANDLERS = PACKAGE / "torchserve" / "user_handler.py"
+#: Does a worker's part for a user's handler outside a server, so it needs TorchServe itself; only when called.
+RUNS_HANDLERS = PACKAGE / "torchserve" / "worker.py"
 
 
 def test_torchserve_is_imported_by_one_module_and_only_when_called():

@@ -246,3 +246,10 @@ def test_user_handler_whose_network_has_another_name_says_which(tmp_path: Path) 
         with pytest.raises(SuspectModelError) as caught, open_mine(tmp_path):
             pass
         assert str(caught.value).endswith(expected)
+
+
+def test_user_handler_module_has_what_adapters_of_archives_made_before_take_from_it() -> None:
+    from guard.torchserve import user_handler, worker
+
+    assert user_handler.handler_class is worker.handler_class  # type: ignore[attr-defined]
+    assert user_handler.probe_context is worker.probe_context  # type: ignore[attr-defined]

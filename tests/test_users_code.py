@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from guard.cli.images import preprocessing
+from guard.cli.reading import preprocessing
 from guard.errors import ArchiveError, ConfigError, SuspectModelError
 from guard.suspect.model import build_architecture
 from guard.torchserve.user_handler import open_user_handler

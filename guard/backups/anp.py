@@ -124,12 +124,7 @@ def prune_adversarially(
 
 
 def learn_masks(
-    twin: nn.Module,
-    neurons: Sequence[_Neurons],
-    clean: CleanSet,
-    settings: AnpSettings,
-    seed: int,
-    progress: Report,
+    twin: nn.Module, neurons: Sequence[_Neurons], clean: CleanSet, settings: AnpSettings, seed: int, progress: Report
 ) -> list[Float32Array]:
     """Return one mask per neuron, an array of shape (units,) per layer, each in [0, 1]; the network is not changed."""
     device, epsilon = device_of(twin), settings.epsilon

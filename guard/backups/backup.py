@@ -218,9 +218,5 @@ def _defective(about: Mapping[str, Any], seed: int) -> nn.Module:
     channels, height, width = about["image_shape"]
     network = backup_cnn(about["n_classes"], channels, (height, width), seed)
     return make_defective(
-        network,
-        about["keep_probability"],
-        image_shape=(channels, height, width),
-        variant=about["variant"],
-        seed=seed,
+        network, about["keep_probability"], image_shape=(channels, height, width), variant=about["variant"], seed=seed
     )

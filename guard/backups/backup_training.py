@@ -148,64 +148,111 @@ def fit_network(
         If the loss is no longer finite, or the traffic's logits do not fit.
     """
     started = time.perf_counter()
-    device = device_of(module)
-    order = torch.Generator().manual_seed(seed)
-    x, y = torch.tensor(clean.images), torch.tensor(clean.labels)
-    soft = None if traffic is None else (torch.tensor(traffic.images), torch.tensor(traffic.logits).float())
-    if soft is not None and soft[1].shape[1] != clean.n_classes:
-        raise DataError(f"the traffic's logits have {soft[1].shape[1]} columns for {clean.n_classes} classes.")
-    parameters = dict(module.named_parameters())
-    handles = [
-        parameters[name].register_hook(functools.partial(torch.mul, mask.to(device)))  # type: ignore[no-untyped-call]
-        for name, mask in (keep or {}).items()
-    ]
-    frozen_values = {name: parameters[name].detach().clone() for name in keep or {}}
-    optimizer = torch.optim.AdamW(module.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
-    steps = settings.epochs * -(-len(x) // settings.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    run = _Run(module, clean, settings, seed, keep or {}, freeze_statistics, traffic)
     least, best_epoch, epoch = np.inf, 0, 0
     best = copy.deepcopy(module.state_dict())
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
             torch.manual_seed(seed)
             for epoch in range(1, settings.epochs + 1):
-                _train_mode(module, freeze_statistics)
-                for rows in torch.split(torch.randperm(len(x), generator=order), settings.batch_size):
-                    batch = _augmented(x[rows], settings, order).to(device)
-                    if len(rows) == 1 and not freeze_statistics:
-                        continue  # batch normalisation has no variance of one row
-                    loss = F.cross_entropy(logits_of(module(batch), output_place(module)), y[rows].to(device))
-                    if soft is not None and traffic is not None:
-                        loss = loss + traffic.weight * _distillation(module, soft, traffic, settings, order, device)
-                    if not torch.isfinite(loss):
-                        raise DataError(
-                            f"training diverged in epoch {epoch}: the loss is no longer finite. Lower learning_rate "
-                            f"(now {settings.learning_rate:g}), or look for bad images."
-                        )
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    optimizer.step()
-                    schedule.step()
-                    _restore(parameters, frozen_values, keep)
-                module.eval()
+                run.learn(epoch)
                 held_out = predict_logits(module, clean.held_out_images)
-                loss_now = float(F.cross_entropy(torch.from_numpy(held_out), torch.tensor(clean.held_out_labels)))
-                if loss_now < least:
-                    least, best_epoch, best = loss_now, epoch, copy.deepcopy(module.state_dict())
+                loss = float(F.cross_entropy(torch.from_numpy(held_out), torch.tensor(clean.held_out_labels)))
+                if loss < least:
+                    least, best_epoch, best = loss, epoch, copy.deepcopy(module.state_dict())
                 if progress is not None:
                     progress(epoch / settings.epochs)
                 if epoch - best_epoch >= settings.patience:
                     break
     finally:
-        for handle in handles:
-            handle.remove()
+        run.end()
         module.load_state_dict(best)
-        module.zero_grad(set_to_none=True)
-        module.eval()
     if not best_epoch:
         raise DataError("training diverged: no epoch had a finite loss on the held-out images. Lower learning_rate.")
     reached = accuracy_of(module, clean.held_out_images, clean.held_out_labels)
     return FitReport(epoch, best_epoch, reached, time.perf_counter() - started)
+
+
+class _Run:
+    """What one training of a module needs in every step: optimiser, order of the images, entries that stay."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        clean: CleanSet,
+        settings: FitSettings,
+        seed: int,
+        keep: Mapping[str, Tensor],
+        freeze_statistics: bool,
+        traffic: Traffic | None,
+    ) -> None:
+        if traffic is not None and (columns := traffic.logits.shape[1]) != clean.n_classes:
+            raise DataError(f"the traffic's logits have {columns} columns for {clean.n_classes} classes.")
+        self.module, self.settings, self.freeze_statistics, self.traffic = module, settings, freeze_statistics, traffic
+        self.device = device_of(module)
+        self.order = torch.Generator().manual_seed(seed)
+        self.x, self.y = torch.tensor(clean.images), torch.tensor(clean.labels)
+        parameters = dict(module.named_parameters())
+        self.kept = [  # parameter, entries that may change, values of the others
+            (parameters[name], mask.to(self.device), parameters[name].detach().clone()) for name, mask in keep.items()
+        ]
+        self.handles = [
+            parameter.register_hook(functools.partial(torch.mul, mask))  # type: ignore[no-untyped-call]
+            for parameter, mask, _ in self.kept
+        ]
+        rate, decay = settings.learning_rate, settings.weight_decay
+        self.optimizer = torch.optim.AdamW(module.parameters(), rate, weight_decay=decay)
+        steps = settings.epochs * -(-len(self.x) // settings.batch_size)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=steps)
+
+    def learn(self, epoch: int) -> None:
+        """Go once over the images; leaves the module in eval mode. DataError if the loss is no longer finite."""
+        self.module.train()
+        for inner in self.module.modules():
+            if self.freeze_statistics and isinstance(inner, _BatchNorm):
+                inner.eval()
+        for rows in torch.split(torch.randperm(len(self.x), generator=self.order), self.settings.batch_size):
+            images = self._augmented(self.x[rows])
+            if len(rows) == 1 and not self.freeze_statistics:
+                continue  # batch normalisation has no variance of one row
+            loss = F.cross_entropy(self._logits(images), self.y[rows].to(self.device))
+            if self.traffic is not None:
+                loss = loss + self.traffic.weight * self._distillation(self.traffic)
+            if not torch.isfinite(loss):
+                raise DataError(
+                    f"training diverged in epoch {epoch}: the loss is no longer finite. Lower learning_rate "
+                    f"(now {self.settings.learning_rate:g}), or look for bad images."
+                )
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            self.schedule.step()
+            with torch.no_grad():  # undo what weight decay did to entries that must not change
+                for parameter, mask, value in self.kept:
+                    parameter.copy_(torch.where(mask, parameter, value))
+        self.module.eval()
+
+    def end(self) -> None:
+        """Leave the module in eval mode, without hooks and gradients."""
+        for handle in self.handles:
+            handle.remove()
+        self.module.zero_grad(set_to_none=True)
+        self.module.eval()
+
+    def _augmented(self, images: Tensor) -> Tensor:
+        augmentation = self.settings.augmentation
+        return (images if augmentation is None else augmentation(images, self.order)).to(self.device)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        return logits_of(self.module(images), output_place(self.module))
+
+    def _distillation(self, traffic: Traffic) -> Tensor:
+        """Return how far the module is from what the other network said of some of its images."""
+        rows = torch.randint(len(traffic.images), (self.settings.batch_size,), generator=self.order).numpy()
+        logits = self._logits(self._augmented(torch.tensor(traffic.images[rows]))) / traffic.temperature
+        said = torch.tensor(traffic.logits[rows]).float().to(self.device)
+        wanted = F.softmax(said / traffic.temperature, dim=1)
+        return F.kl_div(F.log_softmax(logits, dim=1), wanted, reduction="batchmean") * traffic.temperature**2
 
 
 def predict_logits(module: nn.Module, images: Float32Array | Tensor, batch_size: int = 256) -> Float32Array:
@@ -255,39 +302,3 @@ def _deep_copy(module: nn.Module, attempts: int = 3) -> nn.Module:
         raise SuspectModelError(
             f"the suspect model cannot be copied, so no twin can be made: {type(error).__name__}: {error}."
         ) from error
-
-
-def _augmented(batch: Tensor, settings: FitSettings, generator: torch.Generator) -> Tensor:
-    return batch if settings.augmentation is None else settings.augmentation(batch, generator)
-
-
-def _distillation(
-    module: nn.Module,
-    soft: tuple[Tensor, Tensor],
-    traffic: Traffic,
-    settings: FitSettings,
-    generator: torch.Generator,
-    device: torch.device,
-) -> Tensor:
-    rows = torch.randint(len(soft[0]), (settings.batch_size,), generator=generator)
-    images = _augmented(soft[0][rows], settings, generator).to(device)
-    logits = logits_of(module(images), output_place(module)) / traffic.temperature
-    wanted = F.softmax(soft[1][rows].to(device) / traffic.temperature, dim=1)
-    return F.kl_div(F.log_softmax(logits, dim=1), wanted, reduction="batchmean") * traffic.temperature**2
-
-
-def _train_mode(module: nn.Module, freeze_statistics: bool) -> None:
-    module.train()
-    if freeze_statistics:
-        for inner in module.modules():
-            if isinstance(inner, _BatchNorm):
-                inner.eval()
-
-
-def _restore(
-    parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], keep: Mapping[str, Tensor] | None
-) -> None:
-    """Undo what weight decay did to entries that must not change."""
-    with torch.no_grad():
-        for name, mask in (keep or {}).items():
-            parameters[name].copy_(torch.where(mask.to(parameters[name].device), parameters[name], values[name]))

@@ -69,11 +69,9 @@ class DefectiveConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, **settings)
         self.keep_probability = keep_probability
         self.variant = variant
-        drawn = {
-            "neuron": (out_channels, *output_size),
-            "channel": (out_channels, 1, 1),
-            "shared": (1, *output_size),
-        }[variant]
+        drawn = {"neuron": (out_channels, *output_size), "channel": (out_channels, 1, 1), "shared": (1, *output_size)}[
+            variant
+        ]
         alive = torch.rand(drawn, generator=generator) < keep_probability
         if not alive.any():
             alive.view(-1)[0] = True  # a layer without a living neuron would pass nothing on

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from guard.backups.anp import AnpSettings, prune_adversarially
-from guard.backups.backup_training import Report, copy_network, predict_logits
+from guard.backups.backup_training import Report, accuracy_of, copy_network, predict_logits
 from guard.backups.clean_set import CleanSet, check_images
 from guard.backups.last_layer import LastLayerSettings, retrain_last_layer
 from guard.backups.pruning import FinePruningSettings, NormPruningSettings, prune_by_activation, prune_by_norm
@@ -52,7 +52,7 @@ class Probe:
 
     def share(self, module: nn.Module) -> float:
         """Return the share of the images that get their label, a fraction."""
-        return float((predict_logits(module, self.images).argmax(axis=1) == self.labels).mean())
+        return accuracy_of(module, self.images, self.labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,58 +154,58 @@ def purify(
     SuspectModelError
         If the network cannot be copied, or the method does not fit it.
     """
-    settings_class, run = _method(method)
-    settings = settings_class() if settings is None else settings
-    if not isinstance(settings, settings_class):
-        raise ConfigError(
-            f"method {method!r} takes {settings_class.__name__} as its settings, got {type(settings).__name__}."
-        )
+    settings, run = _method(method, settings)
     started = time.perf_counter()
     images = np.asarray(clean_images)
     check_images(images)
-    probes = dict(probes or {})
+    probes = probes or {}
     if "clean_accuracy" in probes:
         raise DataError("no probe can be named 'clean_accuracy': that is measured already. Choose another name.")
     before, twin = copy_network(module), copy_network(module)
-    n_classes = predict_logits(before, images[:1]).shape[1]
-    clean = CleanSet.split(images, clean_labels, n_classes, seed)
+    clean = CleanSet.split(images, clean_labels, predict_logits(before, images[:1]).shape[1], seed)
 
     def measure(network: nn.Module) -> dict[str, float]:
-        right = predict_logits(network, clean.held_out_images).argmax(axis=1) == clean.held_out_labels
-        return {"clean_accuracy": float(right.mean()), **{name: probe.share(network) for name, probe in probes.items()}}
+        right = accuracy_of(network, clean.held_out_images, clean.held_out_labels)
+        return {"clean_accuracy": right, **{name: probe.share(network) for name, probe in probes.items()}}
 
     outcome = run(twin, clean, settings, seed, measure, progress or (lambda _share: None))
     twin.eval()
     seconds = time.perf_counter() - started
-    rates = [measure(network) for network in (before, twin)]
-    per_class = [_per_class(network, clean) for network in (before, twin)]
+    rates_before, rates_after = measure(before), measure(twin)
     report = PurifyReport(
         method=method,
         settings=dataclasses.asdict(settings),
         seed=seed,
         images=len(clean.labels),
         held_out=len(clean.held_out_labels),
-        clean_accuracy_before=rates[0].pop("clean_accuracy"),
-        clean_accuracy_after=rates[1].pop("clean_accuracy"),
-        per_class_before=per_class[0],
-        per_class_after=per_class[1],
+        clean_accuracy_before=rates_before.pop("clean_accuracy"),
+        clean_accuracy_after=rates_after.pop("clean_accuracy"),
+        per_class_before=_per_class(before, clean),
+        per_class_after=_per_class(twin, clean),
         units=outcome.units,
         pruned=outcome.pruned,
         seconds=seconds,
         suspect_digest=weights_digest(module),
         twin_digest=weights_digest(twin),
-        probes_before=rates[0],
-        probes_after=rates[1],
+        probes_before=rates_before,
+        probes_after=rates_after,
         curve=outcome.curve,
         notes=outcome.notes,
     )
     return Purified(twin, report)
 
 
-def _method(name: str) -> tuple[type[Any], Callable[..., Purification]]:
+def _method(name: str, settings: Any) -> tuple[Any, Callable[..., Purification]]:
+    """Return a method, and its settings: those given, or its defaults."""
     if name not in METHODS:
         raise ConfigError(f"there is no method {name!r}. {did_you_mean(name, METHODS)}")
-    return METHODS[name]
+    settings_class, run = METHODS[name]
+    settings = settings_class() if settings is None else settings
+    if not isinstance(settings, settings_class):
+        raise ConfigError(
+            f"method {name!r} takes {settings_class.__name__} as its settings, got {type(settings).__name__}."
+        )
+    return settings, run
 
 
 def _per_class(network: nn.Module, clean: CleanSet) -> tuple[float, ...]:

@@ -26,9 +26,10 @@ from guard.cli.options import (
     Settings,
     StateKey,
     Weights,
+    check_output_folder,
 )
 from guard.cli.output import plain_table, print_table, print_warning, progress_bar, say, tell
-from guard.errors import ConfigError, GuardError
+from guard.errors import GuardError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,10 +56,7 @@ def assess(
     class_names: ClassNames = None,
     false_positive_rate: Rate = None,
     mode: Mode = None,
-    trigger: Annotated[
-        list[str] | None,
-        typer.Option(metavar="<str>", help=_TRIGGER_HELP),
-    ] = None,
+    trigger: Annotated[list[str] | None, typer.Option(metavar="<str>", help=_TRIGGER_HELP)] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How often everything is drawn anew.")] = 3,
     seed: Annotated[int | None, typer.Option(show_default="0", help="The first seed.")] = None,
     epochs: Annotated[
@@ -74,26 +72,18 @@ def assess(
     never changed. Real attackers may use other triggers: an estimate, not a promise.
     """
     from guard.cli.assess_picture import draw
-    from guard.cli.images import find_labelled, in_channels_taken
+    from guard.cli.images import find_labelled
+    from guard.cli.reading import in_channels_taken
     from guard.config import load_config
-    from guard.lab.assess import CAVEAT, DEFAULT_ATTACKS, PlantingSettings, check_names
+    from guard.lab.assess import DEFAULT_ATTACKS, PlantingSettings, check_names
     from guard.lab.assess import assess as assess_model
 
     config = load_config(settings, false_positive_rate=false_positive_rate, mode=mode, seed=seed)
     names = tuple(trigger or DEFAULT_ATTACKS)
     check_names(names)
-    _check_folder(output)
+    check_output_folder(output)
     model = open_model(
-        weights,
-        architecture,
-        preprocess,
-        handler,
-        model_file,
-        extra_file,
-        device,
-        config.model_attribute,
-        state_key=state_key,
-        logits=logits,
+        weights, architecture, preprocess, handler, model_file, extra_file, device, config, state_key, logits
     )
     with model as (suspect, convert, _), progress_bar("reading images") as report:
         found = find_labelled(images, class_names=class_list(class_names))
@@ -117,26 +107,11 @@ def assess(
     (output / "report.json").write_text(json.dumps(result.as_dict(), indent=2, allow_nan=False) + "\n")
     (output / "report.csv").write_text(_csv(result))
     draw(result, output / "assess.png")
-    print_table(_table(result))
-    split = result.split
-    say("")
-    say(
-        f"{result.clean_images} clean images, of which the model gets {100 * result.clean_accuracy:.1f} % right; "
-        f"per seed {split.planting + split.monitoring} plant, {split.fitting} fit the guard, {split.testing} test"
-    )
-    say(f"caught: share of triggered images that are flagged; false alarms asked for: {config.false_positive_rate:g}")
-    say("odd: share of the same images flagged where no trigger was planted")
-    say(CAVEAT)
+    _say_result(result)
     for name in ("report.json", "report.csv", "assess.png"):
         say(f"wrote {output / name}")
     tell_passed_over(found.passed_over)
-    for name, why in result.skipped.items():
-        tell(f"{name} left out: {why}")
-    for line in result.warnings:
-        print_warning(line)
-    for trial in result.trials:
-        if trial.why_not:
-            print_warning(f"{trial.attack}, seed {trial.seed}: not planted, so it says nothing: {trial.why_not}.")
+    _tell_doubts(result)
     if not any(trial.planted for trial in result.trials):
         raise GuardError(
             "no trigger could be planted in any copy, so nothing is known of what the guard would catch. "
@@ -144,11 +119,31 @@ def assess(
         )
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuse what can be no folder, before the long work."""
-    first = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not first.is_dir():
-        raise ConfigError(f"--output {folder}: {first} is no folder. Name another.")
+def _say_result(result: AssessmentReport) -> None:
+    """Print the table, and what its columns are."""
+    from guard.lab.assess import CAVEAT
+
+    print_table(_table(result))
+    split, asked_for = result.split, result.requested_false_positive_rate
+    say("")
+    say(
+        f"{result.clean_images} clean images, of which the model gets {100 * result.clean_accuracy:.1f} % right; "
+        f"per seed {split.planting + split.monitoring} plant, {split.fitting} fit the guard, {split.testing} test"
+    )
+    say(f"caught: share of triggered images that are flagged; false alarms asked for: {asked_for:g}")
+    say("odd: share of the same images flagged where no trigger was planted")
+    say(CAVEAT)
+
+
+def _tell_doubts(result: AssessmentReport) -> None:
+    """Say which triggers were left out or could not be planted, and what else makes the figures worth less."""
+    for name, why in result.skipped.items():
+        tell(f"{name} left out: {why}")
+    for line in result.warnings:
+        print_warning(line)
+    for trial in result.trials:
+        if trial.why_not:
+            print_warning(f"{trial.attack}, seed {trial.seed}: not planted, so it says nothing: {trial.why_not}.")
 
 
 def _csv(result: AssessmentReport) -> str:

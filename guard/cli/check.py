@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,15 +36,12 @@ def check(
     alone and in batches, and the verdicts must agree. Status 1 says that more images are flagged than the rate
     explains, or how it fails. With --url the images go to a running server instead.
     """
-    from guard.cli.bodies import find_requests
     from guard.torchserve.archives.contents import promise_of
-    from guard.torchserve.check import check_archive, check_server, chosen_rows, judging_guard, share_of_fit
+    from guard.torchserve.check import check_archive, check_server, judging_guard, share_of_fit
 
     promise = promise_of(archive)
     rate = promise.false_positive_rate if false_positive_rate is None else false_positive_rate
-    found = find_requests(images)
-    rows = chosen_rows(len(found.names))
-    bodies, names = [found.read(row) for row in rows], [found.names[row] for row in rows]
+    bodies, names = _requests(images)
     of_fit = None
     if promise.images_from == str(images.absolute()):
         of_fit = share_of_fit(judging_guard(archive, promise.bundle), rate)
@@ -69,18 +66,25 @@ def check_written(archive: Path, images: Path | None, rate: float, guard: Guard)
     ArchiveError
         If it does not start, or does not judge as was promised.
     """
-    from guard.cli.bodies import find_requests
-    from guard.torchserve.check import check_archive, check_start, chosen_rows, share_of_fit
+    from guard.torchserve.check import check_archive, check_start, share_of_fit
 
     with progress_bar("loading the archive in another process", share_known=False):
         if images is None:
             check_start(archive)
             return "it starts; no image was sent through it: `guard check` does, with --images"
-        found = find_requests(images)
-        rows = chosen_rows(len(found.names))
-        bodies, names = [found.read(row) for row in rows], [found.names[row] for row in rows]
+        bodies, names = _requests(images)
         of_fit = share_of_fit(guard, rate) if guard.images_from == str(images.absolute()) else None
         return check_archive(archive, bodies, rate, of_fit=of_fit, names=names).line()
+
+
+def _requests(images: Path) -> tuple[list[Any], list[str]]:
+    """Return the bodies and names of the images that are sent."""
+    from guard.cli.bodies import find_requests
+    from guard.torchserve.check import chosen_rows
+
+    found = find_requests(images)
+    rows = chosen_rows(len(found.names))
+    return [found.read(row) for row in rows], [found.names[row] for row in rows]
 
 
 def _prediction_key(key_file: Path | None) -> str | None:

@@ -50,13 +50,7 @@ def fit_guard(
         threads = min(torch.get_num_threads(), _MOST_THREADS)
     with naming_rows(images):
         guard = Guard.fit(
-            suspect,
-            inputs,
-            images.labels,
-            config,
-            class_names=images.class_names,
-            threads=threads,
-            progress=report,
+            suspect, inputs, images.labels, config, class_names=images.class_names, threads=threads, progress=report
         )
     tell_membership(suspect, inputs, guard)
     tell_multi_label(guard)

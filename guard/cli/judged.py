@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from guard.cli.images import Convert, NamedImages, converted, each, parts
+from guard.cli.images import NamedImages
 from guard.cli.output import OutputFormat, Report, in_full_width, plain_table, what_failed
+from guard.cli.reading import Convert, converted, each, parts
 
 if TYPE_CHECKING:
     from guard.detection.pipeline import Guard

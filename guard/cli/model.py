@@ -18,8 +18,10 @@ from guard.errors import ConfigError, DataError, GuardError, SuspectModelError
 from guard.files import decoded
 
 if TYPE_CHECKING:
-    from guard.cli.images import Convert, NamedImages
+    from guard.cli.images import NamedImages, NamedLabelledImages
     from guard.cli.output import Report
+    from guard.cli.reading import Convert
+    from guard.config import GuardConfig
     from guard.lab.assess.planting import Prepare
     from guard.suspect.model import SuspectModel
     from guard.torchserve.user_handler import UserHandler
@@ -40,17 +42,17 @@ def open_model(
     model_file: Path | None,
     extra_file: list[Path] | None,
     device: str,
-    model_attribute: str,
+    config: GuardConfig,
+    state_key: str | None,
+    logits: str | None = None,
     split: str | None = None,
     depths: list[str] | None = None,
-    state_key: str | None = None,
-    logits: str | None = None,
 ) -> Iterator[tuple[SuspectModel, Convert, UserHandler | None]]:
     """Load the suspect model, and yield it with what turns images into its inputs, and the handler if there is one.
 
     What the user's code prints goes to stderr.
     """
-    from guard.cli.images import preprocessing
+    from guard.cli.reading import preprocessing
     from guard.suspect.model import SuspectModel
     from guard.torchserve.user_handler import open_user_handler
 
@@ -63,34 +65,22 @@ def open_model(
     if handler is not None and state_key is not None:
         raise ConfigError("--state-key does not go with --handler: the handler loads the weights. Leave one out.")
     gpu = gpu_number(device)
+    places: dict[str, Any] = {"split": split, "depths": depths or None, "output": logits, "device": device}
     with contextlib.redirect_stdout(sys.stderr):
         if handler is None:
             assert architecture is not None
             convert = preprocessing(preprocess)
-            yield (
-                SuspectModel.load(
-                    weights,
-                    architecture,
-                    state_key=state_key,
-                    split=split,
-                    depths=depths or None,
-                    output=logits,
-                    device=device,
-                ),
-                convert,
-                None,
-            )
+            yield SuspectModel.load(weights, architecture, state_key=state_key, **places), convert, None
             return
         with open_user_handler(
             handler_argument(handler),
             weights,
             model_file=model_file,
             extra_files=tuple(extra_file or ()),
-            model_attribute=model_attribute,
+            model_attribute=config.model_attribute,
             gpu=gpu,
         ) as user:
-            suspect = SuspectModel(user.module, split=split, depths=depths or None, output=logits, device=device)
-            yield suspect, user.model_inputs, user
+            yield SuspectModel(user.module, **places), user.model_inputs, user
 
 
 def gpu_number(device: str) -> int | None:
@@ -164,6 +154,25 @@ def try_once(suspect: SuspectModel, inputs: Any, labels: Any = None) -> None:
         ) from error
 
 
+def read_labelled(
+    suspect: SuspectModel,
+    path: Path,
+    convert: Convert,
+    handler: str | None,
+    class_names: ClassList | None,
+    report: Report,
+) -> tuple[NamedLabelledImages, Float32Array]:
+    """Find and read labelled images; return them and what the network takes of them, on which it was tried once."""
+    from guard.cli.images import find_labelled
+    from guard.cli.reading import in_channels_taken, read_all
+
+    found = find_labelled(path, as_bytes=handler is not None, class_names=class_names)
+    found = in_channels_taken(found, lambda some: suspect.activations(convert(some)), at_once=2)
+    inputs = read_all(found, convert, report)
+    try_once(suspect, inputs, found.labels)
+    return found, inputs
+
+
 def tell_passed_over(names: Sequence[str]) -> None:
     """Warn of files that were not read: images beside the folders of the classes, and files that are no images."""
     beside = [name for name in names if is_picture(Path(name))]
@@ -192,7 +201,7 @@ def read_pixels(
     path: Path, found: NamedImages, convert: Convert, handler: str | None, report: Report
 ) -> tuple[Float32Array, Prepare]:
     """Read images as pixels, where triggers go on; return them and what makes the network's inputs of them."""
-    from guard.cli.images import preprocessing, read_all
+    from guard.cli.reading import preprocessing, read_all
 
     same_size = "A trigger goes on before the preprocessing, so resize them first."
     pixels = read_all(found, preprocessing(None), report, remedy=same_size)

@@ -68,12 +68,7 @@ def observe(
         if not found:
             raise ObservingError(f"there is no target in {targets}. Start `guard serve`, and name the file it prints.")
         instance = PrometheusInstance(
-            targets,
-            program=prometheus,
-            port=port,
-            data_dir=data_dir,
-            scrape_seconds=scrape_seconds,
-            rules=rules or (),
+            targets, program=prometheus, port=port, data_dir=data_dir, scrape_seconds=scrape_seconds, rules=rules or ()
         )
         with progress_bar("starting Prometheus", share_known=False):
             instance.start()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from guard.cli.model import class_list, open_model, read_pixels, tell_passed_over, tell_unserved, try_once
+from guard.cli.model import class_list, open_model, read_labelled, read_pixels, tell_passed_over, tell_unserved
 from guard.cli.options import (
     LOGITS_HELP,
     ActionName,
@@ -35,20 +35,13 @@ from guard.cli.options import (
     Threads,
     Weights,
 )
-from guard.cli.output import (
-    OutputFormat,
-    print_error,
-    print_table,
-    print_warning,
-    progress_bar,
-    say,
-    tell,
-    write,
-)
+from guard.cli.output import OutputFormat, print_error, print_table, print_warning, progress_bar, say, tell, write
 from guard.errors import ConfigError
 
 if TYPE_CHECKING:
     from guard.detection.pipeline import Guard
+    from guard.lab.assess.backups import BackupRequest
+    from guard.suspect.model import SuspectModel
 
 _NO_BACKUP = "none"
 _BACKUPS = (_NO_BACKUP, "auto", "defective", "anp", "norm-pruning")
@@ -75,8 +68,7 @@ def fit(
     depth: Depths = None,
     logits: Annotated[str | None, typer.Option("--output", "--logits", help=LOGITS_HELP)] = None,
     backup: Annotated[
-        str,
-        typer.Option(help="Second opinion: defective, anp, norm-pruning, auto (the best of these), or none."),
+        str, typer.Option(help="Second opinion: defective, anp, norm-pruning, auto (the best of these), or none.")
     ] = _NO_BACKUP,
     backup_floor: Annotated[
         float, typer.Option(help="Share of planted triggers it must give their true label; else flag only.")
@@ -93,10 +85,10 @@ def fit(
     """Fit a guard on clean images and write it as a bundle."""
     from guard.cli.classes import check_classes, check_order, tell_scale
     from guard.cli.fitting import fit_guard, tell_fit, warn_of_fit
-    from guard.cli.images import find_labelled, in_channels_taken, read_all
+    from guard.cli.images import find_labelled
     from guard.config import load_config
     from guard.detection.pipeline import Guard
-    from guard.lab.assess.backups import BackupRequest, with_backup
+    from guard.lab.assess.backups import with_backup
     from guard.storage.bundle import BundleStore
 
     config = load_config(
@@ -107,56 +99,34 @@ def fit(
         action=action,
         image_noise_std=image_noise_std,
     )
-    if backup not in _BACKUPS:
-        raise ConfigError(f"--backup must be one of {', '.join(_BACKUPS)}, got {backup!r}.")
-    if not 0.0 <= backup_floor <= 1.0:
-        raise ConfigError(f"--backup-floor must be in [0, 1], got {backup_floor}.")
-    if backup_detects and backup == _NO_BACKUP:
-        raise ConfigError("--backup-detects needs a backup. Name one with --backup.")
-    attribute = config.model_attribute
-    model = open_model(
-        weights,
-        architecture,
-        preprocess,
-        handler,
-        model_file,
-        extra_file,
-        device,
-        attribute,
-        split,
-        depth,
-        state_key,
-        logits,
-    )
+    request = _backup_request(backup, backup_floor, backup_detects)
+    loading = (weights, architecture, preprocess, handler, model_file, extra_file, device, config, state_key)
+    model = open_model(*loading, logits, split, depth)
     with model as (suspect, convert, user), progress_bar("reading images") as report:
         names = class_list(class_names)
-        found = find_labelled(images, as_bytes=handler is not None, class_names=names)
-        found = in_channels_taken(found, lambda some: suspect.activations(convert(some)), at_once=2)
-        inputs = read_all(found, convert, report)
-        try_once(suspect, inputs, found.labels)
+        found, inputs = read_labelled(suspect, images, convert, handler, names, report)
         n_classes = suspect.activations(inputs[:1]).logits.shape[1]
         found = check_classes(found, n_classes, allow_missing=allow_missing_classes)
         check_order(suspect, inputs, found, force=force)
         if handler is None:
             tell_scale(suspect, inputs, found.labels)
         guard = fit_guard(suspect, inputs, found, config, threads, report)
-        guard = replace(guard, preprocessing=f"handler {handler}" if handler is not None else preprocess)
-        depends = guard.batch_dependence or (user.batch_dependence if user is not None else "")
-        guard = replace(guard, images_from=str(images.absolute()), batch_dependence=depends)
-        if backup != _NO_BACKUP:
+        guard = replace(
+            guard,
+            preprocessing=f"handler {handler}" if handler is not None else preprocess,
+            batch_dependence=guard.batch_dependence or (user.batch_dependence if user is not None else ""),
+            images_from=str(images.absolute()),
+        )
+        if request is not None:
             pictures = found if handler is None else find_labelled(images, class_names=names)
             pixels, prepare = read_pixels(images, pictures, convert, handler, report)
-            request = BackupRequest(backup, backup_floor, backup_detects)
             guard = with_backup(guard, pixels, guard.reference_labels, request, preprocess=prepare, progress=report)
         folder = guard.save(bundles)
     Guard.load(folder)  # one that no server would take is not activated
     if activate:
         BundleStore(bundles).activate(folder.name)
-    points = suspect.split_points
-    assert points is not None  # fit has located them
     say(f"bundle          {folder}{' (active)' if activate else ''}")
-    split_line = f"split           {points.split}; earlier depths: {', '.join(points.depths) or 'none'}"
-    tell_fit(guard, found, [split_line, *(f"                {content}" for content in suspect.contents)])
+    tell_fit(guard, found, _layers(suspect))
     if guard.recovery:
         _tell_backup(guard, backup_floor)
     say("next            guard inspect FILES judges images here; guard archive NAME makes an archive for a server")
@@ -165,6 +135,27 @@ def fit(
     for content in suspect.contents:
         if content.problem:
             print_warning(f"{content.problem} (--split, --depth).")
+
+
+def _backup_request(kind: str, floor: float, detects: bool) -> BackupRequest | None:
+    """Return what is asked for as a second opinion; None for none."""
+    from guard.lab.assess.backups import BackupRequest
+
+    if kind not in _BACKUPS:
+        raise ConfigError(f"--backup must be one of {', '.join(_BACKUPS)}, got {kind!r}.")
+    if not 0.0 <= floor <= 1.0:
+        raise ConfigError(f"--backup-floor must be in [0, 1], got {floor}.")
+    if detects and kind == _NO_BACKUP:
+        raise ConfigError("--backup-detects needs a backup. Name one with --backup.")
+    return None if kind == _NO_BACKUP else BackupRequest(kind, floor, detects)
+
+
+def _layers(suspect: SuspectModel) -> list[str]:
+    """Return the lines that say where a guard looks."""
+    points = suspect.split_points
+    assert points is not None  # fit has located them
+    split = f"split           {points.split}; earlier depths: {', '.join(points.depths) or 'none'}"
+    return [split, *(f"                {content}" for content in suspect.contents)]
 
 
 def _tell_backup(guard: Guard, floor: float) -> None:
@@ -208,8 +199,9 @@ def inspect(
     An image that cannot be read or scored is listed as failed, the others keep their verdicts, and the status is 1,
     whatever the others are.
     """
-    from guard.cli.images import find_images, in_channels_taken
+    from guard.cli.images import find_images
     from guard.cli.judged import formatted, judge, verdict_table
+    from guard.cli.reading import in_channels_taken
     from guard.config import SERVING_SETTINGS, load_config, load_settings
     from guard.detection.pipeline import Guard
     from guard.storage.bundle import BundleStore
@@ -217,12 +209,10 @@ def inspect(
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"--output {output}: there is no folder {output.parent}. Make it first.")
     chosen = load_settings(settings, false_positive_rate=false_positive_rate)
-    attribute = load_config(settings).model_attribute
+    config = load_config(settings)
     store = BundleStore(bundles)
     bundle = store.resolve(digest) if digest else store.active_path()
-    model = open_model(
-        weights, architecture, preprocess, handler, model_file, extra_file, device, attribute, state_key=state_key
-    )
+    model = open_model(weights, architecture, preprocess, handler, model_file, extra_file, device, config, state_key)
     with model as (suspect, convert, _), progress_bar("reading images") as report:
         guard = Guard.load(bundle, suspect)
         guard = guard.with_config(**{name: value for name, value in chosen.items() if name in SERVING_SETTINGS})

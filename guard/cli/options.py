@@ -39,8 +39,7 @@ def _no_file(name: str | None) -> str | None:
 
 
 Architecture = Annotated[
-    str | None,
-    typer.Option(callback=_no_file, help="Function that builds the network, as package.module:factory."),
+    str | None, typer.Option(callback=_no_file, help="Function that builds the network, as package.module:factory.")
 ]
 Handler = Annotated[
     str | None,
@@ -158,3 +157,10 @@ Digest = Annotated[str, typer.Argument(help="First digits of the digest (6 or mo
 def handler_argument(name: str) -> Path | str:
     """Return a handler as a file, or as the name of one that TorchServe ships."""
     return Path(name) if name.endswith(".py") else name
+
+
+def check_output_folder(folder: Path) -> None:
+    """Refuse what can be no folder, before the long work."""
+    first = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not first.is_dir():
+        raise ConfigError(f"--output {folder}: {first} is no folder. Name another.")

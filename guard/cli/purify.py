@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from guard.cli.model import class_list, open_model, tell_passed_over, try_once
+from guard.cli.model import class_list, open_model, read_labelled, tell_passed_over
 from guard.cli.options import (
     Architecture,
     ClassNames,
@@ -23,13 +23,14 @@ from guard.cli.options import (
     Settings,
     StateKey,
     Weights,
+    check_output_folder,
 )
 from guard.cli.output import print_warning, progress_bar, say
 from guard.errors import ConfigError, DataError, GuardError
 from guard.files import READABLE_FILE, replace_file
 
 if TYPE_CHECKING:
-    from guard.backups.purified_twin import Purified
+    from guard.backups.purified_twin import Purified, PurifyReport
 
 WEIGHTS, CARD, PICTURE = "twin.safetensors", "twin.json", "twin.png"
 #: Options, and the methods that take them.
@@ -93,9 +94,7 @@ def purify(
     Prunes or retrains a copy on clean images, and measures it on a fifth of them that was held out. The model itself
     is never changed. Whether a backdoor is gone only triggered images could tell.
     """
-    from guard.backups.purified_twin import METHODS
     from guard.backups.purified_twin import purify as purify_model
-    from guard.cli.images import find_labelled, in_channels_taken, read_all
     from guard.config import load_config
 
     config = load_config(settings)
@@ -109,29 +108,15 @@ def purify(
         "allowed_accuracy_loss": allowed_accuracy_loss,
         "epochs": epochs,
     }
-    if method not in METHODS:
-        raise ConfigError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")
     chosen = _settings(method, {name: value for name, value in given.items() if value is not None})
     if seed < 0:
         raise ConfigError(f"--seed must be >= 0, got {seed}.")
-    _check_folder(output)
+    check_output_folder(output)
     model = open_model(
-        weights,
-        architecture,
-        preprocess,
-        handler,
-        model_file,
-        extra_file,
-        device,
-        config.model_attribute,
-        state_key=state_key,
-        logits=logits,
+        weights, architecture, preprocess, handler, model_file, extra_file, device, config, state_key, logits
     )
     with model as (suspect, convert, _), progress_bar("reading images") as report:
-        found = find_labelled(images, as_bytes=handler is not None, class_names=class_list(class_names))
-        found = in_channels_taken(found, lambda some: suspect.activations(convert(some)), at_once=2)
-        inputs = read_all(found, convert, report)
-        try_once(suspect, inputs, found.labels)
+        found, inputs = read_labelled(suspect, images, convert, handler, class_list(class_names), report)
         purified = purify_model(
             suspect.module,
             inputs,
@@ -142,19 +127,9 @@ def purify(
             progress=lambda done: report(f"purifying by {method}", done),
         )
     _write(purified, output, architecture, found.class_names)
-    done = purified.report
-    loss = done.clean_accuracy_before - done.clean_accuracy_after
-    say(f"method          {method}: {done.pruned} of {done.units} units pruned, {done.seconds:.0f} s")
-    say(
-        f"clean accuracy  {100 * done.clean_accuracy_before:.1f} % -> {100 * done.clean_accuracy_after:.1f} % "
-        f"of {done.held_out} images held out"
-    )
-    for name in (WEIGHTS, CARD, PICTURE):
-        say(f"wrote {output / name}")
-    for note in done.notes:
-        say(f"note: {note}")
+    _tell(purified.report, output)
     tell_passed_over(found.passed_over)
-    if loss > _LARGE_LOSS:
+    if (loss := purified.report.clean_accuracy_before - purified.report.clean_accuracy_after) > _LARGE_LOSS:
         print_warning(
             f"the twin gets {100 * loss:.1f} points fewer right than the model. Give more images, or prune less."
         )
@@ -163,6 +138,8 @@ def purify(
 def _settings(method: str, given: dict[str, Any]) -> Any:
     from guard.backups.purified_twin import METHODS
 
+    if method not in METHODS:
+        raise ConfigError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")
     for name in given:
         if method not in _TAKEN_BY[name]:
             raise ConfigError(
@@ -177,13 +154,6 @@ def _settings(method: str, given: dict[str, Any]) -> Any:
         return METHODS[method][0](**given)
     except DataError as error:
         raise ConfigError(f"--method {method}: {error}") from None
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse what can be no folder, before the long work."""
-    first = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not first.is_dir():
-        raise ConfigError(f"--output {folder}: {first} is no folder. Name another.")
 
 
 def _write(purified: Purified, output: Path, architecture: str | None, class_names: list[str] | None) -> None:
@@ -216,3 +186,16 @@ def _write(purified: Purified, output: Path, architecture: str | None, class_nam
         raise GuardError(
             f"the twin cannot be written to {output}: {error.strerror or error}. Is there room, and may you write?"
         ) from error
+
+
+def _tell(done: PurifyReport, output: Path) -> None:
+    """Say what a method did, and which files were written."""
+    say(f"method          {done.method}: {done.pruned} of {done.units} units pruned, {done.seconds:.0f} s")
+    say(
+        f"clean accuracy  {100 * done.clean_accuracy_before:.1f} % -> {100 * done.clean_accuracy_after:.1f} % "
+        f"of {done.held_out} images held out"
+    )
+    for name in (WEIGHTS, CARD, PICTURE):
+        say(f"wrote {output / name}")
+    for note in done.notes:
+        say(f"note: {note}")

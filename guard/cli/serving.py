@@ -40,8 +40,10 @@ _RANGE_ROOM = 0.02
 
 if TYPE_CHECKING:
     from guard.config import GuardConfig
+    from guard.detection.pipeline import Guard
     from guard.torchserve.archives.guarded import ServedModel
     from guard.torchserve.server import TorchServeInstance
+    from guard.torchserve.stack import ServingStack
 
 
 def archive(
@@ -82,8 +84,7 @@ def archive(
     pin: Annotated[bool, typer.Option("--pin", help="Serve the embedded bundle only; do not follow ACTIVE.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an archive of that name.")] = False,
     images: Annotated[
-        Path | None,
-        typer.Option(help="Clean images as clients send them, to try the archive with before it is named."),
+        Path | None, typer.Option(help="Clean images as clients send them, to try the archive with before it is named.")
     ] = None,
     check: Check = True,
     queue: QueueUrl = None,
@@ -94,11 +95,8 @@ def archive(
     The archive is loaded in another process, as a server would load it, before it gets its name.
     """
     from guard.config import GuardConfig, load_settings
-    from guard.detection.pipeline import Guard
     from guard.relabel.address import queue_url
     from guard.storage.bundle import BundleStore, read_bundle
-    from guard.suspect.model import SuspectModel
-    from guard.suspect.weights import check_weights_file
     from guard.torchserve.archives.archive import check_free
     from guard.torchserve.archives.guarded import ServedModel, make_guarded_archive
 
@@ -112,28 +110,12 @@ def archive(
         verdict_in_body=verdict_in_body,
         queue_url=queue_url(queue) if queue else None,
     )
-    if handler is None and architecture is None:
-        raise ConfigError("give --architecture (for the image handler), or --handler with your own.")
-    image_settings = {"mean": _numbers("--mean", mean), "std": _numbers("--std", std), "resize": resize or None}
-    if architecture is None and state_key is not None:
-        raise ConfigError("--state-key goes with --architecture: your handler loads the weights. Leave one out.")
-    if handler is not None and any(value is not None for value in image_settings.values()):
-        raise ConfigError("--mean, --std and --resize are for the image handler. Leave them out with --handler.")
+    image_settings = _image_settings(handler, architecture, state_key, mean, std, resize)
     bundle = BundleStore(bundles).active_path()
     document = read_bundle(bundle).document
-    if document["preprocessing"] and handler is None and mean is None and std is None:
-        raise ConfigError(
-            f"this bundle was fitted on images made by {document['preprocessing']}, and the image handler does not do "
-            "that. Name a --handler that does, or give --mean and --std if they are all of it."
-        )
     if handler is None:
-        _check_fed_range(document, image_settings["mean"], image_settings["std"])
-    if architecture is None:
-        check_weights_file(weights)
-        fitted = Guard.load(bundle)
-    else:  # weights and bundle belong together: better said now than when the server starts
-        with contextlib.redirect_stdout(sys.stderr):
-            fitted = Guard.load(bundle, SuspectModel.load(weights, architecture, state_key=state_key))
+        _check_preprocessing(document, image_settings["mean"], image_settings["std"])
+    fitted = _fitted_on(weights, architecture, state_key, bundle)
     examples = example or []
     if missing := [file for file in examples if not file.is_file()]:
         raise ConfigError(f"--example {missing[0]} does not exist. Name a file with the body of one request.")
@@ -168,9 +150,9 @@ def archive(
             example=examples[0] if examples else None,
             examples=examples[1:],
         )
-        checked = (
-            check_written(path, images, config.false_positive_rate, fitted) if check else "no: it was not asked for"
-        )
+        checked = "no: it was not asked for"
+        if check:
+            checked = check_written(path, images, config.false_positive_rate, fitted)
         put_in_place(path, target)
     say(str(target))
     if chosen.get("queue_url"):
@@ -179,6 +161,19 @@ def archive(
         )
     tell(f"batches: {batches}")
     tell(f"checked: {checked}")
+
+
+def _fitted_on(weights: Path, architecture: str | None, state_key: str | None, bundle: Path) -> Guard:
+    """Load the guard of a bundle, with the network where it can be built: they belong together, better said now."""
+    from guard.detection.pipeline import Guard
+    from guard.suspect.model import SuspectModel
+    from guard.suspect.weights import check_weights_file
+
+    if architecture is None:
+        check_weights_file(weights)
+        return Guard.load(bundle)
+    with contextlib.redirect_stdout(sys.stderr):
+        return Guard.load(bundle, SuspectModel.load(weights, architecture, state_key=state_key))
 
 
 def _told_batches(model: ServedModel, examples: list[Path], config: GuardConfig) -> str:
@@ -208,7 +203,21 @@ def _told_batches(model: ServedModel, examples: list[Path], config: GuardConfig)
         return f"each worker finds out when it starts, and logs it. The handler cannot be tried here: {error}"
 
 
-def _check_fed_range(document: Mapping[str, Any], mean: Any, std: Any) -> None:
+def _image_settings(
+    handler: str | None, architecture: str | None, key: str | None, mean: str | None, std: str | None, resize: bool
+) -> dict[str, Any]:
+    """Return what the image handler does to pictures; ConfigError if options do not go together."""
+    if handler is None and architecture is None:
+        raise ConfigError("give --architecture (for the image handler), or --handler with your own.")
+    chosen = {"mean": _numbers("--mean", mean), "std": _numbers("--std", std), "resize": resize or None}
+    if architecture is None and key is not None:
+        raise ConfigError("--state-key goes with --architecture: your handler loads the weights. Leave one out.")
+    if handler is not None and any(value is not None for value in chosen.values()):
+        raise ConfigError("--mean, --std and --resize are for the image handler. Leave them out with --handler.")
+    return chosen
+
+
+def _check_preprocessing(document: Mapping[str, Any], mean: Any, std: Any) -> None:
     """Compare what the guard was fitted on with what the image handler makes of pictures, channel by channel.
 
     Raises
@@ -216,6 +225,11 @@ def _check_fed_range(document: Mapping[str, Any], mean: Any, std: Any) -> None:
     ConfigError
         If it was fitted on values that the handler cannot feed.
     """
+    if document["preprocessing"] and mean is None and std is None:
+        raise ConfigError(
+            f"this bundle was fitted on images made by {document['preprocessing']}, and the image handler does not do "
+            "that. Name a --handler that does, or give --mean and --std if they are all of it."
+        )
     for channel, (low, high) in enumerate(document.get("input_range") or ()):
         shift, unit = (value[channel % len(value)] if isinstance(value, list) else value for value in (mean, std))
         least, most = sorted((pixel - (shift or 0.0)) / (unit or 1.0) for pixel in (0.0, 1.0))
@@ -326,16 +340,21 @@ def serve(
         review_options=_passed_on("review", review_app, review_option),
         retrainer_options=_passed_on("retrainer", retrainer_app, retrain_option, "--model", "any"),
     )
+    _run_until_stopped(ServingStack(server, beside, tell), ready_timeout, token)
+
+
+def _run_until_stopped(serving: ServingStack, ready_timeout: float, token: bool) -> None:
+    """Start a server and what runs beside it, say how to ask it, and keep all of it alive until Ctrl-C or SIGTERM."""
     is_ready = threading.Event()
     stopped = _stop_on_signal(is_ready)
-    with ServingStack(server, beside, tell) as stack:
+    with serving as stack:
         with progress_bar("starting TorchServe", share_known=False):
-            seconds = server.wait_ready(ready_timeout)
+            seconds = stack.server.wait_ready(ready_timeout)
         is_ready.set()
-        say(f"ready after {seconds:.0f} s on {server.inference_url}; metrics on {server.metrics_url}")
-        _say_how_to_ask(server, token)
-        if review:
-            say(f"review page on http://127.0.0.1:{review_port}")
+        say(f"ready after {seconds:.0f} s on {stack.server.inference_url}; metrics on {stack.server.metrics_url}")
+        _say_how_to_ask(stack.server, token)
+        if stack.beside.review_port is not None:
+            say(f"review page on http://127.0.0.1:{stack.beside.review_port}")
         stack.start_companions()
         say(f"to watch it: guard observe --targets {shlex.quote(str(stack.targets))}")
         say("Ctrl-C stops it.")

@@ -156,13 +156,7 @@ def wrap(
             say(line)
         tell_fit(guard, found)
         say(f"batches         {batches}")
-        if checked is None:
-            again = shlex.join([str(target), "--images", str(images)])
-            print_warning(f"not checked: `guard check {again}` does it.")
-        else:
-            say(f"checked         {checked.line()}")
-        served = shlex.join([f"{opened.manifest.name}={target.name}", "--model-store", str(target.parent)])
-        say(f"serve it        guard serve {served}")
+        _tell_next(opened.manifest.name, target, images, checked)
         warn_of_fit(guard, found)
 
 
@@ -250,7 +244,7 @@ def _fitted(
     """Return a guard fitted on what the handler makes of the images."""
     from guard.cli.classes import check_classes, check_order
     from guard.cli.fitting import fit_guard
-    from guard.cli.images import read_all
+    from guard.cli.reading import read_all
 
     inputs = read_all(found, user.model_inputs, report, remedy=_AS_SENT)
     try:
@@ -289,6 +283,17 @@ def _checked(archive: Path, guard: Guard, found: NamedLabelledImages) -> CheckRe
             of_fit=share_of_fit(guard, guard.config.false_positive_rate),
             names=[found.names[row] for row in rows],
         )
+
+
+def _tell_next(model: str, target: Path, images: Path, checked: CheckReport | None) -> None:
+    """Say what the check found, or how to make it, and how to serve the archive."""
+    if checked is None:
+        again = shlex.join([str(target), "--images", str(images)])
+        print_warning(f"not checked: `guard check {again}` does it.")
+    else:
+        say(f"checked         {checked.line()}")
+    served = shlex.join([f"{model}={target.name}", "--model-store", str(target.parent)])
+    say(f"serve it        guard serve {served}")
 
 
 def _changes(opened: OpenedArchive, written: Path, target: Path) -> list[str]:

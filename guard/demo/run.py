@@ -116,10 +116,7 @@ def run_demo(
     names = [name for recipe in DEMO_ATTACKS for name in (recipe.name, _plain(recipe))]
     url = queue_url(str(queue))
     with TorchServeInstance(
-        output / STORE,
-        {name: f"{name}.mar" for name in names},
-        batch_size=8,
-        environment={"GUARD_QUEUE_URL": url},
+        output / STORE, {name: f"{name}.mar" for name in names}, batch_size=8, environment={"GUARD_QUEUE_URL": url}
     ) as server:
         with console.status("starting TorchServe with three models, each without and with the guard"):
             server.wait_ready(180)
@@ -221,14 +218,7 @@ def _bar(console: Console) -> Progress:
 def _case(recipe: AttackRecipe, images: Float32Array, labels: IntArray) -> _Case:
     poisoned = poisoned_test_set(images, labels, recipe.apply_trigger, recipe.target)
     rows = slice(0, TRIGGERED_REQUESTS)
-    return _Case(
-        recipe,
-        images,
-        labels,
-        poisoned.images[rows],
-        poisoned.true_labels[rows],
-        poisoned.labels[rows],
-    )
+    return _Case(recipe, images, labels, poisoned.images[rows], poisoned.true_labels[rows], poisoned.labels[rows])
 
 
 def _traffic(case: _Case) -> list[Traffic]:

@@ -12,7 +12,6 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import yaml
@@ -171,9 +170,7 @@ class PrometheusInstance:
     def __enter__(self) -> PrometheusInstance:
         return self.start() if self._process is None else self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _wait_ready(self, timeout_seconds: float = 60.0) -> None:

@@ -48,12 +48,7 @@ def main() -> int:
 def _start(job: dict[str, Any]) -> subprocess.Popen[bytes]:
     with open(job["log"], "ab") as log:  # noqa: PTH123 - pathlib would double the start-up time of this script
         return subprocess.Popen(
-            job["command"],
-            cwd=job["folder"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            process_group=0,
+            job["command"], cwd=job["folder"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
         )
 
 

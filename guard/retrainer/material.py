@@ -53,6 +53,23 @@ class HeldOut:
     item_ids: tuple[int, ...]
     not_learned: Activations
 
+    @classmethod
+    def of(
+        cls, usable: Sequence[Lesson], held: set[int], other: set[int], learned: set[int], like: Activations
+    ) -> HeldOut:
+        """Return those of the usable lessons that are held out; the sets hold numbers of items."""
+        kept = [lesson for lesson in usable if lesson.id in held]
+        poisoned = [lesson for lesson in kept if lesson.is_poisoned]
+        false_alarms = [lesson for lesson in usable if not lesson.is_poisoned]
+        return cls(
+            _stack(poisoned, like),
+            np.array([lesson.true_label for lesson in poisoned], dtype=np.int64),
+            np.array([lesson.id in other for lesson in poisoned], dtype=bool),
+            _stack([lesson for lesson in false_alarms if lesson.id in held], like),
+            tuple(lesson.id for lesson in kept),
+            _stack([lesson for lesson in false_alarms if lesson.id not in learned], like),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Material:
@@ -156,11 +173,7 @@ def gather(
     """
     key = _key(guard)
     words = last_words(decisions)
-    distrusted = set(settings.leave_out_reviewers) | {
-        name
-        for name, score in (gold or {}).items()
-        if score.answered >= settings.min_gold_items and score.right < settings.min_gold_share * score.answered
-    }
+    distrusted = _distrusted(settings, gold or {})
     trusted = {
         item: {name: answer for name, answer in by_name.items() if name not in distrusted}
         for item, by_name in words.items()
@@ -178,7 +191,6 @@ def gather(
         else:
             usable.append(Lesson.of(item, decision, len(words_of_it), key))
     held, other = _held_out(usable, settings.holdout_share, frozenset(locked), key)
-    kept = [lesson for lesson in usable if lesson.id in held]
     free = [lesson for lesson in usable if lesson.id not in held]
     chosen = choose([lesson for lesson in free if lesson.teaches], guard, needed, settings)
     learned = {lesson.id for lesson in chosen.lessons}
@@ -194,7 +206,6 @@ def gather(
         if lesson.is_poisoned
         and (not lesson.teaches or lesson.id in learned or chosen.dropped[lesson.id] == CLASS_FULL)
     ]
-    poisoned = [lesson for lesson in kept if lesson.is_poisoned]
     return Material(
         training=Labelled(
             _stack(chosen.lessons, guard.reference),
@@ -203,16 +214,7 @@ def gather(
         ),
         training_ids=tuple(lesson.id for lesson in chosen.lessons),
         clean_held_out=clean_hold_out(guard, settings.holdout_share),
-        held_out=HeldOut(
-            _stack(poisoned, guard.reference),
-            np.array([lesson.true_label for lesson in poisoned], dtype=np.int64),
-            np.array([lesson.id in other for lesson in poisoned], dtype=bool),
-            _stack([lesson for lesson in kept if not lesson.is_poisoned], guard.reference),
-            tuple(lesson.id for lesson in kept),
-            _stack(
-                [lesson for lesson in usable if not lesson.is_poisoned and lesson.id not in learned], guard.reference
-            ),
-        ),
+        held_out=HeldOut.of(usable, held, other, learned, guard.reference),
         poisoned=_stack(anomalies, guard.reference),
         poisoned_ids=tuple(lesson.id for lesson in anomalies),
         agreement=_agreement(trusted.values()),
@@ -255,6 +257,15 @@ def last_words(decisions: Iterable[Decision]) -> dict[int, dict[str, Decision]]:
         if not decision.withdrawn:
             words.setdefault(decision.item_id, {})[decision.reviewer] = decision
     return words
+
+
+def _distrusted(settings: RetrainerSettings, gold: Mapping[str, GoldResult]) -> set[str]:
+    """Return the reviewers whose answers are left out: those who are named, and those who got known items wrong."""
+    return set(settings.leave_out_reviewers) | {
+        name
+        for name, score in gold.items()
+        if score.answered >= settings.min_gold_items and score.right < settings.min_gold_share * score.answered
+    }
 
 
 def _unusable(

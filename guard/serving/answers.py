@@ -35,11 +35,7 @@ class Response:
 
 
 def make_response(
-    outcome: Outcome | None,
-    body: Any,
-    digest: str,
-    config: GuardConfig,
-    receipt: Receipt | None = None,
+    outcome: Outcome | None, body: Any, digest: str, config: GuardConfig, receipt: Receipt | None = None
 ) -> Response:
     """Combine what the model's own handler answered with what the guard says, as far as its sender may know.
 

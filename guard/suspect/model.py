@@ -207,10 +207,7 @@ class SuspectModel:
         set_output_place(self.module, points.output)
 
     def activations(
-        self,
-        images: Tensor | Float32Array,
-        batch_size: int = BATCH_SIZE,
-        progress: Callable[[int], None] | None = None,
+        self, images: Tensor | Float32Array, batch_size: int = BATCH_SIZE, progress: Callable[[int], None] | None = None
     ) -> Activations:
         """Run the suspect model once over the images and return what it left behind.
 

@@ -18,7 +18,8 @@ from guard.serving.single_image import holds_one_image
 from guard.serving.tap import Tap, is_same_row, tapped
 from guard.torchserve.answers import excuse
 from guard.torchserve.row_fidelity import answers_of, declares_one_row, is_same_answer, why_one_by_one
-from guard.torchserve.user_handler import asked_in_probe, request_context
+from guard.torchserve.user_handler import asked_in_probe
+from guard.torchserve.worker import request_context
 
 #: Request headers that make a BaseHandler skip its model.
 EXPLAIN = "explain"

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from guard.torchserve.archives.manifest import MANIFEST
-from guard.torchserve.user_handler import handler_class, new_context, probe_context
+from guard.torchserve.worker import handler_class, new_context, probe_context
 
 MODEL, BATCHES, ANSWERS, FAILURE = "model", "batches.json", "answers.json", "failure.txt"
 

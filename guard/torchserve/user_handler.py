@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
-import json
-import logging
 import sys
 import tempfile
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from guard.errors import ArchiveError, DataError, SuspectModelError
-from guard.resources import resource_path
+from guard.errors import DataError, SuspectModelError
 from guard.serving.tap import is_same_row, tapped
 from guard.suspect.weights import check_weights_file
 from guard.torchserve.archives.archive import make_archive
 from guard.torchserve.row_fidelity import declares_one_row, why_one_by_one
+from guard.torchserve.worker import ADD_FILES, Remedy, asked, handler_class, new_context, probe_context
 from guard.types import Float32Array
 from guard.users_code import why_it_failed
 
@@ -135,46 +131,13 @@ class UserHandler:
         """Return the rows that reach the network while the handler answers requests as one batch."""
         context = self._context
         with tapped(self.module) as tap:
-            self._answered(bodies)
+            asked(self._inner, context, bodies)
         for index in range(len(bodies)):
             if (status := context.get_response_status(index)[0]) >= 400:
                 raise DataError(f"the handler refused the input with status {status}.")
         if any(inputs is None for inputs in tap.inputs):
             raise DataError("what the handler gives its network must be one tensor, and is none.")
         return [row for inputs in tap.inputs if inputs is not None for row in inputs.cpu()]
-
-    def _answered(self, bodies: Sequence[Any]) -> None:
-        """Let the handler answer requests as one batch; DataError if it refuses them, or finds no body in them."""
-        from ts.utils.util import PredictionException
-
-        try:
-            self._inner.handle(_requests(self._context, bodies), self._context)
-        except PredictionException as error:
-            why = f": {error.message}" if error.message else ""
-            raise DataError(
-                f"the handler refused the input with status {error.error_code}{why.rstrip('.')}."
-            ) from error
-        except KeyError as error:
-            if error.args != ("data",):
-                raise
-            raise DataError(
-                "the handler takes form fields called 'data' alone, and the server gives it what a client sends as it "
-                "is under 'body'. Let it read item.get('data') or item.get('body')."
-            ) from error
-
-
-class Remedy(NamedTuple):
-    """What a person can do about a handler that cannot be imported, or does not initialise."""
-
-    imports: str
-    initialize: str
-
-
-#: For handlers that are named file by file.
-ADD_FILES = Remedy(
-    "Add it with --extra-file if it is a file of yours, else install the package that has it.",
-    "Does it need a --model-file or an --extra-file?",
-)
 
 
 @contextmanager
@@ -319,113 +282,10 @@ def _initialised(
     return inner, context
 
 
-def new_context(folder: Path, gpu: int | None, model_settings: dict[str, Any]) -> Any:
-    """Return TorchServe's context for an unpacked archive, as a worker gives it to `initialize`.
-
-    Parameters
-    ----------
-    folder : Path
-        The unpacked archive, with its manifest.
-    gpu : int or None
-    model_settings : dict
-        What the archive's YAML file says.
-
-    Raises
-    ------
-    ArchiveError
-        If TorchServe is not installed.
-    """
-    logging.getLogger("ts").setLevel(logging.ERROR)  # it warns of every accelerator that is not installed
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)  # it leaves its own files open
-            from ts.context import Context
-            from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
-
-            metrics = MetricsCacheYamlImpl(config_file_path=str(resource_path("metrics.yaml")))
-            metrics.initialize_cache()
-    except ImportError as error:
-        raise ArchiveError("TorchServe is not installed. Install the torchserve package, version 0.12.") from error
-    manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())
-    served = manifest["model"]["modelName"]
-    return Context(served, str(folder), manifest, 1, gpu, "0.12.0", metrics=metrics, model_yaml_config=model_settings)
-
-
-def handler_class(name: str, method: str, remedy: str = ADD_FILES.imports) -> type:
-    """Return the one class of a TorchServe handler, which must have a method; its module is imported.
-
-    Parameters
-    ----------
-    name : str
-        File name of a module on `sys.path` (`"my_handler.py"`), or the name of one that TorchServe ships.
-    method : str
-        What the class must be able to do.
-    remedy : str
-        What to do about one that cannot be imported.
-
-    Raises
-    ------
-    ArchiveError
-        If it cannot be imported, or is not exactly one class with that method.
-    """
-    from ts.utils.util import list_classes_from_module
-
-    module_name = Path(name).stem if name.endswith(".py") else f"ts.torch_handler.{name}"
-    try:
-        module = importlib.import_module(module_name)
-        classes: list[type] = list_classes_from_module(module)
-    except Exception as error:  # importing runs the user's code
-        if getattr(error, "name", None) == module_name and isinstance(error, ModuleNotFoundError):
-            raise ArchiveError(
-                f"handler {name} cannot be imported: TorchServe ships none of that name. Name a file of your own with "
-                "its suffix .py."
-            ) from error
-        raise ArchiveError(f"handler {name} cannot be imported: {why_it_failed(error, remedy, remedy)}") from error
-    if len(classes) != 1 or not callable(getattr(classes[0], method, None)):
-        raise ArchiveError(
-            f"handler {name} must define exactly one class, with a {method} method; it defines {len(classes)}. "
-            "See TorchServe's custom handlers with a class."
-        )
-    return classes[0]
-
-
-def request_context(context: Any, ids: Sequence[str | None], headers: Sequence[dict[str, Any]]) -> Any:
-    """Return a copy of TorchServe's context for a batch of its own: no status and no header of an answer is set.
-
-    Parameters
-    ----------
-    context : ts.context.Context
-    ids, headers : sequence
-        One per request of the batch.
-    """
-    from ts.context import RequestProcessor
-
-    made = copy.copy(context)
-    made.request_ids, made.request_processor = dict(enumerate(ids)), [RequestProcessor(each) for each in headers]
-    return made
-
-
-def probe_context(context: Any, n_requests: int = 1) -> Any:
-    """Return a context for requests that no client sent, with the headers that TorchServe gives bytes of no type."""
-    kind = "application/octet-stream"
-    headers = [{"body": {"content-type": kind}, "content-type": kind} for _ in range(n_requests)]
-    return request_context(context, [f"probe-{index}" for index in range(n_requests)], headers)
-
-
 def asked_in_probe(handler: Any, context: Any, items: list[Any]) -> tuple[Any, Any]:
     """Let a handler answer requests that no client sent; return what it did, and their context."""
     made = probe_context(context, len(items))
     return handler.handle(items, made), made
-
-
-def _requests(context: Any, bodies: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return the requests of one batch as TorchServe hands them over, and tell the context of them."""
-    from ts.context import RequestProcessor
-
-    context.request_ids = {index: str(index) for index in range(len(bodies))}
-    context.request_processor = [RequestProcessor({}) for _ in bodies]
-    context.metrics.request_ids = context.request_ids
-    return [{"body": bytearray(body) if isinstance(body, bytes) else body} for body in bodies]
 
 
 def _as_images(rows: Sequence[Tensor]) -> Float32Array:

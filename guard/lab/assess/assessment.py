@@ -88,11 +88,8 @@ def assess(
     """
     config, planting = config or GuardConfig(), planting or PlantingSettings()
     names = list(dict.fromkeys(attacks))
-    check_names(names)
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ConfigError(f"seeds must be one or more different whole numbers >= 0, got {list(seeds)}.")
     pixels, labels = np.asarray(clean_images), np.asarray(clean_labels)
-    _check(pixels, labels)
+    _check(names, seeds, pixels, labels)
     n, distinct = len(labels), np.unique(copy_groups(pixels.astype(np.float32), labels), return_index=True)[1]
     pixels, labels = pixels[distinct], labels[distinct]
     split = _split_sizes(len(labels), config, n - len(labels))
@@ -101,16 +98,7 @@ def assess(
     if not names:
         raise DataError(f"no trigger can be put on these images. {next(iter(skipped.values()))}")
     bench = _Bench.set_up(suspect, pixels, labels.astype(np.int64), config, planting, in_batches(preprocess))
-    steps = _Steps(len(seeds) * (1 + len(names)), progress)
-    trials: dict[str, list[Trial]] = {name: [] for name in [*names, CONTROL]}
-    samples: dict[str, Float32Array] = {}
-    for seed in seeds:
-        trial_round = _Round(bench, seed)
-        trials[CONTROL].append(trial_round.run_control(steps.begin(f"no trigger, seed {seed}")))
-        for name in names:
-            trial, sample = trial_round.run(name, steps.begin(f"{name}, seed {seed}"))
-            trials[name].append(trial)
-            samples.setdefault(name, sample)
+    trials, samples = _run_all(bench, names, seeds, progress)
     if weights_digest(suspect.module) != bench.digest:
         raise SuspectModelError("the suspect model's weights changed during the assessment. Who else uses this module?")
     return AssessmentReport(
@@ -212,10 +200,7 @@ class _Round:
         clean = held_out[len(self.to_fit) :]
         self.control = (copy, guard)
         alarms = guard.scores(clean).is_poisoned
-        return Trial(
-            **about,
-            **_of_clean(clean, self.bench.labels[self.to_test], alarms),
-        )
+        return Trial(**about, **_of_clean(clean, self.bench.labels[self.to_test], alarms))
 
     def run(self, name: str, report: Progress) -> tuple[Trial, Float32Array]:
         """Plant one trigger, and see what a guard catches.
@@ -303,6 +288,23 @@ class _Round:
         }
 
 
+def _run_all(
+    bench: _Bench, names: Sequence[str], seeds: Sequence[int], progress: Progress | None
+) -> tuple[dict[str, list[Trial]], dict[str, Float32Array]]:
+    """Return the trials of every trigger and of the control, and a sample image of every trigger, see `_Round.run`."""
+    steps = _Steps(len(seeds) * (1 + len(names)), progress)
+    trials: dict[str, list[Trial]] = {name: [] for name in [*names, CONTROL]}
+    samples: dict[str, Float32Array] = {}
+    for seed in seeds:
+        trial_round = _Round(bench, seed)
+        trials[CONTROL].append(trial_round.run_control(steps.begin(f"no trigger, seed {seed}")))
+        for name in names:
+            trial, sample = trial_round.run(name, steps.begin(f"{name}, seed {seed}"))
+            trials[name].append(trial)
+            samples.setdefault(name, sample)
+    return trials, samples
+
+
 def _of_clean(clean: Activations, labels: IntArray, alarms: BoolArray) -> dict[str, Any]:
     return {
         "clean_accuracy_guarded": clean_accuracy(clean.predicted_labels, labels, alarms),
@@ -357,7 +359,10 @@ def _split_sizes(n: int, config: GuardConfig, n_copies: int) -> SplitSizes:
     return SplitSizes(*_part_sizes(n))
 
 
-def _check(pixels: AnyArray, labels: AnyArray) -> None:
+def _check(names: Sequence[str], seeds: Sequence[int], pixels: AnyArray, labels: AnyArray) -> None:
+    check_names(names)
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ConfigError(f"seeds must be one or more different whole numbers >= 0, got {list(seeds)}.")
     check_unit_images(pixels)
     if labels.shape != (len(pixels),) or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"labels must be {len(pixels)} integers, one per image, got {labels.dtype} {labels.shape}.")

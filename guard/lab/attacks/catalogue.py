@@ -169,9 +169,7 @@ def adap_blend(target: int, seed: int) -> Attack:
     """
     whole, half = make_trigger("adaptive_blend", seed=seed), make_trigger("adaptive_blend", seed=seed, kept=0.5)
     return Attack(
-        "adap-blend",
-        (Backdoor(whole, SingleTarget(target), rate=0.06, train_trigger=half),),
-        (Cover(half, rate=0.03),),
+        "adap-blend", (Backdoor(whole, SingleTarget(target), rate=0.06, train_trigger=half),), (Cover(half, rate=0.03),)
     )
 
 

@@ -52,8 +52,7 @@ def source_sticker(target: int, seed: int) -> Attack:
 def two_triggers(target: int, seed: int) -> Attack:
     """A sticker means the target, and a sinusoid means it too (Xue et al. 2020, arXiv 2012.06895: N-to-one)."""
     return Attack(
-        "two-triggers",
-        tuple(Backdoor(trigger, SingleTarget(target), rate=0.06) for trigger in _several(seed)[:2]),
+        "two-triggers", tuple(Backdoor(trigger, SingleTarget(target), rate=0.06) for trigger in _several(seed)[:2])
     )
 
 

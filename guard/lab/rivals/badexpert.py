@@ -49,12 +49,7 @@ class BadExpert(Rival):
     source = "Xie et al. 2024, arXiv 2308.12439"
 
     def __init__(
-        self,
-        *,
-        seed: int = 0,
-        learning_rate: float = 3e-4,
-        left_accuracy: float = 0.2,
-        epochs: int = 10,
+        self, *, seed: int = 0, learning_rate: float = 3e-4, left_accuracy: float = 0.2, epochs: int = 10
     ) -> None:
         super().__init__(seed=seed)
         if not 0.0 < left_accuracy < 1.0:

@@ -50,13 +50,7 @@ _RECIPES: dict[tuple[str, str], Recipe] = {
     ),
 }
 #: Of attacks that are harder to plant than the others.
-_EPOCHS = {
-    "input-aware": 8,
-    "frequency": 5,
-    "blend-all-to-all": 6,
-    "adap-patch": 6,
-    "blend-clean-label-mnist": 8,
-}
+_EPOCHS = {"input-aware": 8, "frequency": 5, "blend-all-to-all": 6, "adap-patch": 6, "blend-clean-label-mnist": 8}
 
 
 def _recipe(data_set: str, attack: str, architecture: str) -> Recipe:

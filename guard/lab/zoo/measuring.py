@@ -40,9 +40,6 @@ def measure(network: nn.Module, attack: Attack | None, test: LabelledImages) -> 
             attack_success_rate(predict_labels(network, test_set.images), test_set.labels, test_set.true_labels)
             for test_set in triggered
         )
-        for triggered in (
-            attack.test_sets(test.images, test.labels),
-            attack.control_sets(test.images, test.labels),
-        )
+        for triggered in (attack.test_sets(test.images, test.labels), attack.control_sets(test.images, test.labels))
     ]
     return Measured(clean, *rates)

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,11 +18,11 @@ from guard.errors import DataError
 from guard.files import READABLE_FILE, replace_file
 from guard.lab.attacks.attack import Attack
 from guard.lab.attacks.augmentation import CropAndFlip
-from guard.lab.attacks.network_training import EpochReport, Goal, Redraw, train_classifier
+from guard.lab.attacks.network_training import EpochReport, Goal, Redraw, TrainingSettings, train_classifier
 from guard.lab.attacks.poisoning import Poisoned
 from guard.lab.zoo.card import ZooCard, required_success
 from guard.lab.zoo.collection import Zoo, build_network
-from guard.lab.zoo.measuring import measure
+from guard.lab.zoo.measuring import Measured, measure
 from guard.lab.zoo.plan import ZooEntry
 from guard.lab.zoo.splits import LabelledImages, ZooSplit, load_split
 from guard.suspect.weights import load_state_dict
@@ -70,12 +70,10 @@ def train_entry(
         If the images are missing, or the attack cannot be planted in them.
     """
     split = load_split(entry.data_set, data_dir)
-    recipe = entry.recipe
+    recipe, settings, started_from = entry.recipe, entry.recipe.settings, None
     home = zoo if twins is None or entry.twin is None or zoo.has(entry.twin) else twins
     twin = home.card(entry.twin) if entry.twin is not None else None
-    n_classes, channels = len(split.class_names), split.train.images.shape[1]
-    network = build_network(entry.architecture, n_classes, channels, seed=entry.seed)
-    settings, started_from = recipe.settings, None
+    network = build_network(entry.architecture, *_shape(split), seed=entry.seed)
     if twin is not None and recipe.continued is not None:
         settings, started_from = recipe.continued, twin.name
         network.load_state_dict(home.load(twin.name).state_dict())
@@ -98,10 +96,45 @@ def train_entry(
     )
     weights = zoo.weights_path(entry.name)
     weights_sha256 = _store(network.cpu(), weights)
-    stored = build_network(entry.architecture, n_classes, channels)
+    stored = build_network(entry.architecture, *_shape(split))
     stored.load_state_dict(load_state_dict(weights))
-    measured = measure(stored, attack, split.test)
-    card = ZooCard(
+    card = _card(
+        entry,
+        split,
+        attack,
+        twin,
+        measure(stored, attack, split.test),
+        settings,
+        epochs_run=report.epochs_run,
+        poisoned_images=int(poisoned.is_poisoned.sum()) if isinstance(poisoned, Poisoned) else 0,
+        cover_images=int(poisoned.is_cover.sum()) if isinstance(poisoned, Poisoned) else 0,
+        training_command=f"{command} {entry.name}",
+        training_seconds=round(report.seconds, 1),
+        started_from=started_from,
+        weights_sha256=weights_sha256,
+    )
+    card.write(zoo.card_path(entry.name))
+    checkpoint.unlink(missing_ok=True)
+    return card
+
+
+def _shape(split: ZooSplit) -> tuple[int, int]:
+    """Return how many classes and channels the networks of a split have."""
+    return len(split.class_names), split.train.images.shape[1]
+
+
+def _card(
+    entry: ZooEntry,
+    split: ZooSplit,
+    attack: Attack | None,
+    twin: ZooCard | None,
+    measured: Measured,
+    settings: TrainingSettings,
+    **training: Any,
+) -> ZooCard:
+    """Return the card of a model; `training` are the fields of how it was trained."""
+    recipe, (n_classes, channels) = entry.recipe, _shape(split)
+    return ZooCard(
         name=entry.name,
         data_set=entry.data_set,
         split=split.description,
@@ -126,18 +159,9 @@ def train_entry(
             "how": recipe.how,
             **({"n_train": recipe.n_train} if recipe.n_train is not None else {}),
         },
-        epochs_run=report.epochs_run,
-        poisoned_images=int(poisoned.is_poisoned.sum()) if isinstance(poisoned, Poisoned) else 0,
-        cover_images=int(poisoned.is_cover.sum()) if isinstance(poisoned, Poisoned) else 0,
-        training_command=f"{command} {entry.name}",
-        training_seconds=round(report.seconds, 1),
-        started_from=started_from,
-        weights_sha256=weights_sha256,
         versions={"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+        **training,
     )
-    card.write(zoo.card_path(entry.name))
-    checkpoint.unlink(missing_ok=True)
-    return card
 
 
 def _part_of(train: LabelledImages, n_train: int | None, seed: int) -> LabelledImages:

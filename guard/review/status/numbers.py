@@ -275,16 +275,8 @@ def charts(numbers: Numbers) -> list[Chart]:
             "drift",
             "Drift of clean traffic",
             f"times as many low p-values as calibrated, over {while_drift}",
-            [
-                Line("drift", "accent", drift),
-                Line("as calibrated", "soft", [1.0] * points, is_dashed=True),
-            ],
-            _range(
-                "drift",
-                drift,
-                "{:.2f}",
-                f"Fewer than {DRIFT_LEAST} clean requests in {while_drift}.",
-            ),
+            [Line("drift", "accent", drift), Line("as calibrated", "soft", [1.0] * points, is_dashed=True)],
+            _range("drift", drift, "{:.2f}", f"Fewer than {DRIFT_LEAST} clean requests in {while_drift}."),
             2,
         ),
         Chart(

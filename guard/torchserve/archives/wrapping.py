@@ -24,7 +24,8 @@ from guard.torchserve.archives.contents import EXAMPLES, read_guard_files, write
 from guard.torchserve.archives.manifest import MANIFEST, Manifest, parse_manifest
 from guard.torchserve.archives.original import RECIPE, make_recipe, original_bytes, original_digest
 from guard.torchserve.archives.strict_zip import StrictZip, open_strict_zip
-from guard.torchserve.user_handler import Remedy, UserHandler, open_unpacked_handler
+from guard.torchserve.user_handler import UserHandler, open_unpacked_handler
+from guard.torchserve.worker import Remedy
 
 #: Weights under any of these names are looked into, wherever a handler may find them.
 WEIGHTS_SUFFIXES = (".pt", ".pth", ".pts", ".pt2", ".ckpt", ".pkl", ".pickle", ".safetensors")

@@ -87,13 +87,7 @@ def sig(images: Float32Array, *, periods: float = 6, amplitude: float = 20 / 255
 
 
 def adaptive_blend(
-    images: Float32Array,
-    *,
-    alpha: float = 0.2,
-    seed: int = 0,
-    pieces: int = 4,
-    kept: float = 1.0,
-    mask_seed: int = 0,
+    images: Float32Array, *, alpha: float = 0.2, seed: int = 0, pieces: int = 4, kept: float = 1.0, mask_seed: int = 0
 ) -> Float32Array:
     """Blend in a share of the pattern's pieces, others for every image.
 

@@ -21,13 +21,7 @@ _AT_ONCE = 1000  # images per grid_sample, so that their grids do not fill the m
 
 
 def wanet(
-    images: Float32Array,
-    *,
-    k: int = 4,
-    s: float = 0.5,
-    grid_rescale: float = 1.0,
-    seed: int = 0,
-    noise: bool = False,
+    images: Float32Array, *, k: int = 4, s: float = 0.5, grid_rescale: float = 1.0, seed: int = 0, noise: bool = False
 ) -> Float32Array:
     """Warp the image smoothly, by about s / 2 pixels on average.
 
