@@ -55,7 +55,7 @@ class FittedGuard:
     clean_scores : ndarray of shape (n,), float64, ascending
         Combined scores of the distinct clean images, out of fold.
     reference, reference_labels : Activations, ndarray of shape (n,)
-        The clean data it was fitted on.
+        The clean data it was fitted on, rounded where that changes nothing, see `kept_reference`.
     reference_groups : ndarray of shape (n,), int64, or None
         One number per clean input, the same for copies of each other; None = there are no copies.
     realised_false_positive_rate : float
