@@ -15,7 +15,8 @@ from guard.types import Activations, Float32Array, Float64Array, IntArray
 
 #: Root mean square that rounding may change a column by, in units of its standard deviation: 1/40,000 of the variance.
 _LARGEST_CHANGE = 5e-3
-#: A column that spreads less, relative to the one that spreads most, does not vary; see `WhitenedSpace.fit`.
+#: A column that spreads less, relative to the one that spreads most, does not vary, and is measured by the mean
+#: standard deviation of those that do; see `WhitenedSpace.fit`.
 _VARIES = 1e-6
 _ROWS = 1024  # that are looked at together
 
@@ -57,8 +58,9 @@ def _kept(rows: Float32Array) -> Float32Array:
         return rows
     spread = np.sqrt(_mean_squares(rows, rows.mean(axis=0, dtype=np.float64)))
     change = np.sqrt(_mean_squares(rows, kept))
-    least = _VARIES * spread.max(initial=0.0)
-    return kept if (change <= _LARGEST_CHANGE * np.maximum(spread, least)).all() else rows
+    varies = spread > _VARIES * spread.max(initial=0.0)
+    unit = np.where(varies, spread, spread[varies].mean() if varies.any() else 0.0)
+    return kept if (change <= _LARGEST_CHANGE * unit).all() else rows
 
 
 def _with_answers(logits: Float32Array, activations: Activations) -> Float32Array:
@@ -68,7 +70,8 @@ def _with_answers(logits: Float32Array, activations: Activations) -> Float32Arra
     if len(changed) == 0:
         return logits
     largest = logits[changed].max(axis=1).astype(np.float16)
-    raised = np.nextafter(largest, np.float16(np.inf)).astype(logits.dtype)
+    with np.errstate(over="ignore"):
+        raised = np.nextafter(largest, np.float16(np.inf)).astype(logits.dtype)
     if not np.isfinite(raised).all():
         return activations.logits
     logits[changed, answers[changed]] = raised

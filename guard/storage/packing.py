@@ -78,7 +78,7 @@ def unpack(kept: Mapping[str, AnyArray], notes: Mapping[str, Mapping[str, str]])
 
 
 def _narrowed(array: AnyArray) -> AnyArray:
-    """Return an array in the narrowest type that holds every value of it and saves enough; as it is if there is none."""
+    """Return an array in the narrowest type that holds every value and saves enough; as it is if there is none."""
     for narrow in _NARROWER.get(array.dtype.name, ()):
         if array.nbytes - array.size * np.dtype(narrow).itemsize < _LEAST_SAVED:
             continue
