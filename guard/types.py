@@ -131,7 +131,12 @@ class Activations:
         return len(self.logits)
 
     def __getitem__(self, rows: slice | AnyArray) -> Activations:
-        """Return the chosen rows (a slice, an index array or a boolean mask) as new activations."""
+        """Return the chosen rows (a slice, an index array or a boolean mask) as new activations.
+
+        A mask that chooses every row gives these activations themselves: in a fit that saves a copy of all arrays.
+        """
+        if isinstance(rows, np.ndarray) and rows.dtype == np.bool_ and rows.shape == (len(self),) and rows.all():
+            return self
         part = Activations(
             self.logits[rows], self.features[rows], {name: array[rows] for name, array in self.depths.items()}
         )
@@ -161,9 +166,11 @@ class Activations:
 
     @classmethod
     def concatenate(cls, parts: list[Activations]) -> Activations:
-        """Stack several activations of the same model, in order."""
+        """Stack several activations of the same model, in order; those of one part alone are given back as they are."""
         if not parts:
             raise DataError("nothing to concatenate: give at least one Activations.")
+        if len(parts) == 1:
+            return parts[0]
         whole = cls(
             np.concatenate([part.logits for part in parts]),
             np.concatenate([part.features for part in parts]),
