@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from guard.errors import DataError
 from guard.types import AnyArray
 
 #: Array types that a wider one may be kept in, narrowest first.
@@ -56,23 +57,23 @@ def unpack(kept: Mapping[str, AnyArray], notes: Mapping[str, Mapping[str, str]])
 
     Raises
     ------
-    ValueError
+    DataError
         If the notes are none, or do not fit the arrays.
     """
     if not isinstance(notes, Mapping) or not all(isinstance(note, Mapping) for note in notes.values()):
-        raise ValueError("notes must be objects.")
+        raise DataError("notes must be objects.")
     if unknown := sorted(notes.keys() - {_TYPES, _SAME_AS}):
-        raise ValueError(f"unknown notes {unknown[0][:40]!a}.")
+        raise DataError(f"unknown notes {unknown[0][:40]!a}.")
     arrays = dict(kept)
     for name, wide in notes.get(_TYPES, {}).items():
         if name not in kept:
-            raise ValueError(f"there is no array {name[:80]!a}.")
+            raise DataError(f"there is no array {name[:80]!a}.")
         if not isinstance(wide, str) or kept[name].dtype.name not in _NARROWER.get(wide, ()):
-            raise ValueError(f"array {name[:80]!a} of {kept[name].dtype} cannot stand for one of {str(wide)[:40]!a}.")
+            raise DataError(f"array {name[:80]!a} of {kept[name].dtype} cannot stand for one of {str(wide)[:40]!a}.")
         arrays[name] = kept[name].astype(wide)
     for name, first in notes.get(_SAME_AS, {}).items():
         if name in kept or not isinstance(first, str) or first not in kept:
-            raise ValueError(f"array {name[:80]!a} cannot be the same as {str(first)[:80]!a}.")
+            raise DataError(f"array {name[:80]!a} cannot be the same as {str(first)[:80]!a}.")
         arrays[name] = arrays[first]
     return arrays
 
