@@ -342,7 +342,9 @@ def _early_fits(
 
 
 def _activations(arrays: Mapping[str, AnyArray], depths: Sequence[str]) -> Activations:
-    return Activations(arrays["logits"], arrays[FEATURES], {name: arrays[name] for name in depths})
+    # A bundle that somebody else wrote may say halves are halves: they are not calculated with.
+    single = {name: array.astype(np.float32) if array.dtype == np.float16 else array for name, array in arrays.items()}
+    return Activations(single["logits"], single[FEATURES], {name: single[name] for name in depths})
 
 
 def _below(arrays: Mapping[str, AnyArray], prefix: str) -> dict[str, AnyArray]:
