@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -229,6 +230,14 @@ def patience() -> None:
     """
     os.environ[TIMEOUT_VARIABLE] = "20"
     os.environ["JAVA_TOOL_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def loop_of_clients() -> Iterator[None]:
+    """Close the event loop that clients of the review page share, where there are any."""
+    yield
+    if "review_helpers" in sys.modules:
+        sys.modules["review_helpers"].LOOP.close()
 
 
 @pytest.fixture(scope="session")
