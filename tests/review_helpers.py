@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 from PIL import Image
 from queue_helpers import N_CLASSES, flagged
 from starlette.testclient import TestClient
@@ -43,8 +45,35 @@ def workspace_of(queue: Queue, **parts: Any) -> Workspace:
     return Workspace(queue, Reviewers(queue), Rounds(queue), **parts)
 
 
+class OneLoop:
+    """The event loop of all clients of this process; a client alone starts one, with threads, for every request."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._portal: BlockingPortal | None = None
+
+    def portal(self) -> BlockingPortal:
+        if self._portal is None:
+            self._portal = self._stack.enter_context(start_blocking_portal())
+        return self._portal
+
+    def close(self) -> None:
+        """End it; conftest.py does so at the end of a run, as its thread would keep the process alive."""
+        self._stack.close()
+        self._portal = None
+
+
+LOOP = OneLoop()
+
+
+def in_one_loop(client: TestClient) -> TestClient:
+    """Return the client, its requests answered in the loop that all share."""
+    client.portal = LOOP.portal()
+    return client
+
+
 def client_of(workspace: Workspace, url: str = URL) -> TestClient:
-    return TestClient(create_app(workspace), base_url=url, follow_redirects=False)
+    return in_one_loop(TestClient(create_app(workspace), base_url=url, follow_redirects=False))
 
 
 def log_in(workspace: Workspace, name: str = "ada", role: Any = "reviewer", token: str | None = None) -> TestClient:

@@ -100,7 +100,7 @@ def test_heads_refuse_other_widths_and_being_asked_before_fit(features):
 
 @pytest.fixture(scope="module")
 def anytime(suspect, clean_split):
-    config = GuardConfig(false_positive_rate=0.05, anytime=True, folds=5)
+    config = GuardConfig(false_positive_rate=0.05, anytime=True, folds=3)
     return Guard.fit(suspect, *clean_split.validation, config)
 
 

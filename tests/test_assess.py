@@ -25,6 +25,7 @@ from guard.lab.assess.assessment import images_needed_to_assess
 from guard.lab.assess.known_triggers import attack_to_plant, why_unfit
 from guard.lab.assess.planting import Images, plant
 from guard.lab.attacks import MnistCnn, TrainingSettings, mnist_cnn, train_classifier
+from guard.lab.zoo.collection import Zoo, default_zoo_dir
 from guard.suspect.digest import weights_digest
 from guard.types import Float32Array, IntArray
 
@@ -45,7 +46,10 @@ class LabelledImages(NamedTuple):
 
 @pytest.fixture(scope="module")
 def benign(clean_split: Any) -> MnistCnn:
-    """A network without a backdoor; about 3 s on one core."""
+    """A network without a backdoor: the zoo's, which was trained on other images, or outside a checkout a new one."""
+    zoo = Zoo(default_zoo_dir())
+    if zoo.has("mnist-benign-mnist_cnn-0"):
+        return zoo.load("mnist-benign-mnist_cnn-0")
     network = mnist_cnn(seed=0)
     settings = TrainingSettings(epochs=4, learning_rate=4e-3)
     train_classifier(network, *(part[:4000] for part in clean_split.train), settings, seed=0, n_threads=1)
@@ -476,22 +480,27 @@ def guard(work: Path, few_folds: None, monkeypatch: pytest.MonkeyPatch, capfd: p
     return command
 
 
-def test_assess_command_prints_a_table_and_writes_report_and_picture(guard: Run, work: Path) -> None:
-    before = (work / "weights.safetensors").read_bytes()
-    chosen = [
-        "--trigger",
-        "white-square",
-        "--trigger",
-        "blend",
-        "--seeds",
-        "1",
-        "--epochs",
-        "15",
-        "--output",
-        "out/deep",
-    ]
-    status, shown, problem = guard(*ASSESS, *chosen)
+@pytest.fixture(scope="module")
+def runs() -> dict[str, tuple[int, str, str]]:
+    """What commands said that several tests read."""
+    return {}
+
+
+@pytest.fixture
+def deep(guard: Run, work: Path, runs: dict[str, tuple[int, str, str]]) -> str:
+    """What an assessment with two triggers prints; it is written to out/deep."""
+    if not runs:
+        before = (work / "weights.safetensors").read_bytes()
+        chosen = ["--trigger", "white-square", "--trigger", "blend", "--seeds", "1", "--epochs", "15"]
+        runs["deep"] = guard(*ASSESS, *chosen, "--output", "out/deep")
+        assert (work / "weights.safetensors").read_bytes() == before
+    status, shown, problem = runs["deep"]
     assert status == 0, problem
+    return shown
+
+
+def test_assess_command_prints_a_table_and_writes_report_and_picture(deep: str, work: Path) -> None:
+    shown = deep
     for heading in COLUMNS:
         assert heading in shown
     assert re.search(r"white-square +1 of 1 +(1\.000|0\.9)", shown)
@@ -507,16 +516,15 @@ def test_assess_command_prints_a_table_and_writes_report_and_picture(guard: Run,
     with Image.open(work / "out/deep/assess.png", formats=("PNG",)) as picture:
         picture.load()
         assert picture.width > 800
-    assert (work / "weights.safetensors").read_bytes() == before
 
 
+@pytest.mark.usefixtures("deep")
 def test_assess_command_takes_the_users_handler_and_equals_the_architecture(guard: Run, work: Path) -> None:
     claimed = ["--weights", "weights.safetensors", "--handler", "my_handler.py", "--extra-file", "assess_network.py"]
     chosen = ["--images", "clean.npz", "--false-positive-rate", "0.1", "--trigger", "white-square", "--seeds", "1"]
     status, _, problem = guard("assess", *claimed, *chosen, "--output", "handled", "--epochs", "15")
     assert status == 0, problem
-    guard(*ASSESS, *chosen, "--output", "plain", "--epochs", "1")
-    ours, second = (json.loads((work / name / "report.json").read_text()) for name in ("handled", "plain"))
+    ours, second = (json.loads((work / name / "report.json").read_text()) for name in ("handled", "out/deep"))
     assert ours["clean_accuracy"] == second["clean_accuracy"]
     assert ours["weights_digest"] == second["weights_digest"]
     assert ours["trials"][0]["planted"]

@@ -274,38 +274,44 @@ def tolerance(rate: float, n_clean: int, n_new: int) -> float:
     return 4 * float(np.sqrt(rate * (1 - rate) * (1 / n_new + 1 / n_clean)))
 
 
-@pytest.mark.parametrize(
-    "per_class",
-    [
-        pytest.param((100,) * 10, id="100-each"),
-        pytest.param((50,) * 10, id="fifty-each"),
-        pytest.param((20, 35, 45, 49, 50, 51, 60, 70, 100, 150), id="few-to-many"),
-    ],
-)
-def test_guard_realised_false_positive_rate_is_the_requested_one(per_class):
-    rates, n_clean = (0.01, 0.05, 0.1), sum(per_class)
-    realised, n_new = realised_rates(per_class, rates, seeds=5)
-    for column, rate in enumerate(rates):
-        exact = np.floor(rate * (n_clean + 1) + 1e-9) / (n_clean + 1)  # the highest p-value that is not above the rate
-        allowed = tolerance(exact, n_clean, n_new)
-        np.testing.assert_allclose(realised[:, column], exact, rtol=0, atol=allowed)
-        assert realised[:, column].mean() == pytest.approx(exact, abs=allowed / np.sqrt(len(realised)))
+#: How many images there are of each class.
+CLASS_SIZES = {
+    "100-each": (100,) * 10,
+    "fifty-each": (50,) * 10,
+    "few-to-many": (20, 35, 45, 49, 50, 51, 60, 70, 100, 150),
+}
 
 
-@pytest.mark.parametrize("n_per_class", [25, 30])
+def test_guard_realised_false_positive_rate_is_the_requested_one():
+    """Of each of nine guards, of three with the same class sizes together, and of all nine together."""
+    rates, seeds = (0.01, 0.05, 0.1), 3
+    off, allowed = np.empty((len(CLASS_SIZES), seeds, len(rates))), np.empty((len(CLASS_SIZES), 1, len(rates)))
+    for number, per_class in enumerate(CLASS_SIZES.values()):
+        n_clean = sum(per_class)
+        realised, n_new = realised_rates(per_class, rates, seeds)
+        for column, rate in enumerate(rates):
+            exact = np.floor(rate * (n_clean + 1) + 1e-9) / (n_clean + 1)  # the highest p-value not above the rate
+            off[number, :, column] = realised[:, column] - exact
+            allowed[number, 0, column] = tolerance(exact, n_clean, n_new)
+    assert (np.abs(off) <= allowed).all(), off / allowed
+    assert (np.abs(off.mean(axis=1)) <= allowed[:, 0] / np.sqrt(seeds)).all(), off.mean(axis=1) / allowed[:, 0]
+    of_all = np.sqrt(np.square(allowed).mean(axis=0)[0] / (len(CLASS_SIZES) * seeds))
+    assert (np.abs(off.mean(axis=(0, 1))) <= of_all).all(), off.mean(axis=(0, 1)) / of_all
+
+
+@pytest.mark.parametrize(("n_per_class", "seed"), [(25, 0), (30, 1)])
 def test_guard_realised_false_positive_rate_on_real_images_with_few_per_class_is_not_above(
-    fitted_guard, clean_activations, n_per_class
+    fitted_guard, clean_activations, n_per_class, seed
 ):
     """Classes hardly larger than 20, the neighbours: detectors of 19 in 20 must still speak for the final ones."""
     clean, labels = fitted_guard.reference, fitted_guard.reference_labels
-    rng = np.random.default_rng(0)
-    for seed in range(2):
-        rows = np.concatenate([rng.permutation(np.flatnonzero(labels == label))[:n_per_class] for label in range(10)])
-        guard = Guard.fit_activations(clean[rows], labels[rows], GuardConfig(false_positive_rate=0.1, seed=seed))
-        p_values = guard.scores(clean_activations).p_values
-        for rate in (0.02, 0.05, 0.1):
-            realised = (p_values <= rate).mean()
-            assert 0.1 * rate <= realised <= rate + tolerance(rate, len(rows), len(clean_activations))
+    rng = np.random.default_rng(seed)
+    rows = np.concatenate([rng.permutation(np.flatnonzero(labels == label))[:n_per_class] for label in range(10)])
+    guard = Guard.fit_activations(clean[rows], labels[rows], GuardConfig(false_positive_rate=0.1, seed=seed))
+    p_values = guard.scores(clean_activations).p_values
+    for rate in (0.02, 0.05, 0.1):
+        realised = (p_values <= rate).mean()
+        assert 0.1 * rate <= realised <= rate + tolerance(rate, len(rows), len(clean_activations))
 
 
 def test_guard_realised_false_positive_rate_with_nine_images_per_class_is_not_above_the_requested_one():

@@ -172,7 +172,7 @@ def test_guard_without_a_class_is_loaded_again_and_says_what_it_costs(
 ) -> None:
     images, labels = clean_split.validation
     seen = labels != 9
-    guard = Guard.fit(suspect, images[seen], labels[seen], QUICK)
+    guard = Guard.fit(suspect, images[seen], labels[seen], CONFIG.replace(folds=2))
     loaded = Guard.load(guard.save(tmp_path), suspect)
     nines = clean_split.test.images[clean_split.test.labels == 9]
     real = np.mean([verdict.is_poisoned for verdict in loaded.inspect(nines)])

@@ -38,7 +38,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 def backed(fitted_guard, clean_split):
     """The session's guard, relabelling by a defective network."""
     guard = fitted_guard.with_config(action="relabel")
-    backup = Backup.train("defective", guard.suspect.module, *clean_split.validation, settings=QUICK["defective"])
+    some = (part[:300] for part in clean_split.validation)
+    backup = Backup.train("defective", guard.suspect.module, *some, settings=QUICK["defective"])
     return dataclasses.replace(guard, backup=backup, recovery={HEAD: 0.5, "defective": 0.9})
 
 
@@ -295,7 +296,7 @@ def detecting(fitted_guard, clean_split):
     request = BackupRequest(
         "rtll", floor=0.99999, detects=True, triggers=["pattern"], settings=QUICK, planting=PLANTING
     )
-    quick = dataclasses.replace(fitted_guard, config=fitted_guard.config.replace(folds=5))
+    quick = dataclasses.replace(fitted_guard, config=fitted_guard.config.replace(folds=3))
     return with_backup(quick, *clean_split.validation, request)
 
 

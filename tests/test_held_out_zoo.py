@@ -282,6 +282,7 @@ def test_scores_of_the_freeze_are_of_every_reference_model():
         assert np.median(of_model[50:]) > np.median(of_model[:50])
 
 
+@pytest.mark.usefixtures("few_folds")
 def test_reference_scores_are_those_of_a_default_guard_on_clean_images(tiny, tmp_path, monkeypatch):
     benign, attacked, development, test = tiny
     for zoo in (development, test):

@@ -62,6 +62,7 @@ def test_membership_needs_both_signs(
     assert Membership(loss, moved_loss, errors, moved_errors, n).is_noticed is noticed
 
 
+@pytest.mark.usefixtures("few_folds")
 def test_command_line_warns_of_them_in_one_line(
     overfitted: SuspectModel, clean_split: CleanSplit, capsys: pytest.CaptureFixture[str]
 ) -> None:

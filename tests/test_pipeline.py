@@ -241,9 +241,9 @@ def test_with_config_rate_below_one_over_n_plus_1_is_refused(fitted_guard):
 
 @pytest.mark.parametrize("settings", [{"anytime": True}, {"mode": "paper"}])
 def test_fit_side_by_side_gives_the_same_guard(clean_activations, tmp_path, settings):
-    rows = np.arange(300)
+    rows = np.arange(150)
     activations, labels = clean_activations[rows], clean_activations.predicted_labels[rows]
-    config = GuardConfig(false_positive_rate=0.05, folds=4, **settings)
+    config = GuardConfig(false_positive_rate=0.05, folds=3, **settings)
     threads = torch.get_num_threads()
     seen = []
     one, three = (

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fastapi.routing import APIRoute
-from review_helpers import client_of, log_in, picture, workspace_of
+from review_helpers import client_of, in_one_loop, log_in, picture, workspace_of
 from starlette.testclient import TestClient
 
 from guard.errors import QueueError
@@ -68,7 +68,9 @@ def root(workspace: Workspace) -> TestClient:
 
 def unbroken(client: TestClient) -> TestClient:
     """Return a client that gets a 500 as a browser would, and not the exception itself."""
-    plain = TestClient(client.app, base_url=str(client.base_url), follow_redirects=False, raise_server_exceptions=False)
+    plain = in_one_loop(
+        TestClient(client.app, base_url=str(client.base_url), follow_redirects=False, raise_server_exceptions=False)
+    )
     plain.cookies.update(client.cookies)
     plain.headers.update(client.headers)
     return plain

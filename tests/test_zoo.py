@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -202,28 +205,61 @@ def test_required_success_is_lower_for_the_hard_ones(attack, bar):
 # train, store, verify -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def tiny(monkeypatch, tmp_path):
-    """A plan of two models on 3,000 real digits, trained in seconds."""
+TINY = (ZooEntry("mnist", "benign", "mnist_small", 0), ZooEntry("mnist", "pattern", "mnist_small", 0, 7))
+
+
+def plan_tiny(patch):
+    """Let the plan be two models on 3,000 real digits, trained in seconds."""
     data = load_dataset("mnist", "test")
     sets = {"train": data[:5000], "test": data[5000 - 1000 :]}
-    monkeypatch.setattr(splits, "load_dataset", lambda name, split, data_dir=None: sets[split])
-    entries = (ZooEntry("mnist", "benign", "mnist_small", 0), ZooEntry("mnist", "pattern", "mnist_small", 0, 7))
+    patch.setattr(splits, "load_dataset", lambda name, split, data_dir=None: sets[split])
     settings = TrainingSettings(epochs=2, batch_size=64, learning_rate=5e-3)
     recipes = {("mnist", "mnist_small"): Recipe(settings, CropAndFlip(1, flip=False), 1.0, settings)}
-    monkeypatch.setattr(plan, "PLAN", entries)
-    monkeypatch.setattr(plan, "RECIPES", recipes)
-    return entries, Zoo(tmp_path), tmp_path / "work"
+    patch.setattr(plan, "PLAN", TINY)
+    patch.setattr(plan, "RECIPES", recipes)
 
 
-def test_train_entry_writes_half_precision_weights_and_a_card_that_verifies(tiny):
-    (benign, backdoored), zoo, work = tiny
-    first = train_entry(benign, zoo, work_dir=work)
-    card = train_entry(backdoored, zoo, work_dir=work)
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A plan of two models, and an empty zoo."""
+    plan_tiny(monkeypatch)
+    return TINY, Zoo(tmp_path), tmp_path / "work"
+
+
+class Trained(NamedTuple):
+    """What training the two models wrote and returned, and what it left in its work folder."""
+
+    zoo: Zoo
+    cards: tuple[ZooCard, ZooCard]
+    left: list[Path]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder, work = tmp_path_factory.mktemp("trained"), tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        plan_tiny(patch)
+        cards = tuple(train_entry(entry, Zoo(folder), work_dir=work) for entry in TINY)
+    load_split.cache_clear()
+    return Trained(Zoo(folder), cards, list(work.glob("*")))
+
+
+@pytest.fixture
+def benign(tiny, trained):
+    """The card of the benign one, in a zoo of it alone."""
+    card, zoo = trained.cards[0], tiny[1]
+    for path in (zoo.card_path(card.name), zoo.weights_path(card.name)):
+        shutil.copy(trained.zoo.folder / path.name, path)
+    return card
+
+
+@pytest.mark.usefixtures("tiny")
+def test_train_entry_writes_half_precision_weights_and_a_card_that_verifies(trained):
+    (benign, backdoored), zoo, (first, card) = TINY, trained.zoo, trained.cards
     assert {path.name for path in zoo.folder.glob("*.*")} == {
         f"{name}.{kind}" for name in (benign.name, backdoored.name) for kind in ("json", "safetensors")
     }
-    assert not list(work.glob("*"))
+    assert not trained.left
     assert first.attack == "benign"
     assert first.target_label is first.attack_success is first.benign_clean_accuracy is None
     assert card.started_from == card.benign_twin == benign.name
@@ -240,9 +276,8 @@ def test_train_entry_writes_half_precision_weights_and_a_card_that_verifies(tiny
     assert found.problems == card.shortcomings()
 
 
-def test_verify_tells_other_weights_and_other_numbers(tiny):
-    (benign, _), zoo, work = tiny
-    card = train_entry(benign, zoo, work_dir=work)
+def test_verify_tells_other_weights_and_other_numbers(tiny, benign):
+    zoo, card = tiny[1], benign
     assert zoo.verify(card.name).problems == ()
     card.model_copy(update={"clean_accuracy": card.clean_accuracy - 0.0021}).write(zoo.card_path(card.name))
     (problem,) = zoo.verify(card.name).problems
@@ -255,11 +290,9 @@ def test_verify_tells_other_weights_and_other_numbers(tiny):
     assert "the weights are not those of the card" in zoo.verify(card.name).problems
 
 
-def test_train_entry_interrupted_goes_on_and_ends_with_the_same_weights(tiny, monkeypatch):
+def test_train_entry_interrupted_goes_on_and_ends_with_the_same_weights(tiny, trained):
     (benign, _), zoo, work = tiny
-    train_entry(benign, zoo, work_dir=work)
-    whole = zoo.weights_path(benign.name).read_bytes()
-    zoo.weights_path(benign.name).unlink()
+    whole = trained.zoo.weights_path(benign.name).read_bytes()
 
     def interrupt(report):
         if report.epoch == 1:
@@ -280,10 +313,8 @@ def test_train_entry_without_its_twin_raises(tiny):
         train_entry(backdoored, zoo, work_dir=work)
 
 
-def test_card_shortcomings_are_too_little_success_and_too_much_accuracy_lost(tiny):
-    (benign, _), zoo, work = tiny
-    card = train_entry(benign, zoo, work_dir=work)
-    attack = card.model_copy(
+def test_card_shortcomings_are_too_little_success_and_too_much_accuracy_lost(trained):
+    attack = trained.cards[0].model_copy(
         update={"attack": "pattern", "attack_success": 0.95, "clean_accuracy": 0.97, "benign_clean_accuracy": 0.99}
     )
     assert attack.shortcomings() == ()
@@ -306,10 +337,9 @@ def test_zoo_missing_or_damaged_model_raises(tmp_path):
         build_network("alexnet", 10, 3)
 
 
-def test_benign_card_has_no_attack_to_restore(tiny):
-    (benign, _), zoo, work = tiny
+def test_benign_card_has_no_attack_to_restore(trained):
     with pytest.raises(ZooError, match="is benign: it has no attack"):
-        train_entry(benign, zoo, work_dir=work).restore_attack()
+        trained.cards[0].restore_attack()
 
 
 # what is shipped ------------------------------------------------------------------------------------------------------
@@ -385,9 +415,8 @@ def test_zoo_command_train_list_show_verify(tiny, capsys):
     assert capsys.readouterr().out.startswith(f"ok  {entries[0].name}")
 
 
-def test_zoo_command_verify_a_bad_model_has_status_1(tiny, capsys):
-    (benign, _), zoo, work = tiny
-    card = train_entry(benign, zoo, work_dir=work)
+def test_zoo_command_verify_a_bad_model_has_status_1(tiny, benign, capsys):
+    zoo, card = tiny[1], benign
     card.model_copy(update={"clean_accuracy": 0.5}).write(zoo.card_path(card.name))
     assert run(["zoo", "verify", "--folder", str(zoo.folder)]) == 1
     out = capsys.readouterr()

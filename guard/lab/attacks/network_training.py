@@ -328,7 +328,7 @@ def _schedule(
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=float(settings.learning_rate), total_steps=steps)
 
 
-def accuracy(module: nn.Module, images: Float32Array, labels: IntArray, batch_size: int = 500) -> float:
+def accuracy(module: nn.Module, images: Float32Array, labels: IntArray, batch_size: int = 100) -> float:
     """Return the share of images that the module gives their label, in [0, 1]."""
     if len(images) == 0 or len(images) != len(labels):
         raise DataError(f"accuracy needs as many labels as images, and at least one, got {len(labels)}, {len(images)}.")

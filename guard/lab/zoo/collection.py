@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from guard.errors import ZooError
@@ -113,6 +114,7 @@ class Zoo:
         """Measure a model again from its weights, and compare with its card and with the bar for a real attack."""
         card = self.card(name)
         network = self.load(name)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # half of the time on CPU
         split = load_split(card.data_set, data_dir)
         measured = measure(network, None if card.is_benign else card.restore_attack(), split.test)
         success = min(measured.attack_success) if measured.attack_success else None
