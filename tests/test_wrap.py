@@ -72,7 +72,7 @@ def workers(tmp_path: Path) -> Iterator[Any]:
         worker.close()
 
 
-@pytest.mark.usefixtures("few_folds")
+@pytest.mark.usefixtures("few_folds", "quick_checks")
 def test_wrap_fits_keeps_every_file_and_unwrap_gives_the_same_bytes_back(
     badnet: MnistCnn, clean: Path, clean_split: Any, triggered: Any, tmp_path: Path, capfd: Any, workers: Any
 ) -> None:
