@@ -378,6 +378,7 @@ def test_unwrap_names_the_file_and_refuses_what_it_cannot_give_back(
 
 
 @pytest.mark.torchserve
+@pytest.mark.usefixtures("quick_workers")
 def test_wrapped_archives_beside_plain_ones_in_one_server_answer_old_clients_the_same(
     badnet: MnistCnn, clean: Path, clean_split: Any, tmp_path: Path, capfd: Any, quick_fit: Any
 ) -> None:
