@@ -1,7 +1,7 @@
 """A process that has loaded what the process of every check and of every worker loads: they then are forks of it.
 
-What a check or a worker does is the same, in a process of its own without anything of the test's; its seconds of imports
-are spent once. Tests about how that process starts and ends, or what it has not, do without.
+What a check or a worker does is the same, in a process of its own without anything of the test's; its seconds of
+imports are spent once. Tests about how that process starts and ends, or what it has not, do without.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from safetensors.torch import save_file
 from queue_helpers import postgresql_folder
+from safetensors.torch import save_file
 from serving_helpers import png
 
 from guard import Guard, GuardConfig, SuspectModel
