@@ -392,13 +392,13 @@ def test_ctrl_c_ends_everything(together: Together) -> None:
 
 
 @pytest.mark.parametrize("option", ["--review", "--retrain"])
-def test_companions_without_a_queue_are_refused(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_companions_without_a_queue_are_refused(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("GUARD_QUEUE_URL", raising=False)
-    done = subprocess.run(
-        [sys.executable, "-m", "guard.cli", "serve", option], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert done.stderr == "error: --review and --retrain need a queue. Name one with --queue.\n"
+    monkeypatch.chdir(tmp_path)
+    assert run(["serve", option]) == 2
+    assert capsys.readouterr().err == "error: --review and --retrain need a queue. Name one with --queue.\n"
 
 
 @pytest.mark.parametrize(

@@ -110,12 +110,13 @@ def test_wheel_installed_elsewhere_fits_archives_and_checks_itself(site: Path, t
     for name in ("Java", "torchserve", "sample images"):
         assert f"True {name}\n" in looked_at  # the ports are not ours to ask for
     (tmp_path / "guard.toml").write_text("folds = 5\n")
-    model = ["--weights", "weights.safetensors", "--architecture", "tiny_network:make"]
-    command = ["-m", "guard.cli"]
-    rate = ["--false-positive-rate", "0.05"]
-    assert "bundle " in python(tmp_path, site, *command, "fit", *model, "--images", "clean.npz", *rate, "--fit-anyway")
-    assert python(tmp_path, site, *command, "archive", "tiny", *model).strip() == str(Path("model_store", "tiny.mar"))
+    model = "--weights weights.safetensors --architecture tiny_network:make"
+    fit = f"fit {model} --images clean.npz --false-positive-rate 0.05 --fit-anyway"
+    both = "import sys; from guard.cli import run; sys.exit(any(run(words.split()) for words in sys.argv[1:]))"
+    fitted, _, archived = python(tmp_path, site, "-c", both, fit, f"archive tiny {model}").strip().rpartition("\n")
+    assert "bundle " in fitted
+    assert archived == str(Path("model_store", "tiny.mar"))
     with zipfile.ZipFile(tmp_path / "model_store" / "tiny.mar") as archive:
         assert {"guard_handler.py", "image_handler.py", "tiny_network.py"} <= set(archive.namelist())
         assert archive.read("guard_handler.py") == (site / "guard" / "assets" / "guard_handler.py").read_bytes()
-    assert python(tmp_path, site, *command, "--version") == "backdoor-guard 0.1.0\n"
+    assert python(tmp_path, site, "-m", "guard.cli", "--version") == "backdoor-guard 0.1.0\n"
