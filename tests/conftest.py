@@ -149,6 +149,14 @@ def quick_checks(prepared_process: PreparedProcess, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("guard.torchserve.check.subprocess", prepared_process)
 
 
+@pytest.fixture(scope="module")
+def quick_workers(prepared_process: PreparedProcess) -> Iterator[None]:
+    """Let the workers of TorchServe be forks of one process: for tests of what they do, not of how they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("guard.torchserve.server.java_command", prepared_process.java_command)
+        yield
+
+
 @pytest.fixture
 def few_folds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cross-fit few images in five parts, not in twenty: for tests that fit, and are not about how well."""

@@ -18,12 +18,12 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from guard import Guard
-from guard.detection.fusion import fired
 from guard.lab.attacks import Poisoned
 from guard.serving.bookkeeping import Bookkeeping, low_p_value
 from guard.serving.event_log import EventLog, loggable_id
 from guard.serving.outcomes import Outcome
 from guard.serving.tracing import decision_spans, trace_id
+from guard.statistics.calibration import fired
 from guard.telemetry import MetricBuffer, label_value
 from guard.types import Verdict
 

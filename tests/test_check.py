@@ -66,15 +66,19 @@ def test_check_of_a_good_archive_counts_alone_and_in_batches(
 
 
 @pytest.mark.parametrize(
-    ("code", "message"),
+    ("code", "message", "quick"),
     [
-        ("import no_such_module_anywhere\n", r"does not start .*ModuleNotFoundError.*no_such_module_anywhere"),
+        ("import no_such_module_anywhere\n", r"does not start .*ModuleNotFoundError.*no_such_module_anywhere", True),
         ("class Stock:\n    def initialize(self, context):\n        1 / 0\n\n    def handle(self, data, context):\n"
-         "        return data\n", "does not start .*ZeroDivisionError"),
-        ("import os\n\nos._exit(3)\n", r"ended its process \(status 3\)"),
+         "        return data\n", "does not start .*ZeroDivisionError", True),
+        ("import os\n\nos._exit(3)\n", r"ended its process \(status 3\)", False),
     ],
 )  # fmt: skip
-def test_check_says_why_an_archive_does_not_start(workshop: Workshop, tmp_path: Path, code: str, message: str) -> None:
+def test_check_says_why_an_archive_does_not_start(
+    workshop: Workshop, request: pytest.FixtureRequest, tmp_path: Path, code: str, message: str, quick: bool
+) -> None:
+    if quick:
+        request.getfixturevalue("quick_checks")
     handler = tmp_path / "broken_handler.py"
     handler.write_text(code)
     torch.save(workshop.module.state_dict(), tmp_path / "weights.pt")
@@ -255,7 +259,7 @@ def test_check_of_a_server_sends_what_clients_send(
 # --- what is written is checked first ---
 
 
-@pytest.mark.usefixtures("few_folds")
+@pytest.mark.usefixtures("few_folds", "quick_checks")
 def test_wrap_leaves_no_archive_that_did_not_pass(
     workshop: Workshop, clean_split: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -353,6 +357,7 @@ def test_archive_compares_what_was_fitted_with_what_the_image_handler_feeds(
     assert ("warning" in err) == message.startswith("warning")
 
 
+@pytest.mark.usefixtures("quick_checks")
 def test_check_names_the_image_that_gets_no_verdict(workshop: Workshop, bodies: list[bytes]) -> None:
     archive = workshop.guarded("stock", start=False)
     sent, names = [*bodies[:3], b"no image"], ["0/a.png", "0/b.png", "1/c.png", "1/d.png"]

@@ -75,10 +75,10 @@ def finished(
         patch.setattr(run, "DEMO_ATTACKS", (pattern,))
         patch.setattr(run, "train_badnet", trained)
         patch.setattr(run, "REVIEWED", pattern)
-        patch.setattr(run, "SPLIT", (6000, 500, 500))
+        patch.setattr(run, "SPLIT", (6000, 500, 350))
         patch.setattr(run, "GuardConfig", partial(GuardConfig, folds=5))  # in the first fit, and in those of a round
         patch.setattr(run, "CLEAN_REQUESTS", 200)
-        patch.setattr(run, "TRIGGERED_REQUESTS", 100)
+        patch.setattr(run, "TRIGGERED_REQUESTS", 60)
         console = Console(file=printed, width=80)
         run.run_demo(output, seed=0, false_positive_rate=0.05, keep_serving=False, console=console)
     return output, printed.getvalue()
@@ -96,7 +96,7 @@ def test_demo_report_has_exactly_these_keys(finished: tuple[Path, str]) -> None:
 
 def test_demo_catches_the_attack_at_the_rate_asked_for(finished: tuple[Path, str]) -> None:
     (case,) = json.loads((finished[0] / "report.json").read_text())["cases"]
-    assert (case["clean_requests"], case["triggered_requests"]) == (200, 100)
+    assert (case["clean_requests"], case["triggered_requests"]) == (200, 60)
     assert case["attack_success_unguarded"] > 0.9
     assert case["attack_success_guarded"] < 0.1
     assert case["true_positive_rate"] > 0.9
@@ -119,7 +119,7 @@ def test_demo_learns_from_a_reviewer_and_serves_what_it_learned(finished: tuple[
     assert (output / "pattern" / "bundles" / "ACTIVE").read_text().strip() == loop["bundle_after"]
     for rates in (loop["before"], loop["after"]):
         assert rates["true_positive_rate"] > 0.9
-        assert rates["false_positive_rate"] < 0.12
+        assert rates["false_positive_rate"] < 0.12  # likewise, of 150
     assert "retraining: promoted" in printed
     with Queue.open(queue_url(str(output / "queue.db"))) as queue:
         counts = queue.counts()

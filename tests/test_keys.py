@@ -85,6 +85,7 @@ def test_rotation_without_kept_keys_is_refused(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.torchserve
+@pytest.mark.usefixtures("quick_workers")
 def test_server_has_the_same_keys_at_the_next_start_until_they_are_rotated(tmp_path: Path) -> None:
     (tmp_path / "network.py").write_text(NETWORK)
     (tmp_path / "image_handler.json").write_text('{"architecture": "network:make", "input_shape": [1, 28, 28]}')

@@ -108,17 +108,31 @@ def test_telemetry_and_relabel_import_nouns_only():
             assert imported_rooms(file) - {room_of(file)} <= {"errors", "types", "files"}, file
 
 
+#: Loaded together, none of these loads a server or a screen: then none of them does alone.
+LIGHT = ("guard.detection.detectors", "guard.detection.pipeline", "guard.statistics.evaluation", "guard.telemetry")
+#: After those, none of these loads TorchServe.
+HANDLING = ("guard.torchserve.user_handler", "guard.cli.reading", "guard.cli.doctor", "guard.demo.run")
 #: Does a worker's part for a user's handler outside a server, so it needs TorchServe itself; only when called.
 RUNS_HANDLERS = PACKAGE / "torchserve" / "worker.py"
 
 
-def test_torchserve_is_imported_by_one_module_and_only_when_called():
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, set[str]]:
+    """What one fresh interpreter has loaded after the modules of LIGHT, and then of HANDLING, packages by name."""
+    code = "import sys\n"
+    for modules in (LIGHT, HANDLING):
+        code += f"import {', '.join(modules)}\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    light, handling = done.stdout.splitlines()
+    return {"light": set(light.split()), "handling": set(handling.split())}
+
+
+def test_torchserve_is_imported_by_one_module_and_only_when_called(loaded):
     for file in sources():
         imports_ts = "ts" in {name.split(".")[0] for name in imported_modules(file)}
         assert not imports_ts or file == RUNS_HANDLERS, file
-    code = "import sys, guard.torchserve.user_handler; print('ts' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert "guard" in loaded["handling"]
+    assert "ts" not in loaded["handling"]
 
 
 def test_serving_knows_no_server_by_name_or_by_its_words():
@@ -138,16 +152,9 @@ def test_servers_and_screens_are_imported_by_the_edge_only():
             assert not names & PEOPLE, file
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["guard.detection.detectors", "guard.detection.pipeline", "guard.statistics.evaluation", "guard.telemetry"],
-)
-def test_import_in_a_fresh_interpreter_leaves_servers_and_screens_unloaded(module):
-    code = f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(done.stdout.split())
-    assert "guard" in loaded
-    assert not loaded & (SERVERS | PEOPLE)
+def test_import_in_a_fresh_interpreter_leaves_servers_and_screens_unloaded(loaded):
+    assert "guard" in loaded["light"]
+    assert not loaded["light"] & (SERVERS | PEOPLE)
 
 
 @pytest.mark.parametrize("module", ["guard", "guard.cli", "guard.relabel.items", "guard.relabel.settings"])

@@ -88,6 +88,7 @@ def workshop(fitted_guard: Guard, badnet: MnistCnn, tmp_path: Path) -> Any:
             del sys.modules[name]
 
 
+@pytest.mark.usefixtures("quick_checks")
 def test_no_command_leaves_the_password_in_a_file_or_an_output(
     badnet: MnistCnn, clean_split: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:

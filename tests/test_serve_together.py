@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from queue_helpers import postgresql_folder
 from safetensors.torch import save_file
 from serving_helpers import png
 
@@ -67,7 +68,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.25)
     return found
 
 
@@ -86,7 +87,7 @@ def small_guard(suspect: SuspectModel, clean_split: Any) -> Guard:
     return Guard.fit(suspect, images, labels, GuardConfig(false_positive_rate=0.05, folds=5))
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="module")
 def together(
     request: pytest.FixtureRequest,
     small_guard: Guard,
@@ -94,8 +95,9 @@ def together(
     clean_split: Any,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Together]:
+    """One stack on PostgreSQL, whose URL has a password to hide; on SQLite, as the demo has it, where there is none."""
     folder = tmp_path_factory.mktemp("together")
-    if request.param == "sqlite":
+    if postgresql_folder() is None:
         url = queue_url(str(folder / "queue.db"))
     else:
         url = request.getfixturevalue("postgresql_server").create_database()
@@ -262,7 +264,7 @@ def test_flagged_requests_are_reviewed_and_the_server_takes_what_was_learned(
     began = datetime.now(UTC)
     with Client(together.url, token=together.key) as client:
         replies = {body: client.predict("digits", body, content_type="image/png") for body in list(bodies)[:80]}
-        replies |= {body: client.predict("digits", body, content_type="image/png") for body in list(bodies)[-400:]}
+        replies |= {body: client.predict("digits", body, content_type="image/png") for body in list(bodies)[-200:]}
         assert {reply.status for reply in replies.values()} == {200}
         flagged = [body for body, reply in replies.items() if reply.headers["guard-verdict"] == "poisoned"]
         assert {reply.headers.get("guard-review") for reply in replies.values()} == {None, "queued"}
@@ -390,13 +392,13 @@ def test_ctrl_c_ends_everything(together: Together) -> None:
 
 
 @pytest.mark.parametrize("option", ["--review", "--retrain"])
-def test_companions_without_a_queue_are_refused(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_companions_without_a_queue_are_refused(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("GUARD_QUEUE_URL", raising=False)
-    done = subprocess.run(
-        [sys.executable, "-m", "guard.cli", "serve", option], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert done.stderr == "error: --review and --retrain need a queue. Name one with --queue.\n"
+    monkeypatch.chdir(tmp_path)
+    assert run(["serve", option]) == 2
+    assert capsys.readouterr().err == "error: --review and --retrain need a queue. Name one with --queue.\n"
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from guard.telemetry import OUTCOMES, prometheus_names
 from guard.torchserve.client import Client, Reply, run_load
 from guard.torchserve.server import TorchServeInstance
 
-pytestmark = pytest.mark.torchserve
+pytestmark = [pytest.mark.torchserve, pytest.mark.usefixtures("quick_workers")]
 
 #: Rounding differs with the size of a batch; p-values are multiples of 1/1001.
 TOLERANCE = 3.5e-3
@@ -64,6 +64,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(
+    quick_workers: None,
     fitted_guard: Guard,
     second_guard: Guard,
     badnet: MnistCnn,

@@ -217,19 +217,18 @@ def test_server_starts_a_killed_worker_again(server: TorchServeInstance, png: by
 
 
 @pytest.mark.torchserve
-def test_stop_leaves_no_process_and_no_folder(store: Path) -> None:
-    instance = TorchServeInstance(store, {"tiny": "tiny.mar"})
-    with instance:
-        instance.wait_ready(120)
-        folder, ports = instance.work_dir, instance.ports
+def test_stop_leaves_no_process_and_no_folder(server: TorchServeInstance) -> None:
+    """The last test of this server."""
+    with server:
+        folder, ports = server.work_dir, server.ports
         processes = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
         claimed = [p for p in processes if str(folder) in " ".join(p.cmdline())]
         assert len(claimed) == 3  # supervisor, Java, worker
-    instance.stop()
+    server.stop()
     assert not [p for p in claimed if p.is_running()]
     assert not folder.exists()
     assert port_is_free(ports.inference)
-    assert instance.java_pid == 0
+    assert server.java_pid == 0
 
 
 @pytest.mark.torchserve

@@ -53,6 +53,11 @@ sys.path.insert(0, ".")
 import tiny_network
 torch.manual_seed(0)
 save_file(tiny_network.make().state_dict(), "weights.safetensors")
+
+import guard.cli.doctor
+
+for check in guard.cli.doctor.checks():
+    print(check.ok, check.name)
 """
 
 
@@ -101,16 +106,17 @@ def test_wheel_holds_the_package_and_its_resources_and_nothing_else(wheel: Path)
 
 
 def test_wheel_installed_elsewhere_fits_archives_and_checks_itself(site: Path, tmp_path: Path) -> None:
-    python(tmp_path, site, "-c", SCRIPT, str(site), *RESOURCES)
-    model = ["--weights", "weights.safetensors", "--architecture", "tiny_network:make"]
-    command = ["-m", "guard.cli"]
-    rate = ["--false-positive-rate", "0.05"]
-    assert "bundle " in python(tmp_path, site, *command, "fit", *model, "--images", "clean.npz", *rate, "--fit-anyway")
-    assert python(tmp_path, site, *command, "archive", "tiny", *model).strip() == str(Path("model_store", "tiny.mar"))
+    looked_at = python(tmp_path, site, "-c", SCRIPT, str(site), *RESOURCES)
+    for name in ("Java", "torchserve", "sample images"):
+        assert f"True {name}\n" in looked_at  # the ports are not ours to ask for
+    (tmp_path / "guard.toml").write_text("folds = 5\n")
+    model = "--weights weights.safetensors --architecture tiny_network:make"
+    fit = f"fit {model} --images clean.npz --false-positive-rate 0.05 --fit-anyway"
+    both = "import sys; from guard.cli import run; sys.exit(any(run(words.split()) for words in sys.argv[1:]))"
+    fitted, _, archived = python(tmp_path, site, "-c", both, fit, f"archive tiny {model}").strip().rpartition("\n")
+    assert "bundle " in fitted
+    assert archived == str(Path("model_store", "tiny.mar"))
     with zipfile.ZipFile(tmp_path / "model_store" / "tiny.mar") as archive:
         assert {"guard_handler.py", "image_handler.py", "tiny_network.py"} <= set(archive.namelist())
         assert archive.read("guard_handler.py") == (site / "guard" / "assets" / "guard_handler.py").read_bytes()
-    looked_at = python(tmp_path, site, "-c", "import guard.cli.doctor as d; [print(c.ok, c.name) for c in d.checks()]")
-    for name in ("Java", "torchserve", "sample images"):
-        assert f"True {name}\n" in looked_at  # the ports are not ours to ask for
-    assert python(tmp_path, site, *command, "--version") == "backdoor-guard 0.1.0\n"
+    assert python(tmp_path, site, "-m", "guard.cli", "--version") == "backdoor-guard 0.1.0\n"

@@ -72,7 +72,7 @@ def workers(tmp_path: Path) -> Iterator[Any]:
         worker.close()
 
 
-@pytest.mark.usefixtures("few_folds")
+@pytest.mark.usefixtures("few_folds", "quick_checks")
 def test_wrap_fits_keeps_every_file_and_unwrap_gives_the_same_bytes_back(
     badnet: MnistCnn, clean: Path, clean_split: Any, triggered: Any, tmp_path: Path, capfd: Any, workers: Any
 ) -> None:
@@ -378,6 +378,7 @@ def test_unwrap_names_the_file_and_refuses_what_it_cannot_give_back(
 
 
 @pytest.mark.torchserve
+@pytest.mark.usefixtures("quick_workers")
 def test_wrapped_archives_beside_plain_ones_in_one_server_answer_old_clients_the_same(
     badnet: MnistCnn, clean: Path, clean_split: Any, tmp_path: Path, capfd: Any, quick_fit: Any
 ) -> None:

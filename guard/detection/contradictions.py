@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from scipy.special import bdtrc
-
 from guard.statistics.confidence import confidence, fit_temperature
 from guard.types import Float64Array, FloatArray, IntArray
 
@@ -73,6 +71,8 @@ class Contradictions:
     @property
     def is_noticed(self) -> bool:
         """Whether there are more than honest networks show and than chance makes of that."""
+        from scipy.special import bdtrc  # here, as the review page loads less without
+
         return self.count > 0 and float(bdtrc(self.count - 1, self.n, HONEST)) < _CHANCE
 
     @property

@@ -239,23 +239,6 @@ class PaperFusion:
         return self
 
 
-def fired(surprise: Float64Array, mode: str, false_positive_rate: float) -> BoolArray:
-    """Return which detectors would have flagged the input by themselves.
-
-    Parameters
-    ----------
-    surprise : ndarray of any shape, float64
-        From `Fusion.surprise`.
-    mode : str
-        `"paper"`: a detector fires beyond its own threshold. Else surprise is -log of a p-value, and it fires where
-        that p-value is at most `false_positive_rate`.
-    false_positive_rate : float
-        The requested one, in (0, 1).
-    """
-    beyond: BoolArray = surprise > 0 if mode == "paper" else surprise >= -np.log(false_positive_rate)
-    return beyond
-
-
 def new_fusion(mode: str) -> Fusion:
     """Return the unfitted fusion of a mode, `"calibrated"` or `"paper"`."""
     return PaperFusion() if mode == "paper" else CalibratedFusion()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-from sklearn.cluster import AgglomerativeClustering
 
 from guard.relabel.queue import Queue
 from guard.types import Float32Array, IntArray
@@ -37,6 +36,8 @@ def cluster(features: Float32Array, *, min_size: int = MIN_SIZE, max_distance: f
     labels = np.full(len(features), -1, dtype=np.int64)
     if len(features) < max(2, min_size):
         return labels
+    from sklearn.cluster import AgglomerativeClustering  # here, as it takes seconds, and most queues need none
+
     rows = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), np.finfo(np.float32).tiny)
     model = AgglomerativeClustering(n_clusters=None, distance_threshold=max_distance, linkage="average")
     found = model.fit_predict(rows)

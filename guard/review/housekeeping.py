@@ -7,6 +7,7 @@ import threading
 import time
 
 from guard.errors import GuardError
+from guard.relabel.groups import refresh_groups
 from guard.review.workspace import Workspace
 
 SWEEP_S = 5.0
@@ -39,8 +40,6 @@ class Housekeeping:
         self._thread.join(10)
 
     def _run(self) -> None:
-        from guard.relabel.groups import refresh_groups  # loads scikit-learn: seconds that the page need not wait
-
         regrouped_at, pending = -REGROUP_S, -1
         while not self._stopping.is_set():
             try:

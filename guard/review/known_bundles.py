@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from guard.detection.soundness import check_stored
 from guard.errors import BundleError, ConfigError
 from guard.storage.bundle import BundleStore, StoredBundle, read_bundle
 from guard.types import Float32Array, Float64Array, IntArray
@@ -175,6 +174,8 @@ def _check_places(stores: Sequence[BundleStore]) -> None:
 
 
 def _read(path: Path) -> KnownBundle | None:
+    from guard.detection.soundness import check_stored  # here, as it loads torch: a page without bundles does without
+
     try:
         stored = read_bundle(path)
         check_stored(stored)

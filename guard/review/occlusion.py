@@ -6,11 +6,14 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from guard.suspect.model import SuspectModel
 from guard.types import Float32Array, Float64Array
+
+if TYPE_CHECKING:
+    from guard.suspect.model import SuspectModel
 
 #: Positions of the cover along the longer side.
 POSITIONS = 14

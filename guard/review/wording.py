@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 import numpy as np
 
 from guard.config import GuardConfig
-from guard.detection.fusion import fired
 from guard.relabel.items import FlaggedInput
 from guard.relabel.rounds import MEASURES
+from guard.statistics.calibration import fired
 
 #: Keys with a meaning of their own on the page; they are no class's key.
 RESERVED_KEYS = "pfsuoxv"

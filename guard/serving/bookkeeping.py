@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from guard.detection.fusion import fired
 from guard.detection.pipeline import Guard
 from guard.serving.event_log import EventLog, loggable_id
 from guard.serving.outcomes import Outcome, Requests
 from guard.serving.review_queue import Receipt
 from guard.serving.tracing import decision_spans, trace_id
+from guard.statistics.calibration import fired
 from guard.telemetry import OUTCOMES, SHED_REASONS, UNSCORED_REASONS, MetricBuffer, label_value
 from guard.types import Verdict
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from guard.arrays import require
 from guard.errors import DataError
-from guard.types import AnyArray, Float64Array, IntArray
+from guard.types import AnyArray, BoolArray, Float64Array, IntArray
 
 #: Quantile from which a score's tail is described by a generalised Pareto distribution.
 TAIL_START = 0.9
@@ -249,3 +249,20 @@ def _pareto_shape(relative_excess: Float64Array) -> float:
     if mean - 2 * weighted <= 0:
         return 0.0
     return float(np.clip(2 - mean / (mean - 2 * weighted), 0.0, _MAX_SHAPE))
+
+
+def fired(surprise: Float64Array, mode: str, false_positive_rate: float) -> BoolArray:
+    """Return which detectors would have flagged the input by themselves.
+
+    Parameters
+    ----------
+    surprise : ndarray of any shape, float64
+        From `guard.detection.fusion.Fusion.surprise`.
+    mode : str
+        `"paper"`: a detector fires beyond its own threshold. Else surprise is -log of a p-value, and it fires where
+        that p-value is at most `false_positive_rate`.
+    false_positive_rate : float
+        The requested one, in (0, 1).
+    """
+    beyond: BoolArray = surprise > 0 if mode == "paper" else surprise >= -np.log(false_positive_rate)
+    return beyond

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from guard.detection.contradictions import Contradictions
-from guard.detection.soundness import check_stored
 from guard.errors import BundleError
 from guard.files import read_plain
 from guard.relabel.rounds import Round, Rounds
@@ -140,6 +139,8 @@ class BundleList:
             If a retraining is just switching, something else is active or would become so by now, or the target is
             damaged or not sound; nothing was changed.
         """
+        from guard.detection.soundness import check_stored  # here, as it loads torch, and few pages are asked for this
+
         if self.store is None:
             raise BundleError("the page knows no folder of bundles. Start it with --bundles.")
         with self._lock:
