@@ -131,7 +131,12 @@ class Activations:
         return len(self.logits)
 
     def __getitem__(self, rows: slice | AnyArray) -> Activations:
-        """Return the chosen rows (a slice, an index array or a boolean mask) as new activations."""
+        """Return the chosen rows (a slice, an index array or a boolean mask) as new activations.
+
+        A mask that chooses every row gives these activations themselves: in a fit that saves a copy of all arrays.
+        """
+        if isinstance(rows, np.ndarray) and rows.dtype == np.bool_ and rows.shape == (len(self),) and rows.all():
+            return self
         part = Activations(
             self.logits[rows], self.features[rows], {name: array[rows] for name, array in self.depths.items()}
         )

@@ -258,7 +258,7 @@ def test_read_bundle_sums_that_leave_a_file_out_are_refused(bundle):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("guard.json", b'{"schema_version": 1}', r"has schema version 1, this program reads 2\. Upgrade"),
+        ("guard.json", b'{"schema_version": 1}', r"has schema version 1, this program reads 2 and 3\. Upgrade"),
         ("guard.json", b"{}", r"guard\.json has no schema_version or is no JSON\. Fit again\.$"),
         ("guard.json", b"not json", r"guard\.json has no schema_version or is no JSON\. Fit again\.$"),
         ("guard.json", b"\xff\xfe\x00", r"guard\.json has no schema_version or is no JSON\. Fit again\.$"),

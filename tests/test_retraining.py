@@ -11,6 +11,7 @@ import pytest
 from guard import Activations, Guard, GuardConfig
 from guard.detection.detectors.base import WHAT_IS_CLEAN, WHAT_IS_WHAT, Source
 from guard.detection.ensemble import Ensemble, Member
+from guard.detection.kept_reference import kept_reference
 from guard.detection.retraining import Labelled, retrain
 from guard.errors import BundleError, DataError
 from guard.statistics.evaluation import attack_success_rate, auroc, recovery_accuracy
@@ -57,8 +58,9 @@ def retrained(guard, reviewed):
 
 @pytest.fixture(scope="module")
 def few(fitted_guard, suspect, clean_split):
-    """300 clean inputs and labels, for guards that are fitted again and again."""
-    return suspect.activations(clean_split.validation.images[:300]), clean_split.validation.labels[:300]
+    """300 clean inputs, as a guard keeps them, and labels, for guards that are fitted again and again."""
+    activations = suspect.activations(clean_split.validation.images[:300])
+    return kept_reference(activations, np.arange(300)), clean_split.validation.labels[:300]
 
 
 @pytest.fixture(scope="module", params=["calibrated", "paper"])
@@ -172,6 +174,18 @@ def test_retrain_with_nothing_gives_the_guard_as_it_was_fitted(small_guard, some
     assert again.scores(few[0]).combined.tobytes() == small_guard.scores(few[0]).combined.tobytes()
     assert again.realised_false_positive_rate == small_guard.realised_false_positive_rate
     assert again.retrained_with == (0, 0)
+
+
+def test_retrain_with_nothing_gives_the_guard_as_it_was_fitted_but_for_rounding(
+    suspect, clean_split, small_guard, some, clean_activations
+):
+    """The reference is kept in half precision, and heads are trained anew on it."""
+    images, labels = (part[:300] for part in clean_split.validation)
+    first = Guard.fit_activations(suspect.activations(images), labels, small_guard.config)
+    again = retrain(first, some[:0])
+    p_values, before = (entry.scores(clean_activations).p_values for entry in (again, first))
+    assert 0.0 < np.abs(p_values - before).mean() <= 0.01
+    assert abs(again.realised_false_positive_rate - first.realised_false_positive_rate) <= 0.01
 
 
 def test_retrain_twice_forgets_what_is_not_given_again(paper_guard, some, traffic):
@@ -306,7 +320,10 @@ def test_retrain_a_loaded_guard_equals_retraining_the_one_that_was_saved(few, su
     assert digests[0] == digests[1]
     again = Guard.load(tmp_path / digests[0])
     assert len(arrays_of(again, "lof")[0]) == 600 + 40
-    assert_same_arrays(*([array for _, array in entry.items()] for entry in (again.noisy_reference, noisy)))
+    kept = old.noisy_reference
+    assert_same_arrays(*([array for _, array in entry.items()] for entry in (again.noisy_reference, kept)))
+    for (_, array), (_, given) in zip(kept.items(), noisy.items(), strict=True):
+        np.testing.assert_allclose(array, given, rtol=2**-11, atol=2**-25)  # in half precision
 
 
 # --- bad input ---

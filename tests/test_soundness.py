@@ -68,6 +68,16 @@ def as_type(name: str, kind: object) -> Change:
     return lambda arrays: arrays.update({name: arrays[name].astype(kind)})
 
 
+def in_halves(name: str, value: float) -> Change:
+    """Write a value into an array, and keep the array as halves that nothing says are to be read as anything else."""
+
+    def change(arrays: Arrays) -> None:
+        put(name, value, (3, 1))(arrays)
+        as_type(name, np.float16)(arrays)
+
+    return change
+
+
 def reversed_rows(name: str) -> Change:
     return lambda arrays: arrays.update({name: arrays[name][::-1].copy()})
 
@@ -114,7 +124,11 @@ ABSURD: dict[str, Change] = {
     "truncated labels": first("labels", 10),
     "reference of NaN": put("reference.features", np.nan),
     "one NaN in the reference": put("reference.logits", np.nan, (3, 1)),
+    "one infinite number in the reference": put("reference.features", np.inf, (3, 1)),
     "reference of zero": put("reference.features", 0.0),
+    "reference in halves, one of them NaN": in_halves("reference.features", np.nan),
+    "reference in halves, one of them infinite": in_halves("reference.features", -np.inf),
+    "logits in halves, one of them infinite": in_halves("reference.logits", np.inf),
     "fewer classes in the reference": lambda arrays: arrays.update(
         {"reference.logits": arrays["reference.logits"][:, :9]}
     ),
@@ -236,6 +250,15 @@ def test_sound_bundle_of_an_older_version_loads_and_decides_by_its_rule(sound_ol
     sample = Activations(clean_activations.logits[:20], clean_activations.features[:20], layers)
     surprise = guard.fusion.surprise(guard.ensemble.score(sample))
     np.testing.assert_allclose(guard.scores(sample).combined, np.sqrt(np.square(surprise).mean(axis=1)), rtol=1e-12)
+
+
+def test_load_reference_in_halves_without_a_note_is_calculated_with_in_single_precision(sound, tmp_path):
+    guard = Guard.load(write(tmp_path, sound))
+    halves = as_type("reference.features", np.float16)
+    loaded = Guard.load(write(tmp_path, sound, halves))
+    assert loaded.digest != guard.digest
+    np.testing.assert_array_equal(loaded.reference.features, guard.reference.features, strict=True)
+    assert loaded.save(tmp_path).name == guard.digest
 
 
 @pytest.mark.parametrize("name", ["reproduction", "early.0.reproduction", "early.1.reproduction"])

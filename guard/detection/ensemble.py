@@ -122,7 +122,7 @@ class Ensemble:
             sources = np.full(len(labels), Source.CLEAN)
         clean = sources == Source.CLEAN
         for depth in self.spaces:
-            self.spaces[depth] = WhitenedSpace.fit(activations.at(depth)[clean], labels[clean])
+            self.spaces[depth] = WhitenedSpace.fit(activations[clean].at(depth), labels[clean])
         self.__dict__.pop("_fused", None)
         views = self.views(activations)
         self.members = tuple(

@@ -55,7 +55,7 @@ class FittedGuard:
     clean_scores : ndarray of shape (n,), float64, ascending
         Combined scores of the distinct clean images, out of fold.
     reference, reference_labels : Activations, ndarray of shape (n,)
-        The clean data it was fitted on.
+        The clean data it was fitted on, rounded where that changes nothing, see `kept_reference`.
     reference_groups : ndarray of shape (n,), int64, or None
         One number per clean input, the same for copies of each other; None = there are no copies.
     realised_false_positive_rate : float
@@ -342,7 +342,9 @@ def _early_fits(
 
 
 def _activations(arrays: Mapping[str, AnyArray], depths: Sequence[str]) -> Activations:
-    return Activations(arrays["logits"], arrays[FEATURES], {name: arrays[name] for name in depths})
+    # A bundle that somebody else wrote may say halves are halves: they are not calculated with.
+    single = {name: array.astype(np.float32) if array.dtype == np.float16 else array for name, array in arrays.items()}
+    return Activations(single["logits"], single[FEATURES], {name: single[name] for name in depths})
 
 
 def _below(arrays: Mapping[str, AnyArray], prefix: str) -> dict[str, AnyArray]:

@@ -13,6 +13,7 @@ from guard.config import PLACES, SERVING_SETTINGS, GuardConfig
 from guard.detection.copies import copy_groups, equal_rows
 from guard.detection.cross_fitting import Progress, cross_fit
 from guard.detection.fitted import FittedGuard
+from guard.detection.kept_reference import kept_reference
 from guard.detection.soundness import check_varied
 from guard.detection.training_set import TrainingSet, check_labels
 from guard.errors import ConfigError, DataError, SuspectModelError
@@ -182,13 +183,13 @@ class Guard(FittedGuard):
             ensemble=fitted.ensemble,
             fusion=fitted.fusion,
             clean_scores=fitted.clean_scores,
-            reference=activations,
+            reference=kept_reference(activations, training.same_as),
             reference_labels=training.labels,
             realised_false_positive_rate=fitted.realised_false_positive_rate,
             contradictions=fitted.contradictions,
             class_names=tuple(class_names) if class_names is not None else None,
             reference_groups=training.groups if n < len(activations) else None,
-            noisy_reference=noisy,
+            noisy_reference=kept_reference(noisy, np.arange(len(noisy))) if noisy is not None else None,
             early=fitted.early,
         )
         try:

@@ -30,7 +30,8 @@ def retrain(
     and as a sample of clean inputs they would make it too tolerant.
 
     Nothing adds up: the new guard holds the same clean reference and no labelled input, so give **all** labelled inputs
-    each time, not the new ones only. Without any, the result is the guard as it was first fitted.
+    each time, not the new ones only. Without any, the result is the guard as it was first fitted, but for
+    the rounding of the reference (`kept_reference`).
 
     Of poisoned inputs with one true label, at most as many are learned from as the commonest class has clean images,
     drawn by the guard's seed: whoever sends the trigger on thousands of images of one class must not make the heads

@@ -121,6 +121,8 @@ class TrainingSet:
         One number per clean input, the same for copies of each other; None = all are distinct.
     is_distinct : ndarray of shape (n,), bool
         The first of every group. What is promised is promised of these.
+    same_as : ndarray of shape (n,), int64
+        The row of the first of its group where an input is the same as that one but for rounding, else its own.
     teaches : ndarray of shape (n,), bool
         All but inputs that are the same as the first of their group: those would only count several times.
 
@@ -137,6 +139,7 @@ class TrainingSet:
     anomalies: Activations | None = None
     groups: IntArray | None = None
     is_distinct: BoolArray = field(init=False)
+    same_as: IntArray = field(init=False)
     teaches: BoolArray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -155,13 +158,18 @@ class TrainingSet:
         elif groups.shape != (n,):
             raise DataError(f"groups must have shape ({n},), one number per image, got {groups.shape}.")
         _, first, group = np.unique(groups, return_index=True, return_inverse=True)
-        features, first_of = self.clean.features, first[group]
-        sizes = np.abs(features).max(axis=1, initial=0.0)
-        is_same = np.abs(features - features[first_of]).max(axis=1, initial=0.0) <= _ROUNDING * sizes
-        is_distinct = first_of == np.arange(n)
+        features, first_of, rows = self.clean.features, first[group], np.arange(n)
+        is_distinct = first_of == rows
+        copies = np.flatnonzero(~is_distinct)
+        sizes = np.abs(features[copies]).max(axis=1, initial=0.0)
+        apart = np.abs(features[copies] - features[first_of[copies]]).max(axis=1, initial=0.0)
+        copies = copies[apart <= _ROUNDING * sizes]
+        same_as = rows.copy()
+        same_as[copies] = first_of[copies]
         object.__setattr__(self, "groups", groups)
         object.__setattr__(self, "is_distinct", is_distinct)
-        object.__setattr__(self, "teaches", is_distinct | ~is_same)
+        object.__setattr__(self, "same_as", same_as)
+        object.__setattr__(self, "teaches", same_as == rows)
 
     @property
     def depths(self) -> tuple[str, ...]:
@@ -184,7 +192,7 @@ class TrainingSet:
         Poisoned inputs that show what the network answers are left out: nobody could learn from them.
         """
         clean = [part for part in (self.clean, self.noisy) if part is not None]
-        parts = [(part if rows.all() else part[rows], self.labels[rows], Source.CLEAN) for part in clean]
+        parts = [(part[rows], self.labels[rows], Source.CLEAN) for part in clean]
         sources = [np.full(len(part), source) for part, _, source in parts]
         activations, labels = [part for part, _, _ in parts], [label for _, label, _ in parts]
         if self.labelled is not None:

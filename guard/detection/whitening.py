@@ -21,6 +21,8 @@ RANK = 16
 _SHRINKAGE = 0.1
 _LEAST_SCALE = 1e-30
 _FARTHEST = np.float32(1e15)  # in standard deviations; what is longer has no square in float32
+_HELD_ROWS = 256  # in double precision
+_WHITENED_ROWS = 1024  # at once
 _ITERATIONS = 4  # of the subspace
 _EXTRA = 8  # columns more than wanted while iterating
 
@@ -70,13 +72,15 @@ class WhitenedSpace:
         """
         rows = features.astype(np.float32, copy=False)
         with np.errstate(invalid="ignore", over="ignore"):
-            mean, spread = rows.mean(axis=0, dtype=np.float64), rows.std(axis=0, dtype=np.float64)
+            mean = rows.mean(axis=0, dtype=np.float64)
+            spread = _standard_deviations(rows, mean)
         if not np.isfinite(spread).all():
             raise DataError("features must be finite: a NaN or an infinity was found.")
         varies = spread > 1e-6 * spread.max(initial=0.0)
         scale = np.where(varies, spread, spread[varies].mean() if varies.any() else 1.0)
         mean, scale = mean.astype(np.float32), np.maximum(scale, _LEAST_SCALE).astype(np.float32)
-        standard = (rows - mean) / scale
+        standard = rows - mean
+        standard /= scale
         principal = _principal_components(standard)
         d, m = principal.shape
         inner = (standard @ principal).astype(np.float64)
@@ -107,8 +111,20 @@ class WhitenedSpace:
             If the number of columns differs from `fit`.
         """
         check_columns(FEATURES, features, len(self.mean))
+        if len(features) <= _WHITENED_ROWS:
+            return self._whitened(features)
+        rank, m = self.rank, len(self.rotation)
+        lead = np.empty((len(features), rank), dtype=np.float32)
+        trail = np.empty((len(features), m + 1 - rank), dtype=np.float32)
+        for start in range(0, len(features), _WHITENED_ROWS):
+            rows = slice(start, start + _WHITENED_ROWS)
+            lead[rows], trail[rows] = self._whitened(features[rows])
+        return lead, trail
+
+    def _whitened(self, features: FloatArray) -> tuple[Float32Array, Float32Array]:
         with np.errstate(over="ignore"):
-            standard = (features.astype(np.float32, copy=False) - self.mean) / self.scale
+            standard = features.astype(np.float32, copy=False) - self.mean
+            standard /= self.scale
         np.clip(standard, -_FARTHEST, _FARTHEST, out=standard)
         exact = standard.astype(np.float64)
         inner = exact.dot(self.components)
@@ -142,6 +158,19 @@ class WhitenedSpace:
         mean, scale, rest = (state[name].astype(np.float32) for name in ("mean", "scale", "rest"))
         components, rotation = (np.ascontiguousarray(state[name], np.float64) for name in ("components", "rotation"))
         return cls(mean, scale, components, rotation, rest)
+
+
+def _standard_deviations(rows: Float32Array, mean: Float64Array) -> Float64Array:
+    """Return `rows.std(axis=0, dtype=np.float64)`, bit by bit, of rows (n, d) and their means; holds few rows twice."""
+    held = np.zeros((_HELD_ROWS + 1, rows.shape[1]))  # first the sum so far
+    for start in range(0, len(rows), _HELD_ROWS):
+        part = rows[start : start + _HELD_ROWS]
+        squares = held[1 : len(part) + 1]
+        np.subtract(part, mean, out=squares)
+        np.square(squares, out=squares)
+        held[0] = np.add.reduce(held[: len(part) + 1], axis=0)
+    spread: Float64Array = np.sqrt(held[0] / len(rows))
+    return spread
 
 
 def _principal_components(standard: Float32Array) -> Float32Array:

@@ -14,16 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from guard.errors import BundleError
 from guard.files import READABLE_FILE, READABLE_FOLDER, read_plain, replace_file, whole_folder
+from guard.storage.packing import pack, unpack
 from guard.types import AnyArray
 
-SCHEMA_VERSION = 2
+#: Of what is written. Version 2 is read as well: its arrays are not packed, and it has no notes about that.
+SCHEMA_VERSION = 3
+_READ_VERSIONS = (2, SCHEMA_VERSION)
+_NOTES = "packing"  # in the document on disk, see `guard.storage.packing`
 DOCUMENT, ARRAYS, SUMS = "guard.json", "arrays.safetensors", "SHA256SUMS"
 ACTIVE, HISTORY = "ACTIVE", "HISTORY"
 #: What a promotion that has begun is about to do; gone when it is done.
@@ -45,9 +48,9 @@ class StoredBundle:
     digest : str
         SHA-256 of the bundle's SHA256SUMS, 64 hex digits; also the folder's name.
     document : dict
-        What `guard.json` holds.
+        What `guard.json` holds, without the notes about packing.
     arrays : dict of str to ndarray
-        What `arrays.safetensors` holds.
+        What `write_bundle` was given, types included. Equal arrays may share their memory.
     """
 
     digest: str
@@ -68,7 +71,8 @@ def write_bundle(root: str | os.PathLike[str], document: Mapping[str, Any], arra
     """Write a bundle atomically and return its folder, `root/<digest>`.
 
     Files go to a temporary folder beside it, are flushed to disk, and the folder is renamed: a reader never sees half a
-    bundle, and the same contents written twice are one bundle.
+    bundle, and the same contents written twice are one bundle. Arrays are kept in the narrowest type that holds every
+    value, and equal ones once: what is read is what was written, bit by bit.
 
     Raises
     ------
@@ -76,10 +80,11 @@ def write_bundle(root: str | os.PathLike[str], document: Mapping[str, Any], arra
         If the folder cannot be written.
     """
     root = Path(root)
-    full = {"schema_version": SCHEMA_VERSION, **document}
+    kept, notes = pack(arrays)
+    full = {**document, "schema_version": SCHEMA_VERSION} | ({_NOTES: notes} if notes else {})
     files = {
         DOCUMENT: json.dumps(full, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n",
-        ARRAYS: save_safetensors({name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}),
+        ARRAYS: save_safetensors(kept),
     }
     sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in sorted(files.items())).encode()
     digest = hashlib.sha256(sums).hexdigest()
@@ -159,13 +164,13 @@ def read_bundle(path: str | os.PathLike[str]) -> StoredBundle:
         raise BundleError(
             f"bundle {digest[:_SHORT]}: {DOCUMENT} has no schema_version or is no JSON. Fit again."
         ) from error
-    if version != SCHEMA_VERSION:
+    if version not in _READ_VERSIONS:
         raise BundleError(
-            f"bundle {digest[:_SHORT]} has schema version {version}, this program reads {SCHEMA_VERSION}. "
+            f"bundle {digest[:_SHORT]} has schema version {version}, this program reads 2 and {SCHEMA_VERSION}. "
             "Upgrade backdoor-guard, or fit again."
         )
     try:
-        arrays = load_safetensors(contents[ARRAYS])
+        arrays = unpack(load_safetensors(contents.pop(ARRAYS)), document.pop(_NOTES, {}))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
         raise BundleError(
             f"bundle {digest[:_SHORT]}: {ARRAYS} cannot be read ({error}). Restore it from a copy, or fit again."
