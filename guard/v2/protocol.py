@@ -180,23 +180,23 @@ def _input(entry: dict[str, Any], rest: memoryview) -> tuple[str, AnyArray, memo
     n_elements, dtype = math.prod(shape), np.dtype(DTYPES[datatype])
     n_bytes = _parameters(entry).get("binary_data_size")
     if n_bytes is None:
-        return name, _from_json(entry.get("data"), name, datatype, n_elements).reshape(shape), rest
+        return name, _from_json(entry.get("data"), name, datatype, shape), rest
     if type(n_bytes) is not int or n_bytes != n_elements * dtype.itemsize or n_bytes > len(rest):
         raise ProtocolError(
-            f"input {name!r} of shape {shape} and datatype {datatype} takes {n_elements * dtype.itemsize} bytes, its "
-            f"binary_data_size is {n_bytes!r}, and {len(rest)} bytes are there."
+            f"binary_data_size {n_bytes!r} of input {name!r} does not fit shape {shape} of {datatype}, or the "
+            f"{len(rest)} bytes that are there."
         )
     return name, np.frombuffer(rest[:n_bytes], dtype).reshape(shape), rest[n_bytes:]
 
 
-def _from_json(data: Any, name: str, datatype: str, n_elements: int) -> AnyArray:
-    """Return the elements of a JSON tensor, flat or nested."""
+def _from_json(data: Any, name: str, datatype: str, shape: list[int]) -> AnyArray:
+    """Return a JSON tensor, flat or nested."""
     try:
         values = np.asarray(_of_type(data, list, f"data of input {name!r}"))
     except ValueError as error:
         raise ProtocolError(f"data of input {name!r} holds lists of unequal length.") from error
-    if values.size != n_elements:
-        raise ProtocolError(f"input {name!r} holds {values.size} elements, its shape asks for {n_elements}.")
+    if values.size != math.prod(shape):
+        raise ProtocolError(f"input {name!r} holds {values.size} elements, and its shape is {shape}.")
     dtype = np.dtype(DTYPES[datatype])
     if values.size and values.dtype.kind not in _KINDS[datatype.rstrip("0123456789")]:
         raise ProtocolError(f"data of input {name!r} must be numbers that are {datatype}.")
@@ -205,7 +205,7 @@ def _from_json(data: Any, name: str, datatype: str, n_elements: int) -> AnyArray
         if int(values.min()) < limits.min or int(values.max()) > limits.max:
             raise ProtocolError(f"data of input {name!r} does not fit into {datatype}.")
     with np.errstate(over="ignore"):
-        return values.astype(dtype)
+        return values.astype(dtype).reshape(shape)
 
 
 def _bytes_of(array: AnyArray) -> bytes:
