@@ -28,7 +28,8 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "backups",
         "detection",
         "lab retrainer serving review",
-        "torchserve",
+        "torchserve v2",
+        "local",
         "demo",
         "cli",
     )
@@ -38,7 +39,7 @@ EDGE = ("cli", "demo")
 #: These know nothing of the guard but its nouns.
 NOUNS_ONLY = ("telemetry", "relabel")
 #: Rooms that may import a web framework, a database driver or a client of one.
-OPEN = ("relabel", "review", "observing", "serving", "torchserve", "processes", *EDGE)
+OPEN = ("relabel", "review", "observing", "serving", "torchserve", "v2", "local", "processes", *EDGE)
 
 SERVERS = {"ts", "starlette", "fastapi", "uvicorn", "sqlalchemy", "alembic", "prometheus_client", "httpx", "psutil"}
 PEOPLE = {"typer", "rich", "matplotlib"}

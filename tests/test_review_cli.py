@@ -21,6 +21,7 @@ from guard import Activations
 from guard.cli import run
 from guard.cli.review_sources import networks_of, open_workspace
 from guard.errors import DataError, ServerError
+from guard.processes.ports import listening_socket
 from guard.relabel.address import queue_url
 from guard.relabel.items import State
 from guard.relabel.queue import Queue
@@ -29,7 +30,6 @@ from guard.relabel.settings import QueueSettings
 from guard.review import housekeeping
 from guard.review.housekeeping import Housekeeping
 from guard.review.known_bundles import KnownBundles
-from guard.review.server import listening_socket
 from guard.storage.bundle import BundleStore
 from guard.torchserve.archives.guarded import ServedModel, make_guarded_archive
 

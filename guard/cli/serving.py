@@ -11,7 +11,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -42,8 +42,7 @@ if TYPE_CHECKING:
     from guard.config import GuardConfig
     from guard.detection.pipeline import Guard
     from guard.torchserve.archives.guarded import ServedModel
-    from guard.torchserve.server import TorchServeInstance
-    from guard.torchserve.stack import ServingStack
+    from guard.torchserve.stack import Server, ServingStack
 
 
 def archive(
@@ -265,6 +264,10 @@ def serve(
     port: Annotated[
         int, typer.Option(help="Inference port; management and metrics take the next two. 0 = any free ones.")
     ] = 8080,
+    engine: Annotated[
+        Literal["torchserve", "local"],
+        typer.Option(help="What serves: TorchServe, or one process that speaks the open inference protocol."),
+    ] = "torchserve",
     workers: Annotated[int, typer.Option(help="Worker processes per model.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Largest batch.")] = 8,
     max_batch_delay_ms: Annotated[int, typer.Option(help="How long to wait for a batch to fill.")] = 1,
@@ -297,11 +300,13 @@ def serve(
     """Serve archives on loopback until Ctrl-C.
 
     Starts TorchServe, waits until every model answers, prints a line to try it, and stops it on Ctrl-C or SIGTERM.
+    With --engine local it starts one process without Java instead, which speaks the open inference protocol (V2).
     With --queue, flagged inputs go to a queue; review page and retrainer run beside the server, are started again if
     they die, and stop with it. `guard observe` watches them all, with the file of targets that is named.
     """
     from guard.cli.retrainer import retrainer
     from guard.cli.review import review_app
+    from guard.local.server import LocalServer
     from guard.relabel.address import queue_url
     from guard.torchserve.server import TorchServeInstance
     from guard.torchserve.stack import Beside, ServingStack
@@ -316,21 +321,27 @@ def serve(
         raise ConfigError("--review and --retrain need a queue. Name one with --queue.")
     if not any(model_store.glob("*.mar")):
         raise ServerError(f"there is no archive in {model_store}. Make one with `guard archive`.")
-    server = TorchServeInstance(
-        model_store,
-        named or "all",
-        work_dir=work_dir,
-        inference_port=port,
-        management_port=port and port + 1,
-        metrics_port=port and port + 2,
-        workers=workers,
-        batch_size=batch_size,
-        max_batch_delay_ms=max_batch_delay_ms,
-        token_authorization=token,
-        key_file=key_file or (work_dir and work_dir / "keys.json"),
-        rotate_keys=rotate_keys,
-        environment={"GUARD_QUEUE_URL": url} if url else {},
-    )
+    if engine == "local" and workers != 1:
+        raise ConfigError("the local engine is one process. Leave --workers out, or take --engine torchserve.")
+    alike: dict[str, Any] = {
+        "work_dir": work_dir,
+        "inference_port": port,
+        "metrics_port": port and port + 2,
+        "batch_size": batch_size,
+        "max_batch_delay_ms": max_batch_delay_ms,
+        "token_authorization": token,
+        "key_file": key_file or (work_dir and work_dir / "keys.json"),
+        "rotate_keys": rotate_keys,
+        "environment": {"GUARD_QUEUE_URL": url} if url else {},
+    }
+    server: Server
+    if engine == "local":
+        server = LocalServer(model_store, named or "all", tell=tell, **alike)
+    else:
+        management_port = port and port + 1
+        server = TorchServeInstance(
+            model_store, named or "all", management_port=management_port, workers=workers, **alike
+        )
     beside = Beside(
         queue_url=url,
         review_port=review_port if review else None,
@@ -348,7 +359,7 @@ def _run_until_stopped(serving: ServingStack, ready_timeout: float, token: bool)
     is_ready = threading.Event()
     stopped = _stop_on_signal(is_ready)
     with serving as stack:
-        with progress_bar("starting TorchServe", share_known=False):
+        with progress_bar("starting the server", share_known=False):
             seconds = stack.server.wait_ready(ready_timeout)
         is_ready.set()
         say(f"ready after {seconds:.0f} s on {stack.server.inference_url}; metrics on {stack.server.metrics_url}")
@@ -396,11 +407,19 @@ def _stop_on_signal(is_ready: threading.Event) -> threading.Event:
     return stopped
 
 
-def _say_how_to_ask(server: TorchServeInstance, token: bool) -> None:
+def _say_how_to_ask(server: Server, token: bool) -> None:
     """Say where the keys are, and a command per model that asks for one prediction; warn of open gRPC ports."""
+    from guard.local.server import LocalServer
     from guard.processes.ports import LOOPBACK, is_reachable
     from guard.torchserve.client import curl_line
+    from guard.torchserve.server import TorchServeInstance
 
+    if isinstance(server, LocalServer):
+        for name in server.models_served:
+            key = f' -H "Authorization: Bearer {server.token()}"' if token else ""
+            say(f"curl{key} {server.inference_url}/v2/models/{name}")
+        return
+    assert isinstance(server, TorchServeInstance)
     if is_reachable(LOOPBACK, server.ports.grpc_inference):
         print_warning(
             "TorchServe's gRPC ports are open on loopback, and one call with the inference key ends a worker. "

@@ -174,6 +174,10 @@ class Companion:
         self.start()
         return f"{self.name} started again"
 
+    def has_ended(self) -> bool:
+        """Return whether it does not run, and waits to be started again."""
+        return self._process is None or self._process.poll() is not None
+
     def stop(self) -> None:
         """Stop it. Safe to call twice."""
         process, self._process = self._process, None

@@ -1,4 +1,4 @@
-"""The five ports of one TorchServe, on loopback: asked for, or free ones."""
+"""Ports on loopback: asked for, or free ones; the five of one TorchServe."""
 
 from __future__ import annotations
 
@@ -107,3 +107,23 @@ def port_is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound already, so that a port in use is a clear error.
+
+    Raises
+    ------
+    ServerError
+        If it cannot be bound.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # The protocol's number matters: asyncio sends without delay (TCP_NODELAY) on sockets that bear it alone.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise ServerError(f"cannot listen on {host}, port {port}: {error.strerror}. Name another --port.") from error
+    return listening

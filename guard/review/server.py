@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from guard.errors import ServerError
+from guard.processes.ports import listening_socket
 from guard.review.app import create_app
 from guard.review.housekeeping import Housekeeping
 from guard.review.workspace import Workspace
@@ -74,25 +74,6 @@ def serving_in_thread(workspace: Workspace, host: str = "127.0.0.1", port: int =
         finally:
             server.should_exit = True
             thread.join(10)
-
-
-def listening_socket(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound already, so that a port in use is a clear error.
-
-    Raises
-    ------
-    ServerError
-        If it cannot be bound.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-    except OSError as error:
-        listening.close()
-        raise ServerError(f"cannot listen on {host}, port {port}: {error.strerror}. Name another --port.") from error
-    return listening
 
 
 @contextlib.contextmanager

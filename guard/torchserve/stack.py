@@ -1,4 +1,4 @@
-"""TorchServe and what runs beside it: review page, retrainers, and the file that tells Prometheus of them all."""
+"""A server and what runs beside it: review page, retrainers, and the file that tells Prometheus of them all."""
 
 from __future__ import annotations
 
@@ -8,14 +8,49 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from guard.errors import ServerError
 from guard.observing.targets import Target, write_targets
 from guard.processes.companion import Companion
 from guard.processes.ports import LOOPBACK, free_port
 from guard.torchserve.archives.contents import followed_bundles, is_guarded
-from guard.torchserve.server import TorchServeInstance
+
+
+class Server(Protocol):
+    """A server that others run beside."""
+
+    @property
+    def ports(self) -> Any:
+        """Its ports, a dataclass; one is called `metrics`."""
+
+    @property
+    def work_dir(self) -> Path:
+        """Folder of logs and keys."""
+
+    @property
+    def inference_url(self) -> str:
+        """Address for predictions."""
+
+    @property
+    def metrics_url(self) -> str:
+        """Address that Prometheus scrapes."""
+
+    @property
+    def archives_served(self) -> dict[str, Path]:
+        """Archive by the name under which its model is served."""
+
+    def wait_ready(self, timeout_seconds: float) -> float:
+        """Wait until its models answer, and return how many seconds that took."""
+
+    def is_alive(self) -> bool:
+        """Return whether it runs."""
+
+    def __enter__(self) -> object:
+        """Start it, and return at once."""
+
+    def __exit__(self, *_: object) -> None:
+        """Stop it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,14 +93,14 @@ class ServingStack:
 
     Parameters
     ----------
-    server : TorchServeInstance
+    server : Server
         Not yet started.
     beside : Beside
     tell : callable
         Called with a line for a person who watches.
     """
 
-    def __init__(self, server: TorchServeInstance, beside: Beside, tell: Callable[[str], None]) -> None:
+    def __init__(self, server: Server, beside: Beside, tell: Callable[[str], None]) -> None:
         self.server = server
         self.beside = beside
         self._tell = tell

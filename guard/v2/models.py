@@ -1,0 +1,153 @@
+"""Guarded models as the open inference protocol shows them: metadata, and inference with a verdict per row."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+
+from guard.serving.guarded_model import GuardedModel, RowAnswer, RowRequests
+from guard.serving.outcomes import Outcome
+from guard.types import AnyArray, Float32Array
+from guard.v2.batching import Batcher
+from guard.v2.protocol import InferRequest, InferResponse, ProtocolError, datatype_of, named
+
+INPUT, LOGITS, VERDICT, P_VALUE = "input", "logits", "guard_verdict", "guard_p_value"
+VERSION = "1"
+#: Which row speaks for a request of several, in its parameters.
+_GRAVITY = ("failed", "rejected", "poisoned", "bypassed", "clean")
+
+
+@dataclass(frozen=True, slots=True)
+class Inferred:
+    """What one inference request is answered with.
+
+    Attributes
+    ----------
+    response : InferResponse or None
+        None where no row has an answer that may leave; then `error` and `status` say why.
+    status : int
+        HTTP status.
+    error : str
+    headers : dict of str to str
+        Of a request of one row: the guard's own, as TorchServe's answers have them.
+    """
+
+    response: InferResponse | None
+    status: int
+    error: str
+    headers: dict[str, str]
+
+
+class ServedModel:
+    """One guarded model behind the protocol.
+
+    The model takes one input and gives its logits and, as outputs of their own, verdict and p-value of every row, so
+    that a server which puts requests together cannot mix them up. Rows without an answer, as they are blocked,
+    rejected or failed, are NaN; a request of nothing else is an error.
+
+    Parameters
+    ----------
+    model : GuardedModel
+    batch_size : int
+        The most rows of one forward pass.
+    max_delay_s : float
+        How long a request waits for others, in seconds.
+    """
+
+    def __init__(self, model: GuardedModel, *, batch_size: int = 8, max_delay_s: float = 0.001) -> None:
+        self.model = model
+        self.name = model.name
+        self._batcher = Batcher(model.answer, batch_size=batch_size, max_delay_s=max_delay_s)
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what `GET v2/models/NAME` answers."""
+        shape = self.model.input_shape
+        row = [-1, -1, -1] if shape is None else list(shape)
+        outputs = [
+            {"name": LOGITS, "datatype": "FP32", "shape": [-1, self.model.n_classes]},
+            {"name": VERDICT, "datatype": "BYTES", "shape": [-1]},
+        ]
+        if self._tells_p_values:
+            outputs.append({"name": P_VALUE, "datatype": "FP64", "shape": [-1]})
+        return {
+            "name": self.name,
+            "versions": [VERSION],
+            "platform": "pytorch_backdoor_guard",
+            "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, *row]}],
+            "outputs": outputs,
+        }
+
+    async def infer(self, request: InferRequest, headers: Mapping[str, str]) -> Inferred:
+        """Answer one inference request.
+
+        Raises
+        ------
+        ProtocolError
+            If an input or output is not the model's.
+        OverloadedError
+            If too many rows wait.
+        """
+        known = [LOGITS, VERDICT, *([P_VALUE] if self._tells_p_values else [])]
+        wanted = named(request.outputs, known)
+        request_id = request.id or headers.get("x-request-id") or str(uuid4())
+        answers = await asyncio.wrap_future(self._batcher.submit(self._rows(request), request_id, headers))
+        whole = answers[0] if len(answers) == 1 else None
+        if all(answer.logits is None for answer in answers):
+            return Inferred(None, answers[0].response.status, answers[0].error, whole.response.headers if whole else {})
+        outputs = {name: array for name, array in self._outputs(answers).items() if name in wanted}
+        asked = {output.name: output.is_binary for output in request.outputs}
+        binary = frozenset(name for name in outputs if asked.get(name, request.is_binary))
+        response = InferResponse(self.name, outputs, request.id, self._parameters(answers), binary)
+        return Inferred(response, 200, "", whole.response.headers if whole else {})
+
+    def refuse(self, status: int, headers: Mapping[str, str]) -> None:
+        """Count a request that never became an input: it is `rejected`, like every input of which nothing is known."""
+        requests = RowRequests(["unread"], [headers])
+        bookkeeping = self.model.runtime.bookkeeping
+        bookkeeping.request(Outcome("rejected", status=status), status, self.model.guard, requests, 0)
+
+    def close(self) -> None:
+        """Answer what waits, and take the guard off the network."""
+        self._batcher.close()
+        self.model.close()
+
+    @property
+    def _tells_p_values(self) -> bool:
+        return self.model.guard.config.verdict_detail == "full"
+
+    def _rows(self, request: InferRequest) -> Float32Array:
+        if [*request.inputs] != [INPUT]:
+            raise ProtocolError(f"the model takes one input, {INPUT!r}, got {', '.join(request.inputs) or 'none'}.")
+        rows = request.inputs[INPUT]
+        if datatype_of(rows) != "FP32":
+            raise ProtocolError(f"input {INPUT!r} must have datatype FP32, got {datatype_of(rows)}.")
+        shape = self.model.input_shape
+        if rows.ndim < 2 or len(rows) == 0 or (shape is not None and rows.shape[1:] != shape):
+            expected = "[-1, ...]" if shape is None else [-1, *shape]
+            raise ProtocolError(f"input {INPUT!r} must have shape {expected}, got {list(rows.shape)}.")
+        return rows.astype(np.float32, copy=False)
+
+    def _outputs(self, answers: Sequence[RowAnswer]) -> dict[str, AnyArray]:
+        nothing = np.full(self.model.n_classes, np.nan, dtype=np.float32)
+        return {
+            LOGITS: np.stack([nothing if answer.logits is None else answer.logits for answer in answers]),
+            VERDICT: np.array([answer.verdict for answer in answers]),
+            P_VALUE: np.array([answer.p_value for answer in answers]),
+        }
+
+    def _parameters(self, answers: Sequence[RowAnswer]) -> dict[str, str | float | bool]:
+        gravest = min(answers, key=lambda answer: (_GRAVITY.index(answer.verdict), answer.p_value))
+        parameters: dict[str, str | float | bool] = {
+            "guard_verdict": gravest.verdict,
+            "guard_action": gravest.action,
+            "guard_poisoned_rows": sum(answer.verdict == "poisoned" for answer in answers),
+            "guard_bundle": next((answer.bundle for answer in answers if answer.bundle), ""),
+        }
+        if np.isfinite(gravest.p_value):
+            parameters["guard_p_value"] = gravest.p_value
+        return parameters

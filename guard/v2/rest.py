@@ -1,0 +1,138 @@
+"""The REST half of the open inference protocol, as an ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Awaitable, Callable, Mapping
+from importlib.metadata import version
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from guard.v2.batching import OverloadedError
+from guard.v2.models import VERSION, ServedModel
+from guard.v2.protocol import ProtocolError, read_request, write_response
+
+SERVER = "backdoor-guard"
+_JSON_BYTES = "Inference-Header-Content-Length"
+_OPEN = ("/v2/health/live", "/v2/health/ready")
+_RETRY_AFTER_S = 1
+
+
+def create_app(
+    models: Mapping[str, ServedModel],
+    *,
+    key: str | None = None,
+    max_body_bytes: int = 64 << 20,
+) -> FastAPI:
+    """Return the application.
+
+    Parameters
+    ----------
+    models : mapping of str to ServedModel
+        By name; the application closes none of them.
+    key : str, optional
+        What callers must send as `Authorization: Bearer KEY`, but for health; None asks for nothing.
+    max_body_bytes : int
+        Larger bodies are refused with status 413 before they are held in memory.
+    """
+    app = FastAPI(title="Backdoor Guard, open inference protocol", version=VERSION, docs_url=None, redoc_url=None)
+
+    @app.middleware("http")
+    async def check_key(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        given = request.headers.get("authorization", "").encode()
+        is_open = key is None or request.url.path in _OPEN
+        if not (is_open or hmac.compare_digest(given, f"Bearer {key}".encode())):
+            return _error(401, "a key is needed: Authorization: Bearer KEY.", {"WWW-Authenticate": "Bearer"})
+        return await call_next(request)
+
+    @app.exception_handler(ProtocolError)
+    async def breaks_protocol(_request: Request, error: ProtocolError) -> Response:
+        return _error(error.status, str(error))
+
+    @app.exception_handler(OverloadedError)
+    async def is_overloaded(_request: Request, error: OverloadedError) -> Response:
+        return _error(503, str(error), {"Retry-After": str(_RETRY_AFTER_S)})
+
+    @app.exception_handler(HTTPException)
+    async def not_there(_request: Request, error: HTTPException) -> Response:
+        return _error(error.status_code, str(error.detail), dict(error.headers or {}))
+
+    def model_of(name: str, asked_version: str | None = None) -> ServedModel:
+        if name not in models:
+            raise ProtocolError(f"there is no model {name[:80]!r}; served are {', '.join(sorted(models))}.", 404)
+        if asked_version not in (None, VERSION):
+            raise ProtocolError(f"model {name!r} has version {VERSION} alone, not {str(asked_version)[:20]!r}.", 404)
+        return models[name]
+
+    @app.get("/v2/health/live")
+    async def is_live() -> dict[str, bool]:
+        return {"live": True}
+
+    @app.get("/v2/health/ready")
+    async def is_ready() -> dict[str, bool]:
+        return {"ready": True}  # models are loaded before the port opens
+
+    @app.get("/v2")
+    async def about_server() -> dict[str, object]:
+        return {"name": SERVER, "version": version(SERVER), "extensions": ["binary_tensor_data"]}
+
+    @app.get("/v2/models/{name}")
+    @app.get("/v2/models/{name}/versions/{asked}")
+    async def about_model(name: str, asked: str | None = None) -> dict[str, object]:
+        return model_of(name, asked).metadata()
+
+    @app.get("/v2/models/{name}/ready")
+    @app.get("/v2/models/{name}/versions/{asked}/ready")
+    async def is_model_ready(name: str, asked: str | None = None) -> dict[str, object]:
+        return {"name": model_of(name, asked).name, "ready": True}
+
+    @app.post("/v2/models/{name}/infer")
+    @app.post("/v2/models/{name}/versions/{asked}/infer")
+    async def infer(request: Request, name: str, asked: str | None = None) -> Response:
+        model = model_of(name, asked)
+        try:
+            body = await _body(request, max_body_bytes)
+            wanted = await asyncio.to_thread(read_request, body, _json_bytes(request))
+            found = await model.infer(wanted, request.headers)
+        except ProtocolError as error:
+            model.refuse(error.status, request.headers)
+            raise
+        if found.response is None:
+            return _error(found.status, found.error, found.headers)
+        payload, json_bytes = await asyncio.to_thread(write_response, found.response)
+        if json_bytes is None:
+            return Response(payload, headers=found.headers, media_type="application/json")
+        headers = {**found.headers, _JSON_BYTES: str(json_bytes)}
+        return Response(payload, headers=headers, media_type="application/octet-stream")
+
+    return app
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """Return the body of a request; ProtocolError of status 413 as soon as it is too large."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > most:
+            raise ProtocolError(f"the body must have at most {most} bytes.", 413)
+        parts.append(part)
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        raise ProtocolError(f"bodies must come as they are, without content-encoding {encoding[:40]!r}.", 415)
+    return b"".join(parts)
+
+
+def _json_bytes(request: Request) -> int | None:
+    text = request.headers.get(_JSON_BYTES)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) < 12):
+        raise ProtocolError(f"{_JSON_BYTES} must be a number of bytes, got {text[:40]!r}.")
+    return int(text)
+
+
+def _error(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    return JSONResponse({"error": message}, status, headers=dict(headers or {}))

@@ -1,0 +1,229 @@
+"""The REST interface of the open inference protocol, asked in one process as a client asks it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from guard import Guard
+from guard.lab.attacks import MnistCnn, Poisoned
+from guard.serving.guarded_model import GuardedModel
+from guard.v2.models import ServedModel
+from guard.v2.rest import create_app
+
+Make = Callable[..., TestClient]
+INFER = "/v2/models/m/infer"
+
+
+@pytest.fixture(scope="module")
+def bundle(fitted_guard: Guard, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fitted_guard.save(tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture
+def served() -> list[ServedModel]:
+    return []
+
+
+@pytest.fixture
+def make(bundle: Path, badnet: MnistCnn, served: list[ServedModel]) -> Iterator[Make]:
+    def build(*, key: str | None = None, max_body_bytes: int = 1 << 20, **settings: Any) -> TestClient:
+        settings = {"verdict_detail": "full", **settings}
+        served.append(ServedModel(GuardedModel(copy.deepcopy(badnet), bundle=bundle, name="m", **settings)))
+        return TestClient(create_app({"m": served[-1]}, key=key, max_body_bytes=max_body_bytes))
+
+    yield build
+    for model in served:
+        model.close()
+
+
+def request_of(images: Any, **more: Any) -> dict[str, Any]:
+    data = np.asarray(images, np.float64).ravel().tolist()
+    entry = {"name": "input", "datatype": "FP32", "shape": list(np.shape(images)), "data": data}
+    return {"inputs": [entry], **more}
+
+
+def outputs_of(reply: Any) -> dict[str, Any]:
+    return {output["name"]: output["data"] for output in reply.json()["outputs"]}
+
+
+def counted(model: ServedModel) -> dict[str, float]:
+    samples = [s for s in model.model.runtime.metrics.drain() if s.name == "guard_verdicts_total" and s.value]
+    return {sample.labels[1]: sample.value for sample in samples}
+
+
+def test_health_and_metadata(make: Make) -> None:
+    client = make()
+    assert client.get("/v2/health/live").json() == {"live": True}
+    assert client.get("/v2/health/ready").json() == {"ready": True}
+    assert client.get("/v2").json()["name"] == "backdoor-guard"
+    for version in ("", "/versions/1"):
+        assert client.get(f"/v2/models/m{version}/ready").json() == {"name": "m", "ready": True}
+        about = client.get(f"/v2/models/m{version}").json()
+        assert (about["name"], about["versions"]) == ("m", ["1"])
+        assert about["inputs"] == [{"name": "input", "datatype": "FP32", "shape": [-1, 1, 28, 28]}]
+        assert about["outputs"] == [
+            {"name": "logits", "datatype": "FP32", "shape": [-1, 10]},
+            {"name": "guard_verdict", "datatype": "BYTES", "shape": [-1]},
+            {"name": "guard_p_value", "datatype": "FP64", "shape": [-1]},
+        ]
+
+
+def test_infer_tells_every_row_its_verdict(
+    make: Make, served: list[ServedModel], triggered: Poisoned, clean_split: Any, fitted_guard: Guard
+) -> None:
+    images = np.concatenate([triggered.images[:2], clean_split.test.images[:5]])
+    verdicts = fitted_guard.inspect(images)
+    reply = make().post(INFER, json=request_of(images, id="seven"))
+    assert (reply.status_code, reply.json()["id"], reply.json()["model_name"]) == (200, "seven", "m")
+    outputs = outputs_of(reply)
+    assert outputs["guard_verdict"] == ["poisoned" if verdict.is_poisoned else "clean" for verdict in verdicts]
+    assert outputs["guard_p_value"] == [verdict.p_value for verdict in verdicts]
+    labels = np.reshape(outputs["logits"], (7, 10)).argmax(axis=1)
+    assert labels.tolist() == [verdict.label for verdict in verdicts]
+    parameters = reply.json()["parameters"]
+    assert parameters["guard_verdict"] == "poisoned"
+    assert parameters["guard_poisoned_rows"] == sum(verdict.is_poisoned for verdict in verdicts)
+    assert parameters["guard_p_value"] == min(verdict.p_value for verdict in verdicts)
+    assert "guard-verdict" not in reply.headers  # of several rows no header could tell
+    assert sum(counted(served[0]).values()) == 7
+
+
+def test_infer_of_one_row_has_the_headers_of_torchserve(make: Make, triggered: Poisoned) -> None:
+    reply = make().post("/v2/models/m/versions/1/infer", json=request_of(triggered.images[:1]))
+    assert reply.headers["guard-verdict"] == reply.json()["parameters"]["guard_verdict"] == "poisoned"
+    assert reply.headers["guard-action"] == "flag"
+    assert len(reply.headers["guard-bundle"]) == 64
+    assert float(reply.headers["guard-p-value"]) == pytest.approx(reply.json()["parameters"]["guard_p_value"], rel=1e-4)
+
+
+def test_infer_gives_only_the_outputs_that_are_asked_for(make: Make, clean_split: Any) -> None:
+    client, images = make(), clean_split.test.images[:2]
+    reply = client.post(INFER, json=request_of(images, outputs=[{"name": "guard_verdict"}]))
+    assert [*outputs_of(reply)] == ["guard_verdict"]
+    reply = client.post(INFER, json=request_of(images, outputs=[{"name": "probabilities"}]))
+    assert (reply.status_code, "known are logits, guard_verdict, guard_p_value" in reply.json()["error"]) == (400, True)
+
+
+def test_infer_in_binary_gives_what_json_gives(make: Make, clean_split: Any) -> None:
+    client, images = make(), clean_split.test.images[:3]
+    plain = outputs_of(client.post(INFER, json=request_of(images)))
+    entry = {"name": "input", "datatype": "FP32", "shape": [3, 1, 28, 28], "parameters": {"binary_data_size": 9408}}
+    text = json.dumps({"inputs": [entry], "parameters": {"binary_data_output": True}}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(text))}
+    reply = client.post(INFER, content=text + images.astype("<f4").tobytes(), headers=headers)
+    assert reply.headers["content-type"] == "application/octet-stream"
+    length = int(reply.headers["inference-header-content-length"])
+    sizes = [output["parameters"]["binary_data_size"] for output in json.loads(reply.content[:length])["outputs"]]
+    logits, _, p_values = np.split(np.frombuffer(reply.content[length:], np.uint8), np.cumsum(sizes)[:-1])
+    np.testing.assert_allclose(logits.view("<f4"), plain["logits"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(p_values.view("<f8"), plain["guard_p_value"], atol=1e-3)
+
+
+def test_blocked_rows_are_null_beside_others_and_an_error_alone(
+    make: Make, triggered: Poisoned, clean_split: Any
+) -> None:
+    client = make(action="block")
+    images = np.concatenate([triggered.images[:1], clean_split.test.images[:1]])
+    reply = client.post(INFER, json=request_of(images))
+    outputs = outputs_of(reply)
+    assert outputs["logits"][:10] == [None] * 10
+    assert None not in outputs["logits"][10:]
+    assert outputs["guard_verdict"] == ["poisoned", "clean"]
+    alone = client.post(INFER, json=request_of(triggered.images[:1]))
+    assert (alone.status_code, alone.headers["guard-verdict"]) == (422, "poisoned")
+    assert alone.json()["error"].startswith("the input was judged poisoned and blocked")
+
+
+def test_sender_that_may_not_know_is_not_told_p_values(make: Make, triggered: Poisoned) -> None:
+    client = make(verdict_detail="flag")
+    assert [output["name"] for output in client.get("/v2/models/m").json()["outputs"]] == ["logits", "guard_verdict"]
+    reply = client.post(INFER, json=request_of(triggered.images[:1]))
+    assert [*outputs_of(reply)] == ["logits", "guard_verdict"]
+    assert "p_value" not in reply.text.lower()
+    assert not [name for name in reply.headers if "p-value" in name]
+    assert client.post(INFER, json=request_of(triggered.images[:1], outputs=[{"name": "guard_p_value"}])).is_error
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "message"),
+    [
+        ({"inputs": []}, 400, "the model takes one input, 'input', got none."),
+        ({"name": "image"}, 400, "the model takes one input, 'input', got image."),
+        ({"datatype": "FP64"}, 400, "input 'input' must have datatype FP32, got FP64."),
+        ({"shape": [1, 28, 28]}, 400, "input 'input' must have shape [-1, 1, 28, 28], got [1, 28, 28]."),
+        (
+            {"shape": [0, 1, 28, 28], "data": []},
+            400,
+            "input 'input' must have shape [-1, 1, 28, 28], got [0, 1, 28, 28].",
+        ),
+        ({"data": [float("nan")] * 784}, 422, "the input holds NaN or infinity."),
+        ({"data": [1e39] * 784}, 422, "the input holds NaN or infinity."),
+    ],
+)
+def test_input_that_is_none_of_the_models_is_refused_and_counted(
+    make: Make, served: list[ServedModel], change: dict[str, Any], status: int, message: str
+) -> None:
+    request = request_of(np.zeros((1, 1, 28, 28)))
+    (request if "inputs" in change else request["inputs"][0]).update(change)
+    reply = make().post(INFER, content=json.dumps(request))
+    assert (reply.status_code, reply.json()["error"]) == (status, message)
+    assert counted(served[0]) == {"rejected": 1}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v2/models/other", 404),
+        ("POST", "/v2/models/other/infer", 404),
+        ("GET", "/v2/models/m/versions/2", 404),
+        ("GET", "/v2/models/m/infer", 405),
+        ("GET", "/v3", 404),
+        ("GET", "/docs", 404),
+        ("GET", "/v2/models/..%2f..%2fetc", 404),
+    ],
+)
+def test_what_is_not_there_is_an_error_in_the_protocols_form(make: Make, method: str, path: str, status: int) -> None:
+    reply = make().request(method, path)
+    assert (reply.status_code, [*reply.json()]) == (status, ["error"])
+
+
+def test_bodies_that_are_too_large_or_packed_are_refused(make: Make, served: list[ServedModel]) -> None:
+    client = make(max_body_bytes=1000)
+    assert client.post(INFER, content=b"x" * 1001).status_code == 413
+    chunks = (b"x" * 100 for _ in range(11))
+    assert client.post(INFER, content=chunks).status_code == 413  # no length was announced
+    assert client.post(INFER, content=b"x", headers={"Content-Encoding": "gzip"}).status_code == 415
+    for length in ("-1", "1e3", "٣", "9" * 12, "2"):
+        reply = client.post(INFER, content=b"x", headers={"Inference-Header-Content-Length": length.encode()})
+        assert reply.status_code == 400
+    assert counted(served[0]) == {"rejected": 8}
+
+
+def test_key_is_asked_for_everywhere_but_health(make: Make) -> None:
+    client = make(key="k" * 20)
+    for path in ("/v2/health/live", "/v2/health/ready"):
+        assert client.get(path).status_code == 200
+    for path in ("/v2", "/v2/models/m", "/openapi.json", "/nowhere"):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer ö".encode()}):
+            reply = client.get(path, headers=headers)
+            assert (reply.status_code, reply.headers["www-authenticate"]) == (401, "Bearer")
+    assert client.get("/v2/models/m", headers={"Authorization": f"Bearer {'k' * 20}"}).status_code == 200
+
+
+def test_overload_is_told_with_a_time_to_come_again(
+    make: Make, served: list[ServedModel], clean_split: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make()
+    monkeypatch.setattr(served[0]._batcher, "_max_waiting_rows", 0)
+    monkeypatch.setattr(served[0]._batcher, "_waiting_rows", 3)
+    reply = client.post(INFER, json=request_of(clean_split.test.images[:1]))
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+    assert reply.json()["error"] == "3 rows wait already. Try again later."
