@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from guard.config import GuardConfig
     from guard.detection.pipeline import Guard
     from guard.errors import GuardError
+    from guard.serving.guarded_model import GuardedModel
     from guard.suspect.model import SuspectModel
     from guard.types import Activations, Verdict
 
@@ -23,11 +24,12 @@ _HOMES = {
     "Guard": "guard.detection.pipeline",
     "GuardConfig": "guard.config",
     "GuardError": "guard.errors",
+    "GuardedModel": "guard.serving.guarded_model",
     "SuspectModel": "guard.suspect.model",
     "Verdict": "guard.types",
 }
 
-__all__ = ["Activations", "Guard", "GuardConfig", "GuardError", "SuspectModel", "Verdict"]
+__all__ = ["Activations", "Guard", "GuardConfig", "GuardError", "GuardedModel", "SuspectModel", "Verdict"]
 
 
 def __getattr__(name: str) -> Any:
