@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton
 from serving_helpers import served_model
 
@@ -59,7 +60,7 @@ def site(
         make_guarded_archive(name, model, bundle, model_store=folder / "store", bundles=bundles, settings=settings)
     url, told = f"sqlite:///{folder / 'queue.db'}", list[str]()
     server = LocalServer(
-        folder / "store", work_dir=folder / "work", environment={"GUARD_QUEUE_URL": url}, tell=told.append
+        folder / "store", work_dir=folder / "work", grpc_port=0, environment={"GUARD_QUEUE_URL": url}, tell=told.append
     )
     with server:
         server.wait_ready()
@@ -93,6 +94,32 @@ def test_verdicts_are_those_of_the_library(
     assert told == ["poisoned" if verdict.is_poisoned else "clean" for verdict in verdicts]
     np.testing.assert_allclose(reply.as_numpy("guard_p_value"), [verdict.p_value for verdict in verdicts], atol=1e-3)
     assert reply.as_numpy("logits").argmax(axis=1).tolist() == [verdict.label for verdict in verdicts]
+
+
+def test_grpc_and_rest_give_the_same_answers(site: Site, triggered: Poisoned, clean_split: Any) -> None:
+    images = np.concatenate([triggered.images[:3], clean_split.test.images[:3]])
+    client = triton_grpc.InferenceServerClient(f"127.0.0.1:{site.server.ports.grpc}")
+    headers = {"authorization": f"Bearer {site.server.token()}"}
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("pinned", headers=headers)
+    assert client.get_server_metadata(headers=headers).name == "backdoor-guard"
+    about = client.get_model_metadata("pinned", headers=headers)
+    assert [(entry.name, entry.datatype) for entry in about.outputs] == [
+        ("logits", "FP32"),
+        ("guard_verdict", "BYTES"),
+        ("guard_p_value", "FP64"),
+    ]
+    tensor = triton_grpc.InferInput("input", list(images.shape), "FP32")
+    tensor.set_data_from_numpy(images)
+    ours, other = client.infer("pinned", [tensor], headers=headers, request_id="g"), site.infer(images, "pinned")
+    for name in ("logits", "guard_verdict", "guard_p_value"):
+        np.testing.assert_array_equal(ours.as_numpy(name), other.as_numpy(name))
+    assert ours.get_response().id == "g"
+    assert ours.get_response().parameters["guard_poisoned_rows"].int64_param == 3
+    for wrong, code in (({}, "UNAUTHENTICATED"), (headers, "NOT_FOUND")):
+        with pytest.raises(triton_grpc.InferenceServerException, match=code):
+            client.infer("nowhere", [tensor], headers=wrong)
 
 
 def test_flagged_requests_are_queued_and_counted(site: Site, triggered: Poisoned) -> None:

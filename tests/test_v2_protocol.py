@@ -84,7 +84,7 @@ def test_read_request_takes_several_binary_inputs_in_their_order() -> None:
         (body(datatype="BYTES"), r"datatype 'BYTES'; known are"),
         (body(shape=[2, -2]), r"^the shape of input 'input' must be at most 16 lengths >= 0\.$"),
         (body(shape=[True, 4]), r"^the shape of input"),
-        (body(shape=4), r"^the shape of input"),
+        (body(shape=4), r"^the shape of input 'input' must be a list of JSON\.$"),
         (body(shape=[1] * 17), r"^the shape of input"),
         (body(shape=[2**31, 2**31]), r"^the shape of input"),
         (body(shape=[2**30] * 16), r"^input 'input' holds 4 elements, and its shape is \[1073741824, 10"),
@@ -102,10 +102,10 @@ def test_read_request_takes_several_binary_inputs_in_their_order() -> None:
         (body(datatype="UINT64", data=[1, 2, 3, -1]), r"does not fit into UINT64\.$"),
         (
             body(data=None, parameters={"binary_data_size": 16}),
-            r"^binary_data_size 16 of input 'input' does not fit .* the 0 bytes that are there\.$",
+            r"^binary_data_size of input 'input' is 16, and 0 bytes are there\.$",
         ),
-        (body(data=None, parameters={"binary_data_size": -1}), r"^binary_data_size -1 of"),
-        (body(data=None, parameters={"binary_data_size": "16"}), r"^binary_data_size '16' of"),
+        (body(data=None, parameters={"binary_data_size": -1}), r"^binary_data_size of input 'input' is -1, and"),
+        (body(data=None, parameters={"binary_data_size": "16"}), r"^binary_data_size of input 'input' is '16', and"),
     ],
 )
 def test_read_request_refuses_what_breaks_the_protocol(data: bytes, message: str) -> None:
@@ -124,6 +124,9 @@ def test_read_request_refuses_an_input_twice_and_bytes_that_belong_to_none() -> 
         read_request(text + b"abc", len(text))
     with pytest.raises(ProtocolError, match=r"^Inference-Header-Content-Length is 9000, and the body has \d+ bytes\.$"):
         read_request(text, 9000)
+    text = body(data=None, parameters={"binary_data_size": 12})
+    with pytest.raises(ProtocolError, match=r"^input 'input' has 12 bytes, and is \[2, 2\] of FP32\.$"):
+        read_request(text + bytes(12), len(text))
     with pytest.raises(ProtocolError, match=r"^the first 5 bytes of the body are no JSON"):
         read_request(text, 5)
 

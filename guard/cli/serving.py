@@ -268,6 +268,9 @@ def serve(
         Literal["torchserve", "local"],
         typer.Option(help="What serves: TorchServe, or one process that speaks the open inference protocol."),
     ] = "torchserve",
+    grpc_port: Annotated[
+        int | None, typer.Option(help="Also speak gRPC there (--engine local; 0 = any free port).")
+    ] = None,
     workers: Annotated[int, typer.Option(help="Worker processes per model.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Largest batch.")] = 8,
     max_batch_delay_ms: Annotated[int, typer.Option(help="How long to wait for a batch to fill.")] = 1,
@@ -323,6 +326,8 @@ def serve(
         raise ServerError(f"there is no archive in {model_store}. Make one with `guard archive`.")
     if engine == "local" and workers != 1:
         raise ConfigError("the local engine is one process. Leave --workers out, or take --engine torchserve.")
+    if engine == "torchserve" and grpc_port is not None:
+        raise ConfigError("--grpc-port goes with --engine local. Leave it out, or take that engine.")
     alike: dict[str, Any] = {
         "work_dir": work_dir,
         "inference_port": port,
@@ -336,7 +341,7 @@ def serve(
     }
     server: Server
     if engine == "local":
-        server = LocalServer(model_store, named or "all", tell=tell, **alike)
+        server = LocalServer(model_store, named or "all", tell=tell, grpc_port=grpc_port, **alike)
     else:
         management_port = port and port + 1
         server = TorchServeInstance(
@@ -418,6 +423,8 @@ def _say_how_to_ask(server: Server, token: bool) -> None:
         for name in server.models_served:
             key = f' -H "Authorization: Bearer {server.token()}"' if token else ""
             say(f"curl{key} {server.inference_url}/v2/models/{name}")
+        if server.ports.grpc is not None:
+            say(f"gRPC on {LOOPBACK}:{server.ports.grpc}")
         return
     assert isinstance(server, TorchServeInstance)
     if is_reachable(LOOPBACK, server.ports.grpc_inference):

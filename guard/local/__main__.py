@@ -36,6 +36,10 @@ def main(job: Job) -> int:
         opened.enter_context(
             exporting(job.metrics_port, Totals(model.model.runtime.metrics for model in served.values()))
         )
+        if job.grpc_port is not None:
+            from guard.v2.grpc_service import serving_grpc  # a package of its own
+
+            opened.enter_context(serving_grpc(served, f"{LOOPBACK}:{job.grpc_port}", key=job.key))
         listening = opened.enter_context(listening_socket(LOOPBACK, job.port))
         listening.listen()
         server = uvicorn.Server(

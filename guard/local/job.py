@@ -22,6 +22,8 @@ class Job:
     batch_size : int
     max_delay_s : float
         Seconds that the first request of a batch waits for others.
+    grpc_port : int or None
+        None: no gRPC.
     key : str or None
         What callers must send; None asks for nothing.
     """
@@ -31,6 +33,7 @@ class Job:
     metrics_port: int
     batch_size: int
     max_delay_s: float
+    grpc_port: int | None
     key: str | None
 
     def text(self) -> str:

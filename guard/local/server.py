@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, Self
 
@@ -30,6 +31,8 @@ class LocalPorts:
 
     inference: int
     metrics: int
+    #: None: no gRPC.
+    grpc: int | None = None
 
 
 class LocalServer:
@@ -48,6 +51,8 @@ class LocalServer:
         Folder of logs and keys; None = a temporary one, removed at the end.
     inference_port, metrics_port : int
         0 = any free one.
+    grpc_port : int, optional
+        Of the protocol's gRPC half, 0 = any free one; None = REST alone.
     batch_size : int
         The most rows of one forward pass.
     max_batch_delay_ms : int
@@ -72,6 +77,7 @@ class LocalServer:
         work_dir: Path | None = None,
         inference_port: int = 0,
         metrics_port: int = 0,
+        grpc_port: int | None = None,
         batch_size: int = 8,
         max_batch_delay_ms: int = 1,
         token_authorization: bool = True,
@@ -86,7 +92,7 @@ class LocalServer:
         self.token_authorization = token_authorization
         self.key_file = key_file if token_authorization else None
         self.environment = dict(environment or {})
-        self._requested_ports = (inference_port, metrics_port)
+        self._requested_ports = (inference_port, metrics_port, grpc_port)
         self._requested_work_dir = work_dir
         self._rotate_keys = rotate_keys
         self._tell = tell
@@ -102,8 +108,10 @@ class LocalServer:
         Raises
         ------
         ServerError
-            If an archive is missing, a number is out of range, or a port is taken.
+            If an archive is missing, a number is out of range, a port is taken, or there is no gRPC and it is wanted.
         """
+        if self._requested_ports[2] is not None and find_spec("grpc") is None:
+            raise ServerError("gRPC needs the package grpcio. pip install 'backdoor-guard[grpc]', or leave it out.")
         for name in ("batch_size", "max_batch_delay_ms"):
             if (value := getattr(self, name)) < 1:
                 raise ServerError(f"{name} must be >= 1, got {value}.")
@@ -121,6 +129,7 @@ class LocalServer:
                 self._ports.metrics,
                 self.batch_size,
                 self.max_batch_delay_ms / 1000,
+                self._ports.grpc,
                 self._key,
             )
             write_private(self._work_dir / "job.json", job.text())
@@ -257,11 +266,17 @@ class LocalServer:
         return next((line for line in reversed(lines) if line.strip()), "it left no word.")
 
 
-def _chosen(inference: int, metrics: int) -> LocalPorts:
-    for name, port in (("inference", inference), ("metrics", metrics)):
+def _chosen(inference: int, metrics: int, grpc: int | None) -> LocalPorts:
+    requested = {"inference": inference, "metrics": metrics} | ({} if grpc is None else {"gRPC": grpc})
+    named = [port for port in requested.values() if port]
+    if len(set(named)) < len(named):
+        raise ServerError(f"the ports must differ, got {named}. Give others, or 0 for free ones.")
+    for name, port in requested.items():
         if not 0 <= port <= 65535:
             raise ServerError(f"{name} port must be in [0, 65535], got {port}. Give another, or 0 for a free one.")
         if port and not port_is_free(port):
             raise ServerError(f"{name} port {port} is taken by another program. Give another, or 0 for a free one.")
-    inference = inference or free_port([metrics])
-    return LocalPorts(inference, metrics or free_port([inference]))
+    chosen: list[int] = []
+    for port in requested.values():
+        chosen.append(port or free_port([*requested.values(), *chosen]))
+    return LocalPorts(*chosen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -92,18 +93,12 @@ class ServedModel:
         OverloadedError
             If too many rows wait.
         """
-        known = [LOGITS, VERDICT, *([P_VALUE] if self._tells_p_values else [])]
-        wanted = named(request.outputs, known)
-        request_id = request.id or headers.get("x-request-id") or str(uuid4())
-        answers = await asyncio.wrap_future(self._batcher.submit(self._rows(request), request_id, headers))
-        whole = answers[0] if len(answers) == 1 else None
-        if all(answer.logits is None for answer in answers):
-            return Inferred(None, answers[0].response.status, answers[0].error, whole.response.headers if whole else {})
-        outputs = {name: array for name, array in self._outputs(answers).items() if name in wanted}
-        asked = {output.name: output.is_binary for output in request.outputs}
-        binary = frozenset(name for name in outputs if asked.get(name, request.is_binary))
-        response = InferResponse(self.name, outputs, request.id, self._parameters(answers), binary)
-        return Inferred(response, 200, "", whole.response.headers if whole else {})
+        answers = await asyncio.wrap_future(self._begun(request, headers))
+        return self._inferred(request, answers)
+
+    def infer_and_wait(self, request: InferRequest, headers: Mapping[str, str]) -> Inferred:
+        """Answer one inference request as `infer` does, for callers with a thread of their own."""
+        return self._inferred(request, self._begun(request, headers).result())
 
     def refuse(self, status: int, headers: Mapping[str, str]) -> None:
         """Count a request that never became an input: it is `rejected`, like every input of which nothing is known."""
@@ -119,6 +114,26 @@ class ServedModel:
     @property
     def _tells_p_values(self) -> bool:
         return self.model.guard.config.verdict_detail == "full"
+
+    def _begun(self, request: InferRequest, headers: Mapping[str, str]) -> Future[list[RowAnswer]]:
+        named(request.outputs, self._outputs_told)
+        request_id = request.id or headers.get("x-request-id") or str(uuid4())
+        return self._batcher.submit(self._rows(request), request_id, headers)
+
+    def _inferred(self, request: InferRequest, answers: Sequence[RowAnswer]) -> Inferred:
+        headers = answers[0].response.headers if len(answers) == 1 else {}
+        if all(answer.logits is None for answer in answers):
+            return Inferred(None, answers[0].response.status, answers[0].error, headers)
+        wanted = {output.name: output.is_binary for output in request.outputs}
+        wanted = wanted or dict.fromkeys(self._outputs_told, request.is_binary)
+        outputs = {name: array for name, array in self._outputs(answers).items() if name in wanted}
+        binary = frozenset(name for name in outputs if wanted[name])
+        parameters = self._parameters(answers)
+        return Inferred(InferResponse(self.name, outputs, request.id, parameters, binary), 200, "", headers)
+
+    @property
+    def _outputs_told(self) -> list[str]:
+        return [LOGITS, VERDICT, *([P_VALUE] if self._tells_p_values else [])]
 
     def _rows(self, request: InferRequest) -> Float32Array:
         if [*request.inputs] != [INPUT]:

@@ -145,7 +145,7 @@ def write_response(response: InferResponse) -> tuple[bytes, int | None]:
     for name, array in response.outputs.items():
         entry: dict[str, Any] = {"name": name, "datatype": datatype_of(array), "shape": list(array.shape)}
         if name in response.binary:
-            parts.append(_bytes_of(array))
+            parts.append(bytes_of(array))
             entry["parameters"] = {"binary_data_size": len(parts[-1])}
         else:
             entry["data"] = _json_values(array)
@@ -165,39 +165,36 @@ def datatype_of(array: AnyArray) -> str:
     return next(name for name, dtype in DTYPES.items() if np.dtype(dtype).str.replace("|", "<") == plain)
 
 
-def _input(entry: dict[str, Any], rest: memoryview) -> tuple[str, AnyArray, memoryview]:
-    """Return name and array of one input, and the binary data that is left."""
-    name = _name(entry, "an input")
-    datatype, shape = _text(entry.get("datatype"), f"datatype of {name!r}"), entry.get("shape")
+def tensor(name: str, datatype: str, shape: Sequence[Any], data: Any) -> AnyArray:
+    """Return one tensor of a request.
+
+    Parameters
+    ----------
+    name, datatype, shape
+        As the request says.
+    data : bytes, memoryview, or list of numbers
+        Little-endian and row-major; a list may be nested.
+
+    Raises
+    ------
+    ProtocolError
+        If they do not fit together, or the datatype is not known.
+    """
     if datatype not in DTYPES:
         raise ProtocolError(f"input {name!r} has datatype {datatype!r}; known are {', '.join(DTYPES)}.")
-    if (
-        not isinstance(shape, list)
-        or len(shape) > _MOST_AXES
-        or not all(type(length) is int and 0 <= length < 2**31 for length in shape)
-    ):
+    if len(shape) > _MOST_AXES or not all(type(length) is int and 0 <= length < 2**31 for length in shape):
         raise ProtocolError(f"the shape of input {name!r} must be at most {_MOST_AXES} lengths >= 0.")
-    n_elements, dtype = math.prod(shape), np.dtype(DTYPES[datatype])
-    n_bytes = _parameters(entry).get("binary_data_size")
-    if n_bytes is None:
-        return name, _from_json(entry.get("data"), name, datatype, shape), rest
-    if type(n_bytes) is not int or n_bytes != n_elements * dtype.itemsize or n_bytes > len(rest):
-        raise ProtocolError(
-            f"binary_data_size {n_bytes!r} of input {name!r} does not fit shape {shape} of {datatype}, or the "
-            f"{len(rest)} bytes that are there."
-        )
-    return name, np.frombuffer(rest[:n_bytes], dtype).reshape(shape), rest[n_bytes:]
-
-
-def _from_json(data: Any, name: str, datatype: str, shape: list[int]) -> AnyArray:
-    """Return a JSON tensor, flat or nested."""
+    dtype = np.dtype(DTYPES[datatype])
+    if not isinstance(data, list):
+        if len(data) != math.prod(shape) * dtype.itemsize:
+            raise ProtocolError(f"input {name!r} has {len(data)} bytes, and is {list(shape)} of {datatype}.")
+        return np.frombuffer(data, dtype).reshape(shape)
     try:
-        values = np.asarray(_of_type(data, list, f"data of input {name!r}"))
+        values = np.asarray(data)
     except ValueError as error:
         raise ProtocolError(f"data of input {name!r} holds lists of unequal length.") from error
     if values.size != math.prod(shape):
-        raise ProtocolError(f"input {name!r} holds {values.size} elements, and its shape is {shape}.")
-    dtype = np.dtype(DTYPES[datatype])
+        raise ProtocolError(f"input {name!r} holds {values.size} elements, and its shape is {list(shape)}.")
     if values.size and values.dtype.kind not in _KINDS[datatype.rstrip("0123456789")]:
         raise ProtocolError(f"data of input {name!r} must be numbers that are {datatype}.")
     if dtype.kind in "iu" and values.size:
@@ -208,7 +205,21 @@ def _from_json(data: Any, name: str, datatype: str, shape: list[int]) -> AnyArra
         return values.astype(dtype).reshape(shape)
 
 
-def _bytes_of(array: AnyArray) -> bytes:
+def _input(entry: dict[str, Any], rest: memoryview) -> tuple[str, AnyArray, memoryview]:
+    """Return name and array of one input, and the binary data that is left."""
+    name = _name(entry, "an input")
+    datatype, shape = _text(entry.get("datatype"), f"datatype of {name!r}"), entry.get("shape")
+    shape = _of_type(shape, list, f"the shape of input {name!r}")
+    n_bytes = _parameters(entry).get("binary_data_size")
+    if n_bytes is None:
+        data = _of_type(entry.get("data"), list, f"data of input {name!r}")
+        return name, tensor(name, datatype, shape, data), rest
+    if type(n_bytes) is not int or not 0 <= n_bytes <= len(rest):
+        raise ProtocolError(f"binary_data_size of input {name!r} is {n_bytes!r}, and {len(rest)} bytes are there.")
+    return name, tensor(name, datatype, shape, rest[:n_bytes]), rest[n_bytes:]
+
+
+def bytes_of(array: AnyArray) -> bytes:
     """Return an array as the binary extension has it; texts each with their length before them."""
     if array.dtype.kind not in "OSU":
         return array.astype(array.dtype.newbyteorder("<")).tobytes()
