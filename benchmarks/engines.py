@@ -2,11 +2,11 @@
 
     python benchmarks/engines.py [--rounds 3] [--seconds 4]
 
-Writes `engines.csv`: one row per engine, number of clients, variant and round. The small CNN of `guard demo` on real MNIST
-images: 1,000 requests are compared with what the guard says of the same images in this process (`verdict_differences`: the
-verdict differs, or the p-value by more than 1e-4). Variants take turns in short blocks, each alone on the machine; ratios
-are taken within a round. TorchServe gets PNG files, as its handler takes them; the local engine gets tensors. An
-engine's unguarded variant is the same engine with the network alone. Run it on a quiet machine.
+Writes `engines.csv`: one row per engine, number of clients, variant and round. The small CNN of `guard demo` on real
+MNIST images: 1,000 requests are compared with what the guard says of the same images in this process
+(`verdict_differences`: the verdict differs, or the p-value by more than 1e-4). Variants take turns in short blocks, each
+alone on the machine; ratios are taken within a round. TorchServe gets PNG files, as its handler takes them; the local
+engine gets tensors. An engine's unguarded variant is the same engine with the network alone. Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ from guard.torchserve.client import Reply, run_load
 from guard.torchserve.server import TorchServeInstance
 
 TABLE = Path(__file__).resolve().parent / "results" / "engines.csv"
-COLUMNS = ("engine,replicas,clients,batch_size,variant,p50_ms,requests_per_second,verdict_differences,round").split(",")
+COLUMNS = (
+    *("engine", "replicas", "clients", "batch_size", "variant"),
+    *("p50_ms", "requests_per_second", "verdict_differences", "round"),
+)
 VARIANTS = ("unguarded", "guarded")
 CLIENTS = (1, 8)
 BATCH_SIZE = 8
