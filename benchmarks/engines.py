@@ -4,8 +4,8 @@
 
 Writes `engines.csv`: one row per engine, number of clients, variant and round. The small CNN of `guard demo` on real
 MNIST images: 1,000 requests are compared with what the guard says of the same images in this process
-(`verdict_differences`: the verdict differs, or the p-value by more than 1e-4). Variants take turns in short blocks, each
-alone on the machine; ratios are taken within a round. TorchServe gets PNG files, as its handler takes them; the local
+(`verdict_differences`: the verdict differs, or the p-value by more than 1e-4). Variants take turns in short blocks, one
+at a time; ratios are taken within a round. TorchServe gets PNG files, as its handler takes them; the local
 engine gets tensors. An engine's unguarded variant is the same engine with the network alone. Run it on a quiet machine.
 """
 
