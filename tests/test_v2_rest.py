@@ -207,6 +207,42 @@ def test_bodies_that_are_too_large_or_packed_are_refused(make: Make, served: lis
     assert counted(served[0]) == {"rejected": 8}
 
 
+def test_bodies_together_are_bounded_and_their_place_is_given_back(
+    bundle: Path, make: Make, served: list[ServedModel], clean_split: Any
+) -> None:
+    make()
+    app = create_app({"m": served[0]}, max_held_bytes=20_000)
+    body = json.dumps(request_of(clean_split.test.images[:1])).encode()
+    assert 10_000 > len(body) > 1000
+    for _ in range(30):
+        assert TestClient(app).post(INFER, content=body).status_code == 200
+    reply = TestClient(app).post(INFER, content=b" " * 20_001)
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+    assert TestClient(app).post(INFER, content=body).status_code == 200
+
+
+def test_request_of_too_many_rows_is_refused_before_it_waits(make: Make) -> None:
+    client = make(max_body_bytes=8 << 20)
+    entry = {
+        "name": "input",
+        "datatype": "FP32",
+        "shape": [1025, 1, 28, 28],
+        "parameters": {"binary_data_size": 3214400},
+    }
+    text = json.dumps({"inputs": [entry]}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(text))}
+    reply = client.post(INFER, content=text + bytes(3214400), headers=headers)
+    assert (reply.status_code, reply.json()["error"]) == (413, "a request must have at most 1024 rows, got 1025.")
+
+
+@pytest.mark.parametrize("name", ["\\ud800", "\\u0000", "\\u202e", "é"])
+def test_texts_that_are_no_utf8_come_back_escaped(make: Make, name: str) -> None:
+    entry = f'{{"inputs": [{{"name": "{name}", "datatype": "FP32", "shape": [0], "data": []}}], "id": "{name}"}}'
+    reply = make().post(INFER, content=entry.encode())
+    assert reply.status_code == 400
+    assert reply.text.isascii()
+
+
 def test_key_is_asked_for_everywhere_but_health(make: Make) -> None:
     client = make(key="k" * 20)
     for path in ("/v2/health/live", "/v2/health/ready"):
@@ -222,7 +258,7 @@ def test_overload_is_told_with_a_time_to_come_again(
     make: Make, served: list[ServedModel], clean_split: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = make()
-    monkeypatch.setattr(served[0]._batcher, "_max_waiting_rows", 0)
+    monkeypatch.setattr(served[0]._batcher, "max_waiting_rows", 3)
     monkeypatch.setattr(served[0]._batcher, "_waiting_rows", 3)
     reply = client.post(INFER, json=request_of(clean_split.test.images[:1]))
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")

@@ -43,6 +43,8 @@ class Call:
 class Batcher:
     """Collects calls and lets a model answer several at once, in a thread of its own.
 
+    What waits is bounded, and so is what one call may bring: the others wait for it.
+
     Parameters
     ----------
     answer : callable
@@ -52,7 +54,7 @@ class Batcher:
     max_delay_s : float
         How long the first call waits for others, in seconds.
     max_waiting_rows : int
-        Rows that may wait; what comes beyond is refused.
+        Rows that may wait, those of one call at most; what comes beyond is refused.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Batcher:
         max_waiting_rows: int = 1024,
     ) -> None:
         self._answer = answer
-        self._batch_size, self._max_delay_s, self._max_waiting_rows = batch_size, max_delay_s, max_waiting_rows
+        self._batch_size, self._max_delay_s, self.max_waiting_rows = batch_size, max_delay_s, max_waiting_rows
         self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting_rows = 0
@@ -84,7 +86,7 @@ class Batcher:
         with self._lock:
             if self._is_closed:
                 raise OverloadedError("the server is stopping.")
-            if self._waiting_rows and self._waiting_rows + len(rows) > self._max_waiting_rows:
+            if self._waiting_rows + len(rows) > self.max_waiting_rows:
                 raise OverloadedError(f"{self._waiting_rows} rows wait already. Try again later.")
             self._waiting_rows += len(rows)
         self._calls.put(call)

@@ -35,6 +35,8 @@ _CODES = {
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 _OPEN = ("ServerLive", "ServerReady")
+_THREADS = 32
+_MOST_CALLS = 64  # at once, each with a message in memory
 
 
 class GrpcService:
@@ -135,8 +137,8 @@ def serving_grpc(
         If it cannot listen there.
     """
     options = [("grpc.max_receive_message_length", max_message_bytes), ("grpc.so_reuseport", 0)]
-    with ThreadPoolExecutor(32, thread_name_prefix="guard-grpc") as pool:
-        server = grpc.server(pool, options=options)
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="guard-grpc") as pool:
+        server = grpc.server(pool, options=options, maximum_concurrent_rpcs=_MOST_CALLS)
         server.add_generic_rpc_handlers((GrpcService(models, key).handlers(),))
         try:
             port = server.add_insecure_port(address)

@@ -145,6 +145,8 @@ class ServedModel:
         if rows.ndim < 2 or len(rows) == 0 or (shape is not None and rows.shape[1:] != shape):
             expected = "[-1, ...]" if shape is None else [-1, *shape]
             raise ProtocolError(f"input {INPUT!r} must have shape {expected}, got {list(rows.shape)}.")
+        if len(rows) > (most := self._batcher.max_waiting_rows):
+            raise ProtocolError(f"a request must have at most {most} rows, got {len(rows)}.", 413)
         return rows.astype(np.float32, copy=False)
 
     def _outputs(self, answers: Sequence[RowAnswer]) -> dict[str, AnyArray]:

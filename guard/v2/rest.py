@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Awaitable, Callable, Mapping
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from guard.v2.batching import OverloadedError
@@ -26,6 +28,7 @@ def create_app(
     *,
     key: str | None = None,
     max_body_bytes: int = 64 << 20,
+    max_held_bytes: int = 256 << 20,
 ) -> FastAPI:
     """Return the application.
 
@@ -37,8 +40,17 @@ def create_app(
         What callers must send as `Authorization: Bearer KEY`, but for health; None asks for nothing.
     max_body_bytes : int
         Larger bodies are refused with status 413 before they are held in memory.
+    max_held_bytes : int
+        Of all bodies together; what comes beyond is refused with status 503.
     """
-    app = FastAPI(title="Backdoor Guard, open inference protocol", version=VERSION, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Backdoor Guard, open inference protocol",
+        version=VERSION,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    bodies = _Bodies(max_body_bytes, max_held_bytes)
 
     @app.middleware("http")
     async def check_key(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -94,9 +106,9 @@ def create_app(
     async def infer(request: Request, name: str, asked: str | None = None) -> Response:
         model = model_of(name, asked)
         try:
-            body = await _body(request, max_body_bytes)
-            wanted = await asyncio.to_thread(read_request, body, _json_bytes(request))
-            found = await model.infer(wanted, request.headers)
+            async with bodies.held(request) as body:
+                wanted = await asyncio.to_thread(read_request, body, _json_bytes(request))
+                found = await model.infer(wanted, request.headers)
         except ProtocolError as error:
             model.refuse(error.status, request.headers)
             raise
@@ -111,18 +123,39 @@ def create_app(
     return app
 
 
-async def _body(request: Request, most: int) -> bytes:
-    """Return the body of a request; ProtocolError of status 413 as soon as it is too large."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise ProtocolError(f"the body must have at most {most} bytes.", 413)
-        parts.append(part)
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
-        raise ProtocolError(f"bodies must come as they are, without content-encoding {encoding[:40]!r}.", 415)
-    return b"".join(parts)
+class _Bodies:
+    """Bodies of requests in memory, each and all together bounded."""
+
+    def __init__(self, most_each: int, most_held: int) -> None:
+        self._most_each, self._most_held, self._held = most_each, most_held, 0
+
+    @asynccontextmanager
+    async def held(self, request: Request) -> AsyncIterator[bytes]:
+        """Read the body of a request, and count it as long as the block lasts.
+
+        Raises
+        ------
+        ProtocolError
+            With status 413 as soon as it is too large, or 415 if it is packed.
+        OverloadedError
+            If all bodies together are too large.
+        """
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding != "identity":
+            raise ProtocolError(f"bodies must come as they are, without content-encoding {encoding[:40]!r}.", 415)
+        parts, size = [], 0
+        try:
+            async for part in request.stream():
+                size += len(part)
+                self._held += len(part)
+                if size > self._most_each:
+                    raise ProtocolError(f"the body must have at most {self._most_each} bytes.", 413)
+                if self._held > self._most_held:
+                    raise OverloadedError("too many bytes of requests are held already. Try again later.")
+                parts.append(part)
+            yield b"".join(parts)
+        finally:
+            self._held -= size
 
 
 def _json_bytes(request: Request) -> int | None:
@@ -135,4 +168,5 @@ def _json_bytes(request: Request) -> int | None:
 
 
 def _error(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse({"error": message}, status, headers=dict(headers or {}))
+    text = json.dumps({"error": message})  # in ASCII: a text of JSON may hold what UTF-8 cannot
+    return Response(text, status, headers=dict(headers or {}), media_type="application/json")
