@@ -6,6 +6,7 @@ Nothing here is changed by a test: arrays are read-only, and a test that needs a
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import pickle
 import shutil
@@ -174,72 +175,83 @@ def triggered_activations(fitted_guard: Guard, suspect: SuspectModel, triggered:
     return suspect.activations(triggered.images)
 
 
-#: Test files that start servers or browsers, train networks, or take more than five seconds for another reason. Those
-#: with servers come first, then the longest: they run side by side, and none is left to the end of a run.
-_SLOW_FILES = (
-    "test_serve_together",
+#: Test files that wait for servers, browsers and processes most of their time, the longest first.
+_WAITING_FILES = (
     "test_serving_torchserve",
+    "test_serve_together",
     "test_demo",
+    "test_cli",
     "test_wrap",
     "test_check",
-    "test_keys",
     "test_review_browser",
+    "test_secrets",
     "test_torchserve_server",
-    "test_cli",
     "test_review_legible",
+    "test_local_engine",
+    "test_keys",
+    "test_deploy",
+    "test_review_cli",
+    "test_acceptance",
+    "test_observe",
+    "test_wheel",
+    "test_status_browser",
+)
+#: Test files that train networks, or take more than five seconds for another reason, the longest first.
+_WORKING_FILES = (
     "test_assess",
-    "test_calibration",
+    "test_soundness",
     "test_training",
-    "test_guard_handler",
     "test_retrainer",
     "test_zoo",
+    "test_calibration",
+    "test_guard_handler",
     "test_rivals_contract",
-    "test_soundness",
-    "test_copies",
-    "test_guard_backup",
-    "test_readme",
-    "test_batches",
     "test_pipeline",
     "test_retraining",
-    "test_anytime",
-    "test_deploy",
-    "test_review_hostile",
-    "test_runtime",
+    "test_batches",
+    "test_guard_backup",
     "test_review_page",
-    "test_review_cli",
-    "test_lying_reviewers",
-    "test_snapshot",
-    "test_secrets",
-    "test_gold",
-    "test_fusion_tables",
-    "test_membership",
-    "test_queue_trouble",
-    "test_networks",
+    "test_anytime",
+    "test_review_hostile",
+    "test_copies",
     "test_queue_processes",
+    "test_readme",
+    "test_gold",
+    "test_networks",
+    "test_snapshot",
+    "test_lying_reviewers",
+    "test_membership",
+    "test_runtime",
     "test_review_queue",
+    "test_v2_rest",
+    "test_v2_grpc",
+    "test_guarded_model",
+    "test_examples",
+    "test_fusion_tables",
+    "test_queue_trouble",
     "test_purify",
     "test_defective",
     "test_badnets_benchmark",
     "test_wrap_hostile",
     "test_purify_cli",
-    "test_observe",
     "test_companion",
-    "test_acceptance",
     "test_guarded_archive",
-    "test_status_browser",
-    "test_wheel",
 )
 #: Fixtures behind which a database server or a browser starts.
 _SLOW_FIXTURES = frozenset(("postgresql_server", "postgresql_url", "browser"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what `make test-quick` leaves out, and put it first: processes of a run end together then."""
-    position = {name: number for number, name in enumerate(_SLOW_FILES)}
+    """Mark what `make test-quick` leaves out, and put it first: processes of a run end together then.
+
+    Files that wait and files that work take turns, so that cores do not wait with the first ones.
+    """
+    turns = itertools.chain.from_iterable(itertools.zip_longest(_WAITING_FILES, _WORKING_FILES))
+    position = {name: number for number, name in enumerate(name for name in turns if name)}
     items.sort(key=lambda item: position.get(item.path.stem, len(position)))
     for item in items:
         starts = _SLOW_FIXTURES & set(getattr(item, "fixturenames", ())) or "postgresql" in item.name
-        if starts or item.path.stem in _SLOW_FILES:
+        if starts or item.path.stem in position:
             item.add_marker("slow")
 
 
