@@ -5,6 +5,7 @@ WEIGHTS=weights.safetensors ARCHITECTURE=my_net:make BUNDLES=bundles uvicorn fas
 
 import os
 from contextlib import asynccontextmanager
+from uuid import uuid4
 
 import numpy as np
 from fastapi import FastAPI, HTTPException, Request
@@ -32,7 +33,7 @@ async def predict(request: Request) -> dict[str, object]:
     if len(body) != 4 * np.prod(model.input_shape):
         raise HTTPException(400, f"send float32 values of shape {model.input_shape}")
     row = np.frombuffer(body, "<f4").reshape(1, *model.input_shape)
-    sender = RowRequests([request.headers.get("x-request-id", "")], [request.headers])
+    sender = RowRequests([request.headers.get("x-request-id") or str(uuid4())], [request.headers])
     (answer,) = await run_in_threadpool(model.answer, row, sender)
     if answer.logits is None:  # blocked, rejected or failed
         raise HTTPException(answer.response.status, answer.error, headers=answer.response.headers)

@@ -193,6 +193,7 @@ def test_version_is_printed(guard: Run) -> None:
         ([*FIT, "--device", "toaster"], "--device 'toaster' cannot be used"),
         ([*FIT, "--false-positive-rate", "5%"], "unable to parse string as a number. See `guard fit --help`."),
         ([*FIT, "--settings", "none.toml"], "settings file none.toml does not exist"),
+        (["serve", "a", "a=b.mar"], "model 'a' is named twice. Give each its own name: NAME=FILE."),
         ([*FIT, "--settings", "clean"], "settings file clean is a folder. Name another"),
         ([*FIT, "--preprocess", "cli_network:none"], "--preprocess 'cli_network:none' must be module:function"),
         (["inspect", "new", *MODEL, "--output", "no/such/folder.csv"], "there is no folder no/such"),

@@ -35,6 +35,8 @@ def make(bundle: Path, module: MnistCnn) -> Iterator[Make]:
     made: list[GuardedModel] = []
 
     def build(network: Any = module, **settings: Any) -> GuardedModel:
+        for earlier in made:  # of the same network
+            earlier.close()
         made.append(GuardedModel(network, bundle=bundle, name="m", **{"verdict_detail": "full", **settings}))
         return made[-1]
 
@@ -184,6 +186,26 @@ def test_flagged_rows_are_in_the_queue_with_id_and_what_was_sent(make: Make, ima
 def test_what_is_no_array_of_rows_is_refused(make: Make, inputs: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         make().answer(inputs)
+
+
+def test_network_has_one_guard_at_a_time(make: Make, module: MnistCnn, bundle: Path, images: Any) -> None:
+    first = make()
+    with pytest.raises(SuspectModelError, match=r"^this network is guarded by another GuardedModel\. Close that first"):
+        GuardedModel(module, bundle=bundle)
+    first.close()
+    with GuardedModel(module, bundle=bundle) as second:
+        first.close()  # again: it does not let a third in
+        with pytest.raises(SuspectModelError, match="is guarded by another"):
+            GuardedModel(module, bundle=bundle)
+        assert len(second.answer(images)) == len(images)
+
+
+def test_ids_headers_and_bodies_are_one_per_row(make: Make, images: Any) -> None:
+    model = make()
+    with pytest.raises(DataError, match=r"^requests must be one per row, 7, got 2 ids and 0 headers\.$"):
+        model.answer(images, RowRequests(["a", "b"]))
+    with pytest.raises(DataError, match=r"^bodies must be one per row, 7, got 1\.$"):
+        model.answer(images, None, [b""])
 
 
 def test_model_without_network_or_bundle_is_refused(make: Make, module: MnistCnn) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton
@@ -65,7 +66,7 @@ def site(
     with server:
         server.wait_ready()
         yield Site(server, store, url, told)
-    assert not (folder / "work" / "job.json").exists()  # it held the key
+    assert [*(folder / "work").glob("engine-*")] == []  # with the key, and the models unpacked
 
 
 def test_clients_of_the_protocol_find_both_models(site: Site) -> None:
@@ -164,6 +165,32 @@ def test_engine_that_is_killed_is_started_again(site: Site, clean_split: Any) ->
         time.sleep(0.2)
     assert [line for line in site.told if "has ended with status" in line]
     assert site.infer(clean_split.test.images[:1]).as_numpy("logits").shape == (1, 10)
+
+
+def test_engine_that_is_told_to_stop_closes_what_it_opened(site: Site, tmp_path: Path) -> None:
+    with LocalServer(site.server.model_store, work_dir=site.server.work_dir, token_authorization=False) as other:
+        other.wait_ready()  # beside the first, in the same folder
+        folders = {*site.server.work_dir.glob("engine-*")}
+        process = psutil.Process(other.pid)
+        process.terminate()
+        process.wait(20)
+        log = (site.server.work_dir / "logs" / "engine.log").read_text()
+        assert "has ended with status 0;" in _next_word(other)
+    assert {*site.server.work_dir.glob("engine-*")} < folders
+    assert "Traceback" not in log
+    assert site.server.is_alive()
+    assert site.client.is_server_ready()
+
+
+def _next_word(server: LocalServer) -> str:
+    """What a server tells of its process, that has just ended."""
+    told: list[str] = []
+    server._tell = told.append
+    deadline = time.monotonic() + 20
+    while not told and time.monotonic() < deadline:
+        server.is_alive()
+        time.sleep(0.05)
+    return "".join(told)
 
 
 def test_engine_says_why_it_does_not_start(site: Site, badnet: MnistCnn, tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from guard.v2.grpc_service import serving_grpc
 from guard.v2.messages import MESSAGES
 from guard.v2.models import ServedModel
 
+KEY = (("authorization", "Bearer secret-of-the-test"),)
+
 
 class Place:
     """A service with one model, and a stub for it."""
@@ -28,7 +30,7 @@ class Place:
         self.served, self.port, self.stub = served, port, stub
 
     def infer(self, request: Any) -> Any:
-        return self.stub.ModelInfer(request, metadata=[("authorization", "Bearer secret-of-the-test")])
+        return self.stub.ModelInfer(request, metadata=KEY)
 
     def refusal(self, request: Any) -> tuple[str, str]:
         with pytest.raises(grpc.RpcError) as error:
@@ -109,12 +111,11 @@ def test_infer_tells_every_row_its_verdict(
 
 def test_single_row_has_the_headers_as_metadata_and_a_code_if_it_is_blocked(place: Place, triggered: Poisoned) -> None:
     request = request_of(triggered.images[:1])
-    metadata = [("authorization", "Bearer secret-of-the-test")]
     if place.served.model.guard.config.action == "block":
         code, details = place.refusal(request)
         assert (code, details.startswith("the input was judged poisoned and blocked")) == ("PERMISSION_DENIED", True)
         return
-    _, call = place.stub.ModelInfer.with_call(request, metadata=metadata)
+    _, call = place.stub.ModelInfer.with_call(request, metadata=KEY)
     told = dict(call.trailing_metadata())
     assert (told["guard-verdict"], told["guard-action"], len(told["guard-bundle"])) == ("poisoned", "flag", 64)
 
@@ -176,6 +177,15 @@ def test_key_is_asked_for_everywhere_but_health(place: Place) -> None:
             with pytest.raises(grpc.RpcError) as error:
                 call(request, metadata=metadata)
             assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_message_that_is_none_is_refused_and_read_for_nobody_without_a_key(place: Place) -> None:
+    with grpc.insecure_channel(f"127.0.0.1:{place.port}") as channel:
+        call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        for metadata, code in (((), "UNAUTHENTICATED"), (KEY, "INVALID_ARGUMENT")):
+            with pytest.raises(grpc.RpcError) as error:
+                call(b"\xff\xff", metadata=metadata)
+            assert error.value.code().name == code
 
 
 def test_port_that_is_taken_is_refused(place: Place) -> None:

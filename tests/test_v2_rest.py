@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 from collections.abc import Callable, Iterator
@@ -221,6 +222,50 @@ def test_bodies_together_are_bounded_and_their_place_is_given_back(
     assert TestClient(app).post(INFER, content=body).status_code == 200
 
 
+def test_body_that_does_not_come_in_time_is_refused_and_its_place_is_given_back(
+    make: Make, served: list[ServedModel]
+) -> None:
+    make()
+    app = create_app({"m": served[0]}, body_timeout_s=0.1)
+
+    async def ask(*messages: dict[str, Any]) -> int:
+        """Return the status of a request whose body comes as these messages, and then no more."""
+        waiting, sent = iter(messages), []
+
+        async def receive() -> dict[str, Any]:
+            for message in waiting:
+                return message
+            await asyncio.sleep(60)
+            raise AssertionError
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": INFER, "raw_path": INFER.encode()}
+        await app({**scope, "query_string": b"", "headers": [], "scheme": "http"}, receive, send)
+        return int(sent[0]["status"])
+
+    half = {"type": "http.request", "body": b"x" * 100, "more_body": True}
+    for _ in range(3):
+        assert asyncio.run(ask(half)) == 408
+        assert asyncio.run(ask(half, {"type": "http.disconnect"})) == 400
+    assert counted(served[0]) == {"rejected": 6}
+
+
+def test_json_is_held_shorter_than_binary_data_and_an_announced_length_is_believed(
+    make: Make, served: list[ServedModel]
+) -> None:
+    make()
+    client = TestClient(create_app({"m": served[0]}, max_json_bytes=1000, max_body_bytes=5000))
+    reply = client.post(INFER, content=b" " * 1001)
+    assert reply.status_code == 413
+    assert reply.json()["error"] == "JSON must have at most 1000 bytes, got 1001. Send binary data."
+    assert (
+        client.post(INFER, content=b" " * 1001, headers={"Inference-Header-Content-Length": "900"}).status_code == 400
+    )
+    assert client.post(INFER, content=b"", headers={"Content-Length": "9" * 20}).status_code == 413
+
+
 def test_request_of_too_many_rows_is_refused_before_it_waits(make: Make) -> None:
     client = make(max_body_bytes=8 << 20)
     entry = {
@@ -251,7 +296,8 @@ def test_key_is_asked_for_everywhere_but_health(make: Make) -> None:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer ö".encode()}):
             reply = client.get(path, headers=headers)
             assert (reply.status_code, reply.headers["www-authenticate"]) == (401, "Bearer")
-    assert client.get("/v2/models/m", headers={"Authorization": f"Bearer {'k' * 20}"}).status_code == 200
+    for scheme in ("Bearer", "bearer"):
+        assert client.get("/v2/models/m", headers={"Authorization": f"{scheme} {'k' * 20}"}).status_code == 200
 
 
 def test_overload_is_told_with_a_time_to_come_again(

@@ -451,6 +451,8 @@ def _store_and_names(models: list[str], model_store: Path) -> tuple[Path, dict[s
         name, _, file = text.rpartition("=")
         path = Path(file)
         stem = path.name.removesuffix(".mar")
+        if (name or stem) in named:
+            raise ConfigError(f"model {name or stem!r} is named twice. Give each its own name: NAME=FILE.")
         named[name or stem] = f"{stem}.mar"
         folders.append(path.parent if path.name != file else model_store)
     if len(set(folders)) > 1:

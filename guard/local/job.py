@@ -17,6 +17,8 @@ class Job:
     ----------
     archives : mapping of str to str
         Path of the archive by the name of its model.
+    folder : str
+        Where archives are unpacked to; whoever started the process removes it.
     port, metrics_port : int
         On loopback.
     batch_size : int
@@ -29,6 +31,7 @@ class Job:
     """
 
     archives: Mapping[str, str]
+    folder: str
     port: int
     metrics_port: int
     batch_size: int

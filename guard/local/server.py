@@ -23,6 +23,7 @@ from guard.torchserve.archives.archive import Archive, find_archives
 from guard.torchserve.keys import kept_keys
 
 _POLL_SECONDS = 0.1
+_GRACE_SECONDS = 10.0  # until requests that have begun are answered, over REST and over gRPC
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,7 @@ class LocalServer:
         self._tell = tell
         self._served: dict[str, Archive] = {}
         self._work_dir: Path | None = None
+        self._own: Path | None = None
         self._ports: LocalPorts | None = None
         self._process: Companion | None = None
         self._key: str | None = None
@@ -123,8 +125,10 @@ class LocalServer:
                 kept = kept_keys(self.key_file or self._work_dir / "key_file.json", rotate=self._rotates)
                 self._key = kept["inference"]
                 write_private(self._work_dir / "key_file.json", json.dumps({"inference": {"key": self._key}}))
+            self._own = Path(tempfile.mkdtemp(prefix="engine-", dir=self._work_dir))  # others may share the folder
             job = Job(
                 {name: str(path) for name, path in self.archives_served.items()},
+                str(self._own / "models"),
                 self._ports.inference,
                 self._ports.metrics,
                 self.batch_size,
@@ -132,14 +136,15 @@ class LocalServer:
                 self._ports.grpc,
                 self._key,
             )
-            write_private(self._work_dir / "job.json", job.text())
+            write_private(self._own / "job.json", job.text())
             self._process = Companion(
                 "the local engine",
-                [sys.executable, "-m", "guard.local", str(self._work_dir / "job.json")],
+                [sys.executable, "-m", "guard.local", str(self._own / "job.json")],
                 folder=Path.cwd(),
                 log=self._work_dir / "logs" / "engine.log",
                 environment=self.environment,
             )
+            self._process.grace_seconds = _GRACE_SECONDS
             self._process.start()
         except BaseException:
             self.stop()
@@ -173,7 +178,8 @@ class LocalServer:
         if process is not None:
             process.stop()
         if self._work_dir is not None:
-            (self._work_dir / "job.json").unlink(missing_ok=True)
+            if self._own is not None:
+                shutil.rmtree(self._own, ignore_errors=True)
             if self._requested_work_dir is None:
                 shutil.rmtree(self._work_dir, ignore_errors=True)
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import nn
 
 from guard.detection.pipeline import Guard
-from guard.errors import DataError, InputRejectedError
+from guard.errors import DataError, InputRejectedError, SuspectModelError
 from guard.serving.answers import Response, make_response
 from guard.serving.outcomes import Outcome, OutcomeKind, Record, Requests, merge
 from guard.serving.review_queue import flagged_request
@@ -107,8 +109,11 @@ class GuardedModel:
     Raises
     ------
     SuspectModelError, BundleError
-        If there is no network, or no bundle that was fitted for it.
+        If there is no network, no bundle that was fitted for it, or another open `GuardedModel` of the same network.
     """
+
+    _guarded: ClassVar[WeakSet[nn.Module]] = WeakSet()
+    _turn: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(
         self,
@@ -119,14 +124,23 @@ class GuardedModel:
         name: str = "model",
         **settings: Any,
     ) -> None:
-        self.runtime = GuardRuntime(
-            module.eval() if isinstance(module, nn.Module) else module,
-            settings,
-            bundles=Path(bundles) if bundles is not None else None,
-            embedded=Path(bundle) if bundle is not None else None,
-            model_name=name,
-        )
+        with self._turn:
+            if isinstance(module, nn.Module):
+                if module in self._guarded:
+                    raise SuspectModelError(
+                        "this network is guarded by another GuardedModel. Close that first, or load the network again."
+                    )
+                module.eval()
+            self.runtime = GuardRuntime(
+                module,
+                settings,
+                bundles=Path(bundles) if bundles is not None else None,
+                embedded=Path(bundle) if bundle is not None else None,
+                model_name=name,
+            )
+            self._guarded.add(module)
         self.name = name
+        self._is_closed = False
 
     @property
     def guard(self) -> Guard:
@@ -160,12 +174,17 @@ class GuardedModel:
         Raises
         ------
         DataError
-            If `inputs` is no array of at least one row of float32.
+            If `inputs` is no array of at least one row of float32, or there are not as many bodies, or ids, as rows.
         """
         if not isinstance(inputs, np.ndarray) or inputs.dtype != np.float32 or inputs.ndim < 2 or len(inputs) == 0:
             kind = f"{inputs.dtype} {inputs.shape}" if isinstance(inputs, np.ndarray) else type(inputs).__name__
             raise DataError(f"inputs must be a float32 array of one row or more, got {kind}.")
         images = torch.from_numpy(np.require(inputs, requirements=["C", "W"]))
+        if bodies and len(bodies) != len(inputs):
+            raise DataError(f"bodies must be one per row, {len(inputs)}, got {len(bodies)}.")
+        if isinstance(requests, RowRequests) and not {len(requests.ids), len(requests.sent)} <= {0, len(inputs)}:
+            sizes = f"{len(requests.ids)} ids and {len(requests.sent)} headers"
+            raise DataError(f"requests must be one per row, {len(inputs)}, got {sizes}.")
         guard = self.guard  # once: no call mixes two bundles
         known = requests or RowRequests()
         started = time.perf_counter()
@@ -187,8 +206,12 @@ class GuardedModel:
         return answers
 
     def close(self) -> None:
-        """Take the guard off the network, and close the way to the queue."""
+        """Take the guard off the network, and close the way to the queue. Safe to call twice."""
         self.runtime.close()
+        with self._turn:
+            if not self._is_closed:
+                self._guarded.discard(self.runtime.module)
+            self._is_closed = True
 
     def __enter__(self) -> Self:
         return self

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from guard.v2.batching import OverloadedError
@@ -32,7 +33,9 @@ def create_app(
     *,
     key: str | None = None,
     max_body_bytes: int = 64 << 20,
+    max_json_bytes: int = 8 << 20,
     max_held_bytes: int = 256 << 20,
+    body_timeout_s: float = 30.0,
 ) -> FastAPI:
     """Return the application.
 
@@ -44,8 +47,12 @@ def create_app(
         What callers must send as `Authorization: Bearer KEY`, but for health; None asks for nothing.
     max_body_bytes : int
         Larger bodies are refused with status 413 before they are held in memory.
+    max_json_bytes : int
+        Of a body that is JSON, and of the JSON before binary tensors: reading it holds up all others.
     max_held_bytes : int
         Of all bodies together; what comes beyond is refused with status 503.
+    body_timeout_s : float
+        Seconds until a body must be there; then status 408.
     """
     app = FastAPI(
         title="Backdoor Guard, open inference protocol",
@@ -54,7 +61,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    bodies = _Bodies(max_body_bytes, max_held_bytes)
+    bodies = _Bodies(max_body_bytes, max_held_bytes, body_timeout_s)
 
     if key is not None:
         app.add_middleware(_KeyCheck, key=key)
@@ -106,18 +113,26 @@ def create_app(
         model = model_of(name, asked)
         try:
             async with bodies.held(request) as body:
-                wanted = await _off_loop(len(body), read_request, body, _json_bytes(request))
+                json_bytes = _json_bytes(request)
+                if (size := len(body) if json_bytes is None else json_bytes) > max_json_bytes:
+                    raise ProtocolError(
+                        f"JSON must have at most {max_json_bytes} bytes, got {size}. Send binary data.", 413
+                    )
+                wanted = await _off_loop(len(body), read_request, body, json_bytes)
                 found = await model.infer(wanted, request.headers)
         except ProtocolError as error:
             model.refuse(error.status, request.headers)
             raise
+        except ClientDisconnect:
+            model.refuse(400, request.headers)
+            return _error(400, "the body ended before it was whole.")  # to nobody
         if found.response is None:
             return _error(found.status, found.error, found.headers)
         n_numbers = sum(array.size for array in found.response.outputs.values())
-        payload, json_bytes = await _off_loop(8 * n_numbers, write_response, found.response)
-        if json_bytes is None:
+        payload, written_json = await _off_loop(8 * n_numbers, write_response, found.response)
+        if written_json is None:
             return Response(payload, headers=found.headers, media_type="application/json")
-        headers = {**found.headers, _JSON_BYTES: str(json_bytes)}
+        headers = {**found.headers, _JSON_BYTES: str(written_json)}
         return Response(payload, headers=headers, media_type="application/octet-stream")
 
     return app
@@ -127,12 +142,12 @@ class _KeyCheck:
     """Lets nobody through who has no key, but to health; no `BaseHTTPMiddleware`, which costs half a request."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app, self._expected = app, f"Bearer {key}".encode()
+        self._app, self._key = app, key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in _OPEN:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
+            scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given, self._key):
                 text = "a key is needed: Authorization: Bearer KEY."
                 await _error(401, text, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
                 return
@@ -149,8 +164,9 @@ async def _off_loop(n_bytes: int, work: Callable[..., _Result], *arguments: Any)
 class _Bodies:
     """Bodies of requests in memory, each and all together bounded."""
 
-    def __init__(self, most_each: int, most_held: int) -> None:
-        self._most_each, self._most_held, self._held = most_each, most_held, 0
+    def __init__(self, most_each: int, most_held: int, timeout_s: float) -> None:
+        self._most_each, self._most_held, self._timeout_s = most_each, most_held, timeout_s
+        self._held = 0
 
     @asynccontextmanager
     async def held(self, request: Request) -> AsyncIterator[bytes]:
@@ -159,26 +175,41 @@ class _Bodies:
         Raises
         ------
         ProtocolError
-            With status 413 as soon as it is too large, or 415 if it is packed.
+            With status 413 as soon as it is too large, 408 if it does not come in time, or 415 if it is packed.
         OverloadedError
             If all bodies together are too large.
         """
         encoding = request.headers.get("content-encoding", "identity")
         if encoding != "identity":
             raise ProtocolError(f"bodies must come as they are, without content-encoding {encoding[:40]!r}.", 415)
+        announced = request.headers.get("content-length", "0")
+        if announced.isdecimal() and int(announced[:20]) > self._most_each:
+            raise self._too_large
         parts, size = [], 0
         try:
-            async for part in request.stream():
-                size += len(part)
-                self._held += len(part)
-                if size > self._most_each:
-                    raise ProtocolError(f"the body must have at most {self._most_each} bytes.", 413)
-                if self._held > self._most_held:
-                    raise OverloadedError("too many bytes of requests are held already. Try again later.")
-                parts.append(part)
+            async with asyncio.timeout(self._timeout_s):
+                async for part in request.stream():
+                    size += len(part)
+                    self._held += len(part)
+                    if size > self._most_each:
+                        raise self._too_large
+                    if self._held > self._most_held:
+                        raise OverloadedError("too many bytes of requests are held already. Try again later.")
+                    parts.append(part)
+        except TimeoutError:
+            self._held -= size
+            raise ProtocolError(f"the body must be whole within {self._timeout_s:g} s.", 408) from None
+        except BaseException:
+            self._held -= size
+            raise
+        try:
             yield b"".join(parts)
         finally:
             self._held -= size
+
+    @property
+    def _too_large(self) -> ProtocolError:
+        return ProtocolError(f"the body must have at most {self._most_each} bytes.", 413)
 
 
 def _json_bytes(request: Request) -> int | None:
