@@ -232,7 +232,20 @@ def every_number_is_the_servers(together: Together, cookie: str) -> None:
         found = re.findall(r"<dt[^>]*>([^<]*)</dt><dd>([^<]*)</dd>", status_of(together, cookie))
         return {name.partition(",")[0]: value.replace(",", "") for name, value in found} | dict(found)
 
-    wait_for(lambda: tiles()["requests"] == f"{counted('guard_verdicts_total'):.0f}", 30)
+    def fired() -> dict[str, float]:
+        rows = r'<tr><th scope="row">([^<]+/[^<]+)</th><td class="num">([\d,]+)</td></tr>'
+        return {
+            detector: float(count.replace(",", "")) for detector, count in re.findall(rows, status_of(together, cookie))
+        }
+
+    def counts_agree() -> bool:
+        """Workers hand over their counts one after the other: the page may have read between two of them."""
+        return tiles()["requests"] == f"{counted('guard_verdicts_total'):.0f}" and fired() == {
+            detector: counted("guard_detector_fired_total", detector=detector) for detector in fired()
+        }
+
+    wait_for(counts_agree, 30)
+    assert fired()
     shown, page = tiles(), status_of(together, cookie)
     for tile, verdict in (("flagged", "poisoned"), *((name, name) for name in ("bypassed", "rejected", "failed"))):
         assert shown[tile] == f"{counted('guard_verdicts_total', verdict=verdict):.0f}", tile
@@ -248,10 +261,6 @@ def every_number_is_the_servers(together: Together, cookie: str) -> None:
     assert "No request was timed" not in page
     low, clean = counted("guard_unflagged_low_total"), counted("guard_verdicts_total", verdict="clean")
     assert shown["drift"] == f"{low / (0.1 * clean):.2f}"
-    fired = dict(re.findall(r'<tr><th scope="row">([^<]+/[^<]+)</th><td class="num">([\d,]+)</td></tr>', page))
-    assert fired
-    for detector, count in fired.items():
-        assert int(count.replace(",", "")) == counted("guard_detector_fired_total", detector=detector)
 
 
 def test_flagged_requests_are_reviewed_and_the_server_takes_what_was_learned(

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -246,9 +247,10 @@ def test_body_that_does_not_come_in_time_is_refused_and_its_place_is_given_back(
         return int(sent[0]["status"])
 
     half = {"type": "http.request", "body": b"x" * 100, "more_body": True}
-    for _ in range(3):
-        assert asyncio.run(ask(half)) == 408
-        assert asyncio.run(ask(half, {"type": "http.disconnect"})) == 400
+    with ThreadPoolExecutor(1) as other_thread:  # a browser's tests leave a loop running in this one
+        for _ in range(3):
+            for messages, status in (((half,), 408), ((half, {"type": "http.disconnect"}), 400)):
+                assert other_thread.submit(lambda messages=messages: asyncio.run(ask(*messages))).result() == status
     assert counted(served[0]) == {"rejected": 6}
 
 
