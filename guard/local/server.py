@@ -18,7 +18,7 @@ from guard.errors import ServerError
 from guard.files import PRIVATE_FOLDER, make_private_folder, write_private
 from guard.local.job import Job
 from guard.processes.companion import Companion
-from guard.processes.ports import LOOPBACK, free_port, port_is_free
+from guard.processes.ports import LOOPBACK, chosen_ports
 from guard.torchserve.archives.archive import Archive, find_archives
 from guard.torchserve.keys import kept_keys
 
@@ -118,7 +118,8 @@ class LocalServer:
             if (value := getattr(self, name)) < 1:
                 raise ServerError(f"{name} must be >= 1, got {value}.")
         self._served = find_archives(self.model_store, self.models)
-        self._ports = _chosen(*self._requested_ports)
+        named = zip(("inference", "metrics", "grpc"), self._requested_ports, strict=True)
+        self._ports = LocalPorts(**chosen_ports({name: port for name, port in named if port is not None}))
         try:
             self._work_dir = self._made_folder()
             if self.token_authorization:
@@ -270,19 +271,3 @@ class LocalServer:
         except OSError:
             lines = []
         return next((line for line in reversed(lines) if line.strip()), "it left no word.")
-
-
-def _chosen(inference: int, metrics: int, grpc: int | None) -> LocalPorts:
-    requested = {"inference": inference, "metrics": metrics} | ({} if grpc is None else {"gRPC": grpc})
-    named = [port for port in requested.values() if port]
-    if len(set(named)) < len(named):
-        raise ServerError(f"the ports must differ, got {named}. Give others, or 0 for free ones.")
-    for name, port in requested.items():
-        if not 0 <= port <= 65535:
-            raise ServerError(f"{name} port must be in [0, 65535], got {port}. Give another, or 0 for a free one.")
-        if port and not port_is_free(port):
-            raise ServerError(f"{name} port {port} is taken by another program. Give another, or 0 for a free one.")
-    chosen: list[int] = []
-    for port in requested.values():
-        chosen.append(port or free_port([*requested.values(), *chosen]))
-    return LocalPorts(*chosen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import astuple, dataclass
 
 from guard.errors import ServerError
@@ -37,6 +37,19 @@ def choose_ports(inference: int = 0, management: int = 0, metrics: int = 0) -> P
         If a port is out of range, named twice, or taken.
     """
     requested = {"inference": inference, "management": management, "metrics": metrics}
+    ports = Ports(**chosen_ports({**requested, "grpc_inference": 0, "grpc_management": 0}))
+    assert len(set(astuple(ports))) == 5
+    return ports
+
+
+def chosen_ports(requested: Mapping[str, int]) -> dict[str, int]:
+    """Return the ports asked for by name, and free ones for 0.
+
+    Raises
+    ------
+    ServerError
+        If a port is out of range, named twice, or taken.
+    """
     named = [port for port in requested.values() if port]
     if len(set(named)) < len(named):
         raise ServerError(f"the ports must differ, got {named}. Give others, or 0 for free ones.")
@@ -45,13 +58,11 @@ def choose_ports(inference: int = 0, management: int = 0, metrics: int = 0) -> P
             raise ServerError(f"{name} port must be in [0, 65535], got {port}. Give another, or 0 for a free one.")
         if port and not port_is_free(port):
             raise ServerError(f"{name} port {port} is taken by another program. Give another, or 0 for a free one.")
-    chosen = dict(requested, grpc_inference=0, grpc_management=0)
+    chosen = dict(requested)
     for name, port in chosen.items():
         if not port:
             chosen[name] = free_port(chosen.values())
-    ports = Ports(**chosen)
-    assert len(set(astuple(ports))) == 5
-    return ports
+    return chosen
 
 
 def grpc_address() -> str:

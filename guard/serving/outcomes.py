@@ -12,7 +12,7 @@ from guard.types import Verdict
 
 OutcomeKind = Literal["clean", "poisoned", "bypassed", "rejected", "failed"]
 #: Which row speaks for a request that made several. Errors come first: their answers show nothing of the model's.
-_GRAVITY = {"failed": 0, "rejected": 1, "poisoned": 2, "bypassed": 3, "clean": 4}
+GRAVITY = {"failed": 0, "rejected": 1, "poisoned": 2, "bypassed": 3, "clean": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def merge(guard: Guard, rows: list[Outcome], status: int = 200) -> Outcome:
     if len(rows) > 1 and guard.config.rows_per_request == 1:
         message = f"the forward pass made {len(rows)} rows for this request. Set rows_per_request to 'any'."
         rows = [*rows, unscored(guard, "rows", 500, message)]
-    outcome = min(rows, key=lambda row: (_GRAVITY[row.kind], row.verdict.p_value if row.verdict else 1.0))
+    outcome = min(rows, key=lambda row: (GRAVITY[row.kind], row.verdict.p_value if row.verdict else 1.0))
     if status >= 400 and outcome.kind in ("clean", "bypassed"):
         return Outcome(_error_kind(status), status=status)
     return outcome

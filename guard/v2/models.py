@@ -12,15 +12,13 @@ from uuid import uuid4
 import numpy as np
 
 from guard.serving.guarded_model import GuardedModel, RowAnswer, RowRequests
-from guard.serving.outcomes import Outcome
+from guard.serving.outcomes import GRAVITY, Outcome
 from guard.types import AnyArray, Float32Array
 from guard.v2.batching import Batcher
 from guard.v2.protocol import InferRequest, InferResponse, ProtocolError, datatype_of, named
 
 INPUT, LOGITS, VERDICT, P_VALUE = "input", "logits", "guard_verdict", "guard_p_value"
 VERSION = "1"
-#: Which row speaks for a request of several, in its parameters.
-_GRAVITY = ("failed", "rejected", "poisoned", "bypassed", "clean")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +156,7 @@ class ServedModel:
         }
 
     def _parameters(self, answers: Sequence[RowAnswer]) -> dict[str, str | float | bool]:
-        gravest = min(answers, key=lambda answer: (_GRAVITY.index(answer.verdict), answer.p_value))
+        gravest = min(answers, key=lambda answer: (GRAVITY[answer.verdict], answer.p_value))
         parameters: dict[str, str | float | bool] = {
             "guard_verdict": gravest.verdict,
             "guard_action": gravest.action,
