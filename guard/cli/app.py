@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from guard.cli.archive import archive
 from guard.cli.assess import assess
 from guard.cli.audit import audit
 from guard.cli.check import check
@@ -36,7 +37,7 @@ from guard.cli.output import (
 from guard.cli.purify import purify
 from guard.cli.retrainer import retrainer
 from guard.cli.review import review_app
-from guard.cli.serving import archive, serve
+from guard.cli.serving import serve
 from guard.cli.snapshot import snapshot_app
 from guard.cli.wrap import unwrap, wrap
 from guard.cli.zoo import zoo_app
