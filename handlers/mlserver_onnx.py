@@ -1,4 +1,4 @@
-"""What MLServer runs an exported model with (`guard export --server mlserver`): ONNX Runtime, for the outputs asked for.
+"""What MLServer runs an exported model with (`guard export --server mlserver`): ONNX Runtime.
 
 It imports nothing of the guard: the server needs `mlserver` and `onnxruntime` alone.
 """

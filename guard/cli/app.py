@@ -57,9 +57,11 @@ app = typer.Typer(
 bundle_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at bundles, and choose which one serves."
 )
-for command in (fit, inspect, assess, purify, archive, check, wrap, unwrap):
-    app.command()(command)
-for command in (serve, export, proxy, retrainer, observe, audit, config):
+# fmt: off
+for command in (
+    fit, inspect, assess, purify, archive, check, wrap, unwrap, serve, export, proxy, retrainer, observe, audit, config
+):
+    # fmt: on
     app.command()(command)
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(zoo_app, name="zoo")

@@ -94,9 +94,7 @@ def export(
     config = load_config(settings)
     store = BundleStore(bundles)
     bundle = store.resolve(digest) if digest else store.active_path()
-    model = open_model(
-        weights, architecture, preprocess, handler, model_file, extra_file, "cpu", config, state_key
-    )
+    model = open_model(weights, architecture, preprocess, handler, model_file, extra_file, "cpu", config, state_key)
     with model as (suspect, convert, _), progress_bar("exporting", share_known=False) as report:
         guard = Guard.load(bundle, suspect)
         record = new_record(guard, suspect, name)

@@ -128,7 +128,7 @@ def _program(module: FeatureModule, suspect: SuspectModel, record: ExportRecord)
 
 
 def _write_onnx(program: Any, record: ExportRecord, file: Path, opset: int | None) -> _Answers:
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     names = [*record.outputs]
     written = torch.onnx.export(
@@ -142,7 +142,9 @@ def _write_onnx(program: Any, record: ExportRecord, file: Path, opset: int | Non
     )
     n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     if n_bytes > _PROTOBUF_LIMIT:
-        raise ExportError(f"an ONNX file has at most 2 GiB, the weights have {n_bytes} bytes. Try --format torch-export.")
+        raise ExportError(
+            f"ONNX files have at most 2 GiB, these weights have {n_bytes} bytes. Try --format torch-export."
+        )
     written.save(file, external_data=False)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -192,7 +194,7 @@ def _one_line() -> Iterator[None]:
     logging.disable(logging.ERROR)
     try:
         with (
-            open(os.devnull, "w") as nowhere,
+            Path(os.devnull).open("w") as nowhere,
             contextlib.redirect_stdout(nowhere),
             contextlib.redirect_stderr(nowhere),
             warnings.catch_warnings(),

@@ -67,7 +67,7 @@ def feature_module(suspect: SuspectModel) -> Iterator[FeatureModule]:
 
     def taken() -> list[Tensor]:
         if missing := [name for index, name in enumerate(names) if index not in seen]:
-            raise SuspectModelError(f"layer {missing[0]!r} gave no tensor in this forward pass. Locate the split again.")
+            raise SuspectModelError(f"layer {missing[0]!r} gave no tensor in a forward pass. Locate the split again.")
         found = [seen[index] for index in range(len(names))]
         seen.clear()
         return found

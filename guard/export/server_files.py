@@ -1,4 +1,4 @@
-"""What servers of the open inference protocol want to have beside a model: Triton's config.pbtxt, MLServer's settings."""
+"""What servers want to have beside a model: Triton's `config.pbtxt`, MLServer's `model-settings.json`."""
 
 from __future__ import annotations
 
