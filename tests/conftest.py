@@ -150,7 +150,10 @@ class Exported(NamedTuple):
 
 @pytest.fixture(scope="session")
 def exported(
-    badnet: MnistCnn, fitted_guard: Guard, once: Callable[..., dict[str, bytes]], tmp_path_factory: pytest.TempPathFactory
+    badnet: MnistCnn,
+    fitted_guard: Guard,
+    once: Callable[..., dict[str, bytes]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Exported:
     """The network as `digits`, for Triton, MLServer and KServe; some 6 s on one core."""
     base = tmp_path_factory.mktemp("exported")
@@ -162,7 +165,9 @@ def exported(
         given = ["--weights", str(where.weights), "--architecture", "guard.lab.attacks.networks:mnist_cnn"]
         places = ["--bundles", str(where.bundles), "--to", str(where.folder.parent), "--format", "both"]
         assert run(["export", "digits", *given, *places]) == 0
-        return {str(file.relative_to(where.folder)): file.read_bytes() for file in where.folder.rglob("*") if file.is_file()}
+        return {
+            str(file.relative_to(where.folder)): file.read_bytes() for file in where.folder.rglob("*") if file.is_file()
+        }
 
     for name, content in once("exported", make).items():
         (where.folder / name).parent.mkdir(parents=True, exist_ok=True)

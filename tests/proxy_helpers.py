@@ -153,7 +153,12 @@ def proxied(
     upstream_port: int, record: ExportRecord, bundles: Path, serving: dict[str, Any] | None = None, **settings: Any
 ) -> Iterator[tuple[int, ProxiedModel]]:
     """Serve a proxy before a port of loopback, and yield its own port, and the model."""
-    usual = {"upstream": f"http://{LOOPBACK}:{upstream_port}", "model": "digits", "ready_timeout_s": 1.0, "probe_s": 0.0}
+    usual = {
+        "upstream": f"http://{LOOPBACK}:{upstream_port}",
+        "model": "digits",
+        "ready_timeout_s": 1.0,
+        "probe_s": 0.0,
+    }
     chosen = ProxySettings(**{**usual, **settings})
     with opened_proxy(record, bundles, chosen, {"verdict_detail": "full", **(serving or {})}) as (app, model):
         with in_thread(app, **UVICORN) as port:

@@ -105,7 +105,7 @@ async def probe(upstream: Upstream, record: ExportRecord, path: str, *, binary: 
     UpstreamError
         If there is no answer.
     """
-    body, json_bytes = write_request({INPUT: record.probe_inputs()}, [*record.outputs], binary=binary)
+    body, json_bytes = write_request({INPUT: record.probe_inputs()}, [*record.outputs], binary=binary, id="guard-probe")
     kind = "application/json" if json_bytes is None else "application/octet-stream"
     headers = [(b"content-type", kind.encode()), (b"accept-encoding", b"identity")]
     headers += [(JSON_BYTES.encode(), str(json_bytes).encode())] if json_bytes is not None else []

@@ -86,14 +86,16 @@ def read_answer(body: bytes, json_bytes: int | None) -> Answer:
     for entry in entries if isinstance(entries, list) else ():
         if not isinstance(entry, dict):
             raise ProtocolError("an output must be an object of JSON.")
-        name, array, rest = read_tensor(entry, rest)
+        told = {key: value for key, value in entry.items() if value is not None}  # KServe tells `null`
+        name, array, rest = read_tensor(told, rest)
         if name in outputs:
             raise ProtocolError(f"output {name!r} is there twice.")
         outputs[name] = array
     if len(rest):
         raise ProtocolError(f"{len(rest)} bytes follow the last output.")
     parameters = document.get("parameters")
-    plain = {name: value for name, value in parameters.items() if _is_plain(value)} if parameters else {}
+    known = parameters if isinstance(parameters, dict) else {}
+    plain = {name: value for name, value in known.items() if _is_plain(value)}
     return Answer(outputs, plain, str(document.get("model_version") or "")[:100])
 
 

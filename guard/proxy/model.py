@@ -148,7 +148,7 @@ class ProxiedModel:
         more = [name for name in self._more if name in wanted]
         outputs = [*self.record.outputs, *more]
         try:
-            async with self._asked(request, rows, outputs, raw, query) as (status, answer_headers, body):
+            async with self._asked(request, rows, outputs, raw, query, id) as (status, answer_headers, body):
                 if status != 200:
                     self._count(guard, requests, status)
                     kind = dict(answer_headers).get(b"content-type", b"application/json")
@@ -189,6 +189,7 @@ class ProxiedModel:
         outputs: Sequence[str],
         raw: Sequence[tuple[bytes, bytes]],
         query: bytes,
+        id: str,
     ) -> AsyncIterator[tuple[int, Headers, bytes]]:
         """Yield status, headers by names in lower case, and body of the upstream's answer, held as long as it lasts."""
         finite = np.isfinite(rows).reshape(len(rows), -1).all(axis=1)
@@ -197,9 +198,7 @@ class ProxiedModel:
             rows[~finite] = 0.0
         body, json_bytes = await off_loop(
             rows.nbytes,
-            lambda: write_request(
-                {INPUT: rows}, outputs, binary=self._binary, id=request.id, parameters=request.parameters
-            ),
+            lambda: write_request({INPUT: rows}, outputs, binary=self._binary, id=id, parameters=request.parameters),
         )
         sent = passed_on(raw, *_REQUEST_HEADERS)
         sent.append((b"accept-encoding", b"identity"))
