@@ -20,7 +20,7 @@ from guard.export.record import ExportRecord
 from guard.processes.ports import LOOPBACK, listening_socket
 from guard.proxy.model import ProxiedModel
 from guard.proxy.serving import UVICORN, ProxySettings, opened_proxy
-from guard.v2.protocol import InferResponse, read_request, write_response
+from guard.v2.protocol import InferResponse, datatype_of, read_request, write_response
 
 MODEL = "/v2/models/digits"
 INFER = f"{MODEL}/infer"
@@ -69,6 +69,7 @@ class FakeUpstream:
     more: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, Any] = field(default_factory=dict)
     is_broken_off: bool = False
+    peers: set[Any] = field(default_factory=set)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -81,6 +82,7 @@ class FakeUpstream:
                 return
             body, more = body + message.get("body", b""), message.get("more_body", False)
         target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
+        self.peers.add(tuple(scope["client"]))
         self.seen.append((scope["method"], target, scope["headers"], body))
         path = scope["raw_path"].decode()
         if path.startswith("/stream"):
@@ -102,7 +104,8 @@ class FakeUpstream:
 
     def metadata(self) -> dict[str, Any]:
         outputs = [{"name": n, "datatype": "FP32", "shape": [-1, w]} for n, w in self.record.outputs.items()]
-        outputs += [{"name": name, "datatype": "FP32", "shape": [-1]} for name in self.more]
+        kinds = {name: datatype_of(make(1)) for name, make in self.more.items()}
+        outputs += [{"name": name, "datatype": kind, "shape": [-1]} for name, kind in kinds.items()]
         return {
             "name": "digits",
             "versions": ["7"],
@@ -160,9 +163,9 @@ def proxied(
         "probe_s": 0.0,
     }
     chosen = ProxySettings(**{**usual, **settings})
-    with opened_proxy(record, bundles, chosen, {"verdict_detail": "full", **(serving or {})}) as (app, model):
-        with in_thread(app, **UVICORN) as port:
-            yield port, model
+    detail = {"verdict_detail": "full", **(serving or {})}
+    with opened_proxy(record, bundles, chosen, detail) as (app, model), in_thread(app, **UVICORN) as port:
+        yield port, model
 
 
 def request_of(images: Any, **more: Any) -> dict[str, Any]:

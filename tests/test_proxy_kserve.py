@@ -27,11 +27,11 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 from conftest import Exported
-from guard.observing.scrape import read_endpoint
 from proxy_helpers import INFER, MODEL, request_of
 
 from guard import Guard
 from guard.lab.attacks import Poisoned
+from guard.observing.scrape import read_endpoint
 from guard.processes.ports import free_port
 from guard.relabel.queue import Queue
 

@@ -109,11 +109,12 @@ class ExportRecord:
                 _lengths(document["widths"]),
                 tuple(document["probe"]),
             )
+            if len(record.input_range) != record.input_shape[0] or not np.isfinite(record.input_range).all():
+                raise ValueError("its input_range is none of every channel")
             probed = record.probed()
             widths = tuple(array.shape[1] for _, array in probed.items())
             if widths != record.widths or len(probed) != _PROBES or not probed.is_finite:
                 raise ValueError("its probe does not fit its outputs")
-            record.probe_inputs()
         except OSError as error:
             raise ExportError(f"{file}: {error.strerror}. Name the {RECORD} that `guard export` wrote.") from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,8 @@ def read_answer(body: bytes, json_bytes: int | None) -> Answer:
         if not isinstance(entry, dict):
             raise ProtocolError("an output must be an object of JSON.")
         told = {key: value for key, value in entry.items() if value is not None}  # KServe tells `null`
+        if isinstance(data := told.get("data"), list) and None in data:  # what JSON has for NaN
+            told["data"] = [math.nan if value is None else value for value in data]
         name, array, rest = read_tensor(told, rest)
         if name in outputs:
             raise ProtocolError(f"output {name!r} is there twice.")

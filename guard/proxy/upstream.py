@@ -22,7 +22,7 @@ _OF_A_CONNECTION = frozenset(
 #: Idle connections are closed before servers close theirs (uvicorn: after 5 s), as a request may be on its way then.
 _KEPT_IDLE_S = 4.0
 _MOST_WHOLE = 1 << 20
-_TARGET = re.compile(rb"/[\x21-\x7e]*")
+_TARGET = re.compile(rb"/[\x21\x22\x24-\x7e]*")  # no #
 
 
 class UpstreamError(GuardError):
@@ -68,7 +68,7 @@ class Upstream:
             is_sound = False
         if not is_sound or self._url.query_string or self._url.fragment or self._url.user:
             raise ConfigError("--upstream must be http://HOST:PORT or https://HOST:PORT, perhaps with a path.")
-        self._prefix = self._url.raw_path.rstrip("/")
+        self._origin, self._prefix = str(self._url.origin()), self._url.raw_path.rstrip("/")
         self.timeout_s = timeout_s
         self._timeout = aiohttp.ClientTimeout(
             total=None, connect=None, sock_connect=connect_timeout_s, sock_read=timeout_s
@@ -118,14 +118,8 @@ class Upstream:
         """
         if not _TARGET.fullmatch(path) or not _TARGET.fullmatch(b"/" + query):
             raise UpstreamError("the target of a request must begin with / and be ASCII.", 400)
-        url = URL.build(
-            scheme=self._url.scheme,
-            host=self._url.host or "",
-            port=self._url.port,
-            path=self._prefix + path.decode(),
-            query_string=query.decode(),
-            encoded=True,
-        )
+        target = (path + (b"?" + query if query else b"")).decode()
+        url = URL(f"{self._origin}{self._prefix}{target}", encoded=True)  # as it is: dots and slashes, too
         try:
             texts = [(name.decode("ascii"), value.decode()) for name, value in headers]
         except UnicodeDecodeError:

@@ -226,8 +226,14 @@ class Bodies:
 
 
 def json_bytes_of(headers: Mapping[str, str]) -> int | None:
-    """Return how many bytes of a body are JSON, where binary tensors follow; ProtocolError if that is no number."""
-    text = headers.get(JSON_BYTES)
+    """Return how many bytes of a body are JSON, where binary tensors follow; ProtocolError if that is no number.
+
+    Parameters
+    ----------
+    headers : mapping of str to str
+        By names in lower case, or in any.
+    """
+    text = headers.get(JSON_BYTES.lower())
     if text is None:
         return None
     if not (text.isascii() and text.isdecimal() and len(text) < 12):

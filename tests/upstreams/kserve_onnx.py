@@ -1,4 +1,4 @@
-"""A model of KServe's Python server that runs an ONNX file: `python kserve_onnx.py FILE NAME PORT`, with kserve installed.
+"""A model of KServe's Python server that runs an ONNX file: `python kserve_onnx.py FILE NAME PORT`.
 
 It imports nothing of the guard, as it runs in an environment of its own.
 """
