@@ -20,6 +20,7 @@ from guard.export.record import ExportRecord
 from guard.processes.ports import LOOPBACK, listening_socket
 from guard.proxy.model import ProxiedModel
 from guard.proxy.serving import UVICORN, ProxySettings, opened_proxy
+from guard.v2.heads import bounded_protocol
 from guard.v2.protocol import InferResponse, datatype_of, read_request, write_response
 
 MODEL = "/v2/models/digits"
@@ -32,6 +33,7 @@ def in_thread(app: Any, **settings: Any) -> Iterator[int]:
     with listening_socket(LOOPBACK, 0) as listening:
         listening.listen()
         usual = {"log_level": "critical", "access_log": False, "timeout_graceful_shutdown": 1}
+        usual |= {"http": bounded_protocol()}
         server = uvicorn.Server(uvicorn.Config(app, **{**usual, **settings}))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()

@@ -27,10 +27,10 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "statistics storage observing",
         "backups",
         "detection",
-        "lab retrainer serving review",
+        "lab retrainer serving review export",
         "torchserve v2",
         "local",
-        "demo",
+        "demo proxy",
         "cli",
     )
 )
@@ -39,9 +39,20 @@ EDGE = ("cli", "demo")
 #: These know nothing of the guard but its nouns.
 NOUNS_ONLY = ("telemetry", "relabel")
 #: Rooms that may import a web framework, a database driver or a client of one.
-OPEN = ("relabel", "review", "observing", "serving", "torchserve", "v2", "local", "processes", *EDGE)
+OPEN = ("relabel", "review", "observing", "serving", "torchserve", "v2", "local", "proxy", "processes", *EDGE)
 
-SERVERS = {"ts", "starlette", "fastapi", "uvicorn", "sqlalchemy", "alembic", "prometheus_client", "httpx", "psutil"}
+SERVERS = {
+    "ts",
+    "starlette",
+    "fastapi",
+    "uvicorn",
+    "sqlalchemy",
+    "alembic",
+    "prometheus_client",
+    "httpx",
+    "psutil",
+    "aiohttp",
+}
 PEOPLE = {"typer", "rich", "matplotlib"}
 
 

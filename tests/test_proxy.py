@@ -338,6 +338,14 @@ def test_upstream_that_is_slow_or_breaks_off_is_given_up(make: Make, upstream: F
     assert counted(model) == {"failed": 3}
 
 
+def test_failure_of_the_guard_itself_lets_nothing_out(make: Make, mixed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, model = make({"failure_mode": "open"})
+    monkeypatch.setattr("guard.proxy.model.relabelled", lambda *_: 1 / 0)
+    answer = client.post(INFER, json=request_of(mixed))
+    assert (answer.status_code, answer.json()) == (500, {"error": "the guard failed on this input."})
+    assert counted(model) == {"failed": 3}
+
+
 def test_client_that_leaves_takes_its_request_with_it(make: Make, upstream: FakeUpstream, mixed: Any) -> None:
     client, model = make()
     begun, gone = threading.Event(), threading.Event()
@@ -531,6 +539,16 @@ def test_request_in_two_readings_is_refused_or_read_in_one(make: Make, upstream:
     assert (statuses[0].split()[1], upstream.seen[-1][3]) == (b"200", b"abc")
     assert raw(port, b"GET /echo HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n")
     assert not {b"upgrade", b"connection"} & {name for name, value in upstream.seen[-1][2] if value != b"keep-alive"}
+
+
+def test_head_without_end_is_refused_before_it_is_held(make: Make) -> None:
+    client, _ = make()
+    assert client.post("/nowhere", content=b"x" * 1_000_000).status_code == 404  # a body is no head
+    with socket.create_connection(("127.0.0.1", client.base_url.port or 0)) as connection:
+        connection.sendall(b"GET /echo HTTP/1.1\r\nHost: x\r\nX: ")
+        with pytest.raises(OSError, match=r"reset|Broken pipe"):
+            connection.sendall(b"a" * (64 << 20))
+    assert client.get("/nowhere").status_code == 404
 
 
 def test_key_is_asked_for_and_kept(make: Make, upstream: FakeUpstream, mixed: Any) -> None:

@@ -65,7 +65,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace the files of that name.")] = False,
     settings: Settings = None,
 ) -> None:
-    """Write the model for another server, with its watched layers as outputs.
+    """Write the model for another server, features included.
 
     The file answers `logits` and one output per watched layer, `guard_features_0` and so on: what `guard proxy` asks
     the server for. It is run here, and compared with the network, before it gets its name.

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from guard.errors import ExportError
+from guard.errors import DataError, ExportError
 from guard.suspect.split_points import SplitPoints
 from guard.types import Activations, Float32Array
 
@@ -150,5 +150,5 @@ def difference(found: Activations, expected: Activations) -> tuple[str, float]:
 
 def _lengths(values: Sequence[Any]) -> tuple[int, ...]:
     if not values or not all(type(value) is int and 0 < value < 2**31 for value in values):
-        raise ValueError("a length must be a number above 0")
+        raise DataError("a length must be a number above 0")
     return tuple(values)

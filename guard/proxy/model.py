@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -21,10 +22,12 @@ from guard.serving.guarded_model import RowAnswer, RowRequests, row_answers
 from guard.serving.outcomes import Outcome, OutcomeKind, unscored
 from guard.serving.runtime import relabelled
 from guard.types import Activations, AnyArray, Float32Array
-from guard.v2.batching import Batcher
+from guard.v2.batching import Batcher, OverloadedError
 from guard.v2.models import INPUT, LOGITS, P_VALUE, VERDICT, Inferred, inferred, rows_of
 from guard.v2.protocol import InferRequest, ProtocolError, named
 from guard.v2.rest import JSON_BYTES, Bodies, json_bytes_of, off_loop
+
+logger = logging.getLogger(__name__)
 
 MOST_ROWS = 1024
 #: Rows that are judged at once, where several requests wait.
@@ -165,7 +168,14 @@ class ProxiedModel:
             self._count(guard, requests, 400)
             raise
         upstream_seconds = time.perf_counter() - started
-        answers = await self._answers(rows, answer, more, requests, id)
+        try:
+            answers = await self._answers(rows, answer, more, requests, id)
+        except OverloadedError:
+            raise
+        except Exception as error:  # whatever it is, nothing leaves without a verdict; no content of requests in logs
+            logger.error("the guard failed on a request: %s", type(error).__name__)
+            self._count(guard, requests, 500)
+            return Proxied(Inferred(None, 500, "the guard failed on this input.", {}), [])
         seconds = time.perf_counter() - started
         self.active.bookkeeping.stages(seconds, seconds - upstream_seconds)
         known = {name: answer.outputs[name] for name in more if name in answer.outputs}

@@ -11,6 +11,8 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
+from guard.v2.heads import bounded_protocol
+
 _GRACE_S = 3
 
 
@@ -40,8 +42,9 @@ class Stopping:
         **settings
             Of `uvicorn.Config`, beside those that all servers here have.
         """
-        usual = {"log_level": "warning", "access_log": False, "server_header": False, "lifespan": "off"}
-        config = uvicorn.Config(app, **{**usual, "timeout_graceful_shutdown": _GRACE_S, **settings})
+        usual: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False, "lifespan": "off"}
+        usual |= {"timeout_graceful_shutdown": _GRACE_S, "http": bounded_protocol()}
+        config = uvicorn.Config(app, **{**usual, **settings})
         self._server = _Server(config)
         self._server.run(sockets=[listening])
 
