@@ -72,6 +72,7 @@ class FakeUpstream:
     parameters: dict[str, Any] = field(default_factory=dict)
     is_broken_off: bool = False
     peers: set[Any] = field(default_factory=set)
+    plain: tuple[int, bytes, list[tuple[bytes, bytes]]] = (200, b"", [])
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -89,6 +90,8 @@ class FakeUpstream:
         path = scope["raw_path"].decode()
         if path.startswith("/stream"):
             await self._streamed(receive, send)
+        elif path.startswith("/plain"):
+            await self._plainly(receive, send)
         elif path.startswith("/echo"):
             await reply(send, 200, body, [(b"x-twice", b"1"), (b"X-Twice", b"2"), (b"content-encoding", b"gzip")])
         elif path.endswith("/infer") and path.startswith(MODEL):
@@ -132,6 +135,17 @@ class FakeUpstream:
         payload, json_bytes = write_response(response)
         more = [(b"inference-header-content-length", str(json_bytes).encode())] if json_bytes else []
         await reply(send, 200, payload, [*more, (b"x-upstream", b"yes"), (b"guard-verdict", b"clean")])
+
+    async def _plainly(self, receive: Any, send: Any) -> None:
+        status, body, headers = self.plain
+        gone = asyncio.ensure_future(receive())
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        for start in range(0, len(body), 1 << 16):
+            await send({"type": "http.response.body", "body": body[start : start + (1 << 16)], "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+        await asyncio.sleep(0)
+        self.is_broken_off = len(body) > 0 and gone.done()
+        gone.cancel()
 
     async def _streamed(self, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 203, "headers": [(b"content-type", b"text/event-stream")]})

@@ -424,6 +424,42 @@ def test_other_routes_go_through_byte_for_byte(make: Make, upstream: FakeUpstrea
     assert b"content-length" not in dict(upstream.seen[-1][2])
 
 
+def test_messages_without_a_body_and_headers_of_every_kind(make: Make, upstream: FakeUpstream) -> None:
+    client, _ = make()
+    port = client.base_url.port or 0
+    upstream.plain = (304, b"", [(b"etag", b'"1"'), (b"x-latin", b"\xe9")])
+    answer = client.get("/plain", headers={"If-None-Match": '"1"'})
+    assert (answer.status_code, answer.headers["etag"], answer.content) == (304, '"1"', b"")
+    assert (b"x-latin", b"\xe9") in [(name.lower(), value) for name, value in answer.headers.raw]
+    assert client.head("/echo").headers["content-encoding"] == "gzip"
+    seen = len(upstream.seen)
+    assert raw(port, b"GET /plain HTTP/1.1\r\nHost: x\r\nX: \xe9\r\n\r\n")[0].split()[1] == b"400"
+    assert raw(port, b"GET /pl\xc3\xa9 HTTP/1.1\r\nHost: x\r\n\r\n")[0].split()[1] == b"400"
+    assert len(upstream.seen) == seen
+    assert raw(port, b"GET /plain HTTP/1.0\r\n\r\n")[0].split()[1] == b"304"
+
+
+def test_client_that_does_not_read_or_write_on_is_given_up(make: Make, upstream: FakeUpstream) -> None:
+    client, model = make(timeout_s=0.5)
+    upstream.plain = (200, bytes(64 << 20), [])
+    port = client.base_url.port or 0
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"GET /plain HTTP/1.1\r\nHost: x\r\n\r\n")
+        until = time.monotonic() + 10
+        while not upstream.is_broken_off and time.monotonic() < until:
+            time.sleep(0.01)
+    assert upstream.is_broken_off
+    assert raw(port, b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nx", 3)[0].split()[1] == b"408"
+    half = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nx" % INFER.encode()
+    assert raw(port, half, 3)[0].split()[1] == b"408"
+    assert raw(port, half, 0.1) == []  # gone before its time is over
+    rejected, until = 0.0, time.monotonic() + 10
+    while rejected < 2 and time.monotonic() < until:
+        rejected += counted(model).get("rejected", 0.0)
+        time.sleep(0.01)
+    assert rejected == 2
+
+
 def test_stream_comes_as_it_is_sent_and_ends_when_its_client_leaves(make: Make, upstream: FakeUpstream) -> None:
     client, _ = make()
     with client.stream("GET", "/stream") as streamed:
@@ -494,10 +530,10 @@ def test_way_to_the_model_is_guarded_or_closed_however_it_is_written(path: str, 
     assert Routes("digits").of(path.encode()).kind == kind
 
 
-def raw(port: int, request: bytes) -> list[bytes]:
-    """Send bytes as they are, and return the status lines of what comes until the other side closes, or 0.5 s pass."""
+def raw(port: int, request: bytes, patience: float = 0.5) -> list[bytes]:
+    """Send bytes as they are, and return the status lines of what comes until the other side closes or is silent."""
     with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.settimeout(0.5)
+        connection.settimeout(patience)
         connection.sendall(request)
         got = b""
         try:
