@@ -133,6 +133,18 @@ def test_client_gets_what_it_asked_for_in_the_form_it_asked_for(
     assert "data" not in logits
 
 
+def test_large_request_goes_to_the_upstream_in_parts_and_every_row_is_judged(
+    make: Make, upstream: FakeUpstream, clean_split: Any, fitted_guard: Guard
+) -> None:
+    upstream.extensions = ["binary_tensor_data"]
+    client, model = make()
+    images = clean_split.test.images[:500]
+    body, headers = binary_request(images, outputs=[{"name": "guard_p_value"}])
+    p_values = outputs_of(client.post(INFER, content=body, headers=headers))["guard_p_value"]
+    np.testing.assert_allclose(p_values, [verdict.p_value for verdict in fitted_guard.inspect(images)], atol=1e-4)
+    assert sum(counted(model).values()) == 500
+
+
 def test_features_are_told_to_nobody(make: Make, upstream: FakeUpstream, mixed: Any) -> None:
     client, _ = make()
     assert "guard_features" not in client.get(MODEL).text

@@ -167,15 +167,17 @@ class ProxiedModel:
         except asyncio.CancelledError:  # the client is gone, and got nothing
             self._count(guard, requests, 400)
             raise
+        except OverloadedError:
+            raise
+        except Exception as error:
+            return self._failed(error, guard, requests)
         upstream_seconds = time.perf_counter() - started
         try:
             answers = await self._answers(rows, answer, more, requests, id)
         except OverloadedError:
             raise
-        except Exception as error:  # whatever it is, nothing leaves without a verdict; no content of requests in logs
-            logger.error("the guard failed on a request: %s", type(error).__name__)
-            self._count(guard, requests, 500)
-            return Proxied(Inferred(None, 500, "the guard failed on this input.", {}), [])
+        except Exception as error:
+            return self._failed(error, guard, requests)
         seconds = time.perf_counter() - started
         self.active.bookkeeping.stages(seconds, seconds - upstream_seconds)
         known = {name: answer.outputs[name] for name in more if name in answer.outputs}
@@ -296,6 +298,12 @@ class ProxiedModel:
         replaced = relabelled(guard, activations, inputs, outcomes)
         logits = activations.logits if replaced is None else replaced
         return row_answers(self.active, guard, list(zip(logits, outcomes, strict=True)), requests)
+
+    def _failed(self, error: Exception, guard: Guard, requests: RowRequests) -> Proxied:
+        """Let nothing leave without a verdict, whatever went wrong here; no content of requests in logs."""
+        logger.error("the guard failed on a request: %s", type(error).__name__)
+        self._count(guard, requests, 500)
+        return Proxied(Inferred(None, 500, "the guard failed on this input.", {}), [])
 
     def _count(self, guard: Guard, requests: RowRequests, status: int) -> None:
         """Count rows without a verdict: `failed`, or `rejected` where the upstream blames them, or nobody waits."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -22,6 +23,7 @@ _OF_A_CONNECTION = frozenset(
 #: Idle connections are closed before servers close theirs (uvicorn: after 5 s), as a request may be on its way then.
 _KEPT_IDLE_S = 4.0
 _MOST_WHOLE = 1 << 20
+_LARGE = 1 << 18
 _TARGET = re.compile(rb"/[\x21\x22\x24-\x7e]*")  # no #
 
 
@@ -124,9 +126,10 @@ class Upstream:
             texts = [(name.decode("ascii"), value.decode()) for name, value in headers]
         except UnicodeDecodeError:
             raise UpstreamError("headers must be UTF-8.", 400) from None
+        data = io.BytesIO(body) if isinstance(body, bytes) and len(body) > _LARGE else body  # written in parts
         assert self._session is not None
         with _told(self.timeout_s):
-            response = await self._session.request(method, url, headers=texts, data=body, allow_redirects=False)
+            response = await self._session.request(method, url, headers=texts, data=data, allow_redirects=False)
         try:
             yield response
         finally:

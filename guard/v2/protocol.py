@@ -44,7 +44,7 @@ class WantedOutput:
 
     name: str
     is_binary: bool
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
