@@ -163,7 +163,7 @@ def exported(
 
     def make() -> dict[str, bytes]:
         given = ["--weights", str(where.weights), "--architecture", "guard.lab.attacks.networks:mnist_cnn"]
-        places = ["--bundles", str(where.bundles), "--to", str(where.folder.parent), "--format", "both"]
+        places = ["--bundles", str(where.bundles), "--to", str(where.folder.parent)]
         assert run(["export", "digits", *given, *places]) == 0
         return {
             str(file.relative_to(where.folder)): file.read_bytes() for file in where.folder.rglob("*") if file.is_file()
