@@ -12,6 +12,10 @@ class ConfigError(GuardError):
     """A setting is unknown, out of range, or contradicts another."""
 
 
+class MissingExtraError(GuardError):
+    """An optional part of this package is wanted and not installed."""
+
+
 class UnsafeWeightsError(GuardError):
     """The weights file could run code when loaded, and was refused."""
 

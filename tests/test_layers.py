@@ -22,7 +22,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in (
         "errors files",
-        "types resources users_code",
+        "types resources users_code extras",
         "arrays config telemetry relabel data suspect processes",
         "statistics storage observing",
         "backups",
@@ -106,7 +106,7 @@ def test_no_file_imports_itself_by_way_of_others(folder):
 def test_telemetry_and_relabel_import_nouns_only():
     for file in sources():
         if room_of(file) in NOUNS_ONLY:
-            assert imported_rooms(file) - {room_of(file)} <= {"errors", "types", "files"}, file
+            assert imported_rooms(file) - {room_of(file)} <= {"errors", "types", "files", "extras"}, file
 
 
 #: Loaded together, none of these loads a server or a screen: then none of them does alone.

@@ -42,6 +42,7 @@ from guard.cli.snapshot import snapshot_app
 from guard.cli.wrap import unwrap, wrap
 from guard.cli.zoo import zoo_app
 from guard.errors import BundleError, ConfigError
+from guard.extras import require
 from guard.users_code import users_place
 
 app = typer.Typer(
@@ -261,6 +262,7 @@ def demo(
 
     Backdoors networks on real images, guards and serves them, and prints what the guard catches over HTTP.
     """
+    require("torchserve")
     from guard.demo.run import run_demo
 
     run_demo(output, seed=seed, false_positive_rate=false_positive_rate, keep_serving=keep_serving, console=console)

@@ -15,6 +15,7 @@ import typer
 from guard.cli.options import QueueUrl
 from guard.cli.output import print_warning, progress_bar, say, tell
 from guard.errors import ConfigError, ServerError
+from guard.extras import require
 
 if TYPE_CHECKING:
     from guard.torchserve.stack import Server, ServingStack
@@ -71,6 +72,9 @@ def serve(
     With --queue, flagged inputs go to a queue; review page and retrainer run beside the server, are started again if
     they die, and stop with it. `guard observe` watches them all, with the file of targets that is named.
     """
+    require("v2" if engine == "local" else engine)
+    if review:
+        require("review")
     from guard.cli.retrainer import retrainer
     from guard.cli.review import review_app
     from guard.local.server import LocalServer

@@ -10,11 +10,11 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, Self
 
 from guard.errors import ServerError
+from guard.extras import require
 from guard.files import PRIVATE_FOLDER, make_private_folder, write_private
 from guard.local.job import Job
 from guard.processes.companion import Companion
@@ -109,11 +109,12 @@ class LocalServer:
 
         Raises
         ------
+        MissingExtraError
+            If the extra `v2` is not installed.
         ServerError
-            If an archive is missing, a number is out of range, a port is taken, or there is no gRPC and it is wanted.
+            If an archive is missing, a number is out of range, or a port is taken.
         """
-        if self._requested_ports[2] is not None and find_spec("grpc") is None:
-            raise ServerError("gRPC needs the package grpcio. pip install 'backdoor-guard[grpc]', or leave it out.")
+        require("v2")
         for name in ("batch_size", "max_batch_delay_ms"):
             if (value := getattr(self, name)) < 1:
                 raise ServerError(f"{name} must be >= 1, got {value}.")
