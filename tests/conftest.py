@@ -188,6 +188,7 @@ _WAITING_FILES = (
     "test_torchserve_server",
     "test_review_legible",
     "test_local_engine",
+    "test_examples",
     "test_keys",
     "test_deploy",
     "test_review_cli",

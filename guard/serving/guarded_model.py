@@ -24,7 +24,7 @@ from guard.serving.review_queue import flagged_request
 from guard.serving.runtime import GuardRuntime
 from guard.suspect.outputs import logits_of, output_place
 from guard.suspect.recording import device_of
-from guard.types import Float32Array
+from guard.types import AnyArray, Float32Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +204,22 @@ class GuardedModel:
             p_value = told.p_value if told is not None else math.nan
             answers.append(RowAnswer(logits if response.status < 400 else None, outcome.kind, p_value, response))
         return answers
+
+    def columns(self, answers: Sequence[RowAnswer]) -> dict[str, AnyArray]:
+        """Return answers as arrays with a row each, for servers that answer with named outputs.
+
+        Returns
+        -------
+        columns : dict of str to ndarray
+            `logits` of shape (n, n_classes), float32, NaN where no answer may leave; `guard_verdict` of shape (n,),
+            str; `guard_p_value` of shape (n,), float64, NaN where it is not told.
+        """
+        nothing = np.full(self.n_classes, np.nan, dtype=np.float32)
+        return {
+            "logits": np.stack([nothing if answer.logits is None else answer.logits for answer in answers]),
+            "guard_verdict": np.array([answer.verdict for answer in answers]),
+            "guard_p_value": np.array([answer.p_value for answer in answers]),
+        }
 
     def close(self) -> None:
         """Take the guard off the network, and close the way to the queue. Safe to call twice."""

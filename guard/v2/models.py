@@ -13,7 +13,7 @@ import numpy as np
 
 from guard.serving.guarded_model import GuardedModel, RowAnswer, RowRequests
 from guard.serving.outcomes import GRAVITY, Outcome
-from guard.types import AnyArray, Float32Array
+from guard.types import Float32Array
 from guard.v2.batching import Batcher
 from guard.v2.protocol import InferRequest, InferResponse, ProtocolError, datatype_of, named
 
@@ -124,7 +124,7 @@ class ServedModel:
             return Inferred(None, answers[0].response.status, answers[0].error, headers)
         wanted = {output.name: output.is_binary for output in request.outputs}
         wanted = wanted or dict.fromkeys(self._outputs_told, request.is_binary)
-        outputs = {name: array for name, array in self._outputs(answers).items() if name in wanted}
+        outputs = {name: array for name, array in self.model.columns(answers).items() if name in wanted}
         binary = frozenset(name for name in outputs if wanted[name])
         parameters = self._parameters(answers)
         return Inferred(InferResponse(self.name, outputs, request.id, parameters, binary), 200, "", headers)
@@ -146,14 +146,6 @@ class ServedModel:
         if len(rows) > (most := self._batcher.max_waiting_rows):
             raise ProtocolError(f"a request must have at most {most} rows, got {len(rows)}.", 413)
         return rows.astype(np.float32, copy=False)
-
-    def _outputs(self, answers: Sequence[RowAnswer]) -> dict[str, AnyArray]:
-        nothing = np.full(self.model.n_classes, np.nan, dtype=np.float32)
-        return {
-            LOGITS: np.stack([nothing if answer.logits is None else answer.logits for answer in answers]),
-            VERDICT: np.array([answer.verdict for answer in answers]),
-            P_VALUE: np.array([answer.p_value for answer in answers]),
-        }
 
     def _parameters(self, answers: Sequence[RowAnswer]) -> dict[str, str | float | bool]:
         gravest = min(answers, key=lambda answer: (GRAVITY[answer.verdict], answer.p_value))
