@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from guard.v2.batching import OverloadedError
+from guard.v2.description import describe
 from guard.v2.models import VERSION, ServedModel
 from guard.v2.protocol import ProtocolError, read_request, write_response
 
@@ -54,13 +55,8 @@ def create_app(
     body_timeout_s : float
         Seconds until a body must be there; then status 408.
     """
-    app = FastAPI(
-        title="Backdoor Guard, open inference protocol",
-        version=VERSION,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-    )
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    description = describe("Backdoor Guard, open inference protocol", version(SERVER), has_key=key is not None)
     bodies = _Bodies(max_body_bytes, max_held_bytes, body_timeout_s)
 
     if key is not None:
@@ -84,6 +80,10 @@ def create_app(
         if asked_version not in (None, VERSION):
             raise ProtocolError(f"model {name!r} has version {VERSION} alone, not {str(asked_version)[:20]!r}.", 404)
         return models[name]
+
+    @app.get("/openapi.json")
+    async def describe_routes() -> dict[str, object]:
+        return description
 
     @app.get("/v2/health/live")
     async def is_live() -> dict[str, bool]:
@@ -114,7 +114,7 @@ def create_app(
         try:
             async with bodies.held(request) as body:
                 json_bytes = _json_bytes(request)
-                if (size := len(body) if json_bytes is None else json_bytes) > max_json_bytes:
+                if (size := len(body) if json_bytes is None else min(json_bytes, len(body))) > max_json_bytes:
                     raise ProtocolError(
                         f"JSON must have at most {max_json_bytes} bytes, got {size}. Send binary data.", 413
                     )
