@@ -191,7 +191,12 @@ def test_version_is_printed(guard: Run) -> None:
         ([*FIT, "--mode", "magic"], "mode: input should be 'calibrated' or 'paper', got 'magic'"),
         ([*FIT, "--false-positive-rate", "1.5"], "false_positive_rate must be in (0, 1), got 1.5"),
         ([*FIT, "--device", "toaster"], "--device 'toaster' cannot be used"),
-        ([*FIT, "--false-positive-rate", "5%"], "unable to parse string as a number. See `guard fit --help`."),
+        (
+            [*FIT, "--false-positive-rate", "5%"],
+            "'5%' is no number. Write a share: 0.05 for 5 %. See `guard fit --help`.",
+        ),
+        (["inspect", "new", *MODEL, "--false-positive-rate", "0,05"], "'0,05' is no number. Write a share"),
+        (["demo", "--false-positive-rate", "one"], "'one' is no number. Write a share"),
         ([*FIT, "--settings", "none.toml"], "settings file none.toml does not exist"),
         (["serve", "a", "a=b.mar"], "model 'a' is named twice. Give each its own name: NAME=FILE."),
         ([*FIT, "--settings", "clean"], "settings file clean is a folder. Name another"),

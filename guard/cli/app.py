@@ -21,7 +21,7 @@ from guard.cli.config import config
 from guard.cli.help import complete_help
 from guard.cli.observe import observe
 from guard.cli.offline import fit, inspect
-from guard.cli.options import AsJson, Bundles, Digest
+from guard.cli.options import RATE_HELP, AsJson, Bundles, Digest, share
 from guard.cli.output import (
     console,
     one_line,
@@ -253,7 +253,7 @@ def demo(
         "build/demo"
     ),
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
-    false_positive_rate: Annotated[float, typer.Option(help="Share of clean inputs that may be flagged.")] = 0.05,
+    false_positive_rate: Annotated[float, typer.Option(parser=share, metavar="<float>", help=RATE_HELP)] = 0.05,
     keep_serving: Annotated[
         bool, typer.Option("--keep-serving", help="Leave the server up until Ctrl-C, and print curl lines.")
     ] = False,
