@@ -543,7 +543,6 @@ import json, os, signal, sys
 from pathlib import Path
 import scipy.optimize, scipy.stats, sklearn.metrics, sklearn.svm  # once, and not in every child
 import guard.retrainer.worker as worker
-import guard.retrainer.promotion as promotion
 from guard.storage.bundle import BundleStore
 from guard.detection.pipeline import Guard
 from guard.relabel.queue import Queue
@@ -553,11 +552,11 @@ from guard.retrainer.settings import RetrainerSettings
 
 places = {
     "candidate": (worker, "write_candidate"),
-    "journal": (promotion, "write_durably"),
+    "journal": (BundleStore, "begin_promotion"),
     "activate": (BundleStore, "activate"),
     "trained": (Queue, "mark_trained"),
     "finish": (Rounds, "finish"),
-    "clean up": (promotion.Promoter, "_remove_journal"),
+    "clean up": (BundleStore, "end_promotion"),
 }
 
 def dying(function, when):
@@ -655,7 +654,7 @@ def test_a_full_disk_while_the_journal_is_written_fails_the_round_and_changes_no
     def full(*_):
         raise BundleError("no room")
 
-    monkeypatch.setattr("guard.retrainer.promotion.write_durably", full)
+    monkeypatch.setattr(BundleStore, "begin_promotion", full)
     finished = place.step(enough_decisions=1)
     assert finished.line.endswith("no room")
     assert finished.outcome == "failed"
