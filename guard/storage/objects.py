@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -39,7 +41,7 @@ _LONG: ClientConfig = {
 }
 _RETRIES: RetryConfig = {"max_retries": 1, "retry_timeout": timedelta(seconds=5)}
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_MOST_OBJECTS = 100_000
+_MOST_OBJECTS, _LONGEST_LIST_S = 100_000, 30.0
 #: Room that a download leaves on the disk.
 _SPARE_BYTES = 2**26
 _STATUS = re.compile(r"status code: (\d{3}(?: [A-Za-z ]+)?)")
@@ -129,7 +131,7 @@ class Objects:
             except FileNotFoundError:
                 raise NotThere(f"{self.url} does not hold {name} (yet).") from None
             disk = os.statvfs(path.parent)
-            if got.meta["size"] + _SPARE_BYTES > disk.f_bavail * disk.f_frsize:
+            if most_bytes >= got.meta["size"] > disk.f_bavail * disk.f_frsize - _SPARE_BYTES:
                 raise BundleError(
                     f"{name} of {self.url} has {got.meta['size']} bytes, and there is no room for it in {path.parent}."
                 )
@@ -193,17 +195,32 @@ class Objects:
             except FileNotFoundError:
                 return
 
-    def written(self) -> Iterator[tuple[str, float]]:
-        """Return the name of every object, and when it was written, in seconds since 1970."""
-        with self._told("asked for its list"):
-            seen = 0
-            for some in obstore.list(self._quick, chunk_size=1000):
-                for about in some:
-                    yield about["path"], about["last_modified"].timestamp()
-                if (seen := seen + len(some)) > _MOST_OBJECTS:
+    def written(self) -> dict[str, float]:
+        """Return when every object was written, in seconds since 1970, by name.
+
+        Raises
+        ------
+        StoreUnavailable
+            If the store cannot be asked, or its list does not end in time.
+        BundleError
+            If there are far too many.
+        """
+        with self._told("asked for its list"), ThreadPoolExecutor(1) as thread:  # where no other loop runs
+            try:
+                return thread.submit(asyncio.run, self._listed()).result()
+            except TimeoutError:
+                raise StoreUnavailable(f"{self.url} is too slow: its list did not end in time.") from None
+
+    async def _listed(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        async with asyncio.timeout(_LONGEST_LIST_S):  # a list of empty pages without end yields nothing to count
+            async for some in obstore.list(self._quick):
+                found |= {about["path"]: about["last_modified"].timestamp() for about in some}
+                if len(found) > _MOST_OBJECTS:
                     raise BundleError(
-                        f"{self.url} holds more than {_MOST_OBJECTS} objects. Give bundles their own prefix."
+                        f"{self.url} holds more than {_MOST_OBJECTS} objects. Give bundles a prefix of their own."
                     )
+        return found
 
     def _write_and_look(self, name: str, data: bytes, _: Exception) -> bool:
         obstore.put(self._quick, name, data)

@@ -92,7 +92,7 @@ class RemoteBundleStore(BundleStore):
         return True
 
     def is_empty(self) -> bool:
-        return next(self._objects.written(), None) is None
+        return not self._objects.written()
 
     def copy_pointers(self, target: Path) -> None:
         active = self.active_digest()
@@ -147,7 +147,7 @@ class RemoteBundleStore(BundleStore):
         self._whole_there.add(digest)
 
     def written(self) -> dict[str, float]:
-        found = ((name.partition("/"), when) for name, when in self._objects.written())
+        found = ((name.partition("/"), when) for name, when in self._objects.written().items())
         return dict(
             sorted((parts[0], when) for parts, when in found if parts[2] == SUMS and DIGEST.fullmatch(parts[0]))
         )

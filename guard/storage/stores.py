@@ -48,14 +48,15 @@ def make_cache(url: str) -> Path:
     try:
         folder = _cache_root() / f"bundles-{name}"
         folder.parent.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
-        make_private_folder(folder)
-        found = folder.lstat()
+        is_own = not folder.is_symlink() and (not folder.exists() or folder.stat().st_uid == os.geteuid())
+        if is_own:
+            make_private_folder(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows the home of this user
         raise BundleError(
             f"bundles of {url} cannot be kept on this machine: {error}. Set {CACHE_VARIABLE} to a folder that can be "
             "written to."
         ) from error
-    if folder.is_symlink() or found.st_uid != os.geteuid():
+    if not is_own:
         raise BundleError(
             f"{folder} is a link, or belongs to another user, and keeps no bundles. Remove it, or set {CACHE_VARIABLE}."
         )
