@@ -16,15 +16,20 @@ from typing import Any
 import numpy as np
 import pytest
 from object_store_helpers import BUCKET, Proxy, holding, refused
+from serving_helpers import Workshop
 
 from guard import Guard
+from guard.cli.review_sources import known_bundles, open_workspace
 from guard.errors import BundleError
 from guard.lab.attacks import MnistCnn, Poisoned
+from guard.local.archived_model import open_archived_model
+from guard.relabel.queue import Queue
 from guard.serving.guarded_model import GuardedModel
 from guard.storage import objects, remote
 from guard.storage.bundle import BundleStore
 from guard.storage.remote import RemoteBundleStore
 from guard.storage.stores import CACHE_VARIABLE, open_store
+from guard.torchserve.archives.contents import followed_bundles, promise_of
 from guard.types import Float32Array
 
 WITHIN_S = 2.0
@@ -316,3 +321,61 @@ def test_a_start_with_a_slow_store_does_not_wait_for_ever(
     assert model.guard.digest == digests[1]
     s3.before = None
     assert follows(model, digests[0], 5)
+
+
+# --- whatever else works on bundles
+
+
+def test_an_archive_follows_a_url_in_a_worker_of_torchserve_and_in_the_local_engine(
+    url: str, store: RemoteBundleStore, digests: tuple[str, str], fitted_guard: Guard, badnet: MnistCnn, tmp_path: Path
+) -> None:
+    shop = Workshop(fitted_guard, badnet, tmp_path)
+    store.activate(digests[1])
+    worker = shop.guarded("stock", bundles=url, name="served")
+    archive = tmp_path / "served.mar"
+    try:
+        assert worker.handler._runtime.current.digest == digests[1]
+        assert followed_bundles(archive) == url
+        promise = promise_of(archive)
+        assert (promise.bundle, promise.false_positive_rate) == (store.root / digests[1], 0.1)
+        store.roll_back()
+        deadline = time.monotonic() + 5
+        while worker.handler._runtime.current.digest != digests[0]:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        shop.close()
+    with open_archived_model(archive, tmp_path / "unpacked", "served") as model:
+        assert model.guard.digest == digests[0]
+
+
+def test_the_review_page_knows_bundles_below_a_url_and_rolls_back(
+    s3: Proxy,
+    url: str,
+    store: RemoteBundleStore,
+    digests: tuple[str, str],
+    sqlite_template: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store.activate(digests[1])
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "page"))
+    with Queue.open(f"sqlite:///{shutil.copy(sqlite_template, tmp_path / 'queue.db')}") as queue:
+        known = known_bundles([f"digits={url}"])
+        assert known.active("digits").digest == digests[1]  # type: ignore[union-attr]
+        assert known.find(digests[0]).false_positive_rate == 0.05  # type: ignore[union-attr]
+        assert known.find("0" * 64) is None
+        (listed,) = open_workspace(queue, known).bundle_lists
+        assert [(bundle.digest, bundle.is_active) for bundle in listed.newest()] == [
+            (digests[1], True),
+            (digests[0], False),
+        ]
+        assert listed.way_back() == digests[0]
+        store.begin_promotion("{}")
+        with pytest.raises(BundleError, match="just switching"):
+            listed.roll_back(digests[1], digests[0], "ada")
+        store.end_promotion()
+        listed.roll_back(digests[1], digests[0], "ada")
+        assert store.active_digest() == digests[0]
+        s3.go_down()
+        assert (listed.active(), listed.newest(), listed.expected_rate() is None) == (digests[0], [], False)

@@ -61,10 +61,13 @@ class Found:
     data : bytes
     version : mapping
         Names what was read, for `Objects.write_if`.
+    written : float
+        In seconds since 1970.
     """
 
     data: bytes
     version: UpdateVersion
+    written: float
 
 
 class Objects:
@@ -103,7 +106,7 @@ class Objects:
                 return None
             except exceptions.NotModifiedError:
                 return known
-            return Found(bytes(data), _version(got.meta))
+            return Found(bytes(data), _version(got.meta), got.meta["last_modified"].timestamp())
 
     def download(self, name: str, path: Path, most_bytes: int, deadline: float) -> None:
         """Write an object to a new file.
@@ -173,18 +176,20 @@ class Objects:
             If the store cannot be reached, or refuses; it is not known then whether the object was written.
         """
         with self._told(f"given {name}"):
+            if known is not None and not known.version.get("e_tag"):  # nothing to make a condition of
+                return self._write_and_look(name, data)
             try:
                 obstore.put(self._quick, name, data, mode="create" if known is None else known.version)
             except (exceptions.PreconditionError, exceptions.AlreadyExistsError):
                 return False
-            except (NotImplementedError, exceptions.NotSupportedError) as error:
-                return self._write_and_look(name, data, error)
+            except (NotImplementedError, exceptions.NotSupportedError):
+                return self._write_and_look(name, data)
             except exceptions.GenericError as error:
                 if _status(error).startswith("409"):  # S3: another conditional write at the same moment
                     return False
                 if not _status(error).startswith("501"):
                     raise
-                return self._write_and_look(name, data, error)
+                return self._write_and_look(name, data)
             return True
 
     def remove(self, name: str) -> None:
@@ -222,7 +227,7 @@ class Objects:
                     )
         return found
 
-    def _write_and_look(self, name: str, data: bytes, _: Exception) -> bool:
+    def _write_and_look(self, name: str, data: bytes) -> bool:
         obstore.put(self._quick, name, data)
         found = self.read(name, len(data))
         return found is not None and found.data == data

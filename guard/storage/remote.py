@@ -40,11 +40,13 @@ _LONGEST_S, _LONGEST_START_S = 600.0, 30.0
 #: Bundles that are kept on this machine.
 _KEPT = 16
 #: How long a list or a page takes the last answer for true; longer if there was none, so that a page does not wait.
-_FRESH_S, _AWAY_S = 0.5, 5.0
+_FRESH_S, _AWAY_S = 0.5, 15.0
 #: Seconds until a bundle whose bytes were wrong is asked for again: at first, and at most.
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 #: Times that a switch is tried while others switch.
 _TRIES = 10
+#: Switches that ACTIVE remembers, and its size at most: it is read again after every one.
+_MOST_LINES, _MOST_POINTER_BYTES = 10_000, 2**20
 #: Begins the name of what is being brought here; older ones than this many seconds are left from a crash.
 _FETCHING, _LEFT_S = ".fetching-", 3600.0
 
@@ -158,7 +160,7 @@ class RemoteBundleStore(BundleStore):
         if folder.is_dir():
             with suppress(BundleError):
                 return read_bundle(folder).document
-        expected = listed_sums(self._sums(digest))
+        expected = listed_sums(self._sums(digest).data)
         found = self._objects.read(f"{digest}/{DOCUMENT}", MAX_BYTES[DOCUMENT])
         if found is None or hashlib.sha256(found.data).hexdigest() != expected.get(DOCUMENT):
             raise BundleError(
@@ -276,7 +278,7 @@ class RemoteBundleStore(BundleStore):
 
     def _look(self) -> Found | None:
         try:
-            self._pointer = self._objects.read(ACTIVE, MAX_BYTES[HISTORY], self._pointer)
+            self._pointer = self._objects.read(ACTIVE, _MOST_POINTER_BYTES, self._pointer)
         except StoreUnavailable:
             self._away_until = time.monotonic() + _AWAY_S
             raise
@@ -285,11 +287,15 @@ class RemoteBundleStore(BundleStore):
 
     def _write(self, known: Found | None, lines: list[str]) -> bool:
         self._looked = float("-inf")  # whatever comes of it, what was read is no news any more
-        return self._objects.write_if(ACTIVE, _text(lines).encode(), known)
+        data = _text(lines[-_MOST_LINES:]).encode()
+        is_written = self._objects.write_if(ACTIVE, data, known)
+        if is_written:
+            self._pointer = Found(data, {}, time.time())  # until it is read, under a version that nobody knows yet
+        return is_written
 
     # -- the copies here ----------------------------------------------------------------------------------------
 
-    def _sums(self, digest: str) -> bytes:
+    def _sums(self, digest: str) -> Found:
         self.folder_of(digest)  # refuses what is none
         found = self._objects.read(f"{digest}/{SUMS}", MAX_BYTES[SUMS])
         if found is None:
@@ -299,7 +305,7 @@ class RemoteBundleStore(BundleStore):
                 f"bundle {digest[:SHORT]} in {self.address} is damaged: its {SUMS} has another digest. "
                 "Run `guard bundle activate` where it is whole, or fit again."
             )
-        return found.data
+        return found
 
     def _give(self, folder: Path) -> None:
         """Write a bundle's objects, whatever was there: the sums last, for where they are, all is."""
@@ -307,18 +313,19 @@ class RemoteBundleStore(BundleStore):
         for name in (DOCUMENT, ARRAYS, SUMS):
             self._objects.write(f"{folder.name}/{name}", folder / name)
 
-    def _bring(self, digest: str, sums: bytes, deadline: float) -> None:
+    def _bring(self, digest: str, sums: Found, deadline: float) -> None:
         """Bring a bundle here: into a folder beside its place, verified there, and then under its name."""
         try:
             with tempfile.TemporaryDirectory(prefix=_FETCHING, dir=self.root, ignore_cleanup_errors=True) as scratch:
                 copy = Path(scratch) / digest
                 copy.mkdir()
-                (copy / SUMS).write_bytes(sums)
+                (copy / SUMS).write_bytes(sums.data)
                 for name in (DOCUMENT, ARRAYS):
                     most = min(MAX_BYTES[name], _MOST_BYTES)
                     self._objects.download(f"{digest}/{name}", copy / name, most, deadline)
                 read_bundle(copy)
                 copy.chmod(READABLE_FOLDER)
+                os.utime(copy, (sums.written, sums.written))  # as lists tell it
                 sync_folder(copy)
                 self._put_in_place(copy, self.folder_of(digest))
         except OSError as error:

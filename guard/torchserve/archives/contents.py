@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from guard.config import PLACES, SERVING_SETTINGS, load_settings
-from guard.errors import ArchiveError, BundleError, ConfigError
+from guard.errors import ArchiveError, BundleError, ConfigError, StoreUnavailable
 from guard.files import read_plain
 from guard.storage.bundle import DOCUMENT, BundleStore
 from guard.storage.places import BundlePlace, name_of, place_of
@@ -128,6 +128,8 @@ def promise_of(archive: Path) -> Promise:
     ------
     ArchiveError
         If it has no guard, or cannot be read.
+    StoreUnavailable
+        If the object store that it follows does not give its bundle.
     """
     try:
         about, settings, manifest = (read_member(archive, name, _MOST_BYTES) for name in (ABOUT, SETTINGS, MANIFEST))
@@ -146,6 +148,8 @@ def promise_of(archive: Path) -> Promise:
         rate = {**document["settings"], **tomllib.loads(settings.decode())}["false_positive_rate"]
         name = json.loads(manifest)["model"]["modelName"]
         return Promise(name, float(rate), bundle, document.get("images_from"))
+    except StoreUnavailable:
+        raise
     except (ValueError, KeyError, TypeError, OSError, RecursionError, BundleError) as error:
         raise ArchiveError(f"{archive.name} cannot be read ({type(error).__name__}). Make it again.") from error
 
