@@ -491,6 +491,22 @@ def test_a_copy_is_used_without_the_store_and_a_damaged_one_or_a_link_is_brought
     assert (tmp_path / "moved" / "SHA256SUMS").exists()  # what the link led to is left alone
 
 
+def test_copies_may_be_removed_while_the_store_is_in_use(machine: Machine, three: list[str]) -> None:
+    there = machine("there")
+    there.fetch(three[0])
+    shutil.rmtree(there.root.parent)
+    assert there.fetch(three[0]) == there.root / three[0]
+    assert there.root.stat().st_mode & 0o777 == 0o700
+
+
+def test_activate_brings_a_bundle_again_that_somebody_removed_from_the_store(
+    store: RemoteBundleStore, machine: Machine, three: list[str]
+) -> None:
+    objects.obstore.delete(store._objects._quick, [f"{three[0]}/{name}" for name in ("SHA256SUMS", "guard.json")])
+    store.activate(three[0])
+    assert machine("there").active_path().name == three[0]
+
+
 def test_two_processes_that_share_copies_both_get_the_bundle(machine: Machine, three: list[str]) -> None:
     stores = [machine("there") for _ in range(4)]
     assert len({store.root for store in stores}) == 1

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from guard.errors import BundleError, StoreUnavailable
-from guard.files import READABLE_FOLDER, put_in_place, sync_folder, write_private
+from guard.files import READABLE_FOLDER, make_private_folder, put_in_place, sync_folder, write_private
 from guard.storage.bundle import (
     ACTIVE,
     ARRAYS,
@@ -143,7 +143,7 @@ class RemoteBundleStore(BundleStore):
         return folder
 
     def publish(self, digest: str) -> None:
-        if digest in self._whole_there:
+        if digest in self._whole_there and self._objects.size(f"{digest}/{SUMS}") is not None:
             return
         self._give(self.folder_of(digest))
         self._whole_there.add(digest)
@@ -288,7 +288,10 @@ class RemoteBundleStore(BundleStore):
     def _write(self, known: Found | None, lines: list[str]) -> bool:
         self._looked = float("-inf")  # whatever comes of it, what was read is no news any more
         data = _text(lines[-_MOST_LINES:]).encode()
-        is_written = self._objects.write_if(ACTIVE, data, known)
+        try:
+            is_written = self._objects.write_if(ACTIVE, data, known)
+        except StoreUnavailable as error:
+            raise StoreUnavailable(f"{error} It is not known whether it was switched: `guard bundle list`.") from error
         if is_written:
             self._pointer = Found(data, {}, time.time())  # until it is read, under a version that nobody knows yet
         return is_written
@@ -316,6 +319,7 @@ class RemoteBundleStore(BundleStore):
     def _bring(self, digest: str, sums: Found, deadline: float) -> None:
         """Bring a bundle here: into a folder beside its place, verified there, and then under its name."""
         try:
+            make_private_folder(self.root)  # somebody may have emptied the folder of caches
             with tempfile.TemporaryDirectory(prefix=_FETCHING, dir=self.root, ignore_cleanup_errors=True) as scratch:
                 copy = Path(scratch) / digest
                 copy.mkdir()
