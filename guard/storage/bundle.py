@@ -184,12 +184,13 @@ def read_bundle(path: str | os.PathLike[str]) -> StoredBundle:
 def listed_sums(sums: bytes) -> dict[str, str]:
     """Return the SHA-256 of each file that a SHA256SUMS lists, by name; BundleError if it lists a strange one."""
     listed = {}
+    digest = hashlib.sha256(sums).hexdigest()
     for line in sums.decode("utf-8", "replace").splitlines():
         expected, _, name = line.partition("  ")
         if name not in (DOCUMENT, ARRAYS):
             raise BundleError(
-                f"bundle {hashlib.sha256(sums).hexdigest()[:SHORT]} lists a file that does not belong there: "
-                f"{name!r}. Restore it from a copy, or fit again."
+                f"bundle {digest[:SHORT]} lists a file that does not belong there: {name!r}. "
+                "Restore it from a copy, or fit again."
             )
         listed[name] = expected
     return listed
