@@ -9,6 +9,7 @@ import os
 import shutil
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -359,7 +360,7 @@ def test_a_full_disk_keeps_nothing_and_says_so(
     assert there.fetch(three[0]).is_dir()
 
 
-def test_objects_of_other_names_are_no_bundles(store: RemoteBundleStore, three: list[str]) -> None:
+def test_objects_of_other_names_are_no_bundles(s3: Proxy, store: RemoteBundleStore, three: list[str]) -> None:
     for name in (
         "README",
         "x/SHA256SUMS",
@@ -369,6 +370,11 @@ def test_objects_of_other_names_are_no_bundles(store: RemoteBundleStore, three: 
     ):
         objects.obstore.put(store._objects._quick, name, b"odd")
     assert store.digests() == sorted(three)
+    odd = urllib.request.Request(f"{s3.url}{object_path(store, '/x')}", b"", method="PUT")  # an empty part in its name
+    urllib.request.urlopen(odd).close()
+    with pytest.raises(StoreUnavailable, match=r"a name with an empty part, '\.\.' or a control character"):
+        store.digests()
+    assert store.resolve(three[0]) == store.root / three[0]  # a whole digest needs no list
 
 
 PAGE = (

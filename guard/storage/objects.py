@@ -297,10 +297,12 @@ def _reason(error: Exception) -> str:
         return "there are no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or those of the store."
     if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
         return f"access is denied ({code[1] if code else status or 'no reason given'}). Check credentials and rights."
+    if isinstance(error, exceptions.InvalidPathError):
+        return "an object below it has a name with an empty part, '..' or a control character. Remove it."
     if "BadScheme" in text:
         return "AWS_ENDPOINT_URL has no TLS. Use https, or set AWS_ALLOW_HTTP=true where the network is trusted."
     if "kind: Timeout" in text:
-        return "no answer in time. It is tried again."
+        return "no answer in time."
     if status:
         return f"status {status}{f', {code[1]}' if code else ''}."
     if "kind: Connect" in text or "error sending request" in text:

@@ -171,6 +171,8 @@ class RemoteBundleStore(BundleStore):
         return document
 
     def resolve(self, prefix: str) -> Path:
+        if DIGEST.fullmatch(prefix):  # needs no list
+            return self.fetch(prefix)
         try:
             return super().resolve(prefix)
         except StoreUnavailable:
