@@ -68,8 +68,7 @@ def put(store: BundleStore, number: int) -> str:
 def three(store: RemoteBundleStore) -> list[str]:
     """Three bundles that were active one after the other."""
     digests = [put(store, number) for number in range(3)]
-    for digest in digests:
-        store.activate(digest)
+    assert store._write(None, digests)  # as three switches leave it
     return digests
 
 
@@ -288,32 +287,29 @@ def test_what_is_there_later_is_taken_when_it_comes(
     assert there.active_path().name == three[2]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        b"",
-        b"\n",
-        b"../../etc/passwd\n",
-        b"\xff\x00\xfe",
-        b"a" * 64,
-        b"A" * 64 + b"\n",
-        b"0" * 65 + b"\n",
-        b"0" * 64 + b"\r\n",
-        b"garbage\n" + b"0" * 64 + b"\n",
-        b"<html>sign in</html>\n",
-    ],
+GARBAGE = (
+    b"",
+    b"\n",
+    b"../../etc/passwd\n",
+    b"\xff\x00\xfe",
+    b"a" * 64,
+    b"A" * 64 + b"\n",
+    b"0" * 65 + b"\n",
+    b"0" * 64 + b"\r\n",
+    b"garbage\n" + b"0" * 64 + b"\n",
+    b"<html>sign in</html>\n",
 )
-def test_a_pointer_with_garbage_is_refused_and_mended_by_activate(
-    s3: Proxy, store: RemoteBundleStore, three: list[str], text: bytes
-) -> None:
-    objects.obstore.put(store._objects._quick, "ACTIVE", text)
-    with pytest.raises(BundleError, match=r"is damaged: it holds no digest. Run `guard bundle activate"):
-        store.active_digest()
-    store._looked = float("-inf")
-    assert store.known_active() is None
-    assert [entry.is_active for entry in store.entries()] == [False] * 3
-    store.activate(three[0])
-    assert store.active_digest() == three[0]
+
+
+def test_a_pointer_with_garbage_is_refused_and_mended_by_activate(store: RemoteBundleStore, three: list[str]) -> None:
+    for number, text in enumerate(GARBAGE):
+        objects.obstore.put(store._objects._quick, "ACTIVE", text)
+        with pytest.raises(BundleError, match=r"is damaged: it holds no digest. Run `guard bundle activate"):
+            store.active_digest()
+        store._looked = float("-inf")
+        assert store.known_active() is None
+        store.activate(three[number % 2])
+        assert store.active_digest() == three[number % 2]
 
 
 def endless(seconds: float = 30.0) -> Iterator[bytes]:

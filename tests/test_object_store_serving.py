@@ -141,7 +141,7 @@ def test_replicas_follow_within_two_seconds_no_request_fails_and_no_answer_mixes
     def stream(model: GuardedModel, answers: list[list[Any]]) -> None:
         while not stop.is_set():
             answers.append(model.answer(images))
-            time.sleep(0.01)
+            time.sleep(0.03)
 
     threads = [threading.Thread(target=stream, args=pair) for pair in zip(replicas, answered, strict=True)]
     for thread in threads:
