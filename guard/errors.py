@@ -48,6 +48,10 @@ class BundleError(GuardError):
     """A bundle is missing, damaged, of another schema, or of another model."""
 
 
+class StoreUnavailable(BundleError):  # noqa: N818
+    """The object store with the bundles cannot be reached, or refuses; nothing is said of any bundle in it."""
+
+
 class DatasetError(GuardError):
     """An image set is not where it should be, or its file is damaged."""
 

@@ -12,6 +12,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "review": ("fastapi", "uvicorn", "jinja2", "python_multipart"),
     "v2": ("fastapi", "uvicorn", "grpc", "google.protobuf", "ts", "model_archiver"),
     "postgres": ("psycopg",),
+    "object-store": ("obstore",),
 }
 
 

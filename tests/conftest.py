@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from browser_helpers import EXPECTED, FLAGS, PATIENCE, OpenPage, chromium
 from filelock import FileLock
+from object_store_helpers import Proxy, S3Server
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
 from prepared_process import PreparedProcess
 from queue_helpers import PostgresServer, empty_postgresql_queue, postgresql_folder
@@ -196,6 +197,8 @@ _WAITING_FILES = (
     "test_observe",
     "test_wheel",
     "test_status_browser",
+    "test_object_store",
+    "test_object_store_serving",
 )
 #: Test files that train networks, or take more than five seconds for another reason, the longest first.
 _WORKING_FILES = (
@@ -239,7 +242,7 @@ _WORKING_FILES = (
     "test_guarded_archive",
 )
 #: Fixtures behind which a database server or a browser starts.
-_SLOW_FIXTURES = frozenset(("postgresql_server", "postgresql_url", "browser"))
+_SLOW_FIXTURES = frozenset(("postgresql_server", "postgresql_url", "browser", "s3"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -286,6 +289,27 @@ def postgresql_server() -> Iterator[PostgresServer]:
         yield server
     finally:
         server.remove()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real S3 server, started once, with an empty bucket."""
+    server = S3Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy before that server, which the environment names, with credentials and a folder for copies."""
+    proxy = Proxy(s3_server.port)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAOFTESTS")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("GUARD_CACHE_DIR", str(tmp_path / "copies"))
+    yield proxy
+    proxy.go_down()
 
 
 @pytest.fixture(scope="session")

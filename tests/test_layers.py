@@ -136,6 +136,12 @@ def test_torchserve_is_imported_by_one_module_and_only_when_called(loaded):
     assert "ts" not in loaded["handling"]
 
 
+def test_the_client_of_object_stores_is_imported_by_one_module():
+    for file in sources():
+        imports_it = "obstore" in {name.split(".")[0] for name in imported_modules(file)}
+        assert imports_it == (file == PACKAGE / "storage" / "objects.py"), file
+
+
 def test_serving_knows_no_server_by_name_or_by_its_words():
     words = re.compile(
         r"torchserve|\bts\.|get_request_id|get_all_request_header|(get|set)_response_|\bcontext\.\w+\(", re.I

@@ -49,7 +49,9 @@ ModelFile = Annotated[Path | None, typer.Option(help="TorchServe's --model-file,
 ExtraFile = Annotated[
     list[Path] | None, typer.Option(metavar="<path>", help="File or folder your handler needs; may be repeated.")
 ]
-Bundles = Annotated[Path, typer.Option(help="Folder of bundles.")]
+Bundles = Annotated[
+    str, typer.Option(metavar="<path>", help="Folder of bundles, or their URL: s3://BUCKET/PREFIX, gs://...")
+]
 Settings = Annotated[
     Path | None, typer.Option("--settings", help="Settings file; default is ./guard.toml if there is one.")
 ]

@@ -44,7 +44,7 @@ BundleFolders = Annotated[
         "--bundles",
         metavar="<path>",
         show_default="those that --archive follows, or bundles",
-        help="Folder of bundles. MODEL=FOLDER, repeated, where models have folders of their own.",
+        help="Folder of bundles, or their URL. MODEL=FOLDER, repeated, where models have folders of their own.",
     ),
 ]
 
@@ -130,7 +130,7 @@ def review(
         workspace = open_workspace(
             opened,
             known,
-            by_model("--images", images or []),
+            {name: Path(path) for name, path in by_model("--images", images or []).items()},
             weights,
             architecture,
             device,

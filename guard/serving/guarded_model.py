@@ -97,9 +97,9 @@ class GuardedModel:
     module : Module
         The network, with the weights that the bundle was fitted for.
     bundles : path-like, optional
-        Folder whose ACTIVE is followed while serving.
+        Folder whose ACTIVE is followed while serving, or its URL in an object store (`s3://...`).
     bundle : path-like, optional
-        Folder of one bundle, to start with where `bundles` does not exist.
+        Folder of one bundle, to start with where `bundles` does not exist, or cannot be reached.
     name : str
         Label of the metrics, and name of the model in the queue.
     **settings
@@ -134,7 +134,7 @@ class GuardedModel:
             self.runtime = GuardRuntime(
                 module,
                 settings,
-                bundles=Path(bundles) if bundles is not None else None,
+                bundles=bundles,
                 embedded=Path(bundle) if bundle is not None else None,
                 model_name=name,
             )
