@@ -32,8 +32,11 @@ class S3Server:
                 urllib.request.urlopen(urllib.request.Request(f"{self.url}/{BUCKET}", method="PUT"), timeout=5)
                 return
             except OSError:
+                if self._process.poll() is not None:
+                    break
                 time.sleep(0.05)
-        raise TimeoutError("moto's server does not start")
+        self.close()
+        raise RuntimeError("moto's server does not start. Is it installed? pip install 'moto[server]'")
 
     def close(self) -> None:
         self._process.terminate()
