@@ -187,7 +187,7 @@ def serve_unguarded(weights: str, architecture: str, port: int) -> None:
 
     module = SuspectModel.load(weights, architecture).module.eval()
 
-    def answer(rows: np.ndarray, _requests: Any) -> list[RowAnswer]:
+    def answer(rows: np.ndarray, _requests: Any, guard: Any = None) -> list[RowAnswer]:
         with torch.inference_mode():
             logits = module(torch.from_numpy(np.require(rows, requirements=["C", "W"]))).numpy()
         return [RowAnswer(row, "bypassed", float("nan"), Response(200, None)) for row in logits]
