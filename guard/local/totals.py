@@ -39,6 +39,22 @@ class Totals(Collector):
         yield from families(values)
 
 
+class ValuesCollector(Collector):
+    """Values that were added up elsewhere.
+
+    Parameters
+    ----------
+    values : mapping of Series to float
+    """
+
+    def __init__(self, values: Mapping[Series, float]) -> None:
+        self._values = values
+
+    def collect(self) -> Iterator[Family]:
+        """Yield every metric of `guard.telemetry`."""
+        yield from families(self._values)
+
+
 def families(values: Mapping[Series, float]) -> Iterator[Family]:
     """Yield every metric of `guard.telemetry` with these values."""
     for metric in METRICS.values():

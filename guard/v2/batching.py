@@ -17,7 +17,6 @@ from guard.errors import GuardError
 from guard.serving.guarded_model import RowAnswer, RowRequests
 from guard.types import Float32Array
 
-
 #: Takes rows and who sent them, and returns one answer per row.
 Answer = Callable[[Float32Array, RowRequests], list[RowAnswer]]
 
