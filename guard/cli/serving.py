@@ -264,7 +264,7 @@ def _write_serve_config(server: RayServer, file: Path) -> None:
         raise ConfigError(f"{file} cannot be written: {error.strerror}. Name another file.") from error
     say(f"wrote {file}")
     if server.token_authorization and server.key_file is None:
-        tell("callers' key: set GUARD_API_KEY where the nodes start")
+        tell("callers' key: set BACKDOOR_GUARD_KEY where the nodes start")
     say(f"serve run {shlex.quote(str(file))}")
 
 

@@ -19,7 +19,7 @@ from ray.serve.config import HTTPOptions
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from guard.errors import GuardError
+from guard.errors import GuardError, ServerError
 from guard.local.totals import families
 from guard.observing.exporting import exporting
 from guard.processes.ports import LOOPBACK
@@ -66,23 +66,26 @@ class _Stopping:
 
 def main(job: Job) -> int:
     """Serve until SIGTERM; return the exit status."""
+    try:
+        _run(job)
+    except GuardError as error:
+        print(error, file=sys.stderr)  # last: Ray has a word to say when it is stopped
+        return 1
+    return 0
+
+
+def _run(job: Job) -> None:
     with ExitStack() as opened:
         opened.enter_context(_cluster(job))
         stopping = _Stopping()  # after Ray, which has a handler of its own
         opened.enter_context(_serve(job))
-        try:
-            counts = opened.enter_context(_deployed(job))
-        except GuardError as error:
-            print(error, file=sys.stderr)
-            return 1
+        counts = opened.enter_context(_deployed(job))
         opened.enter_context(exporting(job.metrics_port, _Sums(counts)))
         stopping.is_ready = True
         own = psutil.Process().children()  # Ray's own processes, where the cluster is ours
         while not stopping.asked.wait(_POLL_S):
             if died := [process for process in own if not process.is_running() or process.status() == "zombie"]:
-                print(f"{len(died)} of Ray's processes have ended by themselves.", file=sys.stderr)
-                return 1
-    return 0
+                raise ServerError(f"{len(died)} of Ray's processes have ended by themselves.")
 
 
 @contextmanager
@@ -128,11 +131,11 @@ def _deployed(job: Job) -> Iterator[DeploymentHandle[Any]]:
 
     Raises
     ------
-    GuardError
+    ServerError
         If the cluster has one of that name, or the replicas do not start.
     """
     if APPLICATION in serve.status().applications:
-        raise GuardError(f"the cluster has an application {APPLICATION!r} already. Delete it: serve shutdown.")
+        raise ServerError(f"the cluster has an application {APPLICATION!r} already. Delete it: serve shutdown.")
     try:
         try:
             serve.run(
@@ -142,7 +145,7 @@ def _deployed(job: Job) -> Iterator[DeploymentHandle[Any]]:
                 logging_config=_quiet(),
             )
         except (RuntimeError, TimeoutError) as error:
-            raise GuardError(_why(str(error))) from error
+            raise ServerError(_why(str(error))) from error
         yield serve.get_deployment_handle(COUNTS, APPLICATION)
     finally:
         serve.delete(APPLICATION)

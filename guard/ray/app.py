@@ -121,9 +121,9 @@ class Guarded:
         await self._counts.report.remote(self._replica, self._standing.report(self._shelf.drain()), is_last)
 
 
-def build(settings: Settings) -> Application:
-    """Return the application; a Serve config file names this function as its `import_path`."""
-    return application(settings)
+def build(args: dict[str, Any]) -> Application:
+    """Return the application; a Serve config file names this function as its `import_path`, with its `args`."""
+    return application(Settings.model_validate(args))
 
 
 def application(settings: Settings, **options: Any) -> Application:

@@ -19,6 +19,7 @@ from guard.ray.config import serve_config
 from guard.ray.job import Job
 from guard.ray.settings import Settings
 from guard.torchserve.archives.archive import Archive, find_archives
+from guard.torchserve.archives.contents import is_guarded
 from guard.torchserve.keys import kept_keys
 
 _USUAL_PORT = 8080
@@ -98,6 +99,9 @@ class RayServer(EngineServer):
     def _job(self, own: Path) -> str:
         self._ray_folder = Path(tempfile.mkdtemp(prefix="gr-", dir="/tmp"))  # a socket's path has 107 bytes at most
         write_private(own / "ray_token", secrets.token_hex(32))
+        for name, path in self.archives_served.items():
+            if not is_guarded(path):
+                raise ServerError(f"model {name}: {path.name} has no guard. Make a guarded one with `guard archive`.")
         scratch, key_file = own / "models", None
         make_private_folder(scratch)
         if self.token_authorization:

@@ -32,7 +32,7 @@ DEPLOYMENTS: dict[str, dict[str, Any]] = {
     },
 }
 #: The variable that has the key where no other is named.
-KEY_VARIABLE = "GUARD_API_KEY"
+KEY_VARIABLE = "BACKDOOR_GUARD_KEY"
 
 
 class Settings(BaseModel):
