@@ -8,6 +8,7 @@ FOLDER is short, as paths of sockets are. One node has the head's processes and 
 from __future__ import annotations
 
 import json
+import select
 import sys
 from typing import Any
 
@@ -20,9 +21,11 @@ def main(folder: str) -> None:
     each: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 << 20, "node_ip_address": "127.0.0.1"}
     cluster = Cluster(initialize_head=True, head_node_args={**each, "include_dashboard": False, "temp_dir": folder})
     nodes = [cluster.head_node, cluster.add_node(**each)]
-    raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
-    print(json.dumps({"address": cluster.address, "raylets": raylets}), flush=True)
-    sys.stdin.read()
+    raylets = [node.all_processes["raylet"][0].process for node in nodes]
+    print(json.dumps({"address": cluster.address, "raylets": [raylet.pid for raylet in raylets]}), flush=True)
+    while not select.select([sys.stdin], [], [], 0.2)[0]:
+        for raylet in raylets:
+            raylet.poll()  # one that was killed is gone, then: its workers look whether it is there
     cluster.shutdown()
 
 

@@ -108,6 +108,10 @@ class Site:
         return found
 
 
+def is_running(process: psutil.Process) -> bool:
+    return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+
+
 def sum_of(counts: dict[str, float], name: str, **labels: str) -> float:
     wanted = [f'{label}="{value}"' for label, value in labels.items()]
     return sum(
@@ -304,7 +308,11 @@ def test_new_bundle_is_taken_by_every_replica_within_two_seconds_and_no_answer_m
 ) -> None:
     rows = np.concatenate([triggered.images[:6], clean_split.test.images[:6]])
     guards = dict(
-        zip((g.save(site.store.root).name for g in (fitted_guard, second_guard)), (fitted_guard, second_guard), strict=True)
+        zip(
+            (g.save(site.store.root).name for g in (fitted_guard, second_guard)),
+            (fitted_guard, second_guard),
+            strict=True,
+        )
     )
     p_values = {digest: [verdict.p_value for verdict in guard.inspect(rows)] for digest, guard in guards.items()}
     first, other = guards
@@ -351,21 +359,24 @@ def test_raylet_and_the_last_replica_are_killed_under_load_and_nothing_is_answer
 ) -> None:
     images = [*(clean_split.test.images[n : n + 1] for n in range(10)), triggered.images[:1]]
     wait_until(lambda: len(site.replicas()) == 2)
+    with_head, beside = site.replicas()
     sums: list[float] = []
     with Load(site, images) as load:
         time.sleep(0.5)
         os.kill(site.raylets[1], signal.SIGKILL)
-        wait_until(lambda: sums.append(site.verdicts()) or len(site.replicas()) == 1)
-        time.sleep(2.5)
-        failed_with_raylet = len(load.answers) - load.statuses[200]
-        (last,) = site.replicas()
-        last.kill()
+        wait_until(lambda: sums.append(site.verdicts()) or not is_running(beside))
+        time.sleep(1.5)
+        after_raylet = load.statuses
+        with_head.kill()
         killed = time.monotonic()
         wait_until(lambda: any(answer.status == 200 and answer.sent > killed + 1 for answer in load.answers[-20:]))
         time.sleep(1.5)  # until the counts of the new replica are there
         sums += [site.verdicts()]
+        replaced = [replica.pid for replica in site.replicas()]
+    assert len(replaced) == 1
+    assert with_head.pid not in replaced
     assert load.statuses[200] > 100
-    print(f"failed with the raylet: {failed_with_raylet}, in all: {load.statuses}")
+    print(f"answers with the raylet killed: {after_raylet}, with the last replica killed, too: {load.statuses}")
     assert set(load.statuses) <= {0, 200, 500, 503}
     assert all(is_guarded(answer) for answer in load.answers if answer.status == 200)
     sums = [value for value in sums if value]
