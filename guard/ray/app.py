@@ -40,6 +40,9 @@ class _Door:
         await replica.answer(scope, receive, send)
 
 
+door = _Door()
+
+
 async def _no_lifespan(receive: Receive, send: Send) -> None:
     """Agree to start and to stop."""
     while (message := await receive())["type"] != "lifespan.shutdown":
@@ -129,6 +132,6 @@ def build(args: dict[str, Any]) -> Application:
 def application(settings: Settings, **options: Any) -> Application:
     """Return the application with further options of its replicas, such as `num_replicas`."""
     counts = serve.deployment(name=COUNTS, **DEPLOYMENTS[COUNTS])(Counts)
-    guarded = serve.deployment(name=GUARDED, **{**DEPLOYMENTS[GUARDED], **options})(serve.ingress(_Door())(Guarded))
+    guarded = serve.deployment(name=GUARDED, **{**DEPLOYMENTS[GUARDED], **options})(serve.ingress(door)(Guarded))
     bound: Application = guarded.bind(settings, counts.bind())
     return bound

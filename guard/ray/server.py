@@ -26,7 +26,7 @@ _USUAL_PORT = 8080
 _MISSING = "the Ray engine needs Ray Serve. pip install 'backdoor-guard[ray]'"
 #: Of a cluster that is started here: nothing is sent to Ray's makers, only who has the token may use it, and everything
 #: listens on loopback (the name of that switch is Ray's). Lines of replicas are passed on as they are.
-_OWN_CLUSTER = {
+OWN_CLUSTER = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -136,4 +136,4 @@ class RayServer(EngineServer):
     def _variables(self, own: Path) -> Mapping[str, str]:
         if self.address is not None:
             return self.environment
-        return {**self.environment, **_OWN_CLUSTER, "RAY_AUTH_TOKEN_PATH": str(own / "ray_token")}
+        return {**self.environment, **OWN_CLUSTER, "RAY_AUTH_TOKEN_PATH": str(own / "ray_token")}
