@@ -11,6 +11,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "torchserve": ("ts", "model_archiver", "packaging", "psutil"),
     "review": ("fastapi", "uvicorn", "jinja2", "python_multipart"),
     "v2": ("fastapi", "uvicorn", "grpc", "google.protobuf", "ts", "model_archiver"),
+    "ray": ("ray", "fastapi", "uvicorn", "ts", "model_archiver"),
     "postgres": ("psycopg",),
     "object-store": ("obstore",),
 }

@@ -188,6 +188,7 @@ _WAITING_FILES = (
     "test_secrets",
     "test_torchserve_server",
     "test_review_legible",
+    "test_ray_engine",
     "test_local_engine",
     "test_examples",
     "test_keys",

@@ -30,6 +30,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "lab retrainer serving review",
         "torchserve v2",
         "local",
+        "ray",
         "demo",
         "cli",
     )
@@ -39,9 +40,20 @@ EDGE = ("cli", "demo")
 #: These know nothing of the guard but its nouns.
 NOUNS_ONLY = ("telemetry", "relabel")
 #: Rooms that may import a web framework, a database driver or a client of one.
-OPEN = ("relabel", "review", "observing", "serving", "torchserve", "v2", "local", "processes", *EDGE)
+OPEN = ("relabel", "review", "observing", "serving", "torchserve", "v2", "local", "ray", "processes", *EDGE)
 
-SERVERS = {"ts", "starlette", "fastapi", "uvicorn", "sqlalchemy", "alembic", "prometheus_client", "httpx", "psutil"}
+SERVERS = {
+    "ts",
+    "starlette",
+    "fastapi",
+    "uvicorn",
+    "sqlalchemy",
+    "alembic",
+    "prometheus_client",
+    "httpx",
+    "psutil",
+    "ray",
+}
 PEOPLE = {"typer", "rich", "matplotlib"}
 
 

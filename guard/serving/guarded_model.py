@@ -158,7 +158,12 @@ class GuardedModel:
         return int(self.guard.reference.logits.shape[1])
 
     def answer(
-        self, inputs: Float32Array, requests: Requests | None = None, bodies: Sequence[Any] = ()
+        self,
+        inputs: Float32Array,
+        requests: Requests | None = None,
+        bodies: Sequence[Any] = (),
+        *,
+        guard: Guard | None = None,
     ) -> list[RowAnswer]:
         """Let the network answer, judge every row, and return one answer each, in order. Does not raise for a bad row.
 
@@ -170,6 +175,9 @@ class GuardedModel:
             Ids and headers, for logs, traces, deadlines and the queue.
         bodies : sequence, optional
             What the sender of each row sent, for the reviewers; without it they see what the network saw.
+        guard : Guard, optional
+            The one to judge by, for several calls that belong together: `guard` of this model as it was at the first.
+            Default: the one in use.
 
         Raises
         ------
@@ -185,7 +193,7 @@ class GuardedModel:
         if isinstance(requests, RowRequests) and not {len(requests.ids), len(requests.sent)} <= {0, len(inputs)}:
             sizes = f"{len(requests.ids)} ids and {len(requests.sent)} headers"
             raise DataError(f"requests must be one per row, {len(inputs)}, got {sizes}.")
-        guard = self.guard  # once: no call mixes two bundles
+        guard = guard or self.guard  # once: no call mixes two bundles
         known = requests or RowRequests()
         started = time.perf_counter()
         answered, guard_seconds = self._answered(guard, images, known)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -29,8 +29,46 @@ _SHORT_BYTES = 64 << 10
 _Result = TypeVar("_Result")
 
 
+class Models(Protocol):
+    """Models that are lent for one request each: they may be opened when they are asked for, and closed between."""
+
+    def names(self) -> Collection[str]:
+        """Return the names of all models, open or not."""
+
+    def lent(self, name: str) -> AbstractAsyncContextManager[ServedModel]:
+        """Lend a model of this name; it stays open inside the block.
+
+        Raises
+        ------
+        OverloadedError
+            If it cannot be opened now.
+        """
+
+
+class OpenModels:
+    """Models that are all open, as long as the application is.
+
+    Parameters
+    ----------
+    models : mapping of str to ServedModel
+        By name.
+    """
+
+    def __init__(self, models: Mapping[str, ServedModel]) -> None:
+        self._models = models
+
+    def names(self) -> Collection[str]:
+        """Return the names of all models."""
+        return self._models.keys()
+
+    @asynccontextmanager
+    async def lent(self, name: str) -> AsyncIterator[ServedModel]:
+        """Lend a model."""
+        yield self._models[name]
+
+
 def create_app(
-    models: Mapping[str, ServedModel],
+    models: Mapping[str, ServedModel] | Models,
     *,
     key: str | None = None,
     max_body_bytes: int = 64 << 20,
@@ -42,7 +80,7 @@ def create_app(
 
     Parameters
     ----------
-    models : mapping of str to ServedModel
+    models : mapping of str to ServedModel, or Models
         By name; the application closes none of them.
     key : str, optional
         What callers must send as `Authorization: Bearer KEY`, but for health; None asks for nothing.
@@ -74,12 +112,18 @@ def create_app(
     async def not_there(_request: Request, error: HTTPException) -> Response:
         return _error(error.status_code, str(error.detail), dict(error.headers or {}))
 
-    def model_of(name: str, asked_version: str | None = None) -> ServedModel:
-        if name not in models:
-            raise ProtocolError(f"there is no model {name[:80]!r}; served are {', '.join(sorted(models))}.", 404)
+    shelf: Models = OpenModels(models) if isinstance(models, Mapping) else models
+
+    def checked(name: str, asked_version: str | None = None) -> str:
+        if name not in shelf.names():
+            raise ProtocolError(f"there is no model {name[:80]!r}; served are {', '.join(sorted(shelf.names()))}.", 404)
         if asked_version not in (None, VERSION):
             raise ProtocolError(f"model {name!r} has version {VERSION} alone, not {str(asked_version)[:20]!r}.", 404)
-        return models[name]
+        return name
+
+    async def refuse(name: str, status: int, headers: Mapping[str, str]) -> None:
+        async with shelf.lent(name) as model:
+            model.refuse(status, headers)
 
     @app.get("/openapi.json")
     async def describe_routes() -> dict[str, object]:
@@ -100,17 +144,19 @@ def create_app(
     @app.get("/v2/models/{name}")
     @app.get("/v2/models/{name}/versions/{asked}")
     async def about_model(name: str, asked: str | None = None) -> dict[str, object]:
-        return model_of(name, asked).metadata()
+        async with shelf.lent(checked(name, asked)) as model:
+            return model.metadata()
 
     @app.get("/v2/models/{name}/ready")
     @app.get("/v2/models/{name}/versions/{asked}/ready")
     async def is_model_ready(name: str, asked: str | None = None) -> dict[str, object]:
-        return {"name": model_of(name, asked).name, "ready": True}
+        async with shelf.lent(checked(name, asked)):
+            return {"name": name, "ready": True}
 
     @app.post("/v2/models/{name}/infer")
     @app.post("/v2/models/{name}/versions/{asked}/infer")
     async def infer(request: Request, name: str, asked: str | None = None) -> Response:
-        model = model_of(name, asked)
+        checked(name, asked)
         try:
             async with bodies.held(request) as body:
                 json_bytes = _json_bytes(request)
@@ -119,12 +165,13 @@ def create_app(
                         f"JSON must have at most {max_json_bytes} bytes, got {size}. Send binary data.", 413
                     )
                 wanted = await _off_loop(len(body), read_request, body, json_bytes)
-                found = await model.infer(wanted, request.headers)
+                async with shelf.lent(name) as model:
+                    found = await model.infer(wanted, request.headers)
         except ProtocolError as error:
-            model.refuse(error.status, request.headers)
+            await refuse(name, error.status, request.headers)
             raise
         except ClientDisconnect:
-            model.refuse(400, request.headers)
+            await refuse(name, 400, request.headers)
             return _error(400, "the body ended before it was whole.")  # to nobody
         if found.response is None:
             return _error(found.status, found.error, found.headers)
