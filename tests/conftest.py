@@ -292,7 +292,7 @@ def quick_java(request: pytest.FixtureRequest, run_folder: Path) -> Iterator[Non
     The archive is made in the meantime, by the first process of the run to come here: a server does without until then.
     """
     os.environ["JAVA_TOOL_OPTIONS"] = " ".join(QUICK_START)
-    if sum(item.get_closest_marker("torchserve") is not None for item in request.session.items) < 10:
+    if sum(item.get_closest_marker("torchserve") is not None for item in request.session.items) < 40:
         yield
         return
     os.environ["JAVA_TOOL_OPTIONS"] += f' "-XX:SharedArchiveFile={run_folder / "torchserve.jsa"}"'
