@@ -139,7 +139,7 @@ def fitted_guard(suspect: SuspectModel, clean_split: CleanSplit, once: Once) -> 
 def second_guard(suspect: SuspectModel, clean_split: CleanSplit, once: Once) -> Guard:
     """A guard beside it: other folds, twice its false-positive rate."""
     suspect.locate(*clean_split.validation)
-    config = GuardConfig(false_positive_rate=0.1, seed=1)
+    config = GuardConfig(false_positive_rate=0.1, seed=1, folds=5)
     fitted = once("second-guard", lambda: replace(Guard.fit(suspect, *clean_split.validation, config), suspect=None))
     return replace(fitted, suspect=suspect)
 
