@@ -5,10 +5,12 @@ BIN    := $(VENV)/bin
 KSERVE := $(VENV)/kserve
 # Threads that wait for each other stall on a busy machine, and nothing here is large enough to gain from two.
 export OMP_NUM_THREADS ?= 1
+# Tests are a hundred processes: without bytecode each of them compiles the package, and three rewrite every assertion.
+unexport PYTHONDONTWRITEBYTECODE
 # Test files that run at the same time, one more than cores: those with servers wait a lot. JOBS=0: one process.
 JOBS ?= 3
 
-.PHONY: setup demo test test-quick lint types bench bench-badnets bench-fusion bench-loop bench-networks leaderboard test-zoo adaptive-attacks ablation rehearsal clean help
+.PHONY: setup frameworks demo test test-quick lint types bench bench-badnets bench-fusion bench-loop bench-networks leaderboard test-zoo adaptive-attacks ablation rehearsal clean help
 
 help:
 	@echo "make demo   set up, backdoor a network on real images, guard it, serve it, print the verdicts"
@@ -31,10 +33,22 @@ $(KSERVE)/.ready: $(VENV)/.ready
 	$(KSERVE)/bin/python -m pip install --quiet "kserve==0.21.0" "onnxruntime>=1.19"
 	@touch $@
 
+# Servers whose packages want other versions than the tests do, beside them: what they lack comes from .venv.
+FRAMEWORKS := build/frameworks
+frameworks: $(FRAMEWORKS)/.ready
+
+$(FRAMEWORKS)/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_paths()["purelib"])' \
+	  > $$(echo $(FRAMEWORKS)/lib/python3*/site-packages)/zz-parent.pth
+	$(FRAMEWORKS)/bin/python -m pip install --quiet "mlserver>=1.7,<2"
+	$(FRAMEWORKS)/bin/python -m pip install --quiet "bentoml>=1.4,<2"
+	@touch $@
+
 demo: setup
 	$(BIN)/guard demo $(ARGS)
 
-test: setup $(KSERVE)/.ready
+test: setup frameworks $(KSERVE)/.ready
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # No server, no browser, no database server; under 90 seconds on two quiet cores.

@@ -26,7 +26,7 @@ SETTINGS_FILE = "guard.toml"
 ENVIRONMENT_PREFIX = "GUARD_"
 
 #: Variables of other parts of the program: secrets, which no file keeps, and how long this machine waits for the queue.
-OTHER_VARIABLES = frozenset({"GUARD_QUEUE_KEY", "GUARD_QUEUE_TIMEOUT_S", "GUARD_QUEUE_URL_FILE"})
+OTHER_VARIABLES = frozenset({"GUARD_CACHE_DIR", "GUARD_QUEUE_KEY", "GUARD_QUEUE_TIMEOUT_S", "GUARD_QUEUE_URL_FILE"})
 #: Largest file that `GUARD_QUEUE_URL_FILE` may name.
 _MOST_URL_BYTES = 2**14
 

@@ -12,6 +12,10 @@ class ConfigError(GuardError):
     """A setting is unknown, out of range, or contradicts another."""
 
 
+class MissingExtraError(GuardError):
+    """An optional part of this package is wanted and not installed."""
+
+
 class UnsafeWeightsError(GuardError):
     """The weights file could run code when loaded, and was refused."""
 
@@ -42,6 +46,10 @@ class NotFittedError(GuardError):
 
 class BundleError(GuardError):
     """A bundle is missing, damaged, of another schema, or of another model."""
+
+
+class StoreUnavailable(BundleError):  # noqa: N818
+    """The object store with the bundles cannot be reached, or refuses; nothing is said of any bundle in it."""
 
 
 class DatasetError(GuardError):

@@ -49,7 +49,7 @@ class GuardHandler:
         self._runtime = GuardRuntime(
             getattr(self._inner, settings.get("model_attribute", "model"), None),
             settings,
-            bundles=Path(about["bundles"]) if about["bundles"] else None,
+            bundles=about["bundles"] or None,
             embedded=folder / about["embedded"],
             model_name=context.model_name,
         )

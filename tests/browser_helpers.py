@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 from playwright.sync_api import Page, expect
 
@@ -16,6 +17,8 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--renderer-process-limit=1",  # or every page of a site gets a new process
+    "--process-per-site",
 )
 #: Milliseconds until something that should be on the page must be there.
 PATIENCE = 30_000
@@ -27,10 +30,36 @@ EXPECTED = re.compile(
 
 OpenPage = Callable[..., Page]
 
+#: Settings that a page can change, as a new one has them.
+PLAIN_SETTINGS: dict[str, Any] = {"color_scheme": "light", "viewport": {"width": 1280, "height": 720}}
+
 
 def chromium() -> str | None:
     """Return an installed browser; None if there is none."""
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def set_plain(page: Page, **settings: Any) -> None:
+    """Set what `PLAIN_SETTINGS` names, to the values there where none is given."""
+    settings = PLAIN_SETTINGS | settings
+    page.emulate_media(color_scheme=settings["color_scheme"])
+    page.set_viewport_size(settings["viewport"])
+
+
+def forget(page: Page) -> None:
+    """Leave the site, and keep nothing of it: no cookie, no storage, no answer, no other page."""
+    context, site = page.context, page.url
+    for other in context.pages:
+        if other is not page:
+            other.close()
+    page.unroute_all()
+    page.goto("about:blank")
+    context.clear_cookies()
+    tools = context.new_cdp_session(page)
+    tools.send("Network.clearBrowserCache")
+    tools.send("Storage.clearDataForOrigin", {"origin": "/".join(site.split("/")[:3]), "storageTypes": "all"})
+    tools.send("Page.resetNavigationHistory")
+    tools.detach()
 
 
 def log_in(page: Page, name: str, token: str) -> None:

@@ -10,18 +10,21 @@ import itertools
 import os
 import pickle
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pytest
-from browser_helpers import EXPECTED, FLAGS, PATIENCE, OpenPage, chromium
+from browser_helpers import EXPECTED, FLAGS, PATIENCE, PLAIN_SETTINGS, OpenPage, chromium, forget, set_plain
 from filelock import FileLock
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
+from java_helpers import QUICK_START
+from object_store_helpers import Proxy, S3Server
+from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 from prepared_process import PreparedProcess
 from queue_helpers import PostgresServer, empty_postgresql_queue, postgresql_folder
 from safetensors.torch import save_file
@@ -55,13 +58,18 @@ Once = Callable[[str, Callable[[], Made]], Made]
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
-    """Make something once for all processes of this run: the first to ask makes it, the others read its pickle."""
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The one folder that all processes of this run have."""
     own = tmp_path_factory.getbasetemp()
-    folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def once(run_folder: Path) -> Once:
+    """Make something once for all processes of this run: the first to ask makes it, the others read its pickle."""
 
     def made(name: str, make: Callable[[], Made]) -> Made:
-        path = folder / f"{name}.pickle"
+        path = run_folder / f"{name}.pickle"
         with FileLock(f"{path}.lock"):
             if not path.exists():
                 path.write_bytes(pickle.dumps(make()))
@@ -135,7 +143,7 @@ def fitted_guard(suspect: SuspectModel, clean_split: CleanSplit, once: Once) -> 
 def second_guard(suspect: SuspectModel, clean_split: CleanSplit, once: Once) -> Guard:
     """A guard beside it: other folds, twice its false-positive rate."""
     suspect.locate(*clean_split.validation)
-    config = GuardConfig(false_positive_rate=0.1, seed=1)
+    config = GuardConfig(false_positive_rate=0.1, seed=1, folds=5)
     fitted = once("second-guard", lambda: replace(Guard.fit(suspect, *clean_split.validation, config), suspect=None))
     return replace(fitted, suspect=suspect)
 
@@ -225,8 +233,10 @@ _WAITING_FILES = (
     "test_secrets",
     "test_torchserve_server",
     "test_review_legible",
+    "test_ray_engine",
     "test_local_engine",
     "test_proxy_kserve",
+    "test_examples",
     "test_keys",
     "test_deploy",
     "test_review_cli",
@@ -234,6 +244,8 @@ _WAITING_FILES = (
     "test_observe",
     "test_wheel",
     "test_status_browser",
+    "test_object_store",
+    "test_object_store_serving",
 )
 #: Test files that train networks, or take more than five seconds for another reason, the longest first.
 _WORKING_FILES = (
@@ -279,7 +291,24 @@ _WORKING_FILES = (
     "test_guarded_archive",
 )
 #: Fixtures behind which a database server or a browser starts.
-_SLOW_FIXTURES = frozenset(("postgresql_server", "postgresql_url", "browser"))
+_SLOW_FIXTURES = frozenset(("postgresql_server", "postgresql_url", "browser", "s3"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Let each process of a run read the test files from another one on.
+
+    To rewrite the assertions of all files takes longer than to read them. What one process has written, the others
+    read, so no two of them shall begin with the same files.
+    """
+    report = yield
+    if isinstance(collector, pytest.Directory) and report.passed:
+        number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        first = len(report.result) * number // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        report.result = report.result[first:] + report.result[:first]
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -289,7 +318,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     turns = itertools.chain.from_iterable(itertools.zip_longest(_WAITING_FILES, _WORKING_FILES))
     position = {name: number for number, name in enumerate(name for name in turns if name)}
-    items.sort(key=lambda item: position.get(item.path.stem, len(position)))
+    items.sort(key=lambda item: (position.get(item.path.stem, len(position)), item.path))
     for item in items:
         starts = _SLOW_FIXTURES & set(getattr(item, "fixturenames", ())) or "postgresql" in item.name
         if starts or item.path.stem in position:
@@ -298,12 +327,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def patience() -> None:
-    """Let queues wait as long as a busy test machine needs; a server's quarter of a second is a test's own choice.
-
-    And let Java compile little, as no server of a test lives for long: its start costs half of the time.
-    """
+    """Let queues wait as long as a busy test machine needs; a server's quarter of a second is a test's own choice."""
     os.environ[TIMEOUT_VARIABLE] = "20"
-    os.environ["JAVA_TOOL_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_java(request: pytest.FixtureRequest, run_folder: Path) -> Iterator[None]:
+    """Let Java start with half of the work; with a fourth of it, where many servers make up for a shared archive.
+
+    The archive is made in the meantime, by the first process of the run to come here: a server does without until then.
+    """
+    os.environ["JAVA_TOOL_OPTIONS"] = " ".join(QUICK_START)
+    if sum(item.get_closest_marker("torchserve") is not None for item in request.session.items) < 40:
+        yield
+        return
+    os.environ["JAVA_TOOL_OPTIONS"] += f' "-XX:SharedArchiveFile={run_folder / "torchserve.jsa"}"'
+    try:
+        (run_folder / "java").mkdir()
+    except FileExistsError:
+        yield
+        return
+    script = Path(__file__).with_name("java_helpers.py")
+    command = [sys.executable, str(script), str(run_folder / "java"), str(run_folder / "torchserve.jsa")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -326,6 +373,27 @@ def postgresql_server() -> Iterator[PostgresServer]:
         yield server
     finally:
         server.remove()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real S3 server, started once, with an empty bucket."""
+    server = S3Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy before that server, which the environment names, with credentials and a folder for copies."""
+    proxy = Proxy(s3_server.port)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAOFTESTS")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("GUARD_CACHE_DIR", str(tmp_path / "copies"))
+    yield proxy
+    proxy.go_down()
 
 
 @pytest.fixture(scope="session")
@@ -367,27 +435,47 @@ def browser() -> Iterator[Browser]:
         opened.close()
 
 
+@pytest.fixture(scope="session")
+def used_pages() -> list[Page]:
+    """Pages that were made to forget all: a new one takes Chromium longer than most tests need a page for."""
+    return []
+
+
 @pytest.fixture
-def open_page(browser: Browser) -> Iterator[OpenPage]:
+def open_page(browser: Browser, used_pages: list[Page]) -> Iterator[OpenPage]:
     """Open pages, each as a browser of its own; at the end no script may have failed or been stopped by the policy."""
-    contexts: list[BrowserContext] = []
+    opened: list[tuple[Page, bool]] = []
     problems: list[str] = []
 
     def note(message: ConsoleMessage) -> None:
         if message.type == "error" and not EXPECTED.search(message.text):
             problems.append(message.text)
 
-    def open_it(url: str, **settings: object) -> Page:
-        contexts.append(browser.new_context(**settings))
-        page = contexts[-1].new_page()
+    listeners: dict[str, Callable[[Any], object]] = {
+        "console": note,
+        "pageerror": lambda error: problems.append(str(error)),
+        "dialog": lambda dialog: (problems.append(f"dialog: {dialog.message}"), dialog.dismiss()),
+    }
+
+    def open_it(url: str, **settings: Any) -> Page:
+        plain = settings.keys() <= PLAIN_SETTINGS.keys()
+        page = used_pages.pop() if plain and used_pages else browser.new_context(**settings).new_page()
+        opened.append((page, plain))
+        if plain:
+            set_plain(page, **settings)
         page.set_default_timeout(PATIENCE)
-        page.on("console", note)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("dialog", lambda dialog: (problems.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        for event, listener in listeners.items():
+            page.on(event, listener)
         page.goto(url)
         return page
 
     yield open_it
-    for context in contexts:
-        context.close()
+    for page, plain in opened:
+        for event, listener in listeners.items():
+            page.remove_listener(event, listener)
+        if plain and not problems and not page.is_closed():
+            forget(page)
+            used_pages.append(page)
+        else:
+            page.context.close()
     assert problems == []

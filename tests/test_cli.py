@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,10 +20,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from object_store_helpers import BUCKET, Proxy
 from PIL import Image
 from safetensors.torch import save_file
 
 from guard.cli import run
+from guard.torchserve.archives.contents import followed_bundles
 from guard.torchserve.client import Client
 
 NETWORK = """
@@ -191,7 +194,12 @@ def test_version_is_printed(guard: Run) -> None:
         ([*FIT, "--mode", "magic"], "mode: input should be 'calibrated' or 'paper', got 'magic'"),
         ([*FIT, "--false-positive-rate", "1.5"], "false_positive_rate must be in (0, 1), got 1.5"),
         ([*FIT, "--device", "toaster"], "--device 'toaster' cannot be used"),
-        ([*FIT, "--false-positive-rate", "5%"], "unable to parse string as a number. See `guard fit --help`."),
+        (
+            [*FIT, "--false-positive-rate", "5%"],
+            "'5%' is no number. Write a share: 0.05 for 5 %. See `guard fit --help`.",
+        ),
+        (["inspect", "new", *MODEL, "--false-positive-rate", "0,05"], "'0,05' is no number. Write a share"),
+        (["demo", "--false-positive-rate", "one"], "'one' is no number. Write a share"),
         ([*FIT, "--settings", "none.toml"], "settings file none.toml does not exist"),
         (["serve", "a", "a=b.mar"], "model 'a' is named twice. Give each its own name: NAME=FILE."),
         ([*FIT, "--settings", "clean"], "settings file clean is a folder. Name another"),
@@ -252,6 +260,28 @@ def test_fit_says_what_it_did_in_lines_that_can_be_copied(guard: Run, monkeypatc
     assert "100.0 % right" in shown
     assert "(asked for 0.05, measured out of fold)" in shown
     assert not Path("said/ACTIVE").exists()
+
+
+def test_fit_inspect_and_archive_work_below_a_url(guard: Run, work: Path, s3: Proxy) -> None:
+    bundles = ["--bundles", f"s3://{BUCKET}/fitted"]
+    status, shown, problem = guard(*FIT, *bundles)
+    assert status == 0, problem
+    place, _, digest = shown.split()[1].rpartition("/")
+    assert place == bundles[1]
+    status, shown, _ = guard("inspect", "new", *MODEL, *bundles, "--format", "csv")
+    assert status == 0
+    assert shown.count("clean") + shown.count("poisoned") >= 8
+    assert guard("archive", "remote", *MODEL, *bundles, "--no-check")[0] == 0
+    archive = work / "model_store" / "remote.mar"
+    assert followed_bundles(archive) == place
+    with zipfile.ZipFile(archive) as packed:
+        assert f"{digest}/guard.json" in packed.namelist()
+        assert not [name for name in packed.namelist() if b"hush-hush" in packed.read(name)]
+    s3.go_down()
+    for command in ((*FIT, *bundles), ("inspect", "new", *MODEL, *bundles), ("bundle", "show", *bundles)):
+        status, _, problem = guard(*command)  # before the long work
+        assert status == 1
+        assert "no connection. Check the network and AWS_ENDPOINT_URL." in error_line(problem)
 
 
 def test_fit_refuses_another_order_of_the_classes_and_names_the_one_that_the_answers_suggest(

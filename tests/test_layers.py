@@ -22,7 +22,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in (
         "errors files",
-        "types resources users_code",
+        "types resources users_code extras",
         "arrays config telemetry relabel data suspect processes",
         "statistics storage observing",
         "backups",
@@ -30,7 +30,8 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "lab retrainer serving review export",
         "torchserve v2",
         "local",
-        "demo proxy",
+        "ray proxy",
+        "demo",
         "cli",
     )
 )
@@ -39,7 +40,7 @@ EDGE = ("cli", "demo")
 #: These know nothing of the guard but its nouns.
 NOUNS_ONLY = ("telemetry", "relabel")
 #: Rooms that may import a web framework, a database driver or a client of one.
-OPEN = ("relabel", "review", "observing", "serving", "torchserve", "v2", "local", "proxy", "processes", *EDGE)
+OPEN = ("relabel", "review", "observing", "serving", "torchserve", "v2", "local", "ray", "proxy", "processes", *EDGE)
 
 SERVERS = {
     "ts",
@@ -52,6 +53,7 @@ SERVERS = {
     "httpx",
     "psutil",
     "aiohttp",
+    "ray",
 }
 PEOPLE = {"typer", "rich", "matplotlib"}
 
@@ -117,7 +119,7 @@ def test_no_file_imports_itself_by_way_of_others(folder):
 def test_telemetry_and_relabel_import_nouns_only():
     for file in sources():
         if room_of(file) in NOUNS_ONLY:
-            assert imported_rooms(file) - {room_of(file)} <= {"errors", "types", "files"}, file
+            assert imported_rooms(file) - {room_of(file)} <= {"errors", "types", "files", "extras"}, file
 
 
 #: Loaded together, none of these loads a server or a screen: then none of them does alone.
@@ -145,6 +147,12 @@ def test_torchserve_is_imported_by_one_module_and_only_when_called(loaded):
         assert not imports_ts or file == RUNS_HANDLERS, file
     assert "guard" in loaded["handling"]
     assert "ts" not in loaded["handling"]
+
+
+def test_the_client_of_object_stores_is_imported_by_one_module():
+    for file in sources():
+        imports_it = "obstore" in {name.split(".")[0] for name in imported_modules(file)}
+        assert imports_it == (file == PACKAGE / "storage" / "objects.py"), file
 
 
 def test_serving_knows_no_server_by_name_or_by_its_words():

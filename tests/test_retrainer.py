@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from object_store_helpers import BUCKET
 from queue_helpers import settled_items
 from retrainer_helpers import fit_guard, flagged_input, save_as_of_a_network, world
 
 from guard import Activations, Guard
 from guard.cli import run
 from guard.detection.detectors import DETECTORS
-from guard.errors import BundleError, QueueUnavailable, RetrainingError
+from guard.errors import BundleError, QueueUnavailable, RetrainingError, StoreUnavailable
 from guard.relabel.items import Answer, State
 from guard.relabel.queue import Queue
 from guard.relabel.reviewers import Reviewers
@@ -37,6 +38,7 @@ from guard.retrainer.promotion import Lineage
 from guard.retrainer.settings import RetrainerSettings
 from guard.retrainer.worker import Retrainer
 from guard.storage.bundle import JOURNAL, RETRAINER_LOCK, BundleStore, read_bundle
+from guard.storage.stores import open_store
 
 MODEL = "mnist"
 STRONG = 4.0
@@ -543,7 +545,6 @@ import json, os, signal, sys
 from pathlib import Path
 import scipy.optimize, scipy.stats, sklearn.metrics, sklearn.svm  # once, and not in every child
 import guard.retrainer.worker as worker
-import guard.retrainer.promotion as promotion
 from guard.storage.bundle import BundleStore
 from guard.detection.pipeline import Guard
 from guard.relabel.queue import Queue
@@ -553,11 +554,11 @@ from guard.retrainer.settings import RetrainerSettings
 
 places = {
     "candidate": (worker, "write_candidate"),
-    "journal": (promotion, "write_durably"),
+    "journal": (BundleStore, "begin_promotion"),
     "activate": (BundleStore, "activate"),
     "trained": (Queue, "mark_trained"),
     "finish": (Rounds, "finish"),
-    "clean up": (promotion.Promoter, "_remove_journal"),
+    "clean up": (BundleStore, "end_promotion"),
 }
 
 def dying(function, when):
@@ -655,7 +656,7 @@ def test_a_full_disk_while_the_journal_is_written_fails_the_round_and_changes_no
     def full(*_):
         raise BundleError("no room")
 
-    monkeypatch.setattr("guard.retrainer.promotion.write_durably", full)
+    monkeypatch.setattr(BundleStore, "begin_promotion", full)
     finished = place.step(enough_decisions=1)
     assert finished.line.endswith("no room")
     assert finished.outcome == "failed"
@@ -666,6 +667,42 @@ def test_a_damaged_journal_is_refused_with_what_to_do(place):
     (place.store.root / JOURNAL).write_text("{")
     with pytest.raises(BundleError, match=r"\.promotion\.json is damaged\. .* then remove the file\.$"):
         place.step()
+
+
+def test_a_round_switches_below_a_url_and_another_machine_finishes_what_was_begun(place, quick, s3, monkeypatch):
+    url = f"s3://{BUCKET}/retrained"
+    place.review()
+    store = open_store(url)
+    shutil.copytree(place.store.root / place.digest, store.root / place.digest)
+    store.publish(place.digest)
+    store.activate(place.digest)
+
+    def step(machine: str):
+        monkeypatch.setenv("GUARD_CACHE_DIR", str(place.root / machine))
+        settings = RetrainerSettings(enough_decisions=1, every_hours=0)
+        with Retrainer(place.queue, url, MODEL, settings) as retrainer:
+            return retrainer.step()
+
+    def dies(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Queue, "mark_trained", dies)
+        with pytest.raises(KeyboardInterrupt):
+            step("first")
+    candidate = store.active_digest()
+    assert candidate != place.digest
+    assert not place.queue.items(state=State.TRAINED)
+    assert store.begun_promotion() is not None
+    assert step("second") is None
+    assert Rounds(place.queue).last(MODEL).outcome == "promoted"
+    assert place.queue.items(state=State.TRAINED)
+    assert store.begun_promotion() is None
+    assert Guard.load(store.fetch(candidate)).digest == candidate
+    assert store.roll_back() == place.digest
+    s3.go_down()
+    with pytest.raises(StoreUnavailable, match="no connection"):
+        step("second")
 
 
 def test_run_goes_on_when_the_queue_is_away_for_a_while(place, monkeypatch, caplog):

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-from browser_helpers import PATIENCE, log_in
+from browser_helpers import PATIENCE, forget, log_in
 from playwright.sync_api import Page, expect
 from review_helpers import N_CLASSES, picture, small_bundle, workspace_of
 from torch import nn
@@ -94,6 +94,20 @@ def test_whole_review_by_keyboard(workspace, queue, open_page):
         expect(page.locator("#item-title")).to_have_text("Nothing waits for you")
         expect(page.locator("#item-title")).to_be_focused()
     assert answers(queue) == [(1, True, 4), (2, True, 6), (3, True, None), (4, False, 3), (5, False, 3)]
+
+
+def test_page_that_the_next_test_gets_knows_nothing_of_this_one(workspace, open_page):
+    token = workspace.reviewers.add("ada")
+    with serving_in_thread(workspace) as url:
+        page = open_page(url)
+        log_in(page, "ada", token)
+        page.evaluate("localStorage.setItem('seen', 1)")
+        page.context.new_page()
+        forget(page)
+        assert (page.context.cookies(), page.context.pages, page.evaluate("history.length")) == ([], [page], 1)
+        page.goto(f"{url}/review")
+        assert page.url.endswith("/login")
+        assert page.evaluate("localStorage.length") == 0
 
 
 def test_picture_tools_by_keyboard(queue, open_page):

@@ -37,7 +37,7 @@ def model() -> Model:
 
 @pytest.fixture
 def batcher(model: Model) -> Iterator[Batcher]:
-    made = Batcher(model.answer, batch_size=4, max_delay_s=0.05, max_waiting_rows=10)
+    made = Batcher(lambda: model.answer, batch_size=4, max_delay_s=0.05, max_waiting_rows=10)
     yield made
     model.go.set()
     made.close()

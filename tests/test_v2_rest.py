@@ -98,6 +98,23 @@ def test_infer_tells_every_row_its_verdict(
     assert sum(counted(served[0]).values()) == 7
 
 
+def test_rows_of_one_request_are_judged_by_one_guard_though_it_is_swapped_between_forward_passes(
+    make: Make, served: list[ServedModel], clean_split: Any, second_guard: Guard, tmp_path: Path
+) -> None:
+    make()
+    runtime = served[0].model.runtime
+    first, other = runtime.current, runtime._load(second_guard.save(tmp_path))
+
+    def swap(*_: Any) -> None:
+        runtime.current = other
+
+    runtime.module.register_forward_hook(swap)
+    rows = clean_split.test.images[:20]  # three forward passes
+    answers = served[0]._batcher.submit(rows, "r", {}).result(30)
+    assert {answer.bundle for answer in answers} == {first.digest}
+    assert {answer.bundle for answer in served[0]._batcher.submit(rows, "r", {}).result(30)} == {other.digest}
+
+
 def test_infer_of_one_row_has_the_headers_of_torchserve(make: Make, triggered: Poisoned) -> None:
     reply = make().post("/v2/models/m/versions/1/infer", json=request_of(triggered.images[:1]))
     assert reply.headers["guard-verdict"] == reply.json()["parameters"]["guard_verdict"] == "poisoned"

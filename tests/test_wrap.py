@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from object_store_helpers import BUCKET, Proxy
 from serving_helpers import HANDLERS, Worker, png
 from wrap_helpers import (
     NAMES,
@@ -30,6 +31,7 @@ from guard import Guard
 from guard.lab.attacks import MnistCnn
 from guard.serving.single_image import holds_one_image
 from guard.storage.bundle import DOCUMENT
+from guard.storage.stores import open_store
 from guard.torchserve.archives.class_list import read_class_list
 from guard.torchserve.archives.manifest import MANIFEST
 from guard.torchserve.archives.original import RECIPE
@@ -205,6 +207,19 @@ def test_wrap_writes_a_bundle_that_the_server_follows_and_never_over_the_archive
     status, _, err = guard_command(capfd, "wrap", target, "--images", clean)
     assert (status, "is guarded already. Take the guard out first" in err) == (1, True)
     assert archive.read_bytes() == before
+
+
+@pytest.mark.usefixtures("quick_fit", "quick_checks")
+def test_wrap_writes_a_bundle_below_a_url(badnet: MnistCnn, clean: Path, tmp_path: Path, capfd: Any, s3: Proxy) -> None:
+    url, target = f"s3://{BUCKET}/wrapped", tmp_path / "g.mar"
+    archive = classifier_archive(tmp_path, badnet)
+    command = ("wrap", archive, "--images", clean, "--output", target, "--bundles", url)
+    assert guard_command(capfd, *command, "--no-check")[0] == 0
+    about = json.loads(contents(target)["guard_archive.json"])
+    assert (about["bundles"], about["embedded"]) == (url, open_store(url).active_digest())
+    s3.go_down()
+    status, _, err = guard_command(capfd, *command, "--force")
+    assert (status, "no connection" in err) == (1, True)
 
 
 def test_wrap_takes_folders_by_class_name_and_other_bodies(

@@ -22,7 +22,7 @@ from guard.cli.export import export
 from guard.cli.help import complete_help
 from guard.cli.observe import observe
 from guard.cli.offline import fit, inspect
-from guard.cli.options import AsJson, Bundles, Digest
+from guard.cli.options import RATE_HELP, AsJson, Bundles, Digest, share
 from guard.cli.output import (
     console,
     one_line,
@@ -44,6 +44,7 @@ from guard.cli.snapshot import snapshot_app
 from guard.cli.wrap import unwrap, wrap
 from guard.cli.zoo import zoo_app
 from guard.errors import BundleError, ConfigError
+from guard.extras import require
 from guard.users_code import users_place
 
 app = typer.Typer(
@@ -143,21 +144,23 @@ def top(
 
 
 @bundle_app.command("list")
-def bundle_list(bundles: Bundles = Path("bundles"), as_json: AsJson = False) -> None:
+def bundle_list(bundles: Bundles = "bundles", as_json: AsJson = False) -> None:
     """List the bundles of a folder, newest first."""
-    from guard.cli.bundle_summary import local_time, written_at
-    from guard.storage.bundle import BundleStore
+    from guard.cli.bundle_summary import in_utc, local_time
+    from guard.storage.stores import open_store
 
-    store = BundleStore(bundles)
+    store = open_store(bundles)
     entries = store.entries()
-    damaged = sorted({folder.name for folder in bundles.glob("?" * 64)} - {entry.digest for entry in entries})
+    damaged = sorted({*store.digests()} - {entry.digest for entry in entries})
     if not entries and not damaged:
-        raise BundleError(f"there is no bundle in {bundles}. Make one with `guard fit`, or name the folder: --bundles.")
+        raise BundleError(
+            f"there is no bundle in {store.address}. Make one with `guard fit`, or name the folder: --bundles."
+        )
     rows = [
         {
             "digest": entry.digest,
             "active": entry.is_active,
-            "written": written_at(store.folder_of(entry.digest)),
+            "written": in_utc(entry.written),
             "mode": entry.document["settings"]["mode"],
             "false_positive_rate": entry.document["settings"]["false_positive_rate"],
             "realised_false_positive_rate": entry.document["realised_false_positive_rate"],
@@ -186,35 +189,36 @@ def bundle_list(bundles: Bundles = Path("bundles"), as_json: AsJson = False) -> 
 
 
 @bundle_app.command("show")
-def bundle_show(digest: Digest = "", bundles: Bundles = Path("bundles"), as_json: AsJson = False) -> None:
+def bundle_show(digest: Digest = "", bundles: Bundles = "bundles", as_json: AsJson = False) -> None:
     """Verify a bundle, and print what it holds.
 
     The active one if no digest is given. With --json everything but the arrays.
     """
-    from guard.cli.bundle_summary import summary, written_at
+    from guard.cli.bundle_summary import in_utc, summary
     from guard.config import PLACES
-    from guard.storage.bundle import BundleStore, read_bundle
+    from guard.storage.bundle import read_bundle
+    from guard.storage.stores import open_store
 
-    store = BundleStore(bundles)
+    store = open_store(bundles)
     folder = store.resolve(digest) if digest else store.active_path()
     stored = read_bundle(folder)
     if not as_json:
-        write(summary(stored, written_at(folder), is_active=stored.digest == store.known_active()))
+        write(summary(stored, in_utc(folder.stat().st_mtime), is_active=stored.digest == store.known_active()))
         return
     settings = {name: value for name, value in stored.document["settings"].items() if name not in PLACES}
     write(json.dumps({"digest": stored.digest, **stored.document, "settings": settings}, indent=2) + "\n")
 
 
 @bundle_app.command("activate")
-def bundle_activate(digest: Digest, bundles: Bundles = Path("bundles")) -> None:
+def bundle_activate(digest: Digest, bundles: Bundles = "bundles") -> None:
     """Make a bundle the active one.
 
-    Servers that follow this folder take it within two seconds.
+    Servers that follow it take it within two seconds.
     """
     from guard.detection.pipeline import Guard
-    from guard.storage.bundle import BundleStore
+    from guard.storage.stores import open_store
 
-    store = BundleStore(bundles)
+    store = open_store(bundles)
     folder = store.resolve(digest)
     Guard.load(folder)  # one that no server would take is not activated
     store.activate(folder.name)
@@ -222,31 +226,32 @@ def bundle_activate(digest: Digest, bundles: Bundles = Path("bundles")) -> None:
 
 
 @bundle_app.command("rollback")
-def bundle_rollback(bundles: Bundles = Path("bundles")) -> None:
+def bundle_rollback(bundles: Bundles = "bundles") -> None:
     """Go back to the bundle that was active before."""
     from guard.detection.pipeline import Guard
-    from guard.storage.bundle import BundleStore
+    from guard.storage.stores import open_store
 
-    store = BundleStore(bundles)
+    store = open_store(bundles)
     if previous := store.previous_digest():
-        Guard.load(store.folder_of(previous))
+        Guard.load(store.fetch(previous))
     say(f"active: {store.roll_back()}")
 
 
 @bundle_app.command("clean")
-def bundle_clean(digest: Digest, bundles: Bundles = Path("bundles")) -> None:
+def bundle_clean(digest: Digest, bundles: Bundles = "bundles") -> None:
     """Write an older version's bundle without the queue's URL.
 
     If it was the active one, the new one becomes active. Remove the old folder when no open item was flagged by it.
     """
     from guard.detection.fitted import without_places
     from guard.detection.pipeline import Guard
-    from guard.storage.bundle import BundleStore
+    from guard.storage.stores import open_store
 
-    store = BundleStore(bundles)
+    store = open_store(bundles)
     old = store.resolve(digest)
     new = without_places(old)
     Guard.load(new)
+    store.publish(new.name)
     if new != old and store.known_active() == old.name:
         store.activate(new.name)
     say(f"{'nothing to leave out: ' if new == old else ''}{new.name}")
@@ -258,7 +263,7 @@ def demo(
         "build/demo"
     ),
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
-    false_positive_rate: Annotated[float, typer.Option(help="Share of clean inputs that may be flagged.")] = 0.05,
+    false_positive_rate: Annotated[float, typer.Option(parser=share, metavar="<float>", help=RATE_HELP)] = 0.05,
     keep_serving: Annotated[
         bool, typer.Option("--keep-serving", help="Leave the server up until Ctrl-C, and print curl lines.")
     ] = False,
@@ -267,6 +272,7 @@ def demo(
 
     Backdoors networks on real images, guards and serves them, and prints what the guard catches over HTTP.
     """
+    require("torchserve")
     from guard.demo.run import run_demo
 
     run_demo(output, seed=seed, false_positive_rate=false_positive_rate, keep_serving=keep_serving, console=console)

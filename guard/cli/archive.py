@@ -58,7 +58,7 @@ def archive(
     ] = None,
     model_file: ModelFile = None,
     extra_file: ExtraFile = None,
-    bundles: Bundles = Path("bundles"),
+    bundles: Bundles = "bundles",
     model_store: Annotated[Path, typer.Option(help="Folder that archives go to.")] = Path("model_store"),
     version: Annotated[str, typer.Option(help="Version of the model.")] = "1.0",
     action: ServedAction = None,
@@ -90,7 +90,8 @@ def archive(
     """
     from guard.config import GuardConfig, load_settings
     from guard.relabel.address import queue_url
-    from guard.storage.bundle import BundleStore, read_bundle
+    from guard.storage.bundle import read_bundle
+    from guard.storage.stores import open_store
     from guard.torchserve.archives.archive import check_free
     from guard.torchserve.archives.guarded import ServedModel, make_guarded_archive
 
@@ -105,7 +106,7 @@ def archive(
         queue_url=queue_url(queue) if queue else None,
     )
     image_settings = _image_settings(handler, architecture, state_key, mean, std, resize)
-    bundle = BundleStore(bundles).active_path()
+    bundle = open_store(bundles).active_path()
     document = read_bundle(bundle).document
     if handler is None:
         _check_preprocessing(document, image_settings["mean"], image_settings["std"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,9 +14,9 @@ _WIDTH, _INDENT = 80, 16
 _MOST_CLASSES = 150  # characters of their names; a model may have a thousand classes
 
 
-def written_at(folder: Path) -> datetime:
-    """Return when a bundle was written to its folder, in UTC and whole seconds."""
-    return datetime.fromtimestamp(int(folder.stat().st_mtime), UTC)
+def in_utc(seconds: float) -> datetime:
+    """Return a time since 1970 in UTC and whole seconds."""
+    return datetime.fromtimestamp(int(seconds), UTC)
 
 
 def local_time(moment: datetime) -> str:

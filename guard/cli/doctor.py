@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from guard.errors import GuardError
+from guard.extras import is_installed
 from guard.processes.ports import port_is_free
 from guard.resources import resource_path
 from guard.torchserve.java import find_java, java_version
@@ -68,9 +69,13 @@ def checks(work_dir: Path | None = None, environment: Mapping[str, str] | None =
     """
     work_dir = Path.cwd() if work_dir is None else Path(work_dir)
     environment = os.environ if environment is None else environment
-    found = [check_python(sys.version_info[:3]), check_torch(), check_java()]
-    found += [check_package(name, version) for name, version in SERVER_PACKAGES.items()]
-    found += [check_port(name, port) for name, port in DEFAULT_PORTS.items()]
+    found = [check_python(sys.version_info[:3]), check_torch()]
+    if is_installed("ts"):
+        found.append(check_java())
+        found += [check_package(name, version) for name, version in SERVER_PACKAGES.items()]
+        found += [check_port(name, port) for name, port in DEFAULT_PORTS.items()]
+    else:
+        found.append(Check("torchserve", True, "is not installed; to serve: pip install 'backdoor-guard[torchserve]'"))
     for name, folder in (("working folder", work_dir), ("temporary folder", Path(tempfile.gettempdir()))):
         found += [check_writable(name, folder), check_disk(name, folder)]
     found += [check_sample_images(), check_data_dir(environment)]

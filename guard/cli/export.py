@@ -44,7 +44,7 @@ def export(
     handler: Handler = None,
     model_file: ModelFile = None,
     extra_file: ExtraFile = None,
-    bundles: Bundles = Path("bundles"),
+    bundles: Bundles = "bundles",
     digest: Annotated[
         str | None, typer.Option(help="Bundle whose layers are watched, by its first digits; default ACTIVE.")
     ] = None,
@@ -74,7 +74,7 @@ def export(
     from guard.detection.pipeline import Guard
     from guard.export.exporting import FILES, new_record, require_packages, write_models
     from guard.export.record import RECORD
-    from guard.storage.bundle import BundleStore
+    from guard.storage.stores import open_store
 
     if not _NAME.fullmatch(name):
         raise ConfigError(f"a model's name has letters, digits, dots, - and _ only, got {name!r}. Give another.")
@@ -92,7 +92,7 @@ def export(
     if not force and (there := [file for file in (*files.values(), folder / RECORD) if file.exists()]):
         raise ExportError(f"{there[0]} exists already. Name another, or replace it with --force.")
     config = load_config(settings)
-    store = BundleStore(bundles)
+    store = open_store(bundles)
     bundle = store.resolve(digest) if digest else store.active_path()
     model = open_model(weights, architecture, preprocess, handler, model_file, extra_file, "cpu", config, state_key)
     with model as (suspect, convert, _), progress_bar("exporting", share_known=False) as report:

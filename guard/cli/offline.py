@@ -77,7 +77,7 @@ def fit(
         bool, typer.Option("--backup-detects", help="Let it detect as well; then it runs for every input.")
     ] = False,
     threads: Threads = None,
-    bundles: Bundles = Path("bundles"),
+    bundles: Bundles = "bundles",
     activate: Annotated[bool, typer.Option(help="Make the new bundle the active one.")] = True,
     force: FitAnyway = False,
     settings: Settings = None,
@@ -89,7 +89,7 @@ def fit(
     from guard.config import load_config
     from guard.detection.pipeline import Guard
     from guard.lab.assess.backups import with_backup
-    from guard.storage.bundle import BundleStore
+    from guard.storage.stores import open_store
 
     config = load_config(
         settings,
@@ -100,6 +100,8 @@ def fit(
         image_noise_std=image_noise_std,
     )
     request = _backup_request(backup, backup_floor, backup_detects)
+    store = open_store(bundles)
+    store.digests()  # a store that cannot be reached is told of before the long work
     loading = (weights, architecture, preprocess, handler, model_file, extra_file, device, config, state_key)
     model = open_model(*loading, logits, split, depth)
     with model as (suspect, convert, user), progress_bar("reading images") as report:
@@ -121,11 +123,12 @@ def fit(
             pictures = found if handler is None else find_labelled(images, class_names=names)
             pixels, prepare = read_pixels(images, pictures, convert, handler, report)
             guard = with_backup(guard, pixels, guard.reference_labels, request, preprocess=prepare, progress=report)
-        folder = guard.save(bundles)
+        folder = guard.save(store.root)
     Guard.load(folder)  # one that no server would take is not activated
+    store.publish(folder.name)
     if activate:
-        BundleStore(bundles).activate(folder.name)
-    say(f"bundle          {folder}{' (active)' if activate else ''}")
+        store.activate(folder.name)
+    say(f"bundle          {store.address}/{folder.name}{' (active)' if activate else ''}")
     tell_fit(guard, found, _layers(suspect))
     if guard.recovery:
         _tell_backup(guard, backup_floor)
@@ -182,7 +185,7 @@ def inspect(
     model_file: ModelFile = None,
     extra_file: ExtraFile = None,
     device: Device = "cpu",
-    bundles: Bundles = Path("bundles"),
+    bundles: Bundles = "bundles",
     digest: Annotated[
         str | None, typer.Option(help="Bundle to use, by the first digits of its digest; default ACTIVE.")
     ] = None,
@@ -204,13 +207,13 @@ def inspect(
     from guard.cli.reading import in_channels_taken
     from guard.config import SERVING_SETTINGS, load_config, load_settings
     from guard.detection.pipeline import Guard
-    from guard.storage.bundle import BundleStore
+    from guard.storage.stores import open_store
 
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"--output {output}: there is no folder {output.parent}. Make it first.")
     chosen = load_settings(settings, false_positive_rate=false_positive_rate)
     config = load_config(settings)
-    store = BundleStore(bundles)
+    store = open_store(bundles)
     bundle = store.resolve(digest) if digest else store.active_path()
     model = open_model(weights, architecture, preprocess, handler, model_file, extra_file, device, config, state_key)
     with model as (suspect, convert, _), progress_bar("reading images") as report:

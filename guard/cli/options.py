@@ -49,7 +49,9 @@ ModelFile = Annotated[Path | None, typer.Option(help="TorchServe's --model-file,
 ExtraFile = Annotated[
     list[Path] | None, typer.Option(metavar="<path>", help="File or folder your handler needs; may be repeated.")
 ]
-Bundles = Annotated[Path, typer.Option(help="Folder of bundles.")]
+Bundles = Annotated[
+    str, typer.Option(metavar="<path>", help="Folder of bundles, or their URL: s3://BUCKET/PREFIX, gs://...")
+]
 Settings = Annotated[
     Path | None, typer.Option("--settings", help="Settings file; default is ./guard.toml if there is one.")
 ]
@@ -106,9 +108,22 @@ Check = Annotated[
 ]
 LOGITS_HELP = "Where the logits are in what the network returns, such as 1 or out.logits; found by itself if left out."
 Logits = Annotated[str | None, typer.Option("--logits", help=LOGITS_HELP)]
-_RATE_HELP = "Share of clean inputs that may be flagged."
-Rate = Annotated[float | None, typer.Option(show_default="0.01", help=_RATE_HELP)]
-ServedRate = Annotated[float | None, typer.Option("--false-positive-rate", show_default=_AS_FITTED, help=_RATE_HELP)]
+
+
+def share(text: str | float) -> float:
+    """Return the number that was given for a share; typer.BadParameter tells how one is written."""
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number. Write a share: 0.05 for 5 %.") from None
+
+
+RATE_HELP = "Share of clean inputs that may be flagged."
+Rate = Annotated[float | None, typer.Option(parser=share, metavar="<float>", show_default="0.01", help=RATE_HELP)]
+ServedRate = Annotated[
+    float | None,
+    typer.Option("--false-positive-rate", parser=share, metavar="<float>", show_default=_AS_FITTED, help=RATE_HELP),
+]
 
 
 def _url_or_file(context: typer.Context, parameter: typer.CallbackParam, url: str | None) -> str | None:

@@ -24,7 +24,7 @@ def proxy(
     upstream: Annotated[str, typer.Option(help="Address of the server, such as http://127.0.0.1:8000.")],
     model: Annotated[str, typer.Option(help="Name of the model there.")],
     exported: Annotated[Path, typer.Option(help="Folder that `guard export` wrote, or its guard_export.json.")],
-    bundles: Bundles = Path("bundles"),
+    bundles: Bundles = "bundles",
     model_version: Annotated[
         str | None, typer.Option(show_default="the server's choice", help="Version of the model there.")
     ] = None,
@@ -78,8 +78,8 @@ def proxy(
     from guard.export.record import ExportRecord
     from guard.relabel.address import queue_url
 
-    if find_spec("aiohttp") is None:
-        raise ServerError("guard proxy needs the package aiohttp. pip install 'backdoor-guard[proxy]'.")
+    if missing := [name for name in ("aiohttp", "fastapi", "uvicorn") if find_spec(name) is None]:
+        raise ServerError(f"guard proxy needs the package {missing[0]}. pip install 'backdoor-guard[proxy]'.")
     from guard.proxy.serving import ProxySettings, serve_proxy
 
     for name, text in (("--model", model), ("--model-version", model_version)):

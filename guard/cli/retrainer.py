@@ -25,7 +25,7 @@ NICENESS = 15
 def retrainer(
     model: Annotated[str, typer.Option(help="Name under which the model is served.")],
     queue: QueueUrl = None,
-    bundles: Bundles = Path("bundles"),
+    bundles: Bundles = "bundles",
     once: Annotated[bool, typer.Option("--once", help="Look once, run a round if one is due, and end.")] = False,
     now: Annotated[bool, typer.Option("--now", help="With --once: run a round whether one is due or not.")] = False,
     interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 5.0,

@@ -14,6 +14,7 @@ from guard.cli.options import Architecture, Device, MetricsPort, QueueUrl, State
 from guard.cli.output import plain_table, print_table, print_warning, say, tell, write
 from guard.cli.review_sources import by_model, known_bundles, networks_of, open_workspace
 from guard.errors import ConfigError, DataError
+from guard.extras import require
 
 if TYPE_CHECKING:
     from guard.relabel.queue import Queue
@@ -43,7 +44,7 @@ BundleFolders = Annotated[
         "--bundles",
         metavar="<path>",
         show_default="those that --archive follows, or bundles",
-        help="Folder of bundles. MODEL=FOLDER, repeated, where models have folders of their own.",
+        help="Folder of bundles, or their URL. MODEL=FOLDER, repeated, where models have folders of their own.",
     ),
 ]
 
@@ -106,6 +107,7 @@ def review(
     if context.invoked_subcommand is not None:
         context.obj = queue
         return
+    require("review")
     from guard.observing.collectors import QueueCollector
     from guard.observing.exporting import exporting
     from guard.relabel.queue import Queue
@@ -128,7 +130,7 @@ def review(
         workspace = open_workspace(
             opened,
             known,
-            by_model("--images", images or []),
+            {name: Path(path) for name, path in by_model("--images", images or []).items()},
             weights,
             architecture,
             device,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from guard.cli.output import print_warning
 from guard.errors import ConfigError, DataError, GuardError, did_you_mean
+from guard.storage.places import BundlePlace, may_exist, place_of
 
 if TYPE_CHECKING:
     from guard.cli.images import NamedImages
@@ -39,27 +40,27 @@ def known_bundles(folders: Sequence[str] | None, archives: Sequence[str] = ()) -
     named = by_model("--bundles", folders or [], several=True)
     for name, file in by_model("--archive", archives, several=True).items() if not folders else ():
         with contextlib.suppress(GuardError):  # said when its network is to be run
-            if (followed := followed_bundles(file[0])) is not None and followed.is_dir():
+            if (followed := followed_bundles(Path(file[0]))) is not None and may_exist(followed):
                 named[name] = [followed]
     if not named:
-        return KnownBundles(Path("bundles") if Path("bundles").is_dir() else None)
+        return KnownBundles(Path("bundles") if may_exist("bundles") else None)
     known = KnownBundles(*named.pop("", []), of_models={model: each[0] for model, each in named.items()})
     for store in known.stores:
         if store.known_active() is None:
             whose = " and ".join(known.models_in(store.root)) or "its models"
             print_warning(
-                f"no bundle is active in {store.root}, so the page shows numbers for the classes of {whose}, and no "
+                f"no bundle is active in {store.address}, so the page shows numbers for the classes of {whose}, and no "
                 "clean images. Check the path; `guard fit` or `guard bundle activate` makes a bundle active."
             )
     return known
 
 
 @overload
-def by_model(option: str, texts: Sequence[str], *, several: Literal[True]) -> dict[str, list[Path]]: ...
+def by_model(option: str, texts: Sequence[str], *, several: Literal[True]) -> dict[str, list[BundlePlace]]: ...
 @overload
-def by_model(option: str, texts: Sequence[str]) -> dict[str, Path]: ...
+def by_model(option: str, texts: Sequence[str]) -> dict[str, BundlePlace]: ...
 def by_model(option: str, texts: Sequence[str], *, several: bool = False) -> dict[str, Any]:
-    """Return the paths that an option names, PATH or MODEL=PATH, by model; those of all others under "".
+    """Return the paths or URLs that an option names, PATH or MODEL=PATH, by model; those of all others under "".
 
     Parameters
     ----------
@@ -74,24 +75,24 @@ def by_model(option: str, texts: Sequence[str], *, several: bool = False) -> dic
     ConfigError
         If a model, or where there may be one only all others, has two different ones.
     """
-    found: dict[str, list[Path]] = {}
+    found: dict[str, list[BundlePlace]] = {}
     for text in texts:
         model, _, path = ("", "", text) if Path(text).exists() or "=" not in text else text.partition("=")
-        if "/" in model:  # a path that is not there
+        if "/" in model:  # a path that is not there, or a URL
             model, path = "", text
-        paths = found.setdefault(model, [])
-        if Path(path) in paths:
+        paths, place = found.setdefault(model, []), place_of(path)
+        if place in paths:
             continue
         if paths and (model or not several):
             whose = f"model {model!r}" if model else "everything that no MODEL= stands before"
             raise ConfigError(f"{option} names {paths[0]} and {path} for {whose}. Name one.")
-        paths.append(Path(path))
+        paths.append(place)
     return dict(found) if several else {model: paths[0] for model, paths in found.items()}
 
 
 def open_workspace(
     queue: Queue,
-    bundles: Path | KnownBundles,
+    bundles: BundlePlace | KnownBundles,
     images: Path | Mapping[str, Path] | None = None,
     weights: Path | None = None,
     architecture: str | None = None,
@@ -106,7 +107,7 @@ def open_workspace(
     Parameters
     ----------
     queue : Queue
-    bundles : Path or KnownBundles
+    bundles : path-like or KnownBundles
         The folder of all models, or the folders of each.
     images : Path or mapping of str to Path, optional
         Clean images, of all models or by the name of one ("" = all others); default: those that a bundle remembers.
@@ -130,7 +131,7 @@ def open_workspace(
 
     if (weights is None) != (architecture is None):
         raise ConfigError("--weights and --architecture go together. Give both, or neither.")
-    known = bundles if isinstance(bundles, KnownBundles) else KnownBundles(bundles if bundles.is_dir() else None)
+    known = bundles if isinstance(bundles, KnownBundles) else KnownBundles(bundles if may_exist(bundles) else None)
     named = dict(images) if isinstance(images, Mapping) else {"": images} if images is not None else {}
     if strange := sorted({*named} - {"", *known.of_models}):
         raise ConfigError(
@@ -178,10 +179,8 @@ def _use_active_points(suspect: SuspectModel, stores: Iterable[BundleStore]) -> 
 
 
 def _active_document(store: BundleStore) -> dict[str, Any]:
-    from guard.storage.bundle import read_bundle
-
-    digest = store.active_digest() if store.root.is_dir() else None
-    return read_bundle(store.folder_of(digest)).document if digest else {}
+    digest = store.active_digest() if store.exists() else None
+    return store.document(digest) if digest else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,11 +238,11 @@ def _clean_images(named: Path | None, bundles: KnownBundles, store: BundleStore 
 
 
 def networks_of(
-    archives: Sequence[str], bundles: Path | KnownBundles, device: str, beside: ExitStack
+    archives: Sequence[str], bundles: BundlePlace | KnownBundles, device: str, beside: ExitStack
 ) -> dict[str, SuspectModel]:
     """Return the networks of guarded archives, FILE or NAME=FILE, by name; warn of those that do not start here."""
     from guard.review.known_bundles import KnownBundles
-    from guard.storage.bundle import BundleStore
+    from guard.storage.stores import open_store
     from guard.suspect.model import SuspectModel
     from guard.torchserve.archives.contents import followed_bundles
     from guard.torchserve.archives.wrapping import open_guarded
@@ -257,7 +256,7 @@ def networks_of(
                 module = beside.enter_context(open_guarded(Path(file))).module
             found[name] = SuspectModel(module, device=device)
             followed, own = followed_bundles(Path(file)), known.store_of(name)
-            first = [BundleStore(followed)] if followed is not None else []
+            first = [open_store(followed)] if followed is not None else []
             _use_active_points(found[name], [*first, *([own] if own is not None else known.stores)])
         except GuardError as error:
             print_warning(f"the page shows no maps of where {name or 'the model'} looks. {error}")

@@ -15,8 +15,10 @@ import typer
 from guard.cli.options import QueueUrl
 from guard.cli.output import print_warning, progress_bar, say, tell
 from guard.errors import ConfigError, ServerError
+from guard.extras import require
 
 if TYPE_CHECKING:
+    from guard.ray.server import RayServer
     from guard.torchserve.stack import Server, ServingStack
 
 
@@ -29,13 +31,31 @@ def serve(
         int, typer.Option(help="Inference port; management and metrics take the next two. 0 = any free ones.")
     ] = 8080,
     engine: Annotated[
-        Literal["torchserve", "local"],
-        typer.Option(help="What serves: TorchServe, or one process that speaks the open inference protocol."),
+        Literal["torchserve", "local", "ray"],
+        typer.Option(
+            help="What serves: TorchServe, or, over the open inference protocol, one process or replicas of Ray Serve."
+        ),
     ] = "torchserve",
     grpc_port: Annotated[
         int | None, typer.Option(help="Also speak gRPC there (--engine local; 0 = any free port).")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Worker processes per model.")] = 1,
+    workers: Annotated[int, typer.Option(help="Worker processes per model (--engine torchserve).")] = 1,
+    replicas: Annotated[int, typer.Option(help="Processes that answer (--engine ray).")] = 1,
+    max_open_models: Annotated[
+        int, typer.Option(help="Models that a replica holds in memory at once (--engine ray).")
+    ] = 8,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Ray cluster to deploy to, such as HOST:PORT or auto (--engine ray); default: one of its own."
+        ),
+    ] = None,
+    write_config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a Serve config file for `serve run` or `serve deploy`, and start nothing (--engine ray)."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Largest batch.")] = 8,
     max_batch_delay_ms: Annotated[int, typer.Option(help="How long to wait for a batch to fill.")] = 1,
     token: Annotated[bool, typer.Option("--token/--no-token", help="Ask callers for a key.")] = True,
@@ -67,13 +87,18 @@ def serve(
     """Serve archives on loopback until Ctrl-C.
 
     Starts TorchServe, waits until every model answers, prints a line to try it, and stops it on Ctrl-C or SIGTERM.
-    With --engine local it starts one process without Java instead, which speaks the open inference protocol (V2).
+    With --engine local it starts one process without Java instead, which speaks the open inference protocol (V2); with
+    --engine ray a Ray cluster on loopback, whose replicas speak it.
     With --queue, flagged inputs go to a queue; review page and retrainer run beside the server, are started again if
     they die, and stop with it. `guard observe` watches them all, with the file of targets that is named.
     """
+    require("v2" if engine == "local" else engine)
+    if review:
+        require("review")
     from guard.cli.retrainer import retrainer
     from guard.cli.review import review_app
     from guard.local.server import LocalServer
+    from guard.ray.server import RayServer
     from guard.relabel.address import queue_url
     from guard.torchserve.server import TorchServeInstance
     from guard.torchserve.stack import Beside, ServingStack
@@ -90,8 +115,25 @@ def serve(
         raise ServerError(f"there is no archive in {model_store}. Make one with `guard archive`.")
     if engine == "local" and workers != 1:
         raise ConfigError("the local engine is one process. Leave --workers out, or take --engine torchserve.")
-    if engine == "torchserve" and grpc_port is not None:
+    if engine == "ray" and workers != 1:
+        raise ConfigError("--workers goes with --engine torchserve. Leave it out, and name --replicas.")
+    if engine != "local" and grpc_port is not None:
         raise ConfigError("--grpc-port goes with --engine local. Leave it out, or take that engine.")
+    only_ray = {
+        "--replicas": replicas != 1,
+        "--max-open-models": max_open_models != 8,
+        "--address": address is not None,
+        "--write-config": write_config is not None,
+    }
+    if engine != "ray" and (given := [option for option, is_given in only_ray.items() if is_given]):
+        raise ConfigError(f"{given[0]} goes with --engine ray. Leave it out, or take that engine.")
+    if address is not None and url is not None:
+        raise ConfigError(
+            "--queue goes to a cluster that is started here. Leave it out, and set GUARD_QUEUE_URL where the nodes of "
+            "the one named with --address start."
+        )
+    if write_config is not None and (address or url):
+        raise ConfigError("--write-config starts nothing. Leave --address and --queue out.")
     alike: dict[str, Any] = {
         "work_dir": work_dir,
         "inference_port": port,
@@ -106,6 +148,18 @@ def serve(
     server: Server
     if engine == "local":
         server = LocalServer(model_store, named or "all", tell=tell, grpc_port=grpc_port, **alike)
+    elif engine == "ray":
+        server = RayServer(
+            *(model_store, named or "all"),
+            replicas=replicas,
+            max_open_models=max_open_models,
+            address=address,
+            tell=tell,
+            **alike,
+        )
+        if write_config is not None:
+            _write_serve_config(server, write_config)
+            return
     else:
         management_port = port and port + 1
         server = TorchServeInstance(
@@ -178,12 +232,12 @@ def _stop_on_signal(is_ready: threading.Event) -> threading.Event:
 
 def _say_how_to_ask(server: Server, token: bool) -> None:
     """Say where the keys are, and a command per model that asks for one prediction; warn of open gRPC ports."""
-    from guard.local.server import LocalServer
+    from guard.local.engine import EngineServer
     from guard.processes.ports import LOOPBACK, is_reachable
     from guard.torchserve.client import curl_line
     from guard.torchserve.server import TorchServeInstance
 
-    if isinstance(server, LocalServer):
+    if isinstance(server, EngineServer):
         for name in server.models_served:
             key = f' -H "Authorization: Bearer {server.token()}"' if token else ""
             say(f"curl{key} {server.inference_url}/v2/models/{name}")
@@ -202,6 +256,20 @@ def _say_how_to_ask(server: Server, token: bool) -> None:
             tell(f"the next start has the same keys, kept in {server.key_file}; --rotate-keys makes new ones")
     for name in server.models_served:
         say(curl_line(server.inference_url, name, server.token()))
+
+
+def _write_serve_config(server: RayServer, file: Path) -> None:
+    """Write a Serve config file, which must not be there, and say how it is taken."""
+    text = server.config_text()
+    try:
+        with file.open("x", encoding="utf-8") as written:
+            written.write(text)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror}. Name another file.") from error
+    say(f"wrote {file}")
+    if server.token_authorization and server.key_file is None:
+        tell("callers' key: set BACKDOOR_GUARD_KEY where the nodes start")
+    say(f"serve run {shlex.quote(str(file))}")
 
 
 def _store_and_names(models: list[str], model_store: Path) -> tuple[Path, dict[str, str]]:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from guard.storage.snapshot import Snapshot
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the snapshot.")]
-BundleFolder = Annotated[Path | None, typer.Option("--bundles", help="Folder of bundles.")]
+BundleFolder = Annotated[
+    str | None, typer.Option("--bundles", metavar="<path>", help="Folder of bundles, or their URL in an object store.")
+]
 
 snapshot_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Back up and restore the queue and the bundles."

@@ -82,8 +82,11 @@ def wrap(
     device: Device = "cpu",
     threads: Threads = None,
     bundles: Annotated[
-        Path | None,
-        typer.Option(help="Also write the bundle to this folder, and let the server follow it, as to retrain."),
+        str | None,
+        typer.Option(
+            metavar="<path>",
+            help="Also write the bundle to this folder or URL, and let the server follow it, as to retrain.",
+        ),
     ] = None,
     queue: QueueUrl = None,
     check: Check = True,
@@ -101,7 +104,7 @@ def wrap(
     from guard.cli.fitting import tell_fit, warn_of_fit
     from guard.config import GuardConfig, load_settings
     from guard.relabel.address import queue_url
-    from guard.storage.bundle import BundleStore
+    from guard.storage.stores import open_store
     from guard.suspect.model import SuspectModel
     from guard.torchserve.archives.wrapping import check_output, open_archive, write_guarded
 
@@ -120,6 +123,9 @@ def wrap(
     if config.rows_per_request != 1:
         raise ConfigError("guard wrap fits on one row per request: rows_per_request must be 1. See `guard archive`.")
     gpu = gpu_number(device)
+    follows = open_store(bundles) if bundles is not None else None
+    if follows is not None:
+        follows.digests()  # a store that cannot be reached is told of before the long work
     with open_archive(archive) as opened, tempfile.TemporaryDirectory(prefix="guard-wrap-") as scratch:
         check_output(target, archive, force or dry_run)
         with (
@@ -139,8 +145,8 @@ def wrap(
             batch_dependence=guard.batch_dependence or user.batch_dependence,
             images_from=str(images.absolute()),
         )
-        follows = bundles if not dry_run else None
-        bundle = guard.save(follows or Path(scratch) / "bundles")
+        writes_bundle = follows is not None and not dry_run
+        bundle = guard.save(follows.root if follows is not None and writes_bundle else Path(scratch) / "bundles")
         with tempfile.TemporaryDirectory(prefix=".unchecked-", dir=None if dry_run else target.parent) as unchecked:
             written = Path(unchecked) / target.name
             write_guarded(opened, bundle, written, bundles=bundles, settings=chosen, examples=examples)
@@ -148,8 +154,8 @@ def wrap(
             changes = _changes(opened, written, target)
             if not dry_run:
                 put_in_place(written, target)
-        if follows is not None:
-            BundleStore(follows).activate(bundle.name)
+        if follows is not None and writes_bundle:
+            follows.activate(bundle.name)
         if dry_run:
             say("dry run: nothing was written; this would be")
         for line in changes:

@@ -129,15 +129,15 @@ def _moved(small: Tensor, margin: int) -> Iterator[Tensor]:
 def _warped(small: Tensor, degrees: float, share: float) -> Tensor:
     """Return images turned, and cropped to a share of their sides, in their size."""
     cos, sin = share * np.cos(np.deg2rad(degrees)), share * np.sin(np.deg2rad(degrees))
-    matrix = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]], dtype=torch.float32).expand(len(small), 2, 3)
-    grid = functional.affine_grid(matrix, [len(small), 1, *small.shape[1:]], align_corners=False)
+    matrix = torch.tensor([[[cos, -sin, 0.0], [sin, cos, 0.0]]], dtype=torch.float32)
+    grid = functional.affine_grid(matrix, [1, 1, *small.shape[1:]], align_corners=False).expand(len(small), -1, -1, -1)
     turned: Tensor = functional.grid_sample(small[:, None], grid, padding_mode="border", align_corners=False)
     return turned.squeeze(1)
 
 
 def _standardised(images: Tensor) -> Tensor:
-    """Return images as rows of mean 0 and length 1; those without a contour as zeros."""
+    """Return images, whose memory is taken, as rows of mean 0 and length 1; those without a contour as zeros."""
     rows = images.flatten(1)
-    rows = rows - rows.mean(1, keepdim=True)
-    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows / lengths.clamp_min(1e-6)
+    rows -= rows.mean(1, keepdim=True)
+    rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(1e-6)
+    return rows

@@ -1,273 +1,45 @@
-"""The local engine from outside: a process that serves guarded archives, watched by the one that started it."""
+"""The local engine from outside: one process that serves guarded archives."""
 
 from __future__ import annotations
 
-import http.client
-import json
-import shutil
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any
 
-from guard.errors import ServerError
-from guard.files import PRIVATE_FOLDER, make_private_folder, write_private
+from guard.extras import require
+from guard.local.engine import EngineServer
 from guard.local.job import Job
-from guard.processes.companion import Companion
-from guard.processes.ports import LOOPBACK, chosen_ports
-from guard.torchserve.archives.archive import Archive, find_archives
-from guard.torchserve.keys import kept_keys
-
-_POLL_SECONDS = 0.1
-_GRACE_SECONDS = 10.0  # until requests that have begun are answered, over REST and over gRPC
 
 
-@dataclass(frozen=True, slots=True)
-class LocalPorts:
-    """The ports of one local engine."""
-
-    inference: int
-    metrics: int
-    #: None: no gRPC.
-    grpc: int | None = None
-
-
-class LocalServer:
-    """A local engine: started, waited for, started again if it dies, stopped.
-
-    Use it as a context manager. It serves the open inference protocol on loopback; metrics are on a port of their own,
-    which asks for no key.
+class LocalServer(EngineServer):
+    """A local engine.
 
     Parameters
     ----------
-    model_store : Path
-        Folder of the archives.
-    models : mapping of str to str, or "all"
-        File for every name; `"all"` takes every archive of the folder.
-    work_dir : Path, optional
-        Folder of logs and keys; None = a temporary one, removed at the end.
-    inference_port, metrics_port : int
-        0 = any free one.
+    *arguments, **settings
+        As for `EngineServer`.
     grpc_port : int, optional
         Of the protocol's gRPC half, 0 = any free one; None = REST alone.
-    batch_size : int
-        The most rows of one forward pass.
-    max_batch_delay_ms : int
-        How long the first request waits for others.
-    token_authorization : bool
-        Whether calls need a key, see `token`.
-    key_file : Path, optional
-        Where the key is kept for the next start. Default: a new one at every start.
-    rotate_keys : bool
-        Whether `key_file` gets a new one.
-    environment : mapping of str to str, optional
-        Further variables, such as `GUARD_QUEUE_URL`.
-    tell : callable, optional
-        Called with a line when the process has died, and was started again.
     """
 
-    def __init__(
-        self,
-        model_store: Path,
-        models: Mapping[str, str] | Literal["all"] = "all",
-        *,
-        work_dir: Path | None = None,
-        inference_port: int = 0,
-        metrics_port: int = 0,
-        grpc_port: int | None = None,
-        batch_size: int = 8,
-        max_batch_delay_ms: int = 1,
-        token_authorization: bool = True,
-        key_file: Path | None = None,
-        rotate_keys: bool = False,
-        environment: Mapping[str, str] | None = None,
-        tell: Callable[[str], None] = lambda _line: None,
-    ) -> None:
-        self.model_store = Path(model_store).absolute()
-        self.models = models
-        self.batch_size, self.max_batch_delay_ms = batch_size, max_batch_delay_ms
-        self.token_authorization = token_authorization
-        self.key_file = key_file if token_authorization else None
-        self.environment = dict(environment or {})
-        self._requested_ports = (inference_port, metrics_port, grpc_port)
-        self._requested_work_dir = work_dir
-        self._rotate_keys = rotate_keys
-        self._tell = tell
-        self._served: dict[str, Archive] = {}
-        self._work_dir: Path | None = None
-        self._own: Path | None = None
-        self._ports: LocalPorts | None = None
-        self._process: Companion | None = None
-        self._key: str | None = None
+    title = "the local engine"
+    module = "guard.local"
 
-    def start(self) -> Self:
-        """Start the process and return at once; `wait_ready` waits for its models.
+    def __init__(self, *arguments: Any, grpc_port: int | None = None, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        if grpc_port is not None:
+            self._requested_ports["grpc"] = grpc_port
 
-        Raises
-        ------
-        ServerError
-            If an archive is missing, a number is out of range, a port is taken, or there is no gRPC and it is wanted.
-        """
-        if self._requested_ports[2] is not None and find_spec("grpc") is None:
-            raise ServerError("gRPC needs the package grpcio. pip install 'backdoor-guard[grpc]', or leave it out.")
-        for name in ("batch_size", "max_batch_delay_ms"):
-            if (value := getattr(self, name)) < 1:
-                raise ServerError(f"{name} must be >= 1, got {value}.")
-        self._served = find_archives(self.model_store, self.models)
-        named = zip(("inference", "metrics", "grpc"), self._requested_ports, strict=True)
-        self._ports = LocalPorts(**chosen_ports({name: port for name, port in named if port is not None}))
-        try:
-            self._work_dir = self._made_folder()
-            if self.token_authorization:
-                kept = kept_keys(self.key_file or self._work_dir / "key_file.json", rotate=self._rotates)
-                self._key = kept["inference"]
-                write_private(self._work_dir / "key_file.json", json.dumps({"inference": {"key": self._key}}))
-            self._own = Path(tempfile.mkdtemp(prefix="engine-", dir=self._work_dir))  # others may share the folder
-            job = Job(
-                {name: str(path) for name, path in self.archives_served.items()},
-                str(self._own / "models"),
-                self._ports.inference,
-                self._ports.metrics,
-                self.batch_size,
-                self.max_batch_delay_ms / 1000,
-                self._ports.grpc,
-                self._key,
-            )
-            write_private(self._own / "job.json", job.text())
-            self._process = Companion(
-                "the local engine",
-                [sys.executable, "-m", "guard.local", str(self._own / "job.json")],
-                folder=Path.cwd(),
-                log=self._work_dir / "logs" / "engine.log",
-                environment=self.environment,
-            )
-            self._process.grace_seconds = _GRACE_SECONDS
-            self._process.start()
-        except BaseException:
-            self.stop()
-            raise
-        return self
+    def _check(self) -> None:
+        require("v2")
 
-    def wait_ready(self, timeout_seconds: float = 120.0) -> float:
-        """Wait until every model is ready, and return how many seconds that took.
-
-        Raises
-        ------
-        ServerError
-            As soon as the process has ended, with the last line of its log, or after the time-out. It is stopped then.
-        """
-        start = time.monotonic()
-        try:
-            while not self._answers():
-                if self._process is None or self._process.has_ended():
-                    raise ServerError(f"the local engine did not start: {self._last_line()}")
-                if time.monotonic() - start > timeout_seconds:
-                    raise ServerError(f"the local engine was not ready within {timeout_seconds:g} s.")
-                time.sleep(_POLL_SECONDS)
-        except ServerError:
-            self.stop()
-            raise
-        return time.monotonic() - start
-
-    def stop(self) -> None:
-        """Stop the process, and remove its temporary files. Safe to call twice."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.stop()
-        if self._work_dir is not None:
-            if self._own is not None:
-                shutil.rmtree(self._own, ignore_errors=True)
-            if self._requested_work_dir is None:
-                shutil.rmtree(self._work_dir, ignore_errors=True)
-
-    def is_alive(self) -> bool:
-        """Return whether the engine runs; a process that has died is started again."""
-        if self._process is None:
-            return False
-        if happened := self._process.keep_alive():
-            self._tell(happened)
-        return True
-
-    @property
-    def ports(self) -> LocalPorts:
-        """The ports, known after `start`."""
-        if self._ports is None:
-            raise ServerError("this engine has no ports yet. Call start() first.")
-        return self._ports
-
-    @property
-    def work_dir(self) -> Path:
-        """The folder of logs and keys, known after `start`."""
-        if self._work_dir is None:
-            raise ServerError("this engine has no working folder. Call start() first.")
-        return self._work_dir
-
-    @property
-    def pid(self) -> int:
-        """Process id of the engine, known after `start`."""
-        return self._process.pid if self._process is not None else 0
-
-    @property
-    def inference_url(self) -> str:
-        """Address of the open inference protocol."""
-        return f"http://{LOOPBACK}:{self.ports.inference}"
-
-    @property
-    def metrics_url(self) -> str:
-        """Address that Prometheus scrapes; it needs no key."""
-        return f"http://{LOOPBACK}:{self.ports.metrics}/metrics"
-
-    @property
-    def models_served(self) -> list[str]:
-        """Names under which the models are served, known after `start`."""
-        return sorted(self._served)
-
-    @property
-    def archives_served(self) -> dict[str, Path]:
-        """Archive by the name under which its model is served, known after `start`."""
-        return {name: self.model_store / archive.file for name, archive in sorted(self._served.items())}
-
-    def token(self) -> str | None:
-        """Return what callers send as `Authorization: Bearer ...`; None if calls need no key."""
-        return self._key
-
-    def __enter__(self) -> Self:
-        return self.start() if self._process is None else self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    @property
-    def _rotates(self) -> bool:
-        return self._rotate_keys or self.key_file is None
-
-    def _made_folder(self) -> Path:
-        if self._requested_work_dir is None:
-            folder = Path(tempfile.mkdtemp(prefix="guard-local-")).resolve()
-        else:
-            folder = Path(self._requested_work_dir).resolve()
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
-        make_private_folder(folder / "logs")
-        return folder
-
-    def _answers(self) -> bool:
-        connection = http.client.HTTPConnection(LOOPBACK, self.ports.inference, timeout=5)
-        try:
-            connection.request("GET", "/v2/health/ready")
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
-
-    def _last_line(self) -> str:
-        try:
-            lines = (self.work_dir / "logs" / "engine.log").read_text(errors="replace").splitlines()
-        except OSError:
-            lines = []
-        return next((line for line in reversed(lines) if line.strip()), "it left no word.")
+    def _job(self, own: Path) -> str:
+        return Job(
+            {name: str(path) for name, path in self.archives_served.items()},
+            str(own / "models"),
+            self.ports.inference,
+            self.ports.metrics,
+            self.batch_size,
+            self.max_batch_delay_ms / 1000,
+            self.ports.grpc,
+            self.token(),
+        ).text()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.core import Metric as Family
@@ -11,7 +11,8 @@ from prometheus_client.registry import Collector
 
 from guard.telemetry import METRICS, Metric, MetricBuffer
 
-_Series = tuple[str, tuple[str, ...]]
+#: Name of a series as it is drained, and the values of its labels.
+Series = tuple[str, tuple[str, ...]]
 
 
 class Totals(Collector):
@@ -26,7 +27,7 @@ class Totals(Collector):
     def __init__(self, buffers: Iterable[MetricBuffer]) -> None:
         self._buffers = tuple(buffers)
         self._lock = threading.Lock()
-        self._values: dict[_Series, float] = {}
+        self._values: dict[Series, float] = {}
 
     def collect(self) -> Iterator[Family]:
         """Yield every metric of `guard.telemetry`."""
@@ -35,11 +36,32 @@ class Totals(Collector):
                 before = self._values.get((sample.name, sample.labels), 0.0) if sample.kind == "counter" else 0.0
                 self._values[sample.name, sample.labels] = before + sample.value
             values = dict(self._values)
-        for metric in METRICS.values():
-            yield _family(metric, values)
+        yield from families(values)
 
 
-def _family(metric: Metric, values: dict[_Series, float]) -> Family:
+class ValuesCollector(Collector):
+    """Values that were added up elsewhere.
+
+    Parameters
+    ----------
+    values : mapping of Series to float
+    """
+
+    def __init__(self, values: Mapping[Series, float]) -> None:
+        self._values = values
+
+    def collect(self) -> Iterator[Family]:
+        """Yield every metric of `guard.telemetry`."""
+        yield from families(self._values)
+
+
+def families(values: Mapping[Series, float]) -> Iterator[Family]:
+    """Yield every metric of `guard.telemetry` with these values."""
+    for metric in METRICS.values():
+        yield _family(metric, values)
+
+
+def _family(metric: Metric, values: Mapping[Series, float]) -> Family:
     if metric.kind == "histogram":
         histogram = HistogramMetricFamily(metric.name, metric.help, labels=metric.labels)
         cells: dict[tuple[str, ...], list[tuple[str, float]]] = {}

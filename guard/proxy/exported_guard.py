@@ -11,6 +11,7 @@ from guard.detection.pipeline import Guard
 from guard.errors import BundleError
 from guard.export.record import ExportRecord
 from guard.serving.runtime import ActiveGuard
+from guard.storage.places import BundlePlace
 
 
 class ExportedGuard(ActiveGuard):
@@ -28,7 +29,9 @@ class ExportedGuard(ActiveGuard):
         If the active bundle is another model's, watches other layers, or needs the network itself.
     """
 
-    def __init__(self, record: ExportRecord, settings: Mapping[str, Any], *, bundles: Path, model_name: str) -> None:
+    def __init__(
+        self, record: ExportRecord, settings: Mapping[str, Any], *, bundles: BundlePlace, model_name: str
+    ) -> None:
         self._record = record
         super().__init__(settings, bundles=bundles, embedded=None, model_name=model_name)
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import aiohttp
 import numpy as np
@@ -95,7 +96,10 @@ class ProxiedModel:
         self.trouble = ""  # why no answer of the upstream can be judged now
         self._upstream, self._more, self._binary, self._replies = upstream, tuple(more), binary, replies
         self._batcher = Batcher(
-            self._judged, batch_size=_JUDGED_TOGETHER, max_delay_s=0.0, max_waiting_rows=4 * MOST_ROWS
+            lambda: partial(self._judged, self.active.current),
+            batch_size=_JUDGED_TOGETHER,
+            max_delay_s=0.0,
+            max_waiting_rows=4 * MOST_ROWS,
         )
 
     @property
@@ -284,9 +288,9 @@ class ProxiedModel:
                 )
         return "", ""
 
-    def _judged(self, columns: Float32Array, requests: RowRequests) -> list[RowAnswer]:
+    def _judged(self, guard: Guard, columns: Float32Array, requests: RowRequests) -> list[RowAnswer]:
         """Judge rows that are inputs, logits and features side by side."""
-        guard, record = self.active.current, self.record
+        record = self.record
         n_numbers = int(np.prod(record.input_shape))
         inputs = torch.from_numpy(columns[:, :n_numbers].reshape(len(columns), *record.input_shape))
         observed = np.ascontiguousarray(columns[:, n_numbers:])

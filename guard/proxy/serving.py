@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -22,6 +21,7 @@ from guard.proxy.exported_guard import ExportedGuard
 from guard.proxy.model import ProxiedModel
 from guard.proxy.routes import Routes
 from guard.proxy.upstream import Upstream, UpstreamError
+from guard.storage.places import BundlePlace
 from guard.v2.process import Stopping
 from guard.v2.rest import Bodies, KeyCheck
 
@@ -85,7 +85,7 @@ class ProxySettings:
 
 @contextmanager
 def opened_proxy(
-    record: ExportRecord, bundles: Path, settings: ProxySettings, serving: Mapping[str, Any]
+    record: ExportRecord, bundles: BundlePlace, settings: ProxySettings, serving: Mapping[str, Any]
 ) -> Iterator[tuple[ASGIApp, ProxiedModel]]:
     """Check the upstream, and yield the application of its proxy, and the guarded model; at the end all is closed.
 
@@ -126,7 +126,7 @@ def opened_proxy(
 
 def serve_proxy(
     record: ExportRecord,
-    bundles: Path,
+    bundles: BundlePlace,
     settings: ProxySettings,
     serving: Mapping[str, Any],
     tell: Callable[[str, str], None],
@@ -136,7 +136,7 @@ def serve_proxy(
     Parameters
     ----------
     record : ExportRecord
-    bundles : Path
+    bundles : str or Path
         Folder whose ACTIVE is followed.
     settings : ProxySettings
     serving : mapping

@@ -18,6 +18,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from guard.errors import ConfigError, QueueError, QueueUnavailable
+from guard.extras import require
 from guard.files import close_to_others, make_private_file
 
 #: How a transaction begins: it reads; it writes what may be forgotten; it writes; it writes and is flushed to disk.
@@ -42,7 +43,9 @@ class Database:
     Raises
     ------
     ConfigError
-        If the URL is of another kind, or its driver is not installed.
+        If the URL is of another kind.
+    MissingExtraError
+        If its driver is not installed.
     """
 
     def __init__(self, url: str, wait_s: float) -> None:
@@ -61,17 +64,13 @@ class Database:
             event.listen(self.engine, "connect", _prepare_sqlite)
         elif kind == "postgresql":
             patience = {"connect_timeout": 2, "keepalives_idle": 5, "tcp_user_timeout": int(wait_s * 1000)}
-            try:
-                self.engine = sa.create_engine(
-                    parsed.set(drivername="postgresql+psycopg"),
-                    pool_pre_ping=True,
-                    pool_timeout=wait_s,
-                    connect_args=patience | dict(parsed.query),
-                )
-            except ModuleNotFoundError as error:
-                raise ConfigError(
-                    "a queue in PostgreSQL needs psycopg. Install it with: pip install 'backdoor-guard[postgres]'"
-                ) from error
+            require("postgres")
+            self.engine = sa.create_engine(
+                parsed.set(drivername="postgresql+psycopg"),
+                pool_pre_ping=True,
+                pool_timeout=wait_s,
+                connect_args=patience | dict(parsed.query),
+            )
         else:
             raise ConfigError(_bad_url(repr(kind)))
         event.listen(self.engine, "connect", _remember_process)

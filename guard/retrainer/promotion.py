@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from guard.detection.pipeline import Guard
-from guard.errors import BundleError
-from guard.files import replace_file, sync_folder
+from guard.errors import BundleError, StoreUnavailable
 from guard.relabel.queue import Queue
 from guard.relabel.rounds import Rounds
 from guard.storage.bundle import JOURNAL, BundleStore, read_bundle, write_bundle
 
-#: A promotion that has begun; lies beside ACTIVE, and is gone when the promotion is complete.
 #: What only the fitted suspect model could tell a bundle; a candidate is fitted without it.
 _FROM_PARENT = ("weights_digest", "split_points")
 
@@ -73,7 +71,12 @@ class Lineage:
         BundleError
             If the bundle is missing or damaged.
         """
-        values = read_bundle(path).document.get("lineage")
+        return cls.of(read_bundle(path).document)
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Lineage:
+        """Return the lineage that a bundle's document tells."""
+        values = document.get("lineage")
         if values is None:
             return cls()
         return cls(
@@ -84,8 +87,8 @@ class Lineage:
         )
 
 
-def write_candidate(candidate: Guard, parent: Path, lineage: Lineage) -> str:
-    """Write a candidate beside its parent as an inactive bundle, and return its digest.
+def write_candidate(candidate: Guard, store: BundleStore, parent: Path, lineage: Lineage) -> str:
+    """Put a candidate into the store as an inactive bundle, and return its digest.
 
     The retrainer has no suspect model, so weights digest and split points are taken over from the parent: without them
     no server would take the bundle.
@@ -93,13 +96,14 @@ def write_candidate(candidate: Guard, parent: Path, lineage: Lineage) -> str:
     Raises
     ------
     BundleError
-        If the parent cannot be read, or the folder cannot be written.
+        If the parent cannot be read, or the store cannot be written.
     """
     document = read_bundle(parent).document
-    with tempfile.TemporaryDirectory(prefix=".candidate-", dir=parent.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".candidate-", dir=store.root) as folder:
         stored = read_bundle(candidate.save(folder))
     known = {name: document[name] for name in _FROM_PARENT}
-    path = write_bundle(parent.parent, {**stored.document, **known, "lineage": asdict(lineage)}, stored.arrays)
+    path = write_bundle(store.root, {**stored.document, **known, "lineage": asdict(lineage)}, stored.arrays)
+    store.publish(path.name)
     return path.name
 
 
@@ -136,13 +140,13 @@ class Promoter:
                 f"the candidate was measured against bundle {promotion.parent[:12]}, but {str(active)[:12]} is active "
                 "now. Let another round compare with that one."
             )
-        Guard.load(self.store.folder_of(promotion.digest))  # a candidate that no server would take is not promoted
-        write_durably(self.store.root / JOURNAL, json.dumps(asdict(promotion)))
+        Guard.load(self.store.fetch(promotion.digest))  # a candidate that no server would take is not promoted
+        self.store.begin_promotion(json.dumps(asdict(promotion)))
         try:
-            self.store.activate(promotion.digest)
+            self.store.activate(promotion.digest, instead_of=promotion.parent)
         except BundleError:
             if self.store.active_digest() != promotion.digest:
-                self._remove_journal()
+                self.store.end_promotion()
             raise
         self._complete(promotion)
 
@@ -151,21 +155,21 @@ class Promoter:
 
         Once ACTIVE names the candidate the promotion counts, and is completed; before that it is as if it never was.
         """
-        journal = self.store.root / JOURNAL
-        try:
-            text = journal.read_text(encoding="utf-8")
-        except FileNotFoundError:
+        text = self.store.begun_promotion()
+        if text is None:
             return None
         try:
             values = json.loads(text)
             learned = {int(item): int(decision) for item, decision in values["learned"].items()}
             promotion = Promotion(**{**values, "learned": learned})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{journal} is damaged. Look at `guard bundle list`, then remove the file.") from error
+            raise BundleError(
+                f"{self.store.address}/{JOURNAL} is damaged. Look at `guard bundle list`, then remove the file."
+            ) from error
         if self.store.active_digest() == promotion.digest:
             self._complete(promotion)
         else:
-            self._remove_journal()
+            self.store.end_promotion()
         return promotion
 
     def _complete(self, promotion: Promotion) -> None:
@@ -173,25 +177,7 @@ class Promoter:
         self.queue.mark_trained(list(learned), promotion.digest, decision_ids=list(learned.values()))
         if any(entry.id == promotion.round_id and entry.outcome != "promoted" for entry in self.rounds.all()):
             self.rounds.finish(promotion.round_id, "promoted", promotion.report, promotion.digest)
-        self._remove_journal()
-
-    def _remove_journal(self) -> None:
-        (self.store.root / JOURNAL).unlink(missing_ok=True)
-        sync_folder(self.store.root)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a file as a whole, readable by its owner alone, and see to it that a power cut does not undo that.
-
-    Raises
-    ------
-    BundleError
-        If it cannot be written.
-    """
-    try:
-        replace_file(path, text.encode())
-    except OSError as error:
-        raise BundleError(f"{path} cannot be written: {error}. Is there room?") from error
+        self.store.end_promotion()
 
 
 def same_network(store: BundleStore, active: Path, digests: Iterable[str]) -> set[str]:
@@ -200,17 +186,18 @@ def same_network(store: BundleStore, active: Path, digests: Iterable[str]) -> se
     What another bundle flagged has activations of other weights or layers, even where the widths agree. One that is no
     longer there cannot vouch for its items.
     """
-    wanted = _network(active)
+    wanted = _network(read_bundle(active).document)
     found = set()
     for digest in digests:
         try:
-            if _network(store.folder_of(digest)) == wanted:
+            if _network(store.document(digest)) == wanted:
                 found.add(digest)
+        except StoreUnavailable:
+            raise
         except BundleError:
             continue
     return found
 
 
-def _network(path: Path) -> list[Any]:
-    document = read_bundle(path).document
+def _network(document: dict[str, Any]) -> list[Any]:
     return [document.get(name) for name in (*_FROM_PARENT, "depths", "n_classes")]

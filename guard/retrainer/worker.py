@@ -11,13 +11,12 @@ import shutil
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Self
 
 from guard.detection.pipeline import Guard
-from guard.errors import BundleError, GuardError, RetrainingError
+from guard.errors import BundleError, GuardError, RetrainingError, StoreUnavailable
 from guard.files import open_private
 from guard.relabel.items import Decision, Settled, State
 from guard.relabel.queue import Queue
@@ -37,7 +36,9 @@ from guard.retrainer.material import Material, gather
 from guard.retrainer.promotion import Lineage, Promoter, Promotion, same_network, write_candidate
 from guard.retrainer.report import Finished, about_material, about_trial
 from guard.retrainer.settings import RetrainerSettings
-from guard.storage.bundle import RETRAINER_LOCK, BundleStore
+from guard.storage.bundle import RETRAINER_LOCK
+from guard.storage.places import BundlePlace
+from guard.storage.stores import open_store
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,8 @@ class Retrainer:
     Parameters
     ----------
     queue : Queue
-    bundles : Path
-        Folder with ACTIVE.
+    bundles : path-like
+        Folder with ACTIVE, or its URL in an object store. There, the lock keeps off retrainers of this machine only.
     model : str
         Name under which the model is served.
     settings : RetrainerSettings, optional
@@ -65,10 +66,12 @@ class Retrainer:
         On entering, if there is no such folder, or another retrainer works on it.
     """
 
-    def __init__(self, queue: Queue, bundles: Path, model: str, settings: RetrainerSettings | None = None) -> None:
+    def __init__(
+        self, queue: Queue, bundles: BundlePlace, model: str, settings: RetrainerSettings | None = None
+    ) -> None:
         self.queue = queue
         self.rounds = Rounds(queue)
-        self.store = BundleStore(bundles)
+        self.store = open_store(bundles)
         self.model = model
         self.settings = settings or RetrainerSettings()
         self.promoter = Promoter(self.store, queue, self.rounds)
@@ -84,7 +87,7 @@ class Retrainer:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.close()
-            raise RetrainingError(f"another retrainer works on {root}. Stop that one first.") from error
+            raise RetrainingError(f"another retrainer works on {self.store.address}. Stop that one first.") from error
         self._lock = file  # the kernel gives the lock back however this process ends
         publish_thresholds(file, self.model, self.settings)
         return self
@@ -220,7 +223,7 @@ class Retrainer:
         decided = {item.id: item.decision_id for item in settled}
         learned = {item_id: decided[item_id] for item_id in material.training_ids}
         lineage = Lineage(active.name, settings.holdout_share, material.held_out.item_ids, learned)
-        report["candidate"] = write_candidate(pair.candidate, active, lineage)
+        report["candidate"] = write_candidate(pair.candidate, self.store, active, lineage)
         trial = try_candidate(guard, pair, material, undecided, settings)
         report |= about_trial(trial)
         if not trial.judgement.passed:
@@ -253,14 +256,18 @@ class Retrainer:
         """Return what the newest candidate held out, promoted or not."""
         for entry in self.rounds.all(model=self.model):
             if entry.candidate_digest is not None:
-                with suppress(BundleError):
-                    return Lineage.read(self.store.folder_of(entry.candidate_digest)).locked_items
+                try:
+                    return Lineage.of(self.store.document(entry.candidate_digest)).locked_items
+                except StoreUnavailable:
+                    raise
+                except BundleError:
+                    continue
         return ()  # removed, or there was none; the hash holds out the same ones, but for single groups
 
     def _promote(self, round_id: int, report: dict[str, Any]) -> Finished:
         digest = report["candidate"]
         try:
-            learned = Lineage.read(self.store.folder_of(digest)).learned
+            learned = Lineage.of(self.store.document(digest)).learned
             self.promoter.promote(Promotion(round_id, digest, report["parent"], learned, report))
         except Exception as error:
             if self.store.active_digest() == digest:  # it serves; `recover` writes the rest down
@@ -291,7 +298,7 @@ class Retrainer:
         try:
             if self.store.active_digest() != report["parent"]:
                 raise RetrainingError("another bundle became active while the candidate waited: it is not promoted.")
-            pair = Pair(*(Guard.load(self.store.folder_of(report[name])) for name in ("parent", "candidate")))
+            pair = Pair(*(Guard.load(self.store.fetch(report[name])) for name in ("parent", "candidate")))
             judgement = compare_on(flagged, pair, settings)
         except Exception as error:
             return self._failed(waiting.id, report, error)

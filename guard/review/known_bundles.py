@@ -6,6 +6,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import numpy as np
 
 from guard.errors import BundleError, ConfigError
 from guard.storage.bundle import BundleStore, StoredBundle, read_bundle
+from guard.storage.places import BundlePlace
+from guard.storage.stores import open_store
 from guard.types import Float32Array, Float64Array, IntArray
 
 #: Bundles of each folder kept in memory, on average.
@@ -44,7 +47,7 @@ class KnownBundle:
     has_backup : bool
         Whether second opinions are a backup's; else they are the replacement head's.
     root : Path
-        The folder of bundles that it lies in.
+        The folder of bundles that it lies in, on this machine.
     """
 
     digest: str
@@ -74,9 +77,10 @@ class KnownBundles:
 
     Parameters
     ----------
-    *folders : Path or None
-        Of the models that `of_models` does not name. None: nothing is known, and classes go by their numbers.
-    of_models : mapping of str to Path, optional
+    *folders : path-like or None
+        Of the models that `of_models` does not name; folders, or URLs of object stores. None: nothing is known, and
+        classes go by their numbers.
+    of_models : mapping of str to path-like, optional
         The folder of a model, by its name.
 
     Raises
@@ -85,17 +89,25 @@ class KnownBundles:
         If a bundle lies in several folders of which nobody says whose they are.
     """
 
-    def __init__(self, *folders: Path | None, of_models: Mapping[str, Path] | None = None) -> None:
-        named = of_models or {}
-        one: dict[Path, Path] = {}  # a folder may be named in several ways
-        for folder in [*(folder for folder in folders if folder is not None), *named.values()]:
-            one.setdefault(folder.resolve(), folder)
-        self.of_models = {model: one[folder.resolve()] for model, folder in named.items()}
-        self._others = list(dict.fromkeys(one[folder.resolve()] for folder in folders if folder is not None))
-        self._stores = [BundleStore(root) for root in dict.fromkeys([*self._others, *self.of_models.values()])]
+    def __init__(self, *folders: BundlePlace | None, of_models: Mapping[str, BundlePlace] | None = None) -> None:
+        one: dict[Path, BundleStore] = {}  # a folder may be named in several ways
+
+        def known(place: BundlePlace) -> BundleStore:
+            store = open_store(place)
+            return one.setdefault(store.root.resolve(), store)
+
+        others = [known(place) for place in folders if place is not None]
+        self._of_models = {model: known(place) for model, place in (of_models or {}).items()}
+        self._others = list(dict.fromkeys(others))
+        self._stores = list(dict.fromkeys([*others, *self._of_models.values()]))
         self._kept: OrderedDict[tuple[Path, str], KnownBundle | None] = OrderedDict()
         self._lock = threading.Lock()
-        _check_places([BundleStore(root) for root in self._others])
+        _check_places(self._others)
+
+    @property
+    def of_models(self) -> dict[str, Path]:
+        """The folders of the models that were named with one, on this machine."""
+        return {model: store.root for model, store in self._of_models.items()}
 
     @property
     def stores(self) -> list[BundleStore]:
@@ -109,9 +121,9 @@ class KnownBundles:
 
     def store_of(self, model: str) -> BundleStore | None:
         """Return the folder of a model; None if nobody says which it is."""
-        if model in self.of_models:
-            return BundleStore(self.of_models[model])
-        return BundleStore(self._others[0]) if len(self._others) == 1 else None
+        if model in self._of_models:
+            return self._of_models[model]
+        return self._others[0] if len(self._others) == 1 else None
 
     def models_in(self, root: Path) -> list[str]:
         """Return the names of the models whose folder was named to be this one."""
@@ -126,7 +138,7 @@ class KnownBundles:
             return None
         own = self.store_of(model)
         stores = self._stores if own is None else [own, *self._stores]
-        return next((known for store in stores if (known := self._read_once(store.root, digest)) is not None), None)
+        return next((known for store in stores if (known := self._read_once(store, digest)) is not None), None)
 
     def active(self, model: str = "") -> KnownBundle | None:
         """Return the bundle that serves a model now; None if there is none, or nobody says in which folder it is."""
@@ -135,7 +147,7 @@ class KnownBundles:
     def active_in(self, store: BundleStore | None) -> KnownBundle | None:
         """Return the active bundle of a folder; None if there is none."""
         digest = store.known_active() if store is not None else None
-        return self._read_once(store.root, digest) if store is not None and digest else None
+        return self._read_once(store, digest) if store is not None and digest else None
 
     def is_active(self, digest: str | None, model: str = "") -> bool:
         """Return whether a bundle is the one that serves a model now, as far as folders are known."""
@@ -148,13 +160,17 @@ class KnownBundles:
         known = self.find(digest, model) or self.active(model)
         return known.class_names if known is not None else None
 
-    def _read_once(self, root: Path, digest: str) -> KnownBundle | None:
-        key = (root, digest)
-        if not (root / digest).is_dir():  # not kept: it may come
+    def _read_once(self, store: BundleStore, digest: str) -> KnownBundle | None:
+        key = (store.root, digest)
+        folder = store.folder_of(digest)
+        if not folder.is_dir():
+            with suppress(BundleError):
+                store.fetch(digest)
+        if not folder.is_dir():  # not kept: it may come
             return None
         with self._lock:
             if key not in self._kept:
-                self._kept[key] = _read(root / digest)
+                self._kept[key] = _read(folder)
                 while len(self._kept) > _KEPT * len(self._stores):
                     self._kept.popitem(last=False)
             self._kept.move_to_end(key)
@@ -163,13 +179,13 @@ class KnownBundles:
 
 def _check_places(stores: Sequence[BundleStore]) -> None:
     """Refuse folders that hold the same bundle, where nobody says which model is whose."""
-    seen: dict[str, Path] = {}
-    for store in stores:
+    seen: dict[str, str] = {}
+    for store in stores if len(stores) > 1 else ():
         for digest in store.digests():
-            if (other := seen.setdefault(digest, store.root)) != store.root:
+            if (other := seen.setdefault(digest, store.address)) != store.address:
                 raise ConfigError(
-                    f"bundle {digest[:12]} lies in {other} and in {store.root}, so nobody knows which folder its model "
-                    "follows. Name the model of each: --bundles MODEL=FOLDER."
+                    f"bundle {digest[:12]} lies in {other} and in {store.address}, so nobody knows which folder its "
+                    "model follows. Name the model of each: --bundles MODEL=FOLDER."
                 )
 
 

@@ -24,7 +24,7 @@ from guard.serving.review_queue import flagged_request
 from guard.serving.runtime import ActiveGuard, GuardRuntime
 from guard.suspect.outputs import logits_of, output_place
 from guard.suspect.recording import device_of
-from guard.types import Float32Array
+from guard.types import AnyArray, Float32Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +97,9 @@ class GuardedModel:
     module : Module
         The network, with the weights that the bundle was fitted for.
     bundles : path-like, optional
-        Folder whose ACTIVE is followed while serving.
+        Folder whose ACTIVE is followed while serving, or its URL in an object store (`s3://...`).
     bundle : path-like, optional
-        Folder of one bundle, to start with where `bundles` does not exist.
+        Folder of one bundle, to start with where `bundles` does not exist, or cannot be reached.
     name : str
         Label of the metrics, and name of the model in the queue.
     **settings
@@ -134,7 +134,7 @@ class GuardedModel:
             self.runtime = GuardRuntime(
                 module,
                 settings,
-                bundles=Path(bundles) if bundles is not None else None,
+                bundles=bundles,
                 embedded=Path(bundle) if bundle is not None else None,
                 model_name=name,
             )
@@ -158,7 +158,12 @@ class GuardedModel:
         return int(self.guard.reference.logits.shape[1])
 
     def answer(
-        self, inputs: Float32Array, requests: Requests | None = None, bodies: Sequence[Any] = ()
+        self,
+        inputs: Float32Array,
+        requests: Requests | None = None,
+        bodies: Sequence[Any] = (),
+        *,
+        guard: Guard | None = None,
     ) -> list[RowAnswer]:
         """Let the network answer, judge every row, and return one answer each, in order. Does not raise for a bad row.
 
@@ -170,6 +175,9 @@ class GuardedModel:
             Ids and headers, for logs, traces, deadlines and the queue.
         bodies : sequence, optional
             What the sender of each row sent, for the reviewers; without it they see what the network saw.
+        guard : Guard, optional
+            The one to judge by, for several calls that belong together: `guard` of this model as it was at the first.
+            Default: the one in use.
 
         Raises
         ------
@@ -185,12 +193,23 @@ class GuardedModel:
         if isinstance(requests, RowRequests) and not {len(requests.ids), len(requests.sent)} <= {0, len(inputs)}:
             sizes = f"{len(requests.ids)} ids and {len(requests.sent)} headers"
             raise DataError(f"requests must be one per row, {len(inputs)}, got {sizes}.")
-        guard = self.guard  # once: no call mixes two bundles
+        guard = guard or self.guard  # once: no call mixes two bundles
         known = requests or RowRequests()
         started = time.perf_counter()
         answered, guard_seconds = self._answered(guard, images, known)
         self.runtime.bookkeeping.stages(time.perf_counter() - started, guard_seconds)
         return row_answers(self.runtime, guard, answered, known, bodies)
+
+    def columns(self, answers: Sequence[RowAnswer]) -> dict[str, AnyArray]:
+        """Return answers as arrays with a row each, for servers that answer with named outputs.
+
+        Returns
+        -------
+        columns : dict of str to ndarray
+            `logits` of shape (n, n_classes), float32, NaN where no answer may leave; `guard_verdict` of shape (n,),
+            str; `guard_p_value` of shape (n,), float64, NaN where it is not told.
+        """
+        return columns_of(answers, self.n_classes)
 
     def close(self) -> None:
         """Take the guard off the network, and close the way to the queue. Safe to call twice."""
@@ -275,6 +294,16 @@ def row_answers(
         p_value = told.p_value if told is not None else math.nan
         answers.append(RowAnswer(logits if response.status < 400 else None, outcome.kind, p_value, response))
     return answers
+
+
+def columns_of(answers: Sequence[RowAnswer], n_classes: int) -> dict[str, AnyArray]:
+    """Return answers as `GuardedModel.columns` does."""
+    nothing = np.full(n_classes, np.nan, dtype=np.float32)
+    return {
+        "logits": np.stack([nothing if answer.logits is None else answer.logits for answer in answers]),
+        "guard_verdict": np.array([answer.verdict for answer in answers]),
+        "guard_p_value": np.array([answer.p_value for answer in answers]),
+    }
 
 
 def _refused(error: Exception, record: Record) -> Outcome:

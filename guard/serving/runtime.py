@@ -25,6 +25,8 @@ from guard.serving.outcomes import Outcome, Record, judged, unscored
 from guard.serving.review_queue import Flagged, Receipt, ReviewQueue
 from guard.serving.time_budget import TimeBudget, allowed_milliseconds
 from guard.storage.bundle import BundleStore
+from guard.storage.places import BundlePlace
+from guard.storage.stores import open_store
 from guard.suspect.model import SuspectModel
 from guard.types import Activations, Float32Array
 
@@ -54,10 +56,10 @@ class ActiveGuard:
     settings : mapping
         Serving settings that override those in the bundle (action, failure_mode, false_positive_rate, ...), and
         `queue_url`.
-    bundles : Path or None
-        Folder whose ACTIVE is followed while serving; None = only `embedded`.
+    bundles : path-like or None
+        Folder whose ACTIVE is followed while serving, or its URL in an object store; None = only `embedded`.
     embedded : Path or None
-        A bundle to start with where `bundles` does not exist on this machine.
+        A bundle to start with where `bundles` does not exist on this machine, or cannot be reached.
     model_name : str
         Label of the metrics.
 
@@ -68,10 +70,10 @@ class ActiveGuard:
     """
 
     def __init__(
-        self, settings: Mapping[str, Any], *, bundles: Path | None, embedded: Path | None, model_name: str
+        self, settings: Mapping[str, Any], *, bundles: BundlePlace | None, embedded: Path | None, model_name: str
     ) -> None:
         self._settings = {name: value for name, value in settings.items() if name in SERVING_SETTINGS}
-        self._store = BundleStore(bundles) if bundles is not None else None
+        self._store = open_store(bundles) if bundles is not None else None
         self._embedded = embedded
         self._refused: tuple[str, int] = ("", -1)  # what could not be loaded, so that it is tried and reported once
         self._closed = threading.Event()
@@ -179,17 +181,32 @@ class ActiveGuard:
         return guard
 
     def _first(self) -> Guard:
-        if self._store is not None and self._store.root.is_dir():
-            return self._load(self._store.active_path())
+        """Load the active bundle; where it is out of reach, the one that served here last, or else the embedded one."""
+        folder, problem = self._store.starting_folder() if self._store is not None else (None, "")
+        if folder is not None:
+            try:
+                guard = self._load(folder)
+            except BundleError as error:
+                if not problem or self._embedded is None:
+                    raise
+                logger.warning("the bundle that served here last cannot be used: %s", error)
+            else:
+                if problem:
+                    logger.warning("%s: serving the bundle that served here last, %s.", problem, folder.name[:12])
+                elif self._store is not None:
+                    self._store.remember(folder.name)
+                return guard
         if self._embedded is None:
-            raise BundleError("there is no bundle to serve: give a folder of bundles with an ACTIVE one.")
-        if self._store is not None:
-            logger.warning("folder of bundles not found: serving the embedded bundle until it appears.")
+            why = f" ({problem})" if problem else ""
+            raise BundleError(f"there is no bundle to serve{why}: give a folder of bundles with an ACTIVE one.")
+        if problem:
+            logger.warning("%s: serving the embedded bundle until it appears.", problem)
         return self._load(self._embedded)
 
     def _follow(self) -> None:
         complaint = ""
-        while not self._closed.wait(self.current.config.bundle_poll_seconds):
+        least = self._store.least_poll_seconds if self._store is not None else 0.0
+        while not self._closed.wait(max(self.current.config.bundle_poll_seconds, least)):
             try:
                 self.refresh()
                 complaint = ""
@@ -200,7 +217,8 @@ class ActiveGuard:
     def refresh(self) -> None:
         """Take the bundle that ACTIVE names, if it is another one and whole; else keep the one in use.
 
-        A refused one is tried again when its folder changes, as when it is repaired, or comes later than ACTIVE.
+        A refused one is tried again when its folder changes, as when it is repaired, or comes later than ACTIVE. An
+        object store is asked here, in the thread that follows ACTIVE, and no request waits for it.
         """
         if self._store is None:
             return
@@ -212,17 +230,19 @@ class ActiveGuard:
         if digest is None or digest == self.current.digest:
             self._refused = ("", -1)
             return
-        path = self._store.folder_of(digest)
-        attempt = (digest, path.stat().st_mtime_ns if path.is_dir() else 0)
-        if attempt == self._refused:
+        attempt = (digest, _changed(self._store.folder_of(digest)))
+        if attempt == self._refused and attempt[1]:
             return
         try:
+            path = self._store.fetch(digest)
+            attempt = (digest, _changed(path))
             guard = self._load(path)
         except Exception as error:  # whatever is wrong with it
             self._refuse(*attempt, error)
             return
         old, self.current, self._refused = self.current, guard, ("", -1)
         self.bookkeeping.swapped(old, guard)
+        self._store.remember(digest)
 
     def _refuse(self, digest: str, changed_ns: int, error: Exception) -> None:
         """Keep the bundle in use, and say so once per refused state of the folder."""
@@ -236,7 +256,8 @@ class ActiveGuard:
         """Return the bundles that a worker before this one may have served; the server still shows its last word."""
         if self._store is None:
             return []
-        return [digest for digest in self._store.digests() if digest != self.current.digest]
+        here = BundleStore(self._store.root)  # whatever the store is: what was never here was never served here
+        return [digest for digest in here.digests() if digest != self.current.digest]
 
 
 class GuardRuntime(ActiveGuard):
@@ -260,7 +281,7 @@ class GuardRuntime(ActiveGuard):
         module: nn.Module | None,
         settings: Mapping[str, Any],
         *,
-        bundles: Path | None,
+        bundles: BundlePlace | None,
         embedded: Path | None,
         model_name: str,
     ) -> None:
@@ -391,6 +412,11 @@ def _review_queue(settings: Mapping[str, Any], model_name: str) -> ReviewQueue |
             "this archive wants a queue, and flagged inputs are not kept: set GUARD_QUEUE_URL for the server."
         )
     return None
+
+
+def _changed(folder: Path) -> int:
+    """Return when a folder changed last, in nanoseconds; 0 if it is not there."""
+    return folder.stat().st_mtime_ns if folder.is_dir() else 0
 
 
 def _wrong_shape(guard: Guard, inputs: torch.Tensor) -> str:

@@ -22,7 +22,9 @@ from guard.files import (
     write_private,
 )
 from guard.relabel.queue import Queue
-from guard.storage.bundle import ACTIVE, HISTORY, BundleStore, read_bundle
+from guard.storage.bundle import BundleStore, read_bundle
+from guard.storage.places import BundlePlace
+from guard.storage.stores import open_store
 
 QUEUE, BUNDLES, SUMS = "queue.db", "bundles", "SHA256SUMS"
 _SQLITE = "sqlite:///"
@@ -53,7 +55,7 @@ class Snapshot:
     chain_head: str | None
 
 
-def save_snapshot(folder: Path, *, queue_url: str | None, bundles: Path | None) -> Snapshot:
+def save_snapshot(folder: Path, *, queue_url: str | None, bundles: BundlePlace | None) -> Snapshot:
     """Copy queue and bundles into a new folder while everything runs.
 
     The queue comes first, then the bundles: whatever the copied queue names is among the copied bundles. The folder
@@ -65,7 +67,8 @@ def save_snapshot(folder: Path, *, queue_url: str | None, bundles: Path | None) 
         Must not exist.
     queue_url : str or None
         Of a queue in SQLite. PostgreSQL has tools of its own (`pg_dump`), which do this better.
-    bundles : Path or None
+    bundles : path-like or None
+        A folder, or its URL in an object store.
 
     Raises
     ------
@@ -77,6 +80,7 @@ def save_snapshot(folder: Path, *, queue_url: str | None, bundles: Path | None) 
     if queue_url is None and bundles is None:
         raise SnapshotError("there is nothing to copy. Name a queue, a folder of bundles, or both.")
     source = _sqlite_file(queue_url) if queue_url is not None else None
+    store = open_store(bundles) if bundles is not None else None
     if folder.exists():
         raise SnapshotError(f"{folder} exists already. Name another folder.")
     try:
@@ -84,8 +88,8 @@ def save_snapshot(folder: Path, *, queue_url: str | None, bundles: Path | None) 
         with whole_folder(folder) as writing:
             if source is not None:
                 _copy_database(source, writing / QUEUE)
-            if bundles is not None:
-                _copy_bundles(bundles, writing / BUNDLES)
+            if store is not None:
+                _copy_bundles(store, writing / BUNDLES)
             about = _look_at(writing, folder)
             write_private(writing / SUMS, _sums(writing))
     except OSError as error:
@@ -93,7 +97,7 @@ def save_snapshot(folder: Path, *, queue_url: str | None, bundles: Path | None) 
     return about
 
 
-def restore_snapshot(folder: Path, *, queue_url: str | None, bundles: Path | None) -> Snapshot:
+def restore_snapshot(folder: Path, *, queue_url: str | None, bundles: BundlePlace | None) -> Snapshot:
     """Put queue and bundles of a snapshot in their places; nothing that is there is replaced.
 
     Only the owner of what is written may read it. Copies are compared with the snapshot's sums before they get their
@@ -105,8 +109,8 @@ def restore_snapshot(folder: Path, *, queue_url: str | None, bundles: Path | Non
         That `save_snapshot` made; every file is verified first.
     queue_url : str or None
         Where the queue shall be: a SQLite file that does not exist.
-    bundles : Path or None
-        Where the bundles shall be: a folder that does not exist, or is empty.
+    bundles : path-like or None
+        Where the bundles shall be: a folder that does not exist, or is empty, or a URL below which nothing lies.
 
     Raises
     ------
@@ -118,15 +122,16 @@ def restore_snapshot(folder: Path, *, queue_url: str | None, bundles: Path | Non
     about = verify_snapshot(folder)
     sums = _read_sums(folder)
     target = _sqlite_file(queue_url) if queue_url is not None else None
-    for wanted, name, part in ((target, QUEUE, "queue"), (bundles, BUNDLES, "folder of bundles")):
+    store = open_store(bundles) if bundles is not None else None
+    for wanted, name, part in ((target, QUEUE, "queue"), (store, BUNDLES, "folder of bundles")):
         if wanted is not None and not (folder / name).exists():
             raise SnapshotError(f"{folder} holds no {part}. Leave it out.")
     if target is not None and any(Path(f"{target}{end}").exists() for end in ("", "-wal", "-shm")):
         raise SnapshotError(f"{target} exists already. Move it away first; nothing is overwritten.")
-    if bundles is not None and bundles.exists() and any(bundles.iterdir()):
-        raise SnapshotError(f"{bundles} is not empty. Move it away first; nothing is overwritten.")
+    if store is not None and not store.is_empty():
+        raise SnapshotError(f"{store.address} is not empty. Move it away first; nothing is overwritten.")
     try:
-        for place, name in ((bundles, BUNDLES), (target, QUEUE)):
+        for place, name in ((store.root if store is not None else None, BUNDLES), (target, QUEUE)):
             if place is None:
                 continue
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +140,10 @@ def restore_snapshot(folder: Path, *, queue_url: str | None, bundles: Path | Non
                 copy_private(folder / name, copy)
                 if _sums(Path(scratch)) != "".join(line for line in sums if _below(line, name)):
                     raise SnapshotError(f"{folder} was changed while it was restored. Look who writes to it.")
-                put_in_place(copy, place)
+                if store is not None and name == BUNDLES:
+                    store.take_over(copy)
+                else:
+                    put_in_place(copy, place)
     except OSError as error:
         raise SnapshotError(
             f"{folder} cannot be restored: {error.strerror or error}. Check the places and the disk."
@@ -207,17 +215,15 @@ def _copy_database(source: Path, target: Path) -> None:
         ) from error
 
 
-def _copy_bundles(source: Path, target: Path) -> None:
+def _copy_bundles(store: BundleStore, target: Path) -> None:
     """Copy every bundle and what points at them. ACTIVE is read first: what it names is there when it is copied."""
-    store = BundleStore(source)
-    pointers = [name for name in (ACTIVE, HISTORY) if (source / name).is_file()]
     make_private_folder(target)
-    for name in pointers:
-        copy_private(source / name, target / name)
+    store.copy_pointers(target)
     store.active_path()
     for digest in store.digests():
-        read_bundle(store.folder_of(digest))
-        copy_private(store.folder_of(digest), target / digest)
+        folder = store.fetch(digest)
+        read_bundle(folder)
+        copy_private(folder, target / digest)
 
 
 def _look_at(folder: Path, name: Path) -> Snapshot:

@@ -17,6 +17,7 @@ import numpy as np
 
 from guard.detection.pipeline import Guard
 from guard.errors import ArchiveError, ServerError
+from guard.storage.stores import CACHE_VARIABLE
 from guard.torchserve.archives.contents import ABOUT, read_guard_files
 from guard.torchserve.archives.strict_zip import open_strict_zip
 from guard.torchserve.client import Client
@@ -254,7 +255,9 @@ def _answers_of(archive: Path, batches: Sequence[Sequence[Any]], pinned: bool) -
             about = folder / MODEL / ABOUT
             about.write_text(json.dumps({**json.loads(about.read_text()), "bundles": None}))
         (folder / BATCHES).write_text(json.dumps([[_entry(body) for body in batch] for batch in batches]))
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("GUARD_")}
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith("GUARD_") or name == CACHE_VARIABLE
+        }
         environment = {**kept, "GUARD_VERDICT_DETAIL": "full", "GUARD_REVIEW": "false", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "guard.torchserve.trial", str(folder)]
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 from guard.errors import ServerError
@@ -34,13 +35,7 @@ def kept_keys(file: Path, *, rotate: bool = False) -> dict[str, str]:
     """
     try:
         if not rotate and file.exists():
-            if file.stat().st_mode & 0o077:
-                raise ServerError(f"{file} holds keys that others can read: its mode must be 600. chmod 600 it.")
-            known = json.loads(read_plain(file, _MOST_BYTES))
-            keys = {kind: known[kind]["key"] for kind in KINDS}
-            if not all(_KEY.fullmatch(key) for key in keys.values()):
-                raise ValueError("a key must be 16 to 200 letters, digits, - or _")
-            return keys
+            return _read(file, KINDS)
         keys = {kind: secrets.token_urlsafe(24) for kind in KINDS}
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(file, json.dumps({kind: {"key": key} for kind, key in keys.items()}, indent=2).encode() + b"\n")
@@ -50,6 +45,32 @@ def kept_keys(file: Path, *, rotate: bool = False) -> dict[str, str]:
         raise ServerError(
             f"{file} holds no keys ({error}). Name another file, or make new ones with --rotate-keys."
         ) from error
+    return keys
+
+
+def inference_key(file: Path) -> str:
+    """Return the key for predictions that a file of keys holds.
+
+    Raises
+    ------
+    ServerError
+        If the file can be read by others, or holds none.
+    """
+    try:
+        return _read(file, ("inference",))["inference"]
+    except OSError as error:
+        raise ServerError(f"the key file {file} cannot be used: {error.strerror}. Name another.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ServerError(f"{file} holds no key for predictions ({error}). Name another file.") from error
+
+
+def _read(file: Path, kinds: Sequence[str]) -> dict[str, str]:
+    if file.stat().st_mode & 0o077:
+        raise ServerError(f"{file} holds keys that others can read: its mode must be 600. chmod 600 it.")
+    known = json.loads(read_plain(file, _MOST_BYTES))
+    keys = {kind: known[kind]["key"] for kind in kinds}
+    if not all(_KEY.fullmatch(key) for key in keys.values()):
+        raise ValueError("a key must be 16 to 200 letters, digits, - or _")
     return keys
 
 

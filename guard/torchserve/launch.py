@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from guard.errors import DatasetError, ServerError
+from guard.extras import require
 from guard.processes.ports import LOOPBACK, Ports, grpc_address
 from guard.resources import resource_path
 from guard.torchserve.archives.archive import Archive
@@ -104,12 +105,15 @@ def torchserve_home() -> Path:
 
     Raises
     ------
-    ServerError
+    MissingExtraError
         If TorchServe is not installed.
+    ServerError
+        If what is installed under its name has no server.
     """
+    require("torchserve")
     spec = importlib.util.find_spec("ts")
     if spec is None or spec.origin is None or not (Path(spec.origin).parent / "frontend").is_dir():
-        raise ServerError("TorchServe is not installed. Install the torchserve package, version 0.12.")
+        raise ServerError("the module 'ts' is no TorchServe. Install the torchserve package, version 0.12.")
     return Path(spec.origin).resolve().parent.parent
 
 

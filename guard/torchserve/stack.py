@@ -14,6 +14,7 @@ from guard.errors import ServerError
 from guard.observing.targets import Target, write_targets
 from guard.processes.companion import Companion
 from guard.processes.ports import LOOPBACK, free_port
+from guard.storage.places import BundlePlace
 from guard.torchserve.archives.contents import followed_bundles, is_guarded
 
 
@@ -189,7 +190,7 @@ class ServingStack:
             ]
         return commands
 
-    def _followed_bundles(self) -> dict[str, Path]:
-        """Return the folder of bundles that a model follows, by model."""
+    def _followed_bundles(self) -> dict[str, BundlePlace]:
+        """Return the folder or URL of bundles that a model follows, by model."""
         found = {name: followed_bundles(path) for name, path in self.server.archives_served.items()}
         return {name: folder for name, folder in found.items() if folder is not None}

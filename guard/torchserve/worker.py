@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from guard.errors import ArchiveError, DataError
+from guard.extras import require
 from guard.resources import resource_path
 from guard.users_code import why_it_failed
 
@@ -43,20 +44,18 @@ def new_context(folder: Path, gpu: int | None, model_settings: dict[str, Any]) -
 
     Raises
     ------
-    ArchiveError
+    MissingExtraError
         If TorchServe is not installed.
     """
     logging.getLogger("ts").setLevel(logging.ERROR)  # it warns of every accelerator that is not installed
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)  # it leaves its own files open
-            from ts.context import Context
-            from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
+    require("torchserve")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves its own files open
+        from ts.context import Context
+        from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
-            metrics = MetricsCacheYamlImpl(config_file_path=str(resource_path("metrics.yaml")))
-            metrics.initialize_cache()
-    except ImportError as error:
-        raise ArchiveError("TorchServe is not installed. Install the torchserve package, version 0.12.") from error
+        metrics = MetricsCacheYamlImpl(config_file_path=str(resource_path("metrics.yaml")))
+        metrics.initialize_cache()
     manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())
     served = manifest["model"]["modelName"]
     return Context(served, str(folder), manifest, 1, gpu, "0.12.0", metrics=metrics, model_yaml_config=model_settings)

@@ -9,12 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import Protocol
 
 import numpy as np
 
 from guard.errors import GuardError
 from guard.serving.guarded_model import RowAnswer, RowRequests
 from guard.types import Float32Array
+
+#: Takes rows and who sent them, and returns one answer per row.
+Answer = Callable[[Float32Array, RowRequests], list[RowAnswer]]
 
 
 class OverloadedError(GuardError):
@@ -40,6 +44,19 @@ class Call:
     answers: Future[list[RowAnswer]] = field(default_factory=Future)
 
 
+class Batching(Protocol):
+    """What puts requests together."""
+
+    #: The most rows of one request.
+    max_waiting_rows: int
+
+    def submit(self, rows: Float32Array, id: str, headers: Mapping[str, str]) -> Future[list[RowAnswer]]:
+        """Take one request; its answers come later."""
+
+    def close(self) -> None:
+        """Answer what waits, and take no more."""
+
+
 class Batcher:
     """Collects calls and lets a model answer several at once, in a thread of its own.
 
@@ -47,8 +64,9 @@ class Batcher:
 
     Parameters
     ----------
-    answer : callable
-        Takes rows and who sent them, and returns one answer per row; `GuardedModel.answer`.
+    begin : callable
+        Called once per batch; returns what takes rows and who sent them, and returns one answer per row, such as
+        `GuardedModel.answer` with the guard of that moment.
     batch_size : int
         A batch is sent off once it has so many rows; a call of more rows is cut.
     max_delay_s : float
@@ -59,13 +77,13 @@ class Batcher:
 
     def __init__(
         self,
-        answer: Callable[[Float32Array, RowRequests], list[RowAnswer]],
+        begin: Callable[[], Answer],
         *,
         batch_size: int = 8,
         max_delay_s: float = 0.001,
         max_waiting_rows: int = 1024,
     ) -> None:
-        self._answer = answer
+        self._begin = begin
         self._batch_size, self._max_delay_s, self.max_waiting_rows = batch_size, max_delay_s, max_waiting_rows
         self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -115,29 +133,33 @@ class Batcher:
                 batch.append(more)
                 n_rows += len(more.rows)
             taken = [call for call in batch if call.answers.set_running_or_notify_cancel()]  # its sender is there
-            for same in _of_one_shape(taken):
-                self._answer_together(same)
+            answer_calls(taken, self._begin(), self._batch_size)
             with self._lock:
                 self._waiting_rows -= n_rows
 
-    def _answer_together(self, batch: Sequence[Call]) -> None:
-        rows = np.concatenate([call.rows for call in batch])
-        ids = [
-            call.id if len(call.rows) == 1 else f"{call.id}/{row}" for call in batch for row in range(len(call.rows))
-        ]
-        sent = [call.headers for call in batch for _ in call.rows]
-        try:
-            answers: list[RowAnswer] = []
-            for start in range(0, len(rows), self._batch_size):
-                part = slice(start, start + self._batch_size)
-                answers += self._answer(rows[part], RowRequests(ids[part], sent[part]))
-        except BaseException as error:  # nobody else would hear of it
-            for call in batch:
-                call.answers.set_exception(error)
-        else:
-            bounds = pairwise(accumulate((len(call.rows) for call in batch), initial=0))
-            for call, (first, last) in zip(batch, bounds, strict=True):
-                call.answers.set_result(answers[first:last])
+
+def answer_calls(calls: Sequence[Call], answer: Answer, batch_size: int) -> None:
+    """Answer calls together, in forward passes of at most `batch_size` rows; an error is the answer of those it hit."""
+    for same in _of_one_shape(calls):
+        _answer_together(same, answer, batch_size)
+
+
+def _answer_together(batch: Sequence[Call], answer: Answer, batch_size: int) -> None:
+    rows = np.concatenate([call.rows for call in batch])
+    ids = [call.id if len(call.rows) == 1 else f"{call.id}/{row}" for call in batch for row in range(len(call.rows))]
+    sent = [call.headers for call in batch for _ in call.rows]
+    try:
+        answers: list[RowAnswer] = []
+        for start in range(0, len(rows), batch_size):
+            part = slice(start, start + batch_size)
+            answers += answer(rows[part], RowRequests(ids[part], sent[part]))
+    except BaseException as error:  # nobody else would hear of it
+        for call in batch:
+            call.answers.set_exception(error)
+    else:
+        bounds = pairwise(accumulate((len(call.rows) for call in batch), initial=0))
+        for call, (first, last) in zip(batch, bounds, strict=True):
+            call.answers.set_result(answers[first:last])
 
 
 def _of_one_shape(batch: Sequence[Call]) -> list[list[Call]]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 
-from guard.serving.guarded_model import GuardedModel, RowAnswer, RowRequests
+from guard.serving.guarded_model import GuardedModel, RowAnswer, RowRequests, columns_of
 from guard.serving.outcomes import GRAVITY, Outcome
 from guard.types import AnyArray, Float32Array
-from guard.v2.batching import Batcher
+from guard.v2.batching import Batcher, Batching
 from guard.v2.protocol import InferRequest, InferResponse, ProtocolError, datatype_of, named
 
 INPUT, LOGITS, VERDICT, P_VALUE = "input", "logits", "guard_verdict", "guard_p_value"
@@ -56,12 +57,23 @@ class ServedModel:
         The most rows of one forward pass.
     max_delay_s : float
         How long a request waits for others, in seconds.
+    make_batcher : callable
+        What puts requests together; takes what `Batcher` takes.
     """
 
-    def __init__(self, model: GuardedModel, *, batch_size: int = 8, max_delay_s: float = 0.001) -> None:
+    def __init__(
+        self,
+        model: GuardedModel,
+        *,
+        batch_size: int = 8,
+        max_delay_s: float = 0.001,
+        make_batcher: Callable[..., Batching] = Batcher,
+    ) -> None:
         self.model = model
         self.name = model.name
-        self._batcher = Batcher(model.answer, batch_size=batch_size, max_delay_s=max_delay_s)
+        # A request of many rows takes several forward passes, and they are judged by one guard.
+        begin = lambda: partial(model.answer, guard=model.guard)  # noqa: E731
+        self._batcher = make_batcher(begin, batch_size=batch_size, max_delay_s=max_delay_s)
 
     def metadata(self) -> dict[str, Any]:
         """Return what `GET v2/models/NAME` answers."""
@@ -176,13 +188,8 @@ def inferred(
     if all(answer.logits is None for answer in answers):
         return Inferred(None, answers[0].response.status, answers[0].error, headers)
     wanted = {output.name: output.is_binary for output in request.outputs} or dict.fromkeys(told, request.is_binary)
-    nothing = np.full(n_classes, np.nan, dtype=np.float32)
-    known: dict[str, AnyArray] = {
-        LOGITS: np.stack([nothing if answer.logits is None else answer.logits for answer in answers]),
-        **(more or {}),
-        VERDICT: np.array([answer.verdict for answer in answers]),
-        P_VALUE: np.array([answer.p_value for answer in answers]),
-    }
+    columns = columns_of(answers, n_classes)
+    known: dict[str, AnyArray] = {LOGITS: columns.pop(LOGITS), **(more or {}), **columns}
     outputs = {name: array for name, array in known.items() if name in wanted}
     binary = frozenset(name for name in outputs if wanted[name])
     return Inferred(InferResponse(name, outputs, request.id, _parameters(answers), binary), 200, "", headers)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from guard.v2.batching import OverloadedError
+from guard.v2.description import describe
 from guard.v2.models import VERSION, Inferred, ServedModel
 from guard.v2.protocol import InferRequest, ProtocolError, read_request, write_response
 
@@ -28,8 +29,46 @@ _SHORT_BYTES = 64 << 10
 _Result = TypeVar("_Result")
 
 
+class Models(Protocol):
+    """Models that are lent for one request each: they may be opened when they are asked for, and closed between."""
+
+    def names(self) -> Collection[str]:
+        """Return the names of all models, open or not."""
+
+    def lent(self, name: str) -> AbstractAsyncContextManager[ServedModel]:
+        """Lend a model of this name; it stays open inside the block.
+
+        Raises
+        ------
+        OverloadedError
+            If it cannot be opened now.
+        """
+
+
+class OpenModels:
+    """Models that are all open, as long as the application is.
+
+    Parameters
+    ----------
+    models : mapping of str to ServedModel
+        By name.
+    """
+
+    def __init__(self, models: Mapping[str, ServedModel]) -> None:
+        self._models = models
+
+    def names(self) -> Collection[str]:
+        """Return the names of all models."""
+        return self._models.keys()
+
+    @asynccontextmanager
+    async def lent(self, name: str) -> AsyncIterator[ServedModel]:
+        """Lend a model."""
+        yield self._models[name]
+
+
 def create_app(
-    models: Mapping[str, ServedModel],
+    models: Mapping[str, ServedModel] | Models,
     *,
     key: str | None = None,
     max_body_bytes: int = 64 << 20,
@@ -41,7 +80,7 @@ def create_app(
 
     Parameters
     ----------
-    models : mapping of str to ServedModel
+    models : mapping of str to ServedModel, or Models
         By name; the application closes none of them.
     key : str, optional
         What callers must send as `Authorization: Bearer KEY`, but for health; None asks for nothing.
@@ -54,13 +93,8 @@ def create_app(
     body_timeout_s : float
         Seconds until a body must be there; then status 408.
     """
-    app = FastAPI(
-        title="Backdoor Guard, open inference protocol",
-        version=VERSION,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-    )
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    description = describe("Backdoor Guard, open inference protocol", version(SERVER), has_key=key is not None)
     bodies = Bodies(max_body_bytes, max_held_bytes, body_timeout_s)
 
     if key is not None:
@@ -78,12 +112,22 @@ def create_app(
     async def not_there(_request: Request, error: HTTPException) -> Response:
         return error_response(error.status_code, str(error.detail), dict(error.headers or {}))
 
-    def model_of(name: str, asked_version: str | None = None) -> ServedModel:
-        if name not in models:
-            raise ProtocolError(f"there is no model {name[:80]!r}; served are {', '.join(sorted(models))}.", 404)
+    shelf: Models = OpenModels(models) if isinstance(models, Mapping) else models
+
+    def checked(name: str, asked_version: str | None = None) -> str:
+        if name not in shelf.names():
+            raise ProtocolError(f"there is no model {name[:80]!r}; served are {', '.join(sorted(shelf.names()))}.", 404)
         if asked_version not in (None, VERSION):
             raise ProtocolError(f"model {name!r} has version {VERSION} alone, not {str(asked_version)[:20]!r}.", 404)
-        return models[name]
+        return name
+
+    async def refuse(name: str, status: int, headers: Mapping[str, str]) -> None:
+        async with shelf.lent(name) as model:
+            model.refuse(status, headers)
+
+    @app.get("/openapi.json")
+    async def describe_routes() -> dict[str, object]:
+        return description
 
     @app.get("/v2/health/live")
     async def is_live() -> dict[str, bool]:
@@ -100,25 +144,29 @@ def create_app(
     @app.get("/v2/models/{name}")
     @app.get("/v2/models/{name}/versions/{asked}")
     async def about_model(name: str, asked: str | None = None) -> dict[str, object]:
-        return model_of(name, asked).metadata()
+        async with shelf.lent(checked(name, asked)) as model:
+            return model.metadata()
 
     @app.get("/v2/models/{name}/ready")
     @app.get("/v2/models/{name}/versions/{asked}/ready")
     async def is_model_ready(name: str, asked: str | None = None) -> dict[str, object]:
-        return {"name": model_of(name, asked).name, "ready": True}
+        async with shelf.lent(checked(name, asked)):
+            return {"name": name, "ready": True}
 
     @app.post("/v2/models/{name}/infer")
     @app.post("/v2/models/{name}/versions/{asked}/infer")
     async def infer(request: Request, name: str, asked: str | None = None) -> Response:
-        model = model_of(name, asked)
+        checked(name, asked)
         try:
             async with bodies.held(request) as body:
-                found = await model.infer(await wanted_of(body, request.headers, max_json_bytes), request.headers)
+                wanted = await wanted_of(body, request.headers, max_json_bytes)
+                async with shelf.lent(name) as model:
+                    found = await model.infer(wanted, request.headers)
         except ProtocolError as error:
-            model.refuse(error.status, request.headers)
+            await refuse(name, error.status, request.headers)
             raise
         except ClientDisconnect:
-            model.refuse(400, request.headers)
+            await refuse(name, 400, request.headers)
             return error_response(400, "the body ended before it was whole.")  # to nobody
         return await written(found)
 
@@ -144,7 +192,7 @@ class KeyCheck:
 async def wanted_of(body: bytes, headers: Mapping[str, str], max_json_bytes: int) -> InferRequest:
     """Read the body of an inference request; ProtocolError if it breaks the protocol, or its JSON is too long."""
     json_bytes = json_bytes_of(headers)
-    if (size := len(body) if json_bytes is None else json_bytes) > max_json_bytes:
+    if (size := len(body) if json_bytes is None else min(json_bytes, len(body))) > max_json_bytes:
         raise ProtocolError(f"JSON must have at most {max_json_bytes} bytes, got {size}. Send binary data.", 413)
     return await off_loop(len(body), read_request, body, json_bytes)
 

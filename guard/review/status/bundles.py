@@ -8,7 +8,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from guard.detection.contradictions import Contradictions
@@ -16,7 +15,7 @@ from guard.errors import BundleError
 from guard.files import read_plain
 from guard.relabel.rounds import Round, Rounds
 from guard.review.known_bundles import KnownBundles
-from guard.storage.bundle import JOURNAL, RETRAINER_LOCK, BundleStore, read_bundle
+from guard.storage.bundle import RETRAINER_LOCK, BundleStore, read_bundle
 
 #: Bundles that are listed.
 SHOWN = 8
@@ -85,15 +84,18 @@ class BundleList:
         """Return the active bundle and the newest others; damaged ones are left out."""
         if self.store is None:
             return []
-        active = self.store.known_active()
+        try:
+            active, written = self.store.known_active(), self.store.written()
+        except BundleError:  # out of reach
+            return []
         made_by = {entry.candidate_digest: entry for entry in reversed(self._rounds.all()) if entry.candidate_digest}
-        folders = sorted(map(self.store.folder_of, self.store.digests()), key=_made_at, reverse=True)
-        folders.sort(key=lambda folder: folder.name != active)
+        digests = sorted(written, key=lambda digest: (digest == active, written[digest]), reverse=True)
         listed = []
-        for folder in folders[:SHOWN]:
-            document = self._document(folder)
+        for digest in digests[:SHOWN]:
+            document = self._document(digest)
             if document is not None:
-                listed.append(_listed(folder, document, active, in_use, made_by.get(folder.name), self.of))
+                made_at = datetime.fromtimestamp(written[digest], UTC)
+                listed.append(_listed(digest, made_at, document, active, in_use, made_by.get(digest), self.of))
         return listed
 
     def expected_rate(self) -> float | None:
@@ -144,36 +146,43 @@ class BundleList:
         if self.store is None:
             raise BundleError("the page knows no folder of bundles. Start it with --bundles.")
         with self._lock:
-            if (self.store.root / JOURNAL).exists():
+            if self.store.is_promoting():
                 raise BundleError("a retraining is just switching the bundle. Look again in a moment.")
             if (self.store.active_digest(), self.store.previous_digest()) != (active, target):
                 raise BundleError("the active bundle has changed meanwhile, and nothing was rolled back. Look again.")
-            check_stored(read_bundle(self.store.folder_of(target)))
-            self.store.roll_back()
+            check_stored(read_bundle(self.store.fetch(target)))
+            self.store.roll_back(instead_of=active)
         _log.warning("%s rolled the bundle back from %s to %s", reviewer, active[:12], target[:12])
 
     def _active(self) -> dict[str, Any] | None:
         digest = self.active()
-        return self._document(self.store.folder_of(digest)) if self.store is not None and digest else None
+        return self._document(digest) if self.store is not None and digest else None
 
-    def _document(self, folder: Path) -> dict[str, Any] | None:
+    def _document(self, digest: str) -> dict[str, Any] | None:
         with self._lock:
-            if folder.name not in self._documents:
+            if digest not in self._documents:
                 try:
-                    self._documents[folder.name] = read_bundle(folder).document
+                    assert self.store is not None  # or there would be no digest
+                    self._documents[digest] = self.store.document(digest)
                 except BundleError:
                     return None
-            return self._documents[folder.name]
+            return self._documents[digest]
 
 
 def _listed(
-    folder: Path, document: dict[str, Any], active: str | None, in_use: tuple[str, ...], made_by: Round | None, of: str
+    digest: str,
+    made_at: datetime,
+    document: dict[str, Any],
+    active: str | None,
+    in_use: tuple[str, ...],
+    made_by: Round | None,
+    of: str,
 ) -> ListedBundle:
     return ListedBundle(
-        folder.name,
-        datetime.fromtimestamp(_made_at(folder), UTC),
-        folder.name == active,
-        folder.name in in_use,
+        digest,
+        made_at,
+        digest == active,
+        digest in in_use,
         (document.get("lineage") or {}).get("retrained_from", ""),
         made_by.id if made_by is not None else None,
         made_by.outcome or "" if made_by is not None else "",
@@ -200,8 +209,7 @@ class BundleLists(Sequence[BundleList]):
             self._lists = [BundleList(bundles.store, rounds)]
         else:
             self._lists = [
-                BundleList(store, rounds, ", ".join(bundles.models_in(store.root)) or str(store.root))
-                for store in stores
+                BundleList(store, rounds, ", ".join(bundles.models_in(store.root)) or store.address) for store in stores
             ]
 
     def __len__(self) -> int:
@@ -221,10 +229,3 @@ class BundleLists(Sequence[BundleList]):
     def answers_needed(self) -> dict[str, int]:
         """Return how many new answers start a retraining, by model, as the retrainers of all folders have written."""
         return {model: needed for each in self._lists for model, needed in each.answers_needed().items()}
-
-
-def _made_at(folder: Path) -> float:
-    try:
-        return folder.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from guard.errors import ArchiveError, ServerError
+from guard.extras import require
 from guard.files import PRIVATE_FILE, READABLE_FILE, READABLE_FOLDER, whole_file
 from guard.torchserve.archives.manifest import MANIFEST
 from guard.torchserve.archives.strict_zip import read_member
@@ -224,15 +225,11 @@ def _add(members: dict[str, Path], name: str, path: Path) -> None:
 def _manifest(
     name: str, version: str, handler: Path, weights: Path, model_file: Path | None, config_yaml: Path | None
 ) -> str:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)  # it leaves its version file open
-            from model_archiver.model_archiver_config import ModelArchiverConfig
-            from model_archiver.model_packaging_utils import ModelExportUtils
-    except ImportError as error:
-        raise ArchiveError(
-            "torch-model-archiver is not installed. Install the torch-model-archiver package."
-        ) from error
+    require("torchserve")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves its version file open
+        from model_archiver.model_archiver_config import ModelArchiverConfig
+        from model_archiver.model_packaging_utils import ModelExportUtils
     config = ModelArchiverConfig(
         model_name=name,
         version=version,

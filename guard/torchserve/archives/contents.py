@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from guard.config import PLACES, SERVING_SETTINGS, load_settings
-from guard.errors import ArchiveError, BundleError
+from guard.errors import ArchiveError, BundleError, ConfigError, StoreUnavailable
 from guard.files import read_plain
 from guard.storage.bundle import DOCUMENT, BundleStore
+from guard.storage.places import BundlePlace, name_of, place_of
+from guard.storage.stores import open_store
 from guard.torchserve.archives.manifest import MANIFEST
 from guard.torchserve.archives.strict_zip import read_member
 
@@ -29,7 +31,7 @@ _MOST_BYTES = 2**20
 def write_guard_files(
     handler: str,
     bundle: Path,
-    bundles: Path | None,
+    bundles: BundlePlace | None,
     settings: Mapping[str, Any],
     example: Path | None,
     examples: Sequence[Path],
@@ -44,7 +46,7 @@ def write_guard_files(
     names = [f"{EXAMPLES}/{number}{body.suffix}" for number, body in enumerate(bodies)]
     about = {
         "handler": handler,
-        "bundles": str(bundles.absolute()) if bundles is not None else None,
+        "bundles": name_of(bundles) if bundles is not None else None,
         "embedded": bundle.name,
         "example": names[0] if example is not None else None,
         "examples": names,
@@ -126,6 +128,8 @@ def promise_of(archive: Path) -> Promise:
     ------
     ArchiveError
         If it has no guard, or cannot be read.
+    StoreUnavailable
+        If the object store that it follows does not give its bundle.
     """
     try:
         about, settings, manifest = (read_member(archive, name, _MOST_BYTES) for name in (ABOUT, SETTINGS, MANIFEST))
@@ -134,9 +138,9 @@ def promise_of(archive: Path) -> Promise:
         if about is None or settings is None:
             raise ArchiveError(f"{archive.name} has no guard. Put one around it with `guard wrap`.")
         known = json.loads(about)
-        store = BundleStore(Path(known["bundles"] or ""))
-        active = store.known_active() if known["bundles"] else None
-        bundle = store.folder_of(active) if active is not None else None
+        store = open_store(known["bundles"]) if known["bundles"] else None
+        active = store.known_active() if store is not None else None
+        bundle = store.fetch(active) if store is not None and active is not None else None
         if bundle is not None:
             document = json.loads(bundle.joinpath(DOCUMENT).read_bytes())
         else:
@@ -144,6 +148,8 @@ def promise_of(archive: Path) -> Promise:
         rate = {**document["settings"], **tomllib.loads(settings.decode())}["false_positive_rate"]
         name = json.loads(manifest)["model"]["modelName"]
         return Promise(name, float(rate), bundle, document.get("images_from"))
+    except StoreUnavailable:
+        raise
     except (ValueError, KeyError, TypeError, OSError, RecursionError, BundleError) as error:
         raise ArchiveError(f"{archive.name} cannot be read ({type(error).__name__}). Make it again.") from error
 
@@ -157,8 +163,8 @@ def is_guarded(archive: Path) -> bool:
     return read_member(archive, ABOUT, _MOST_BYTES) is not None
 
 
-def followed_bundles(archive: Path) -> Path | None:
-    """Return the folder of bundles whose ACTIVE an archive's guard follows; None if it has no guard, or is pinned.
+def followed_bundles(archive: Path) -> BundlePlace | None:
+    """Return the folder or URL of bundles whose ACTIVE an archive's guard follows; None without a guard, or if pinned.
 
     Raises
     ------
@@ -168,6 +174,6 @@ def followed_bundles(archive: Path) -> Path | None:
     try:
         text = read_member(archive, ABOUT, _MOST_BYTES)
         bundles = None if text is None else json.loads(text)["bundles"]
-        return None if bundles is None else Path(bundles)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return None if bundles is None else place_of(str(bundles))
+    except (ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
         raise ArchiveError(f"{archive.name} cannot be read ({type(error).__name__}). Make it again.") from error

@@ -12,6 +12,7 @@ from typing import Any
 from guard.errors import ArchiveError
 from guard.resources import resource_path
 from guard.storage.bundle import read_bundle
+from guard.storage.places import BundlePlace
 from guard.torchserve.archives.archive import make_archive
 from guard.torchserve.archives.contents import write_guard_files
 from guard.torchserve.archives.sources import architecture_files, imported_files
@@ -82,7 +83,7 @@ def make_guarded_archive(
     bundle: Path,
     *,
     model_store: Path,
-    bundles: Path | None = None,
+    bundles: BundlePlace | None = None,
     settings: Mapping[str, Any] | None = None,
     example: Path | None = None,
     examples: Sequence[Path] = (),
@@ -98,8 +99,8 @@ def make_guarded_archive(
     bundle : Path
         Folder of the bundle to start with; a copy goes into the archive.
     model_store : Path
-    bundles : Path, optional
-        Folder whose ACTIVE the server follows. Where it does not exist on the serving machine, the copy serves.
+    bundles : path-like, optional
+        Folder or URL whose ACTIVE the server follows. Where the server cannot reach it, the copy serves.
     settings : mapping, optional
         Serving settings that override those of the bundle; others are left out, and the queue's URL above all.
     example : Path, optional

@@ -18,6 +18,7 @@ from guard.errors import ArchiveError, GuardError, SuspectModelError, UnsafeWeig
 from guard.files import READABLE_FILE, read_plain, whole_file
 from guard.resources import resource_path
 from guard.storage.bundle import read_bundle
+from guard.storage.places import BundlePlace
 from guard.suspect.weights import check_weights_file
 from guard.torchserve.archives.archive import add_files, check_module_names, plain_entry
 from guard.torchserve.archives.contents import EXAMPLES, read_guard_files, write_guard_files
@@ -173,7 +174,7 @@ def write_guarded(
     bundle: Path,
     output: Path,
     *,
-    bundles: Path | None = None,
+    bundles: BundlePlace | None = None,
     settings: Mapping[str, Any] | None = None,
     examples: Sequence[bytes] = (),
     force: bool = False,
@@ -187,8 +188,8 @@ def write_guarded(
         Folder of the bundle to serve; a copy goes into the archive.
     output : Path
         The new file.
-    bundles : Path, optional
-        Folder whose ACTIVE the server follows.
+    bundles : path-like, optional
+        Folder or URL whose ACTIVE the server follows.
     settings : mapping, optional
         Serving settings that override those of the bundle.
     examples : sequence of bytes, optional

@@ -1,0 +1,1 @@
+"""The Ray engine: archives served by replicas of a Ray Serve deployment, over the open inference protocol."""
