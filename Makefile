@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+KSERVE := $(VENV)/kserve
 # Threads that wait for each other stall on a busy machine, and nothing here is large enough to gain from two.
 export OMP_NUM_THREADS ?= 1
 # Tests are a hundred processes: without bytecode each of them compiles the package, and three rewrite every assertion.
@@ -26,6 +27,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# The upstream of tests/test_proxy_kserve.py, in an environment of its own: it wants older packages than these.
+$(KSERVE)/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv $(KSERVE)
+	$(KSERVE)/bin/python -m pip install --quiet "kserve==0.21.0" "onnxruntime>=1.19"
+	@touch $@
+
 # Servers whose packages want other versions than the tests do, beside them: what they lack comes from .venv.
 FRAMEWORKS := build/frameworks
 frameworks: $(FRAMEWORKS)/.ready
@@ -41,7 +48,7 @@ $(FRAMEWORKS)/.ready: $(VENV)/.ready
 demo: setup
 	$(BIN)/guard demo $(ARGS)
 
-test: setup frameworks
+test: setup frameworks $(KSERVE)/.ready
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # No server, no browser, no database server; under 90 seconds on two quiet cores.

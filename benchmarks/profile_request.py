@@ -134,10 +134,11 @@ class Watched(NamedTuple):
 def watch_classes(clock: Clock) -> None:
     """Watch everything that is found by name when it is called, before a handler is made."""
     recording = guard.suspect.recording
-    for name in ("_copy_features", "_activations", "logits_of"):
+    for name in ("_copy", "_activations", "logits_of"):
         clock.watch(recording, name, "hooks")
-    for name in ("judge", "_judge_rows", "_relabelled"):
+    for name in ("judge", "_judge_rows"):
         clock.watch(GuardRuntime, name, "runtime")
+    clock.watch(guard.serving.runtime, "relabelled", "runtime")
     clock.watch(guard.serving.runtime, "judged", "runtime")
     clock.watch(guard.serving.runtime, "collect_evidence", "evidence")
     clock.watch(Guard, "decide", "verdicts")

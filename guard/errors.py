@@ -68,6 +68,10 @@ class ArchiveError(GuardError):
     """A model archive cannot be made."""
 
 
+class ExportError(GuardError):
+    """The suspect model cannot be written for another server, or what was written answers otherwise than it does."""
+
+
 class QueueError(GuardError):
     """The queue of flagged inputs refuses: its schema is newer, a name is unknown, its history was changed."""
 

@@ -12,6 +12,7 @@ _PACKAGE = Path(__file__).resolve().parent
 _IN_CHECKOUT = {
     "guard_handler.py": "handlers/guard_handler.py",
     "image_handler.py": "handlers/image_handler.py",
+    "mlserver_onnx.py": "handlers/mlserver_onnx.py",
     "config.properties": "config.properties",
     "prometheus.yml": "deploy/prometheus/prometheus.yml",
     "prometheus_rules.yml": "deploy/prometheus/rules.yml",

@@ -24,6 +24,7 @@ ROOMS = (
     "guard/torchserve/archives",
     "guard/storage",
     "guard/detection",
+    "guard/export",
 )
 KINDS = {
     name: kind for name, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.GuardError)

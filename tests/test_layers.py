@@ -27,10 +27,10 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "statistics storage observing",
         "backups",
         "detection",
-        "lab retrainer serving review",
+        "lab retrainer serving review export",
         "torchserve v2",
         "local",
-        "ray",
+        "ray proxy",
         "demo",
         "cli",
     )
@@ -40,7 +40,7 @@ EDGE = ("cli", "demo")
 #: These know nothing of the guard but its nouns.
 NOUNS_ONLY = ("telemetry", "relabel")
 #: Rooms that may import a web framework, a database driver or a client of one.
-OPEN = ("relabel", "review", "observing", "serving", "torchserve", "v2", "local", "ray", "processes", *EDGE)
+OPEN = ("relabel", "review", "observing", "serving", "torchserve", "v2", "local", "ray", "proxy", "processes", *EDGE)
 
 SERVERS = {
     "ts",
@@ -52,6 +52,7 @@ SERVERS = {
     "prometheus_client",
     "httpx",
     "psutil",
+    "aiohttp",
     "ray",
 }
 PEOPLE = {"typer", "rich", "matplotlib"}

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESOURCES = (
     "guard_handler.py",
     "image_handler.py",
+    "mlserver_onnx.py",
     "config.properties",
     "log4j2.xml",
     "metrics.yaml",

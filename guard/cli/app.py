@@ -18,6 +18,7 @@ from guard.cli.assess import assess
 from guard.cli.audit import audit
 from guard.cli.check import check
 from guard.cli.config import config
+from guard.cli.export import export
 from guard.cli.help import complete_help
 from guard.cli.observe import observe
 from guard.cli.offline import fit, inspect
@@ -34,6 +35,7 @@ from guard.cli.output import (
     what_failed,
     write,
 )
+from guard.cli.proxy import proxy
 from guard.cli.purify import purify
 from guard.cli.retrainer import retrainer
 from guard.cli.review import review_app
@@ -56,7 +58,11 @@ app = typer.Typer(
 bundle_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at bundles, and choose which one serves."
 )
-for command in (fit, inspect, assess, purify, archive, check, wrap, unwrap, serve, retrainer, observe, audit, config):
+# fmt: off
+for command in (
+    fit, inspect, assess, purify, archive, check, wrap, unwrap, serve, export, proxy, retrainer, observe, audit, config
+):
+    # fmt: on
     app.command()(command)
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(zoo_app, name="zoo")

@@ -20,6 +20,8 @@ EXAMPLES = {
     "wrap": "model_store/digits.mar --images clean/ --action observe",
     "unwrap": "model_store/digits.guarded.mar --output digits.mar",
     "serve": "my_model --queue queue.db --review --retrain",
+    "export": f"my_model {_NET} --to model_repository",
+    "proxy": "--upstream http://127.0.0.1:8000 --model my_model --exported model_repository/my_model",
     "retrainer": "--model my_model --queue queue.db",
     "observe": "--target 127.0.0.1:8082",
     "audit": "--from 2026-03-01T08:00 --queue queue.db --metrics-url http://127.0.0.1:8082/metrics",

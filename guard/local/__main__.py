@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-
-import uvicorn
 
 from guard.errors import GuardError
 from guard.files import make_private_folder
@@ -20,34 +16,13 @@ from guard.local.totals import Totals
 from guard.observing.exporting import exporting
 from guard.processes.ports import LOOPBACK, listening_socket
 from guard.v2.models import ServedModel
+from guard.v2.process import Stopping
 from guard.v2.rest import create_app
-
-
-class _Server(uvicorn.Server):
-    """Leaves signals alone: uvicorn ends the process by the signal that stopped it, and nothing after it is closed."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-class _Stopping:
-    """What SIGTERM and Ctrl-C do: end the start, or let the server answer what it has begun, and end."""
-
-    def __init__(self) -> None:
-        self.server: uvicorn.Server | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
-
-    def _stop(self, number: int, _frame: object) -> None:
-        if self.server is None:
-            raise SystemExit(128 + number)
-        self.server.should_exit = True
 
 
 def main(job: Job) -> int:
     """Serve until SIGTERM; return the exit status."""
-    stopping = _Stopping()
+    stopping = Stopping()
     with ExitStack() as opened:
         scratch = Path(job.folder)
         shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
@@ -70,18 +45,7 @@ def main(job: Job) -> int:
             opened.enter_context(serving_grpc(served, f"{LOOPBACK}:{job.grpc_port}", key=job.key))
         listening = opened.enter_context(listening_socket(LOOPBACK, job.port))
         listening.listen()
-        server = _Server(
-            uvicorn.Config(
-                create_app(served, key=job.key),
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                lifespan="off",
-                timeout_graceful_shutdown=3,
-            )
-        )
-        stopping.server = server
-        server.run(sockets=[listening])
+        stopping.serve(create_app(served, key=job.key), listening)
     return 0
 
 

@@ -21,7 +21,7 @@ from guard.errors import DataError, InputRejectedError, SuspectModelError
 from guard.serving.answers import Response, make_response
 from guard.serving.outcomes import Outcome, OutcomeKind, Record, Requests, merge
 from guard.serving.review_queue import flagged_request
-from guard.serving.runtime import GuardRuntime
+from guard.serving.runtime import ActiveGuard, GuardRuntime
 from guard.suspect.outputs import logits_of, output_place
 from guard.suspect.recording import device_of
 from guard.types import AnyArray, Float32Array
@@ -198,20 +198,7 @@ class GuardedModel:
         started = time.perf_counter()
         answered, guard_seconds = self._answered(guard, images, known)
         self.runtime.bookkeeping.stages(time.perf_counter() - started, guard_seconds)
-        flagged = {
-            row: flagged_request(known, row, outcome, bodies[row] if bodies else b"")
-            for row, (_, outcome) in enumerate(answered)
-            if outcome.evidence is not None
-        }
-        receipts = dict(zip(flagged, self.runtime.send_to_review([*flagged.values()], guard), strict=True))
-        answers = []
-        for row, (logits, outcome) in enumerate(answered):
-            response = make_response(outcome, logits, str(guard.digest), guard.config, receipts.get(row))
-            self.runtime.bookkeeping.request(outcome, response.status, guard, known, row)
-            told = outcome.verdict if guard.config.verdict_detail == "full" else None
-            p_value = told.p_value if told is not None else math.nan
-            answers.append(RowAnswer(logits if response.status < 400 else None, outcome.kind, p_value, response))
-        return answers
+        return row_answers(self.runtime, guard, answered, known, bodies)
 
     def columns(self, answers: Sequence[RowAnswer]) -> dict[str, AnyArray]:
         """Return answers as arrays with a row each, for servers that answer with named outputs.
@@ -222,12 +209,7 @@ class GuardedModel:
             `logits` of shape (n, n_classes), float32, NaN where no answer may leave; `guard_verdict` of shape (n,),
             str; `guard_p_value` of shape (n,), float64, NaN where it is not told.
         """
-        nothing = np.full(self.n_classes, np.nan, dtype=np.float32)
-        return {
-            "logits": np.stack([nothing if answer.logits is None else answer.logits for answer in answers]),
-            "guard_verdict": np.array([answer.verdict for answer in answers]),
-            "guard_p_value": np.array([answer.p_value for answer in answers]),
-        }
+        return columns_of(answers, self.n_classes)
 
     def close(self) -> None:
         """Take the guard off the network, and close the way to the queue. Safe to call twice."""
@@ -276,6 +258,52 @@ class GuardedModel:
             answered += found
             seconds += took
         return answered, seconds
+
+
+def row_answers(
+    active: ActiveGuard,
+    guard: Guard,
+    answered: Sequence[tuple[Float32Array | None, Outcome]],
+    requests: Requests,
+    bodies: Sequence[Any] = (),
+) -> list[RowAnswer]:
+    """Queue what is flagged, count every row, and return what its sender gets, from the logits and outcome of each.
+
+    Parameters
+    ----------
+    active : ActiveGuard
+        Whose books and queue they go to.
+    guard : Guard
+        The one that judged them.
+    answered : sequence of (ndarray of shape (n_classes,) or None, Outcome)
+        One per row.
+    requests, bodies
+        As for `GuardedModel.answer`.
+    """
+    flagged = {
+        row: flagged_request(requests, row, outcome, bodies[row] if bodies else b"")
+        for row, (_, outcome) in enumerate(answered)
+        if outcome.evidence is not None
+    }
+    receipts = dict(zip(flagged, active.send_to_review([*flagged.values()], guard), strict=True))
+    answers = []
+    for row, (logits, outcome) in enumerate(answered):
+        response = make_response(outcome, logits, str(guard.digest), guard.config, receipts.get(row))
+        active.bookkeeping.request(outcome, response.status, guard, requests, row)
+        told = outcome.verdict if guard.config.verdict_detail == "full" else None
+        p_value = told.p_value if told is not None else math.nan
+        answers.append(RowAnswer(logits if response.status < 400 else None, outcome.kind, p_value, response))
+    return answers
+
+
+def columns_of(answers: Sequence[RowAnswer], n_classes: int) -> dict[str, AnyArray]:
+    """Return answers as `GuardedModel.columns` does."""
+    nothing = np.full(n_classes, np.nan, dtype=np.float32)
+    return {
+        "logits": np.stack([nothing if answer.logits is None else answer.logits for answer in answers]),
+        "guard_verdict": np.array([answer.verdict for answer in answers]),
+        "guard_p_value": np.array([answer.p_value for answer in answers]),
+    }
 
 
 def _refused(error: Exception, record: Record) -> Outcome:

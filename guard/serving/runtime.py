@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from guard.storage.bundle import BundleStore
 from guard.storage.places import BundlePlace
 from guard.storage.stores import open_store
 from guard.suspect.model import SuspectModel
-from guard.types import Activations
+from guard.types import Activations, Float32Array
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +48,11 @@ class _Begun(threading.local):
     inputs: torch.Tensor | None = None
 
 
-class GuardRuntime:
-    """Keeps the active guard of one model, and decides.
+class ActiveGuard:
+    """The guard in use for one model: follows ACTIVE, judges activations wherever they come from, and counts.
 
     Parameters
     ----------
-    module : nn.Module or None
-        The suspect network that the server runs; None if none was found.
     settings : mapping
         Serving settings that override those in the bundle (action, failure_mode, false_positive_rate, ...), and
         `queue_url`.
@@ -67,34 +65,18 @@ class GuardRuntime:
 
     Raises
     ------
-    SuspectModelError, BundleError
-        If there is no network, or no bundle that was fitted for it.
+    BundleError
+        If there is no bundle that was fitted for this model.
     """
 
     def __init__(
-        self,
-        module: nn.Module | None,
-        settings: Mapping[str, Any],
-        *,
-        bundles: BundlePlace | None,
-        embedded: Path | None,
-        model_name: str,
+        self, settings: Mapping[str, Any], *, bundles: BundlePlace | None, embedded: Path | None, model_name: str
     ) -> None:
-        if not isinstance(module, nn.Module):
-            raise SuspectModelError(
-                f"the handler's network must be a torch.nn.Module, got {type(module).__name__}. "
-                "Set model_attribute to the attribute of the handler that holds it."
-            )
-        self.module = module
         self._settings = {name: value for name, value in settings.items() if name in SERVING_SETTINGS}
         self._store = open_store(bundles) if bundles is not None else None
         self._embedded = embedded
         self._refused: tuple[str, int] = ("", -1)  # what could not be loaded, so that it is tried and reported once
         self._closed = threading.Event()
-        self._turn = threading.Lock()
-        self._hooks = ExitStack()
-        self._watched: Guard | None = None
-        self._record: Record | None = None
         self.model_name = model_name
         self.review_queue = _review_queue(settings, model_name)
         self.bookkeeping = Bookkeeping(model_name)
@@ -105,83 +87,27 @@ class GuardRuntime:
         threading.Thread(target=self._follow, name="guard-bundles", daemon=True).start()
 
     def close(self) -> None:
-        """Stop following ACTIVE, and take the hooks off the network."""
+        """Stop following ACTIVE, and close the way to the queue. Safe to call twice."""
         self._closed.set()
-        with self._turn:
-            self._hooks.close()
-            self._watched = None
         if self.review_queue is not None:
             self.review_queue.close()
 
-    @contextmanager
-    def watching(self, guard: Guard | None, headers: Iterable[Mapping[str, str]] = ()) -> Iterator[Record]:
-        """Judge every row of every forward pass made inside the block, all by the same guard; None watches nothing.
+    def allowed_ms(self, guard: Guard, headers: Iterable[Mapping[str, str]]) -> float | None:
+        """Return the milliseconds that a verdict on rows with these headers may take; None = any."""
+        return allowed_milliseconds(guard, headers) if guard in self._time_budgets else None
 
-        Under `relabel` the logits of flagged rows are replaced before the server sees them; where a request may make
-        several rows, those of the whole forward pass. Under `closed`, an input of another shape than the guard was
-        fitted on is refused before the model runs. One block at a time. Of the requests' headers only a deadline is
-        looked at, where the settings name one: then the verdict looks as deep as time allows.
+    def judge_in_time(
+        self, guard: Guard, activations: Activations, inputs: torch.Tensor, allowed_ms: float | None
+    ) -> list[Outcome]:
+        """Return what `judge` does, looking as deep as the time allows."""
+        began_ns = time.time_ns()
+        outcomes = self._as_deep_as_allowed(guard, activations, inputs, allowed_ms)
+        if self.bookkeeping.spans is None:
+            return outcomes
+        decided_ns = (began_ns, time.time_ns())
+        return [outcome.within(decided_ns) for outcome in outcomes]
 
-        Raises
-        ------
-        InputRejectedError
-            From inside the block, out of the model's forward pass.
-        """
-        with self._turn:
-            if guard is not self._watched:
-                self._watch(guard)
-            self._record = record = Record()
-            if guard is not None and guard in self._time_budgets:
-                record.allowed_ms = allowed_milliseconds(guard, headers)
-            try:
-                yield record
-            finally:
-                self._record = None
-
-    def _watch(self, guard: Guard | None) -> None:
-        """Put hooks on the network for this guard, and leave them there: opening them per batch costs as much again."""
-        self._hooks.close()
-        self._watched = None
-        if guard is None:
-            return
-        suspect = guard.suspect
-        assert suspect is not None  # a runtime loads guards with their model only
-        begun = _Begun()
-
-        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            record = self._record
-            begun.record, begun.inputs = record, None
-            if record is None:
-                return
-            inputs = args[0] if args else next(iter(kwargs.values()), None)
-            message = _wrong_shape(guard, inputs) if isinstance(inputs, torch.Tensor) else ""
-            if message and guard.config.failure_mode == "closed":
-                raise InputRejectedError(message)
-            record.model_ran = record.model_ran or not message
-            if guard.backup is not None and isinstance(inputs, torch.Tensor):
-                begun.inputs = inputs.detach().clone()
-
-        def after(activations: Activations, inputs: torch.Tensor) -> torch.Tensor | None:
-            record, kept, begun.record, begun.inputs = begun.record, begun.inputs, None, None
-            if record is None:
-                return None
-            started, began_ns = time.perf_counter(), time.time_ns()
-            inputs = inputs if kept is None else kept
-            outcomes = self._judge_in_time(guard, activations, inputs, record.allowed_ms)
-            if self.bookkeeping.spans is not None:
-                decided_ns = (began_ns, time.time_ns())
-                outcomes = [outcome.within(decided_ns) for outcome in outcomes]
-            record.forward_passes += 1
-            record.rows += outcomes
-            replaced = self._relabelled(guard, activations, inputs, outcomes)
-            record.guard_seconds += time.perf_counter() - started
-            return replaced
-
-        self._hooks.callback(self.module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        self._hooks.enter_context(suspect.watch(after))
-        self._watched = guard
-
-    def _judge_in_time(
+    def _as_deep_as_allowed(
         self, guard: Guard, activations: Activations, inputs: torch.Tensor, allowed_ms: float | None
     ) -> list[Outcome]:
         if allowed_ms is None:
@@ -242,34 +168,14 @@ class GuardRuntime:
                 outcomes.append(unscored(guard, "not_finite", 500, "the model's activations are not finite."))
         return outcomes
 
-    def _relabelled(
-        self, guard: Guard, activations: Activations, inputs: torch.Tensor, outcomes: list[Outcome]
-    ) -> torch.Tensor | None:
-        if guard.action != "relabel" or guard.suspect is None:
-            return None
-        opinions = {
-            row: outcome.verdict.second_opinion
-            for row, outcome in enumerate(outcomes)
-            if outcome.verdict is not None and outcome.verdict.action == "relabel"
-        }
-        if not opinions:
-            return None
-        logits = activations.logits.copy()
-        for row, opinion in opinions.items():
-            logits[row] = opinion
-        if guard.config.rows_per_request == "any":  # one request made them all, and it is poisoned
-            others = np.array([row for row in range(len(logits)) if row not in opinions], dtype=np.int64)
-            if len(others):
-                logits[others] = guard.second_opinion(activations, inputs, others)
-        return torch.from_numpy(logits).to(guard.suspect.device)
-
     # -- following ACTIVE ---------------------------------------------------------------------------------------
 
+    def _read(self, path: Path) -> Guard:
+        """Return the guard of a bundle; BundleError where it does not go with this model."""
+        return Guard.load(path)
+
     def _load(self, path: Path) -> Guard:
-        guard = Guard.load(path, SuspectModel(self.module))  # split points of its own: the old guard stays usable
-        if guard.suspect is None or guard.suspect.split_points is None:
-            raise BundleError(f"bundle {path.name[:12]} was fitted without a suspect model; it cannot watch one.")
-        guard = guard.with_config(**self._settings)
+        guard = self._read(path).with_config(**self._settings)
         if guard.config.max_guard_ms is not None or guard.config.deadline_header is not None:
             self._time_budgets[guard] = TimeBudget(guard)
         return guard
@@ -352,6 +258,147 @@ class GuardRuntime:
             return []
         here = BundleStore(self._store.root)  # whatever the store is: what was never here was never served here
         return [digest for digest in here.digests() if digest != self.current.digest]
+
+
+class GuardRuntime(ActiveGuard):
+    """Keeps the active guard of one model, watches its network, and decides.
+
+    Parameters
+    ----------
+    module : nn.Module or None
+        The suspect network that the server runs; None if none was found.
+    settings, bundles, embedded, model_name
+        As of `ActiveGuard`.
+
+    Raises
+    ------
+    SuspectModelError, BundleError
+        If there is no network, or no bundle that was fitted for it.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module | None,
+        settings: Mapping[str, Any],
+        *,
+        bundles: BundlePlace | None,
+        embedded: Path | None,
+        model_name: str,
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise SuspectModelError(
+                f"the handler's network must be a torch.nn.Module, got {type(module).__name__}. "
+                "Set model_attribute to the attribute of the handler that holds it."
+            )
+        self.module = module
+        self._turn = threading.Lock()
+        self._hooks = ExitStack()
+        self._watched: Guard | None = None
+        self._record: Record | None = None
+        super().__init__(settings, bundles=bundles, embedded=embedded, model_name=model_name)
+
+    def close(self) -> None:
+        """Stop following ACTIVE, and take the hooks off the network."""
+        self._closed.set()
+        with self._turn:
+            self._hooks.close()
+            self._watched = None
+        super().close()
+
+    @contextmanager
+    def watching(self, guard: Guard | None, headers: Iterable[Mapping[str, str]] = ()) -> Iterator[Record]:
+        """Judge every row of every forward pass made inside the block, all by the same guard; None watches nothing.
+
+        Under `relabel` the logits of flagged rows are replaced before the server sees them; where a request may make
+        several rows, those of the whole forward pass. Under `closed`, an input of another shape than the guard was
+        fitted on is refused before the model runs. One block at a time. Of the requests' headers only a deadline is
+        looked at, where the settings name one: then the verdict looks as deep as time allows.
+
+        Raises
+        ------
+        InputRejectedError
+            From inside the block, out of the model's forward pass.
+        """
+        with self._turn:
+            if guard is not self._watched:
+                self._watch(guard)
+            self._record = record = Record()
+            if guard is not None:
+                record.allowed_ms = self.allowed_ms(guard, headers)
+            try:
+                yield record
+            finally:
+                self._record = None
+
+    def _watch(self, guard: Guard | None) -> None:
+        """Put hooks on the network for this guard, and leave them there: opening them per batch costs as much again."""
+        self._hooks.close()
+        self._watched = None
+        if guard is None:
+            return
+        suspect = guard.suspect
+        assert suspect is not None  # a runtime loads guards with their model only
+        begun = _Begun()
+
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            record = self._record
+            begun.record, begun.inputs = record, None
+            if record is None:
+                return
+            inputs = args[0] if args else next(iter(kwargs.values()), None)
+            message = _wrong_shape(guard, inputs) if isinstance(inputs, torch.Tensor) else ""
+            if message and guard.config.failure_mode == "closed":
+                raise InputRejectedError(message)
+            record.model_ran = record.model_ran or not message
+            if guard.backup is not None and isinstance(inputs, torch.Tensor):
+                begun.inputs = inputs.detach().clone()
+
+        def after(activations: Activations, inputs: torch.Tensor) -> torch.Tensor | None:
+            record, kept, begun.record, begun.inputs = begun.record, begun.inputs, None, None
+            if record is None:
+                return None
+            started = time.perf_counter()
+            inputs = inputs if kept is None else kept
+            outcomes = self.judge_in_time(guard, activations, inputs, record.allowed_ms)
+            record.forward_passes += 1
+            record.rows += outcomes
+            logits = relabelled(guard, activations, inputs, outcomes)
+            replaced = None if logits is None else torch.from_numpy(logits).to(suspect.device)
+            record.guard_seconds += time.perf_counter() - started
+            return replaced
+
+        self._hooks.callback(self.module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        self._hooks.enter_context(suspect.watch(after))
+        self._watched = guard
+
+    def _read(self, path: Path) -> Guard:
+        guard = Guard.load(path, SuspectModel(self.module))  # split points of its own: the old guard stays usable
+        if guard.suspect is None or guard.suspect.split_points is None:
+            raise BundleError(f"bundle {path.name[:12]} was fitted without a suspect model; it cannot watch one.")
+        return guard
+
+
+def relabelled(
+    guard: Guard, activations: Activations, inputs: torch.Tensor, outcomes: Sequence[Outcome]
+) -> Float32Array | None:
+    """Return the logits of a forward pass with a second opinion in place of flagged rows; None if all stay."""
+    if guard.action != "relabel":
+        return None
+    opinions = {
+        row: outcome.verdict.second_opinion
+        for row, outcome in enumerate(outcomes)
+        if outcome.verdict is not None and outcome.verdict.action == "relabel"
+    }
+    if not opinions:
+        return None
+    logits = activations.logits.copy()
+    for row, opinion in opinions.items():
+        logits[row] = opinion
+    if guard.config.rows_per_request == "any":  # one request made them all, and it is poisoned
+        others = np.array([row for row in range(len(logits)) if row not in opinions], dtype=np.int64)
+        if len(others):
+            logits[others] = guard.second_opinion(activations, inputs, others)
+    return logits
 
 
 def _review_queue(settings: Mapping[str, Any], model_name: str) -> ReviewQueue | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from guard.errors import SuspectModelError
 from guard.suspect.outputs import logits_of, with_logits
@@ -66,9 +67,7 @@ def record(
         Record only while it is this owner's turn.
     """
     slots = _Slots()
-    last = set(points.channels_last)
-    copies = [partial(_copy_features, channels_last=name in last) for name in (points.split, *points.depths)]
-    copies[0] = partial(copies[0], whole=points.columns is None, limit=points.columns or POOL_LIMIT)
+    pools = pooling(points)
 
     def begin(_root: nn.Module, _args: Any) -> None:
         slots.taken = [None] * len(layers) if turn.owner is owner else None
@@ -78,7 +77,7 @@ def record(
             taken = slots.taken
             if taken is not None:
                 tensor = first_tensor(output[0] if output else args)
-                taken[index] = None if tensor is None else copies[index](tensor.detach())
+                taken[index] = None if tensor is None else _copy(pools[index], tensor.detach())
 
         return take
 
@@ -97,10 +96,7 @@ def record(
     handles = []
     try:
         handles.append(root.register_forward_pre_hook(begin))
-        for index, layer in enumerate(layers):
-            at_output = index > 0 or points.split.endswith(OUTPUT_SUFFIX)
-            register = layer.register_forward_hook if at_output else layer.register_forward_pre_hook
-            handles.append(register(taker(index)))
+        handles += [hook_layer(layer, points, index, taker(index)) for index, layer in enumerate(layers)]
         handles.append(root.register_forward_hook(finish, with_kwargs=True))
         yield
     finally:
@@ -108,10 +104,28 @@ def record(
             handle.remove()
 
 
-def _copy_features(tensor: Tensor, whole: bool = False, limit: int = POOL_LIMIT, channels_last: bool = False) -> Tensor:
-    """Return pooled features that nothing the model does later can change; 2-D ones are kept `whole` if so wanted."""
-    keep = whole and tensor.ndim == 2
-    pooled = tensor.float() if keep else pool_features(tensor, limit, channels_last=channels_last)
+def pooling(points: SplitPoints) -> list[Callable[[Tensor], Tensor]]:
+    """Return what makes features of a layer's tensor, for the split and each depth; results may share its memory."""
+    last = set(points.channels_last)
+    pools = [partial(_pooled, channels_last=name in last) for name in (points.split, *points.depths)]
+    pools[0] = partial(pools[0], whole=points.columns is None, limit=points.columns or POOL_LIMIT)
+    return list(pools)
+
+
+def hook_layer(layer: nn.Module, points: SplitPoints, index: int, take: Callable[..., None]) -> RemovableHandle:
+    """Let `take(module, args)` or `take(module, args, output)` see what passes through a layer of the points."""
+    at_output = index > 0 or points.split.endswith(OUTPUT_SUFFIX)
+    return layer.register_forward_hook(take) if at_output else layer.register_forward_pre_hook(take)
+
+
+def _pooled(tensor: Tensor, whole: bool = False, limit: int = POOL_LIMIT, channels_last: bool = False) -> Tensor:
+    """Return pooled features; those of two dimensions are kept `whole` if so wanted."""
+    return tensor.float() if whole and tensor.ndim == 2 else pool_features(tensor, limit, channels_last=channels_last)
+
+
+def _copy(pool: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Return features that nothing the model does later can change."""
+    pooled = pool(tensor)
     return pooled.clone() if pooled.data_ptr() == tensor.data_ptr() else pooled
 
 

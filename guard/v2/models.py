@@ -12,9 +12,9 @@ from uuid import uuid4
 
 import numpy as np
 
-from guard.serving.guarded_model import GuardedModel, RowAnswer, RowRequests
+from guard.serving.guarded_model import GuardedModel, RowAnswer, RowRequests, columns_of
 from guard.serving.outcomes import GRAVITY, Outcome
-from guard.types import Float32Array
+from guard.types import AnyArray, Float32Array
 from guard.v2.batching import Batcher, Batching
 from guard.v2.protocol import InferRequest, InferResponse, ProtocolError, datatype_of, named
 
@@ -131,42 +131,78 @@ class ServedModel:
         return self._batcher.submit(self._rows(request), request_id, headers)
 
     def _inferred(self, request: InferRequest, answers: Sequence[RowAnswer]) -> Inferred:
-        headers = answers[0].response.headers if len(answers) == 1 else {}
-        if all(answer.logits is None for answer in answers):
-            return Inferred(None, answers[0].response.status, answers[0].error, headers)
-        wanted = {output.name: output.is_binary for output in request.outputs}
-        wanted = wanted or dict.fromkeys(self._outputs_told, request.is_binary)
-        outputs = {name: array for name, array in self.model.columns(answers).items() if name in wanted}
-        binary = frozenset(name for name in outputs if wanted[name])
-        parameters = self._parameters(answers)
-        return Inferred(InferResponse(self.name, outputs, request.id, parameters, binary), 200, "", headers)
+        return inferred(self.name, request, answers, self._outputs_told, self.model.n_classes)
 
     @property
     def _outputs_told(self) -> list[str]:
         return [LOGITS, VERDICT, *([P_VALUE] if self._tells_p_values else [])]
 
     def _rows(self, request: InferRequest) -> Float32Array:
-        if [*request.inputs] != [INPUT]:
-            raise ProtocolError(f"the model takes one input, {INPUT!r}, got {', '.join(request.inputs) or 'none'}.")
-        rows = request.inputs[INPUT]
-        if datatype_of(rows) != "FP32":
-            raise ProtocolError(f"input {INPUT!r} must have datatype FP32, got {datatype_of(rows)}.")
-        shape = self.model.input_shape
-        if rows.ndim < 2 or len(rows) == 0 or (shape is not None and rows.shape[1:] != shape):
-            expected = "[-1, ...]" if shape is None else [-1, *shape]
-            raise ProtocolError(f"input {INPUT!r} must have shape {expected}, got {list(rows.shape)}.")
-        if len(rows) > (most := self._batcher.max_waiting_rows):
-            raise ProtocolError(f"a request must have at most {most} rows, got {len(rows)}.", 413)
-        return rows.astype(np.float32, copy=False)
+        return rows_of(request, self.model.input_shape, self._batcher.max_waiting_rows)
 
-    def _parameters(self, answers: Sequence[RowAnswer]) -> dict[str, str | float | bool]:
-        gravest = min(answers, key=lambda answer: (GRAVITY[answer.verdict], answer.p_value))
-        parameters: dict[str, str | float | bool] = {
-            "guard_verdict": gravest.verdict,
-            "guard_action": gravest.action,
-            "guard_poisoned_rows": sum(answer.verdict == "poisoned" for answer in answers),
-            "guard_bundle": next((answer.bundle for answer in answers if answer.bundle), ""),
-        }
-        if np.isfinite(gravest.p_value):
-            parameters["guard_p_value"] = gravest.p_value
-        return parameters
+
+def rows_of(request: InferRequest, shape: tuple[int, ...] | None, most: int) -> Float32Array:
+    """Return the rows of a request, which has one input.
+
+    Raises
+    ------
+    ProtocolError
+        If it has another, of another type or shape than rows of this one, or has more than so many.
+    """
+    if [*request.inputs] != [INPUT]:
+        raise ProtocolError(f"the model takes one input, {INPUT!r}, got {', '.join(request.inputs) or 'none'}.")
+    rows = request.inputs[INPUT]
+    if datatype_of(rows) != "FP32":
+        raise ProtocolError(f"input {INPUT!r} must have datatype FP32, got {datatype_of(rows)}.")
+    if rows.ndim < 2 or len(rows) == 0 or (shape is not None and rows.shape[1:] != shape):
+        expected = "[-1, ...]" if shape is None else [-1, *shape]
+        raise ProtocolError(f"input {INPUT!r} must have shape {expected}, got {list(rows.shape)}.")
+    if len(rows) > most:
+        raise ProtocolError(f"a request must have at most {most} rows, got {len(rows)}.", 413)
+    return rows.astype(np.float32, copy=False)
+
+
+def inferred(
+    name: str,
+    request: InferRequest,
+    answers: Sequence[RowAnswer],
+    told: Sequence[str],
+    n_classes: int,
+    more: Mapping[str, AnyArray] | None = None,
+) -> Inferred:
+    """Return what a request is answered with, from the answers to its rows.
+
+    Parameters
+    ----------
+    name : str
+        Of the model.
+    request : InferRequest
+    answers : sequence of RowAnswer
+    told : sequence of str
+        Outputs that a sender may ask for, and gets if it names none.
+    n_classes : int
+    more : mapping of str to ndarray, optional
+        Outputs beside logits, verdict and p-value.
+    """
+    headers = answers[0].response.headers if len(answers) == 1 else {}
+    if all(answer.logits is None for answer in answers):
+        return Inferred(None, answers[0].response.status, answers[0].error, headers)
+    wanted = {output.name: output.is_binary for output in request.outputs} or dict.fromkeys(told, request.is_binary)
+    columns = columns_of(answers, n_classes)
+    known: dict[str, AnyArray] = {LOGITS: columns.pop(LOGITS), **(more or {}), **columns}
+    outputs = {name: array for name, array in known.items() if name in wanted}
+    binary = frozenset(name for name in outputs if wanted[name])
+    return Inferred(InferResponse(name, outputs, request.id, _parameters(answers), binary), 200, "", headers)
+
+
+def _parameters(answers: Sequence[RowAnswer]) -> dict[str, str | float | bool]:
+    gravest = min(answers, key=lambda answer: (GRAVITY[answer.verdict], answer.p_value))
+    parameters: dict[str, str | float | bool] = {
+        "guard_verdict": gravest.verdict,
+        "guard_action": gravest.action,
+        "guard_poisoned_rows": sum(answer.verdict == "poisoned" for answer in answers),
+        "guard_bundle": next((answer.bundle for answer in answers if answer.bundle), ""),
+    }
+    if np.isfinite(gravest.p_value):
+        parameters["guard_p_value"] = gravest.p_value
+    return parameters

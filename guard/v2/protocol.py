@@ -40,10 +40,11 @@ class ProtocolError(GuardError):
 
 @dataclass(frozen=True, slots=True)
 class WantedOutput:
-    """One output that a request asks for, and whether as binary data."""
+    """One output that a request asks for, and whether as binary data; `parameters` are all that came with it."""
 
     name: str
     is_binary: bool
+    parameters: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +61,15 @@ class InferRequest:
         "" if the sender gave none.
     is_binary : bool
         Whether outputs that are not named are wanted as binary data.
+    parameters : mapping of str to value of JSON
+        All that came with the request.
     """
 
     inputs: dict[str, AnyArray]
     outputs: tuple[WantedOutput, ...] = ()
     id: str = ""
     is_binary: bool = False
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,8 @@ class InferResponse:
     parameters : mapping of str to (str, float, int or bool)
     binary : frozenset of str
         Outputs that go as binary data.
+    version : str
+        Of the model.
     """
 
     model: str
@@ -88,6 +94,7 @@ class InferResponse:
     id: str = ""
     parameters: Mapping[str, str | float | bool] = field(default_factory=dict)
     binary: frozenset[str] = frozenset()
+    version: str = "1"
 
 
 def read_request(body: bytes, json_bytes: int | None = None) -> InferRequest:
@@ -104,25 +111,17 @@ def read_request(body: bytes, json_bytes: int | None = None) -> InferRequest:
     ProtocolError
         If anything in it breaks the protocol.
     """
-    if json_bytes is not None and not 0 <= json_bytes <= len(body):
-        raise ProtocolError(f"Inference-Header-Content-Length is {json_bytes}, and the body has {len(body)} bytes.")
-    rest = memoryview(body)[len(body) if json_bytes is None else json_bytes :]
-    try:
-        document = json.loads(body[:json_bytes])
-    except (ValueError, RecursionError) as error:
-        part = "the body is" if json_bytes is None else f"the first {json_bytes} bytes of the body are"
-        raise ProtocolError(f"{part} no JSON of an inference request.") from error
-    document = _of_type(document, dict, "the request")
+    document, rest = read_json(body, json_bytes, "an inference request")
     inputs: dict[str, AnyArray] = {}
     for entry in _of_type(document.get("inputs"), list, "inputs"):
-        name, array, rest = _input(_of_type(entry, dict, "an input"), rest)
+        name, array, rest = read_tensor(_of_type(entry, dict, "an input"), rest)
         if name in inputs:
             raise ProtocolError(f"input {name!r} is there twice.")
         inputs[name] = array
     if len(rest):
         raise ProtocolError(f"{len(rest)} bytes follow the last input. Is a binary_data_size missing?")
     wanted = [
-        WantedOutput(_name(entry, "an output"), bool(_parameters(entry).get("binary_data", False)))
+        WantedOutput(_name(entry, "an output"), bool(_parameters(entry).get("binary_data", False)), _parameters(entry))
         for output in _of_type(document.get("outputs", []), list, "outputs")
         for entry in [_of_type(output, dict, "an output")]
     ]
@@ -133,7 +132,27 @@ def read_request(body: bytes, json_bytes: int | None = None) -> InferRequest:
         tuple(wanted),
         _text(document.get("id", ""), "id"),
         bool(_parameters(document).get("binary_data_output", False)),
+        _parameters(document),
     )
+
+
+def read_json(body: bytes, json_bytes: int | None, what: str) -> tuple[dict[str, Any], memoryview]:
+    """Return the JSON at the beginning of a body, and the binary data behind it.
+
+    Raises
+    ------
+    ProtocolError
+        If it is no object of JSON, or shorter than announced.
+    """
+    if json_bytes is not None and not 0 <= json_bytes <= len(body):
+        raise ProtocolError(f"Inference-Header-Content-Length is {json_bytes}, and the body has {len(body)} bytes.")
+    rest = memoryview(body)[len(body) if json_bytes is None else json_bytes :]
+    try:
+        document = json.loads(body[:json_bytes])
+    except (ValueError, RecursionError) as error:
+        part = "the body is" if json_bytes is None else f"the first {json_bytes} bytes of the body are"
+        raise ProtocolError(f"{part} no JSON of {what}.") from error
+    return _of_type(document, dict, "the request"), rest
 
 
 def write_response(response: InferResponse) -> tuple[bytes, int | None]:
@@ -148,9 +167,9 @@ def write_response(response: InferResponse) -> tuple[bytes, int | None]:
             parts.append(bytes_of(array))
             entry["parameters"] = {"binary_data_size": len(parts[-1])}
         else:
-            entry["data"] = _json_values(array)
+            entry["data"] = json_values(array)
         outputs.append(entry)
-    document: dict[str, Any] = {"model_name": response.model, "model_version": "1", "outputs": outputs}
+    document: dict[str, Any] = {"model_name": response.model, "model_version": response.version, "outputs": outputs}
     document |= {"id": response.id} if response.id else {}
     document |= {"parameters": dict(response.parameters)} if response.parameters else {}
     text = json.dumps(document, allow_nan=False).encode()
@@ -205,8 +224,8 @@ def tensor(name: str, datatype: str, shape: Sequence[Any], data: Any) -> AnyArra
         return values.astype(dtype).reshape(shape)
 
 
-def _input(entry: dict[str, Any], rest: memoryview) -> tuple[str, AnyArray, memoryview]:
-    """Return name and array of one input, and the binary data that is left."""
+def read_tensor(entry: dict[str, Any], rest: memoryview) -> tuple[str, AnyArray, memoryview]:
+    """Return name and array of one tensor, and the binary data that is left; ProtocolError calls it an input."""
     name = _name(entry, "an input")
     datatype, shape = _text(entry.get("datatype"), f"datatype of {name!r}"), entry.get("shape")
     shape = _of_type(shape, list, f"the shape of input {name!r}")
@@ -227,7 +246,8 @@ def bytes_of(array: AnyArray) -> bytes:
     return b"".join(len(text).to_bytes(4, "little") + text for text in texts)
 
 
-def _json_values(array: AnyArray) -> list[Any]:
+def json_values(array: AnyArray) -> list[Any]:
+    """Return an array's values one after the other; NaN and infinities as None."""
     values: list[Any] = array.ravel().tolist()
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         return [value if math.isfinite(value) else None for value in values]

@@ -18,13 +18,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from guard.v2.batching import OverloadedError
 from guard.v2.description import describe
-from guard.v2.models import VERSION, ServedModel
-from guard.v2.protocol import ProtocolError, read_request, write_response
+from guard.v2.models import VERSION, Inferred, ServedModel
+from guard.v2.protocol import InferRequest, ProtocolError, read_request, write_response
 
 SERVER = "backdoor-guard"
-_JSON_BYTES = "Inference-Header-Content-Length"
+JSON_BYTES = "Inference-Header-Content-Length"
 _OPEN = ("/v2/health/live", "/v2/health/ready")
-_RETRY_AFTER_S = 1
+RETRY_AFTER_S = 1
 _SHORT_BYTES = 64 << 10
 _Result = TypeVar("_Result")
 
@@ -95,22 +95,22 @@ def create_app(
     """
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     description = describe("Backdoor Guard, open inference protocol", version(SERVER), has_key=key is not None)
-    bodies = _Bodies(max_body_bytes, max_held_bytes, body_timeout_s)
+    bodies = Bodies(max_body_bytes, max_held_bytes, body_timeout_s)
 
     if key is not None:
-        app.add_middleware(_KeyCheck, key=key)
+        app.add_middleware(KeyCheck, key=key)
 
     @app.exception_handler(ProtocolError)
     async def breaks_protocol(_request: Request, error: ProtocolError) -> Response:
-        return _error(error.status, str(error))
+        return error_response(error.status, str(error))
 
     @app.exception_handler(OverloadedError)
     async def is_overloaded(_request: Request, error: OverloadedError) -> Response:
-        return _error(503, str(error), {"Retry-After": str(_RETRY_AFTER_S)})
+        return error_response(503, str(error), {"Retry-After": str(RETRY_AFTER_S)})
 
     @app.exception_handler(HTTPException)
     async def not_there(_request: Request, error: HTTPException) -> Response:
-        return _error(error.status_code, str(error.detail), dict(error.headers or {}))
+        return error_response(error.status_code, str(error.detail), dict(error.headers or {}))
 
     shelf: Models = OpenModels(models) if isinstance(models, Mapping) else models
 
@@ -159,12 +159,7 @@ def create_app(
         checked(name, asked)
         try:
             async with bodies.held(request) as body:
-                json_bytes = _json_bytes(request)
-                if (size := len(body) if json_bytes is None else min(json_bytes, len(body))) > max_json_bytes:
-                    raise ProtocolError(
-                        f"JSON must have at most {max_json_bytes} bytes, got {size}. Send binary data.", 413
-                    )
-                wanted = await _off_loop(len(body), read_request, body, json_bytes)
+                wanted = await wanted_of(body, request.headers, max_json_bytes)
                 async with shelf.lent(name) as model:
                     found = await model.infer(wanted, request.headers)
         except ProtocolError as error:
@@ -172,20 +167,13 @@ def create_app(
             raise
         except ClientDisconnect:
             await refuse(name, 400, request.headers)
-            return _error(400, "the body ended before it was whole.")  # to nobody
-        if found.response is None:
-            return _error(found.status, found.error, found.headers)
-        n_numbers = sum(array.size for array in found.response.outputs.values())
-        payload, written_json = await _off_loop(8 * n_numbers, write_response, found.response)
-        if written_json is None:
-            return Response(payload, headers=found.headers, media_type="application/json")
-        headers = {**found.headers, _JSON_BYTES: str(written_json)}
-        return Response(payload, headers=headers, media_type="application/octet-stream")
+            return error_response(400, "the body ended before it was whole.")  # to nobody
+        return await written(found)
 
     return app
 
 
-class _KeyCheck:
+class KeyCheck:
     """Lets nobody through who has no key, but to health; no `BaseHTTPMiddleware`, which costs half a request."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
@@ -196,19 +184,39 @@ class _KeyCheck:
             scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(given, self._key):
                 text = "a key is needed: Authorization: Bearer KEY."
-                await _error(401, text, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+                await error_response(401, text, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
-async def _off_loop(n_bytes: int, work: Callable[..., _Result], *arguments: Any) -> _Result:
+async def wanted_of(body: bytes, headers: Mapping[str, str], max_json_bytes: int) -> InferRequest:
+    """Read the body of an inference request; ProtocolError if it breaks the protocol, or its JSON is too long."""
+    json_bytes = json_bytes_of(headers)
+    if (size := len(body) if json_bytes is None else min(json_bytes, len(body))) > max_json_bytes:
+        raise ProtocolError(f"JSON must have at most {max_json_bytes} bytes, got {size}. Send binary data.", 413)
+    return await off_loop(len(body), read_request, body, json_bytes)
+
+
+async def written(found: Inferred) -> Response:
+    """Return what an inference request is answered with."""
+    if found.response is None:
+        return error_response(found.status, found.error, found.headers)
+    n_numbers = sum(array.size for array in found.response.outputs.values())
+    payload, written_json = await off_loop(8 * n_numbers, write_response, found.response)
+    if written_json is None:
+        return Response(payload, headers=found.headers, media_type="application/json")
+    headers = {**found.headers, JSON_BYTES: str(written_json)}
+    return Response(payload, headers=headers, media_type="application/octet-stream")
+
+
+async def off_loop(n_bytes: int, work: Callable[..., _Result], *arguments: Any) -> _Result:
     """Do work on so many bytes: at once if it is short, else in a thread, so that others are answered meanwhile."""
     if n_bytes <= _SHORT_BYTES:
         return work(*arguments)
     return await asyncio.to_thread(work, *arguments)
 
 
-class _Bodies:
+class Bodies:
     """Bodies of requests in memory, each and all together bounded."""
 
     def __init__(self, most_each: int, most_held: int, timeout_s: float) -> None:
@@ -232,10 +240,16 @@ class _Bodies:
         announced = request.headers.get("content-length", "0")
         if announced.isdecimal() and int(announced[:20]) > self._most_each:
             raise self._too_large
+        async with self.collected(request.stream()) as body:
+            yield body
+
+    @asynccontextmanager
+    async def collected(self, stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Put the parts of a body together, and count it as long as the block lasts; raises as `held` does."""
         parts, size = [], 0
         try:
             async with asyncio.timeout(self._timeout_s):
-                async for part in request.stream():
+                async for part in stream:
                     size += len(part)
                     self._held += len(part)
                     if size > self._most_each:
@@ -259,15 +273,23 @@ class _Bodies:
         return ProtocolError(f"the body must have at most {self._most_each} bytes.", 413)
 
 
-def _json_bytes(request: Request) -> int | None:
-    text = request.headers.get(_JSON_BYTES)
+def json_bytes_of(headers: Mapping[str, str]) -> int | None:
+    """Return how many bytes of a body are JSON, where binary tensors follow; ProtocolError if that is no number.
+
+    Parameters
+    ----------
+    headers : mapping of str to str
+        By names in lower case, or in any.
+    """
+    text = headers.get(JSON_BYTES.lower())
     if text is None:
         return None
     if not (text.isascii() and text.isdecimal() and len(text) < 12):
-        raise ProtocolError(f"{_JSON_BYTES} must be a number of bytes, got {text[:40]!r}.")
+        raise ProtocolError(f"{JSON_BYTES} must be a number of bytes, got {text[:40]!r}.")
     return int(text)
 
 
-def _error(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    """Return an error in the protocol's form."""
     text = json.dumps({"error": message})  # in ASCII: a text of JSON may hold what UTF-8 cannot
     return Response(text, status, headers=dict(headers or {}), media_type="application/json")
