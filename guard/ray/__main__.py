@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from guard.ray.settings import APPLICATION, COUNTS, GUARDED
 #: Memory that Ray shares between processes, of which requests take little.
 _OBJECT_STORE_BYTES = 100 << 20
 _SCRAPE_TIMEOUT_S = 5.0
-_POLL_S = 0.5
+_POLL_S = 1.0
 
 
 class _Sums(Collector):
@@ -83,9 +84,16 @@ def _run(job: Job) -> None:
         opened.enter_context(exporting(job.metrics_port, _Sums(counts)))
         stopping.is_ready = True
         own = psutil.Process().children()  # Ray's own processes, where the cluster is ours
+        started = psutil.Process().children(recursive=True)
         while not stopping.asked.wait(_POLL_S):
             if died := [process for process in own if not process.is_running() or process.status() == "zombie"]:
-                raise ServerError(f"{len(died)} of Ray's processes have ended by themselves.")
+                print(f"{len(died)} of Ray's processes have ended by themselves.", file=sys.stderr, flush=True)
+                for process in started:
+                    with suppress(psutil.Error):
+                        process.kill()  # replicas outlive their raylet for some seconds, and would answer
+                os._exit(1)  # Ray would wait a minute for what is gone
+            if own:
+                started = psutil.Process().children(recursive=True)
 
 
 @contextmanager
