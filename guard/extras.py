@@ -12,6 +12,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "review": ("fastapi", "uvicorn", "jinja2", "python_multipart"),
     "v2": ("fastapi", "uvicorn", "grpc", "google.protobuf", "ts", "model_archiver"),
     "ray": ("ray", "fastapi", "uvicorn", "ts", "model_archiver"),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+    "proxy": ("aiohttp", "fastapi", "uvicorn"),
     "postgres": ("psycopg",),
     "object-store": ("obstore",),
 }

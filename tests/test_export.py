@@ -149,15 +149,3 @@ def test_command_says_what_does_not_go_together(
     assert run(["export", "digits", *given, *places, *more]) in (1, 2)
     assert message in capfd.readouterr().err
     assert run(["export", "../digits", *given, *places]) == 2
-
-
-def test_missing_package_is_named_with_the_extra_that_brings_it(
-    exported: Exported, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("guard.export.exporting.find_spec", lambda name: None if name == "onnxscript" else name)
-    monkeypatch.setattr("guard.cli.proxy.find_spec", lambda name: None)
-    given = ["--weights", str(exported.weights), "--architecture", "guard.lab.attacks.networks:mnist_cnn"]
-    assert run(["export", "other", *given, "--bundles", str(exported.bundles)]) == 1
-    assert "need the package onnxscript. pip install 'backdoor-guard[export]'." in capfd.readouterr().err
-    assert run(["proxy", "--upstream", "http://x", "--model", "m", "--exported", str(exported.folder)]) == 1
-    assert "needs the package aiohttp. pip install 'backdoor-guard[proxy]'." in capfd.readouterr().err

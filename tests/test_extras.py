@@ -41,7 +41,7 @@ class Nothing(MetaPathFinder):
 sys.meta_path.insert(0, Nothing())
 package = Path(sys.argv[1])
 core = ["arrays", "backups", "cli", "config", "data", "detection", "lab", "observing", "processes", "relabel"]
-core += ["retrainer", "serving", "statistics", "storage", "suspect", "telemetry"]
+core += ["export", "retrainer", "serving", "statistics", "storage", "suspect", "telemetry"]
 for room in core:
     files = [package / f"{room}.py"] if (package / f"{room}.py").is_file() else (package / room).rglob("*.py")
     for file in files:
@@ -82,6 +82,8 @@ for line in (
     "retrainer --queue postgresql://localhost/none --model any",
     "demo",
     "bundle list --bundles s3://bucket/bundles",
+    f"export tiny {model} --to exported",
+    "proxy --upstream http://127.0.0.1:1 --model tiny --exported exported",
 ):
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
@@ -138,8 +140,11 @@ def test_core_fits_judges_and_names_what_is_missing(tmp_path: Path) -> None:
         "review review",
         "retrainer postgres",
         "demo torchserve",
+        "bundle object-store",
+        "export export",
+        "proxy proxy",
     ]
-    for (status, command, text), wanted in zip(said, [*expected, "bundle object-store"], strict=True):
+    for (status, command, text), wanted in zip(said, expected, strict=True):
         assert (status, command) == ("1", wanted.split()[0])
         assert text.startswith("error: the module ")
         assert f"pip install 'backdoor-guard[{wanted.split()[1]}]'" in text

@@ -22,6 +22,7 @@ from guard.cli.options import (
 )
 from guard.cli.output import progress_bar, say
 from guard.errors import ConfigError, ExportError
+from guard.extras import require
 from guard.files import READABLE_FOLDER, put_in_place
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def export(
     """
     from guard.config import load_config
     from guard.detection.pipeline import Guard
-    from guard.export.exporting import FILES, new_record, require_packages, write_models
+    from guard.export.exporting import FILES, new_record, write_models
     from guard.export.record import RECORD
     from guard.storage.stores import open_store
 
@@ -86,7 +87,7 @@ def export(
     if server != "none" and "onnx" not in kinds:
         raise ConfigError(f"--server {server} runs the ONNX file. Add --format onnx, or take --server none.")
     if "onnx" in kinds:
-        require_packages()
+        require("export")
     folder = to / name
     files = {kind: folder / "1" / FILES[kind] for kind in kinds}
     if not force and (there := [file for file in (*files.values(), folder / RECORD) if file.exists()]):

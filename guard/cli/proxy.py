@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import secrets
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,8 @@ import typer
 
 from guard.cli.options import Bundles, QueueUrl, ServedAction, ServedFailureMode, ServedRate, Settings
 from guard.cli.output import say, tell
-from guard.errors import ConfigError, ServerError
+from guard.errors import ConfigError
+from guard.extras import require
 
 #: What the routes of a model are written with, as they are.
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
@@ -78,8 +78,7 @@ def proxy(
     from guard.export.record import ExportRecord
     from guard.relabel.address import queue_url
 
-    if missing := [name for name in ("aiohttp", "fastapi", "uvicorn") if find_spec(name) is None]:
-        raise ServerError(f"guard proxy needs the package {missing[0]}. pip install 'backdoor-guard[proxy]'.")
+    require("proxy")
     from guard.proxy.serving import ProxySettings, serve_proxy
 
     for name, text in (("--model", model), ("--model-version", model_version)):

@@ -7,7 +7,6 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,16 +27,9 @@ FILES: dict[Format, str] = {"onnx": "model.onnx", "torch-export": "model.pt2"}
 #: Largest difference between the written model and the suspect model, as a share of the greatest value of an output:
 #: ten times what another order of additions makes of float32.
 TOLERANCE = 1e-4
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _ROWS = 5  # of inputs that are drawn; more than one batch size is tried
 _PROTOBUF_LIMIT = 2**31 - 2**20  # bytes of one message
 _Answers = Callable[[Float32Array], list[Float32Array]]
-
-
-def require_packages() -> None:
-    """Raise ExportError where the packages are missing that write and run ONNX files."""
-    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
-        raise ExportError(f"ONNX files need the package {missing[0]}. pip install 'backdoor-guard[export]'.")
 
 
 def new_record(guard: Guard, suspect: SuspectModel, name: str) -> ExportRecord:
