@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-KSERVE := $(VENV)/kserve
 # Threads that wait for each other stall on a busy machine, and nothing here is large enough to gain from two.
 export OMP_NUM_THREADS ?= 1
 # Tests are a hundred processes: without bytecode each of them compiles the package, and three rewrite every assertion.
@@ -10,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Test files that run at the same time, one more than cores: those with servers wait a lot. JOBS=0: one process.
 JOBS ?= 3
 
-.PHONY: setup frameworks demo test test-quick lint types bench bench-badnets bench-fusion bench-loop bench-networks leaderboard test-zoo adaptive-attacks ablation rehearsal clean help
+.PHONY: setup frameworks kserve environments demo test test-quick lint types bench bench-badnets bench-fusion bench-loop bench-networks leaderboard test-zoo adaptive-attacks ablation rehearsal clean help
 
 help:
 	@echo "make demo   set up, backdoor a network on real images, guard it, serve it, print the verdicts"
@@ -27,8 +26,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# The upstream of tests/test_proxy_kserve.py, in an environment of its own: it wants older packages than these.
-$(KSERVE)/.ready: $(VENV)/.ready
+# The upstream of tests/test_proxy_kserve.py: an environment of its own, it wants older packages than any.
+KSERVE := build/kserve
+kserve: $(KSERVE)/.ready
+
+$(KSERVE)/.ready:
 	$(PYTHON) -m venv $(KSERVE)
 	$(KSERVE)/bin/python -m pip install --quiet "kserve==0.21.0" "onnxruntime>=1.19"
 	@touch $@
@@ -48,7 +50,12 @@ $(FRAMEWORKS)/.ready: $(VENV)/.ready
 demo: setup
 	$(BIN)/guard demo $(ARGS)
 
-test: setup frameworks $(KSERVE)/.ready
+# All that the tests run with; two installations at a time.
+environments:
+	@$(MAKE) --no-print-directory -j2 setup kserve
+	@$(MAKE) --no-print-directory frameworks
+
+test: environments
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # No server, no browser, no database server; under 90 seconds on two quiet cores.

@@ -3,7 +3,7 @@
     python benchmarks/proxy.py [--rounds 3] [--seconds 4]
 
 Writes `proxy.csv`: one row per number of clients, variant and round. The small CNN of `guard demo`, exported to ONNX,
-is run by KServe's Python server with ONNX Runtime (`make .venv/kserve/.ready`, or an interpreter in KSERVE_PYTHON);
+is run by KServe's Python server with ONNX Runtime (`make kserve`, or an interpreter in KSERVE_PYTHON);
 1,000 MNIST images go to it as binary tensors, one row a request. `direct` asks the server for its logits, `features`
 also for what the guard looks at, `proxy` asks the proxy before it for logits, verdict and p-value. Variants take turns
 in short blocks, one at a time; ratios are taken within a round. 1,000 verdicts are compared with what the guard says of
@@ -159,7 +159,7 @@ def process(command: Sequence[str], log: Path, url: str, **settings: Any) -> Ite
 @contextlib.contextmanager
 def servers(folder: Path, record: ExportRecord, bundles: Path, images: Any) -> Iterator[dict[str, Side]]:
     """Start KServe and the proxy before it, and yield all variants."""
-    kserve = os.environ.get("KSERVE_PYTHON", str(Path(sys.prefix) / "kserve" / "bin" / "python"))
+    kserve = os.environ.get("KSERVE_PYTHON", str(ROOT / "build" / "kserve" / "bin" / "python"))
     ports = free_port(), free_port()
     direct, proxied = (f"http://{LOOPBACK}:{port}" for port in ports)
     script = ROOT / "tests" / "upstreams" / "kserve_onnx.py"

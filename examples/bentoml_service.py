@@ -24,7 +24,7 @@ class GuardedService:
     @bentoml.api(batchable=True, max_batch_size=64, max_latency_ms=1000)
     def predict(self, rows: np.ndarray) -> list[dict[str, Any]]:
         """Return label, verdict and action of every row; the label is None where no answer may leave."""
-        if rows.shape[1:] != self.model.input_shape:
+        if len(rows) == 0 or rows.shape[1:] != self.model.input_shape:
             raise InvalidArgument(f"send rows of shape {self.model.input_shape}")
         return [
             {

@@ -26,6 +26,7 @@ from guard.errors import BundleError, ConfigError, ExportError, ServerError
 from guard.export.record import ExportRecord
 from guard.lab.attacks import MnistCnn, Poisoned
 from guard.proxy.exported_guard import ExportedGuard
+from guard.proxy.messages import read_answer
 from guard.proxy.model import ProxiedModel
 from guard.proxy.routes import Routes
 from guard.proxy.upstream import Upstream
@@ -531,6 +532,13 @@ def test_nothing_else_goes_through_where_only_the_model_shall(make: Make) -> Non
         ("/v2/models/digits/infer_stream", "unguarded"),
         ("/v2/models/digits/versions/1%2F../infer", "unguarded"),
         ("/v2/repository/models/digits/load", "unguarded"),
+        ("/v2/repository/models/other/load", "unguarded"),
+        ("/v2/Repository%2Fmodels/other/load", "unguarded"),
+        ("/v2/repository/index", "plain"),
+        ("/v2/trace/setting", "unguarded"),
+        ("/v2/models/other/trace/setting", "unguarded"),
+        ("/v2/logging", "unguarded"),
+        ("/v2/systemsharedmemory/region/x/register", "unguarded"),
         ("/v1/models/digits:predict", "unguarded"),
         ("/v1/models/digits%3Apredict", "unguarded"),
         ("/predictions/digits", "unguarded"),
@@ -597,6 +605,57 @@ def test_head_without_end_is_refused_before_it_is_held(make: Make) -> None:
         with pytest.raises(OSError, match=r"reset|Broken pipe"):
             connection.sendall(b"a" * (64 << 20))
     assert client.get("/nowhere").status_code == 404
+
+
+def test_trailers_are_no_headers(make: Make, upstream: FakeUpstream) -> None:
+    client, _ = make()
+    head = b"POST /echo HTTP/1.1\r\nHost: x\r\nX-Own: 1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert raw(client.base_url.port or 0, head + b"2\r\nhi\r\n0\r\nX-User: admin\r\n\r\n") == [b"HTTP/1.1 200 OK"]
+    ((_, _, headers, body),) = upstream.seen
+    assert body == b"hi"
+    assert {b"x-own", b"x-user"} & {name.lower() for name, _ in headers} == {b"x-own"}
+
+
+def test_health_is_asked_for_without_a_key_and_without_a_body(make: Make, upstream: FakeUpstream) -> None:
+    client, _ = make(key="k" * 20)
+    assert client.get("/v2/health/live").status_code == 404  # of this upstream, which has no such route
+    for answer in (client.post("/v2/health/live"), client.request("GET", "/v2/health/live", content=b"x")):
+        assert answer.status_code == 405
+    assert client.get("/v2/health%2Flive").status_code == 401
+    assert [target for _, target, _, _ in upstream.seen] == [b"/v2/health/live"]
+
+
+def test_upstream_that_does_not_take_a_large_request_is_given_up(make: Make, mixed: Any) -> None:
+    client, model = make(timeout_s=0.3)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # connections are taken by the kernel, and nothing is read
+        model._upstream._origin = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        large = np.repeat(mixed[:1], 1024, axis=0)
+        body, headers = binary_request(large)
+        started = time.monotonic()
+        answer = client.post(INFER, content=body, headers=headers)
+        streamed = client.post("/echo", content=bytes(32 << 20))
+        assert (answer.status_code, streamed.status_code) == (504, 504)
+        assert time.monotonic() - started < 30
+    assert counted(model) == {"failed": 1024}
+
+
+def test_parameter_that_json_has_no_word_for_is_left_out() -> None:
+    answer = read_answer(b'{"outputs": [], "parameters": {"score": NaN, "most": Infinity, "speed": 7}}', None)
+    assert answer.parameters == {"speed": 7}
+
+
+def test_output_that_is_no_longer_numbers_row_by_row_does_not_leave(
+    make: Make, upstream: FakeUpstream, mixed: Any
+) -> None:
+    upstream.more = {"scores": lambda n: np.arange(n, dtype=np.float32)}
+    client, model = make({"failure_mode": "open"})
+    answer = client.post(INFER, json=request_of(mixed))
+    assert outputs_of(answer)["scores"] == [0.0, 1.0, 2.0]
+    upstream.lie = lambda outputs: {**outputs, "scores": np.arange(3, dtype=np.int64)}
+    answer = client.post(INFER, json=request_of(mixed))
+    assert outputs_of(answer)["guard_verdict"] == ["bypassed"] * 3
+    assert "scores" not in outputs_of(answer)
+    assert counted(model) == {"clean": 2, "poisoned": 1, "bypassed": 3}
 
 
 def test_key_is_asked_for_and_kept(make: Make, upstream: FakeUpstream, mixed: Any) -> None:

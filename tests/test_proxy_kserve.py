@@ -40,7 +40,7 @@ UPSTREAM = Path(__file__).parent / "upstreams" / "kserve_onnx.py"
 
 def kserve_python() -> str:
     """Return an interpreter that has kserve and onnxruntime, or skip."""
-    own = Path(sys.prefix) / "kserve" / "bin" / "python"
+    own = Path(__file__).parent.parent / "build" / "kserve" / "bin" / "python"
     if named := os.environ.get("KSERVE_PYTHON"):
         return named
     if own.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from guard.v2.protocol import (
     datatype_of,
     named,
     read_request,
+    tensor,
     write_response,
 )
 
@@ -87,7 +89,12 @@ def test_read_request_takes_several_binary_inputs_in_their_order() -> None:
         (body(shape=4), r"^the shape of input 'input' must be a list of JSON\.$"),
         (body(shape=[1] * 17), r"^the shape of input"),
         (body(shape=[2**31, 2**31]), r"^the shape of input"),
-        (body(shape=[2**30] * 16), r"^input 'input' holds 4 elements, and its shape is \[1073741824, 10"),
+        (body(shape=[2**30] * 16), r"^the shape of input 'input' is too large\.$"),
+        (body(shape=[0, *[2**31 - 1] * 4], data=[]), r"^the shape of input 'input' is too large\.$"),
+        (body(shape=[0, *[2**31 - 1] * 4], data=None, parameters={"binary_data_size": 0}), r"input' is too large\.$"),
+        (body(shape=[2**20, 2**20], data=[1]), r"^input 'input' holds 1 elements, and its shape is \[1048576, 1048576"),
+        (body(data=[1, [2, "x"], 3]), r"must be numbers that are FP32\.$"),
+        (body(data=[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]), r"must be numbers that are FP32\.$"),
         (body(shape=[2, 3]), r"^input 'input' holds 4 elements, and its shape is \[2, 3\]\.$"),
         (body(data=[1, 2, 3]), r"^input 'input' holds 3 elements, and its shape is \[2, 2\]\.$"),
         (body(data=[[1, 2], [3]]), r"^data of input 'input' holds lists of unequal length\.$"),
@@ -112,6 +119,16 @@ def test_read_request_refuses_what_breaks_the_protocol(data: bytes, message: str
     with pytest.raises(ProtocolError, match=message) as answer:
         read_request(data)
     assert answer.value.status == 400
+
+
+def test_texts_among_numbers_are_refused_before_they_take_memory() -> None:
+    data = ["x" * 100_000, *[""] * 20_000]  # NumPy would make 8 GB of it
+    tracemalloc.start()
+    with pytest.raises(ProtocolError, match="must be numbers"):
+        tensor("input", "FP32", [20_001], data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_read_request_refuses_an_input_twice_and_bytes_that_belong_to_none() -> None:

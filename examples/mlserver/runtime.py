@@ -31,7 +31,7 @@ class GuardedRuntime(MLModel):
             rows = NumpyCodec.decode_input(payload.inputs[0]).astype(np.float32)
         except (ValueError, IndexError):  # of this request, or of another one in its batch
             rows = np.empty(0, np.float32)
-        if rows.shape[1:] != self.model.input_shape:
+        if len(rows) == 0 or rows.shape[1:] != self.model.input_shape:
             raise InferenceError(f"send one input of rows of shape {self.model.input_shape}.")
         columns = self.model.columns(await asyncio.to_thread(self.model.answer, rows))
         verdicts = StringCodec.encode_output("guard_verdict", columns.pop("guard_verdict").tolist())

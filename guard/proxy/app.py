@@ -97,6 +97,8 @@ class Proxy:
         route = self._routes.of(path)
         has_body(scope["headers"])  # raises where that is not clear
         if route.is_health:
+            if method not in ("GET", "HEAD", "OPTIONS") or has_body(scope["headers"]):  # anybody may ask
+                raise ProtocolError("health is asked for with GET and without a body.", 405)
             await self._passed_through(scope, receive, send, path)
             return
         if route.kind in ("closed", "unguarded"):

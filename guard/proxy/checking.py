@@ -138,6 +138,8 @@ async def keep_probing(upstream: Upstream, model: ProxiedModel, *, binary: bool,
             trouble = await probe(upstream, model.record, model.path, binary=binary)
         except (UpstreamError, TimeoutError):
             continue  # clients see that for themselves
+        except Exception as error:  # whatever it answers, the next probe must come
+            trouble = f"the upstream's answer to the probe cannot be read: {type(error).__name__}."
         if trouble != model.trouble:
             model.trouble = trouble
             log.write("upstream_model", why=trouble or "it answers as it was exported")

@@ -103,4 +103,4 @@ def read_answer(body: bytes, json_bytes: int | None) -> Answer:
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, str | int | float | bool)
+    return isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value))

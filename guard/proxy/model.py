@@ -184,7 +184,7 @@ class ProxiedModel:
             return self._failed(error, guard, requests)
         seconds = time.perf_counter() - started
         self.active.bookkeeping.stages(seconds, seconds - upstream_seconds)
-        known = {name: answer.outputs[name] for name in more if name in answer.outputs}
+        known = {name: answer.outputs[name] for name in more if _is_by_row(answer.outputs.get(name), len(rows))}
         found = inferred(self.name, request, answers, told, self.record.widths[0], _withheld(known, answers))
         if found.response is not None:
             own = {name: value for name, value in answer.parameters.items() if not name.startswith("guard_")}
@@ -281,7 +281,7 @@ class ProxiedModel:
                 return f"output {name!r} of the upstream has another type or shape than was exported.", "not_observed"
         for name in more:
             array = answer.outputs.get(name)
-            if array is None or array.dtype.kind != "f" or array.shape[:1] != (n_rows,):
+            if not _is_by_row(array, n_rows):
                 return (
                     f"output {name!r} of the upstream is missing, or is no longer numbers row by row.",
                     "not_observed",
@@ -314,6 +314,10 @@ class ProxiedModel:
         kind: OutcomeKind = "rejected" if status < 500 else "failed"
         for row in range(len(requests.ids)):
             self.active.bookkeeping.request(Outcome(kind, status=status), status, guard, requests, row)
+
+
+def _is_by_row(array: AnyArray | None, n_rows: int) -> bool:
+    return array is not None and array.dtype.kind == "f" and array.shape[:1] == (n_rows,)
 
 
 def _fits(array: AnyArray, n_rows: int, width: int) -> bool:

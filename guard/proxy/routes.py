@@ -12,6 +12,10 @@ from urllib.parse import unquote_to_bytes
 Kind = Literal["infer", "metadata", "about", "plain", "closed", "unguarded"]
 _KINDS: dict[bytes | None, Kind] = {None: "metadata", b"infer": "infer"}
 _MOST_UNQUOTED = 8
+#: Parts of paths by which clients of Triton load other models (an ensemble of the guarded one, say), let the server
+#: write files, or share memory with it; a list of its models is harmless.
+_MANAGING = (b"repository", b"trace", b"logging", b"systemsharedmemory", b"cudasharedmemory")
+_INDEX = b"/v2/repository/index"
 _BETWEEN = re.compile(rb"[/\\:;,?#&=@+*|!()\s\x00-\x1f]+")
 
 
@@ -37,7 +41,8 @@ class Routes:
 
     A path that names the guarded model must be written exactly as the protocol has it. Everything else that holds its
     name, however it is quoted, is refused: servers read one path in several ways, and know further routes to a model
-    (KServe's `v1/models/NAME:predict`, Triton's `generate`), whose answers nobody would judge.
+    (KServe's `v1/models/NAME:predict`, Triton's `generate`), whose answers nobody would judge. So is what manages the
+    server.
 
     Parameters
     ----------
@@ -60,7 +65,7 @@ class Routes:
         if found := self._exact.fullmatch(path):
             version = found["version"]
             return Route(_KINDS.get(found["what"], "about"), version.decode() if version is not None else None)
-        if self._may_name_it(path):
+        if path != _INDEX and self._may_name_it(path):
             return Route("unguarded")
         is_health = path in (b"/v2/health/live", b"/v2/health/ready")
         return Route("closed" if self._only and not is_health and path != b"/v2" else "plain", is_health=is_health)
@@ -69,6 +74,6 @@ class Routes:
         for _ in range(_MOST_UNQUOTED):
             unquoted = unquote_to_bytes(path)
             if unquoted == path:
-                return any(self._name == part.lower() for part in _BETWEEN.split(path))
+                return any(part.lower() in (self._name, *_MANAGING) for part in _BETWEEN.split(path))
             path = unquoted
         return True  # nobody quotes so often who means well

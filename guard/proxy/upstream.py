@@ -6,7 +6,7 @@ import asyncio
 import io
 import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 
 import aiohttp
@@ -24,6 +24,7 @@ _OF_A_CONNECTION = frozenset(
 _KEPT_IDLE_S = 4.0
 _MOST_WHOLE = 1 << 20
 _LARGE = 1 << 18
+_LEAST_BYTES_PER_S = 1 << 20  # that a server must take
 _TARGET = re.compile(rb"/[\x21\x22\x24-\x7e]*")  # no #
 
 
@@ -73,7 +74,7 @@ class Upstream:
         self._origin, self._prefix = str(self._url.origin()), self._url.raw_path.rstrip("/")
         self.timeout_s = timeout_s
         self._timeout = aiohttp.ClientTimeout(
-            total=None, connect=None, sock_connect=connect_timeout_s, sock_read=timeout_s
+            total=None, connect=connect_timeout_s + timeout_s, sock_connect=connect_timeout_s, sock_read=timeout_s
         )
         self._connections = connections
         self._session: aiohttp.ClientSession | None = None
@@ -128,12 +129,22 @@ class Upstream:
             raise UpstreamError("headers must be UTF-8.", 400) from None
         data = io.BytesIO(body) if isinstance(body, bytes) and len(body) > _LARGE else body  # written in parts
         assert self._session is not None
+        size = len(body) if isinstance(body, bytes) else 0
         with _told(self.timeout_s):
-            response = await self._session.request(method, url, headers=texts, data=data, allow_redirects=False)
+            async with asyncio.timeout(self.timeout_s + size / _LEAST_BYTES_PER_S) as limit:  # none of aiohttp's yet
+                sent = data if isinstance(data, bytes | io.BytesIO | None) else self._prolonging(data, limit)
+                response = await self._session.request(method, url, headers=texts, data=sent, allow_redirects=False)
         try:
             yield response
         finally:
             response.release()  # closes the connection if something of the answer is left
+
+    async def _prolonging(self, body: AsyncIterator[bytes], limit: asyncio.Timeout) -> AsyncIterator[bytes]:
+        """Yield parts as the server takes them; each gives it more time, until its answer is there."""
+        async for part in body:
+            with suppress(RuntimeError):  # the answer is there, and the limit over
+                limit.reschedule(asyncio.get_running_loop().time() + 2 * self.timeout_s)
+            yield part
 
     async def parts(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         """Yield an answer's body as it comes, as it is; UpstreamError if it breaks off."""

@@ -49,7 +49,12 @@ class ServeBatcher:
         def size(calls: list[Call]) -> int:
             return min(batch_size, sum(len(call.rows) for call in calls))  # Serve refuses one that is beyond the most
 
+        self._begin: Callable[[], Answer] | None = begin
+
         def work(calls: list[Call]) -> None:
+            begin = self._begin
+            if begin is None:
+                raise OverloadedError("the server is stopping.")
             answer_calls([call for call in calls if call.answers.set_running_or_notify_cancel()], begin(), batch_size)
 
         @serve.batch(max_batch_size=batch_size, batch_wait_timeout_s=max_delay_s, batch_size_fn=size)
@@ -83,6 +88,7 @@ class ServeBatcher:
         """Take no more; whoever closes has no request open. Safe to call twice."""
         with self._lock:
             self._is_closed = True
+        self._begin = None  # Serve's task for this queue never ends, and would keep the network
 
     async def _answered(self, call: Call) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import shutil
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
@@ -125,6 +126,7 @@ class Shelf:
     def _opened(self, name: str) -> _Lendable:
         with ExitStack() as opened:
             folder = self._folder / str(next(self._numbers))
+            opened.callback(shutil.rmtree, folder, ignore_errors=True)
             model = opened.enter_context(open_archived_model(self._archives[name], folder, name))
             served = ServedModel(
                 model, batch_size=self._batch_size, max_delay_s=self._max_delay_s, make_batcher=ServeBatcher

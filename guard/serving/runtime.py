@@ -78,11 +78,12 @@ class ActiveGuard:
         self._refused: tuple[str, int] = ("", -1)  # what could not be loaded, so that it is tried and reported once
         self._closed = threading.Event()
         self.model_name = model_name
-        self.review_queue = _review_queue(settings, model_name)
+        self.review_queue: ReviewQueue | None = None
         self.bookkeeping = Bookkeeping(model_name)
         self.metrics = self.bookkeeping.metrics
         self._time_budgets: WeakKeyDictionary[Guard, TimeBudget] = WeakKeyDictionary()
         self.current = self._first()
+        self.review_queue = _review_queue(settings, model_name)  # after what may fail: it has a thread
         self.bookkeeping.open(self.current, self._earlier_bundles())
         threading.Thread(target=self._follow, name="guard-bundles", daemon=True).start()
 

@@ -128,9 +128,8 @@ class RemoteBundleStore(BundleStore):
         refusal = self._refusals.get(digest)
         if refusal is not None and time.monotonic() < refusal.until:
             raise refusal.error
-        sums = self._sums(digest)
         try:
-            self._bring(digest, sums, time.monotonic() + within_s)
+            self._bring(digest, self._sums(digest), time.monotonic() + within_s)
         except (StoreUnavailable, NotThere):
             raise
         except BundleError as error:

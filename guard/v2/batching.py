@@ -145,10 +145,10 @@ def answer_calls(calls: Sequence[Call], answer: Answer, batch_size: int) -> None
 
 
 def _answer_together(batch: Sequence[Call], answer: Answer, batch_size: int) -> None:
-    rows = np.concatenate([call.rows for call in batch])
     ids = [call.id if len(call.rows) == 1 else f"{call.id}/{row}" for call in batch for row in range(len(call.rows))]
     sent = [call.headers for call in batch for _ in call.rows]
     try:
+        rows = np.concatenate([call.rows for call in batch])
         answers: list[RowAnswer] = []
         for start in range(0, len(rows), batch_size):
             part = slice(start, start + batch_size)

@@ -29,6 +29,10 @@ def bounded_protocol() -> type[asyncio.Protocol] | str:
             self._head_bytes += len(data)
             super().data_received(data)
 
+        def on_header(self, name: bytes, value: bytes) -> None:
+            if self._head_bytes >= 0:  # else a trailer, after the body: uvicorn would take it for a header
+                super().on_header(name, value)
+
         def on_headers_complete(self) -> None:
             self._head_bytes = -(1 << 62)  # a body may come, of any length
             super().on_headers_complete()

@@ -111,10 +111,11 @@ class ServedModel:
         return self._inferred(request, self._begun(request, headers).result())
 
     def refuse(self, status: int, headers: Mapping[str, str]) -> None:
-        """Count a request that never became an input: it is `rejected`, like every input of which nothing is known."""
+        """Count a request that never became an input: it is `rejected`, or `failed` if that is the server's fault."""
         requests = RowRequests(["unread"], [headers])
         bookkeeping = self.model.runtime.bookkeeping
-        bookkeeping.request(Outcome("rejected", status=status), status, self.model.guard, requests, 0)
+        outcome = Outcome("rejected" if status < 500 else "failed", status=status)
+        bookkeeping.request(outcome, status, self.model.guard, requests, 0)
 
     def close(self) -> None:
         """Answer what waits, and take the guard off the network."""

@@ -27,6 +27,7 @@ DTYPES: dict[str, str] = {
 _KINDS = {"BOOL": "b", "UINT": "iu", "INT": "iu", "FP": "iuf"}
 _JSON_NAMES: dict[type[Any], str] = {dict: "an object", list: "a list", str: "a text"}
 _MOST_AXES = 16
+_MOST_ELEMENTS = 2**48
 _LONGEST_TEXT = 1024
 
 
@@ -203,11 +204,15 @@ def tensor(name: str, datatype: str, shape: Sequence[Any], data: Any) -> AnyArra
         raise ProtocolError(f"input {name!r} has datatype {datatype!r}; known are {', '.join(DTYPES)}.")
     if len(shape) > _MOST_AXES or not all(type(length) is int and 0 <= length < 2**31 for length in shape):
         raise ProtocolError(f"the shape of input {name!r} must be at most {_MOST_AXES} lengths >= 0.")
+    if math.prod(length or 1 for length in shape) > _MOST_ELEMENTS:  # a length of 0 hides the others
+        raise ProtocolError(f"the shape of input {name!r} is too large.")
     dtype = np.dtype(DTYPES[datatype])
     if not isinstance(data, list):
         if len(data) != math.prod(shape) * dtype.itemsize:
             raise ProtocolError(f"input {name!r} has {len(data)} bytes, and is {list(shape)} of {datatype}.")
         return np.frombuffer(data, dtype).reshape(shape)
+    if not _holds_numbers(data, _MOST_AXES):  # NumPy makes all texts as long as the longest
+        raise ProtocolError(f"data of input {name!r} must be numbers that are {datatype}.")
     try:
         values = np.asarray(data)
     except ValueError as error:
@@ -222,6 +227,14 @@ def tensor(name: str, datatype: str, shape: Sequence[Any], data: Any) -> AnyArra
             raise ProtocolError(f"data of input {name!r} does not fit into {datatype}.")
     with np.errstate(over="ignore"):
         return values.astype(dtype).reshape(shape)
+
+
+def _holds_numbers(data: list[Any], most_axes: int) -> bool:
+    """Return whether a list, or its lists, hold numbers and truth values alone."""
+    return most_axes > 0 and all(
+        _holds_numbers(value, most_axes - 1) if type(value) is list else type(value) in (float, int, bool)
+        for value in data
+    )
 
 
 def read_tensor(entry: dict[str, Any], rest: memoryview) -> tuple[str, AnyArray, memoryview]:

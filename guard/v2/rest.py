@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import version
@@ -21,9 +22,11 @@ from guard.v2.description import describe
 from guard.v2.models import VERSION, Inferred, ServedModel
 from guard.v2.protocol import InferRequest, ProtocolError, read_request, write_response
 
+logger = logging.getLogger(__name__)
+
 SERVER = "backdoor-guard"
 JSON_BYTES = "Inference-Header-Content-Length"
-_OPEN = ("/v2/health/live", "/v2/health/ready")
+_OPEN = (b"/v2/health/live", b"/v2/health/ready")
 RETRY_AFTER_S = 1
 _SHORT_BYTES = 64 << 10
 _Result = TypeVar("_Result")
@@ -168,6 +171,12 @@ def create_app(
         except ClientDisconnect:
             await refuse(name, 400, request.headers)
             return error_response(400, "the body ended before it was whole.")  # to nobody
+        except OverloadedError:
+            raise
+        except Exception as error:
+            logger.error("a request could not be answered: %s", type(error).__name__)  # no content of requests in logs
+            await refuse(name, 500, request.headers)
+            return error_response(500, "the server failed on this request.")
         return await written(found)
 
     return app
@@ -180,7 +189,7 @@ class KeyCheck:
         self._app, self._key = app, key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _OPEN:
+        if scope["type"] == "http" and scope.get("raw_path", scope["path"].encode()) not in _OPEN:
             scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(given, self._key):
                 text = "a key is needed: Authorization: Bearer KEY."
@@ -255,7 +264,7 @@ class Bodies:
                     if size > self._most_each:
                         raise self._too_large
                     if self._held > self._most_held:
-                        raise OverloadedError("too many bytes of requests are held already. Try again later.")
+                        raise OverloadedError("too many bytes are held already. Try again later.")
                     parts.append(part)
         except TimeoutError:
             self._held -= size
