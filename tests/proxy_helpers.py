@@ -7,7 +7,8 @@ import json
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,8 +181,11 @@ def proxied(
     }
     chosen = ProxySettings(**{**usual, **settings})
     detail = {"verdict_detail": "full", **(serving or {})}
-    with opened_proxy(record, bundles, chosen, detail) as (app, model), in_thread(app, **UVICORN) as port:
-        yield port, model
+    with ThreadPoolExecutor(1) as elsewhere, ExitStack() as opened:  # a browser's event loop may run in this thread
+        proxy = opened_proxy(record, bundles, chosen, detail)
+        app, model = elsewhere.submit(proxy.__enter__).result()
+        opened.callback(lambda: elsewhere.submit(proxy.__exit__, None, None, None).result())
+        yield opened.enter_context(in_thread(app, **UVICORN)), model
 
 
 def request_of(images: Any, **more: Any) -> dict[str, Any]:

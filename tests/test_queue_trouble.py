@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from cryptography.fernet import Fernet
 from queue_helpers import PostgresServer, flagged, postgresql_folder
 
-from guard.errors import AlreadyDecided, ConfigError, QueueError, QueueKeyError, QueueUnavailable
+from guard.errors import AlreadyDecided, ConfigError, MissingExtraError, QueueError, QueueKeyError, QueueUnavailable
 from guard.relabel import statements
 from guard.relabel.database import Database
 from guard.relabel.encryption import KEY_VARIABLE
@@ -465,7 +465,7 @@ def test_url_that_cannot_be_read_is_not_repeated():
 
 def test_missing_driver_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)
-    with pytest.raises(ConfigError, match=r"pip install 'backdoor-guard\[postgres\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'backdoor-guard\[postgres\]'"):
         Queue.open("postgresql://guard@127.0.0.1:1/queue")
 
 

@@ -320,7 +320,7 @@ def test_new_bundle_is_taken_by_every_replica_within_two_seconds_and_no_answer_m
         time.sleep(0.7)
         swapped = time.monotonic()
         site.store.activate(other)
-        time.sleep(3)
+        wait_until(lambda: sum(answer.sent - swapped > 2 for answer in load.answers) > 5)
     assert set(load.statuses) == {200}
     for answer in load.answers:
         bundle = answer.body["parameters"]["guard_bundle"]
@@ -373,9 +373,9 @@ def test_raylet_and_the_last_replica_are_killed_under_load_and_nothing_is_answer
         time.sleep(1.5)  # until the counts of the new replica are there
         sums += [site.verdicts()]
         replaced = [replica.pid for replica in site.replicas()]
+        wait_until(lambda: load.statuses[200] > 100)
     assert len(replaced) == 1
     assert with_head.pid not in replaced
-    assert load.statuses[200] > 100
     print(f"answers with the raylet killed: {after_raylet}, with the last replica killed, too: {load.statuses}")
     assert set(load.statuses) <= {0, 200, 500, 503}
     assert all(is_guarded(answer) for answer in load.answers if answer.status == 200)

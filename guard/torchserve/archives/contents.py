@@ -138,7 +138,8 @@ def promise_of(archive: Path) -> Promise:
         if about is None or settings is None:
             raise ArchiveError(f"{archive.name} has no guard. Put one around it with `guard wrap`.")
         known = json.loads(about)
-        store = open_store(known["bundles"]) if known["bundles"] else None
+        followed = followed_bundles(archive)
+        store = open_store(followed) if followed is not None else None
         active = store.known_active() if store is not None else None
         bundle = store.fetch(active) if store is not None and active is not None else None
         if bundle is not None:
@@ -174,6 +175,8 @@ def followed_bundles(archive: Path) -> BundlePlace | None:
     try:
         text = read_member(archive, ABOUT, _MOST_BYTES)
         bundles = None if text is None else json.loads(text)["bundles"]
-        return None if bundles is None else place_of(str(bundles))
+        if not isinstance(bundles, str | None):
+            raise ValueError("bundles")
+        return None if bundles is None else place_of(bundles)
     except (ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
         raise ArchiveError(f"{archive.name} cannot be read ({type(error).__name__}). Make it again.") from error
