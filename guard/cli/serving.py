@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -113,20 +114,17 @@ def serve(
         raise ConfigError("--review and --retrain need a queue. Name one with --queue.")
     if not any(model_store.glob("*.mar")):
         raise ServerError(f"there is no archive in {model_store}. Make one with `guard archive`.")
-    if engine == "local" and workers != 1:
-        raise ConfigError("the local engine is one process. Leave --workers out, or take --engine torchserve.")
-    if engine == "ray" and workers != 1:
-        raise ConfigError("--workers goes with --engine torchserve. Leave it out, and name --replicas.")
-    if engine != "local" and grpc_port is not None:
-        raise ConfigError("--grpc-port goes with --engine local. Leave it out, or take that engine.")
-    only_ray = {
-        "--replicas": replicas != 1,
-        "--max-open-models": max_open_models != 8,
-        "--address": address is not None,
-        "--write-config": write_config is not None,
-    }
-    if engine != "ray" and (given := [option for option, is_given in only_ray.items() if is_given]):
-        raise ConfigError(f"{given[0]} goes with --engine ray. Leave it out, or take that engine.")
+    _check_options(
+        engine,
+        {
+            "--workers": ("torchserve", workers != 1),
+            "--grpc-port": ("local", grpc_port is not None),
+            "--replicas": ("ray", replicas != 1),
+            "--max-open-models": ("ray", max_open_models != 8),
+            "--address": ("ray", address is not None),
+            "--write-config": ("ray", write_config is not None),
+        },
+    )
     if address is not None and url is not None:
         raise ConfigError(
             "--queue goes to a cluster that is started here. Leave it out, and set GUARD_QUEUE_URL where the nodes of "
@@ -175,6 +173,20 @@ def serve(
         retrainer_options=_passed_on("retrainer", retrainer_app, retrain_option, "--model", "any"),
     )
     _run_until_stopped(ServingStack(server, beside, tell), ready_timeout, token)
+
+
+def _check_options(engine: str, given: Mapping[str, tuple[str, bool]]) -> None:
+    """Refuse an option that was given and goes with another engine.
+
+    Parameters
+    ----------
+    engine : str
+    given : mapping of str to (str, bool)
+        Of every option, the engine that it goes with, and whether it was given.
+    """
+    for option, (its_engine, is_given) in given.items():
+        if is_given and its_engine != engine:
+            raise ConfigError(f"{option} goes with --engine {its_engine}. Leave it out, or take that engine.")
 
 
 def _run_until_stopped(serving: ServingStack, ready_timeout: float, token: bool) -> None:
