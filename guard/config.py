@@ -92,6 +92,9 @@ class ServingSettings(BaseModel):
     #: Send flagged inputs to the queue for review, where the server has one (see `Places`).
     review: bool = True
 
+    #: Share of unflagged inputs that go to the queue as well, drawn at random, so that misses are seen; five times as
+    #: many of those near the threshold. 0 = none.
+    audit_rate: float = Field(0.0, ge=0, le=1)
     #: Milliseconds that a verdict on one batch may take; then fewer depths are looked at. Needs `anytime`. None = any.
     max_guard_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
     #: Request header with the same for one request. Clients can weaken verdicts with it: name it among friends only.
@@ -112,6 +115,8 @@ class Places(BaseModel):
 
 #: Settings that may change after a guard was fitted; the others are fixed in its bundle.
 SERVING_SETTINGS = frozenset(ServingSettings.model_fields)
+#: Settings that bundles of the first version did not have.
+_LATER = ("review", "folds", "audit_rate")
 #: Settings that are no part of a guard; see `Places`.
 PLACES = frozenset(Places.model_fields)
 
@@ -148,10 +153,10 @@ class GuardConfig(FitSettings, ServingSettings, Places):
     def portable(self) -> dict[str, Any]:
         """Return the settings that may leave this machine, ready for JSON: all but `Places`.
 
-        `review` and `folds` are left out where they have their defaults: so a version that does not know these can read
-        the bundle.
+        Settings that came later are left out where they have their defaults: so a version that does not know these can
+        read the bundle.
         """
-        defaults = [*(["review"] if self.review else []), *(["folds"] if self.folds is None else [])]
+        defaults = {name for name in _LATER if getattr(self, name) == GuardConfig.model_fields[name].default}
         return self.model_dump(mode="json", exclude={*PLACES, *defaults})
 
     @classmethod

@@ -58,6 +58,13 @@ METRICS = {
         ),
         Metric("guard_queued_total", "counter", ("model",), "Flagged requests that the queue took."),
         Metric("guard_shed_total", "counter", ("model", "reason"), "Flagged requests that it did not take, and why."),
+        Metric("guard_audited_total", "counter", ("model",), "Unflagged requests that the queue took as audits."),
+        Metric(
+            "guard_audits_shed_total",
+            "counter",
+            ("model", "reason"),
+            "Audits that it did not take, and why; `full` also stands for the limit of an hour.",
+        ),
         Metric("guard_bundle_swaps_total", "counter", ("model", "outcome"), "New ACTIVE bundles taken or refused."),
         Metric(
             "guard_batch_checks_total",

@@ -25,6 +25,7 @@ from guard.detection.training_set import Labelled
 from guard.errors import BundleError, ConfigError, DataError
 from guard.lab.assess.backups import HEAD, BackupRequest, with_backup
 from guard.lab.assess.planting import PlantingSettings
+from guard.serving.audit_sample import AuditSample
 from guard.serving.runtime import GuardRuntime
 from guard.storage.bundle import BundleStore
 from guard.types import BACKUP
@@ -116,7 +117,7 @@ def test_serving_runs_the_backup_once_per_flagged_row_whoever_asks(
 ):
     module, runtime = serve(backed)
     seen = passes(runtime.current)
-    runtime.review_queue = SimpleNamespace(close=lambda: None) if queued else None
+    runtime.review_queue = SimpleNamespace(close=lambda: None, sample=AuditSample()) if queued else None
     images = mixed(clean_split, triggered)
     logits, rows = forward(module, runtime, images)
     flagged = [row for row, outcome in enumerate(rows) if outcome.kind == "poisoned"]
@@ -195,7 +196,7 @@ def test_backup_that_gives_no_number_flags_and_names_no_label(backed, triggered,
     module, runtime = serve(backed)
     with torch.no_grad():
         runtime.current.backup.network.fc.bias[0] = float("nan")
-    runtime.review_queue = SimpleNamespace(close=lambda: None)
+    runtime.review_queue = SimpleNamespace(close=lambda: None, sample=AuditSample())
     logits, rows = forward(module, runtime, triggered.images[:5])
     (row, *_) = [row for row, outcome in enumerate(rows) if outcome.kind == "poisoned"]
     assert rows[row].verdict.action == "flag"
@@ -353,7 +354,7 @@ def test_backup_as_a_detector_keeps_the_rate_and_costs_a_pass_for_every_input(
 
 def test_detecting_backup_is_kept_by_serving_and_retraining(detecting, triggered, serve):
     module, runtime = serve(detecting)
-    runtime.review_queue = SimpleNamespace(close=lambda: None)
+    runtime.review_queue = SimpleNamespace(close=lambda: None, sample=AuditSample())
     _, rows = forward(module, runtime, triggered.images[:20])
     evidence = [outcome.evidence for outcome in rows if outcome.evidence is not None]
     assert len(evidence) > 15

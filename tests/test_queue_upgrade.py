@@ -40,7 +40,8 @@ def first_schema(url: str) -> None:
 
 def _insert(connection: sa.Connection, number: int, flagged_input: Any, ticket: float) -> None:
     rows = Codec(None).encode(flagged_input, ticket)
-    old = {name: value for name, value in rows.item.items() if name not in ("spare_bytes", "false_positive_rate")}
+    later = ("spare_bytes", "false_positive_rate", "audit_probability", "review_rank", "room")
+    old = {name: value for name, value in rows.item.items() if name not in later}
     table = sa.table(items.name, *(sa.column(column.name, column.type) for column in items.columns))
     connection.execute(sa.insert(table).values(id=number, **old))
     connection.execute(sa.insert(blobs).values(item_id=number, **rows.blobs))
@@ -56,9 +57,12 @@ def test_queue_of_the_first_schema_is_upgraded(backend, tmp_path, request):
     with Queue.open(url) as queue:
         with queue.database.reading() as connection:
             spare = dict(tuple(row) for row in connection.execute(sa.select(items.c.id, items.c.spare_bytes)))
+            placed = [tuple(row) for row in connection.execute(sa.select(items.c.review_rank, items.c.room))]
             copy_of = connection.exec_driver_sql("SELECT copy_of FROM gold").scalar()
         assert spare == {1: 0, 2: 5000, 3: 0}  # a body larger than the tensors, and none of a gold item
         assert copy_of == 1
+        assert placed == [(0.004, 3), (0.004, 3), (0.004, 3)]  # p-value and suspect label: all were flagged
+        assert not queue.has_audits()
         original, copy = queue.get(1).input, queue.get(3).input
         assert copy.request_id != original.request_id
         assert copy.request_id.startswith("request-")

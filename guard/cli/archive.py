@@ -14,6 +14,7 @@ import typer
 from guard.cli.check import check_written
 from guard.cli.options import (
     Architecture,
+    AuditRate,
     Bundles,
     Check,
     ExtraFile,
@@ -63,6 +64,7 @@ def archive(
     version: Annotated[str, typer.Option(help="Version of the model.")] = "1.0",
     action: ServedAction = None,
     false_positive_rate: ServedRate = None,
+    audit_rate: AuditRate = None,
     failure_mode: ServedFailureMode = None,
     rows_per_request: Annotated[str | None, typer.Option(show_default="as fitted", help="1 or any.")] = None,
     verdict_in_body: Annotated[
@@ -100,6 +102,7 @@ def archive(
         settings,
         action=action,
         false_positive_rate=false_positive_rate,
+        audit_rate=audit_rate,
         failure_mode=failure_mode,
         rows_per_request=rows,
         verdict_in_body=verdict_in_body,

@@ -124,6 +124,15 @@ ServedRate = Annotated[
     float | None,
     typer.Option("--false-positive-rate", parser=share, metavar="<float>", show_default=_AS_FITTED, help=RATE_HELP),
 ]
+AuditRate = Annotated[
+    float | None,
+    typer.Option(
+        parser=share,
+        metavar="<float>",
+        show_default="as fitted, or 0",
+        help="Share of unflagged inputs that go to the queue, too, drawn at random, so that misses are seen.",
+    ),
+]
 
 
 def _url_or_file(context: typer.Context, parameter: typer.CallbackParam, url: str | None) -> str | None:

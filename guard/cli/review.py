@@ -162,6 +162,9 @@ def settings(
         int | None, typer.Option(show_default=_AS_KEPT, help="Bytes of one request's body at most.")
     ] = None,
     max_held: MaxHeld = None,
+    max_audits_per_hour: Annotated[
+        int | None, typer.Option(show_default=_AS_KEPT, help="Audits of one model within any hour at most.")
+    ] = None,
     lease_minutes: LeaseMinutes = None,
     retention_days: RetentionDays = None,
     queue: QueueUrl = None,
@@ -178,6 +181,7 @@ def settings(
         max_bytes=max_bytes,
         max_body_bytes=max_body_bytes,
         max_held=max_held,
+        max_audits_per_hour=max_audits_per_hour,
         lease_minutes=lease_minutes,
         retention_days=retention_days,
     )

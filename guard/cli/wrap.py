@@ -18,6 +18,7 @@ from guard.cli.model import class_list, gpu_number
 from guard.cli.options import (
     ActionName,
     AllowMissingClasses,
+    AuditRate,
     Check,
     Depths,
     Device,
@@ -71,6 +72,7 @@ def wrap(
     ] = None,
     allow_missing_classes: AllowMissingClasses = False,
     false_positive_rate: Rate = None,
+    audit_rate: AuditRate = None,
     mode: Mode = None,
     seed: Seed = None,
     action: ActionName = None,
@@ -112,6 +114,7 @@ def wrap(
     chosen = load_settings(
         settings,
         false_positive_rate=false_positive_rate,
+        audit_rate=audit_rate,
         mode=mode,
         seed=seed,
         action=action,

@@ -287,6 +287,23 @@ class Guard(FittedGuard):
             )
         return verdicts
 
+    def examined(self, verdict: Verdict, activations: Activations, images: Images) -> Verdict:
+        """Return the verdict on one unflagged row with what a flagged one has: surprise and second opinion.
+
+        Parameters
+        ----------
+        verdict : Verdict
+        activations : Activations of 1 row
+            From `complete`, where a backup is one of the detectors.
+        images : ndarray or Tensor of shape (1, channels, height, width), float32
+        """
+        (surprise,) = self.scores(activations).surprise.tolist()
+        return replace(
+            verdict,
+            surprise=dict(zip(self.ensemble.names, surprise, strict=True)),
+            second_opinion=self._opinions(activations, images, np.arange(1)).get(0),
+        )
+
     @property
     def action(self) -> Action:
         """What is done with a flagged input: as the settings have it, but `flag` where no opinion is fit to relabel."""

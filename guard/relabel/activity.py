@@ -40,12 +40,13 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One flagged input, as the queue knows it even after its images are gone."""
+    """One flagged input or audit, as the queue knows it even after its images are gone."""
 
     request_id: str
     model: str
     received_at: datetime
     state: State
+    is_audit: bool
 
 
 class Activity:
@@ -86,12 +87,12 @@ class Activity:
         return sorted(shares, key=lambda share: (-share.poisoned - share.false_alarm, share.reviewer))
 
     def arrivals(self, start: datetime, end: datetime, model: str | None = None) -> Iterator[Arrival]:
-        """Yield every flagged input that came between two times, oldest first; images are not read."""
+        """Yield every flagged input and audit that came between two times, oldest first; images are not read."""
         statement = statements.arrivals(start, end, model).execution_options(yield_per=_AT_ONCE)
         with self._database.reading() as connection:
             for rows in connection.execute(statement).partitions():
                 for row in rows:
-                    yield Arrival(row.request_id, row.model, row.received_at, State(row.state))
+                    yield Arrival(row.request_id, row.model, row.received_at, State(row.state), bool(row.is_audit))
 
     def turned_away(self, model: str | None = None) -> int:
         """Return how many inputs found no room since the queue was made and have no row: no time is kept of them."""

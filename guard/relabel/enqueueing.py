@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -68,7 +69,13 @@ class Admission:
             stored.largest,
             lambda: self._known_shares(connection),
         )
+        audits_left = _audits_left(connection, batch, settings.max_audits_per_hour)  # of the hour, by model
         for place, rows in enumerate(batch):
+            if rows.is_audit:
+                if audits_left[rows.model] == 0:
+                    reservoir.drops[rows.group_key] += 1
+                    continue
+                audits_left[rows.model] -= 1
             reservoir.offer(place, rows.group_key, rows.item["ticket"], rows.size, rows.spare)
         remove_items(connection, list(reservoir.removed), State.DISCARDED)
         stripped = {item_id: size for item_id, size in reservoir.stripped.items() if item_id > 0}
@@ -90,23 +97,38 @@ class Admission:
             more_bytes=sum(rows.size for rows in new.values()) - gone,
         )
         drops = [
-            {"model": model, "suspect_label": label, "dropped": count}
-            for (model, label), count in sorted(reservoir.drops.items())
+            {"model": model, "suspect_label": room, "dropped": count}
+            for (model, room), count in sorted(reservoir.drops.items())
         ]
         if drops:
             connection.execute(statements.count_drops(connection.dialect.name), drops)
-        return Enqueued(tuple(numbers.get(place) for place in range(len(batch))), sum(reservoir.drops.values()))
+        ids = tuple(numbers.get(place) for place in range(len(batch)))
+        share_left = min(audits_left.values()) / settings.max_audits_per_hour if audits_left else None
+        return Enqueued(ids, sum(reservoir.drops.values()), share_left)
 
     def _known_shares(self, connection: Connection) -> dict[GroupKey, Share]:
         if time.monotonic() - self._shares_at > _SHARES_AGE_S:
             self._shares = {}
-            for model, label, *amounts in connection.execute(statements.SHARES):
-                share = self._shares.setdefault((model, label), Share())
+            for model, room, *amounts in connection.execute(statements.SHARES):
+                share = self._shares.setdefault((model, room), Share())
                 share.items, share.bytes, share.spare = (
                     had + int(more) for had, more in zip((share.items, share.bytes, share.spare), amounts, strict=True)
                 )
             self._shares_at = time.monotonic()
         return self._shares
+
+
+def _audits_left(connection: Connection, batch: Sequence[Rows], most: int) -> dict[str, int]:
+    """Return how many audits the queue takes within the hour, by each model that has some in the batch."""
+    newest: dict[str, datetime] = {}
+    for rows in batch:
+        if rows.is_audit:
+            newest[rows.model] = max(rows.item["received_at"], newest.get(rows.model, rows.item["received_at"]))
+    left = {}
+    for model, latest in newest.items():
+        values = {"model": model, "since": latest - timedelta(hours=1)}
+        left[model] = max(0, most - connection.execute(statements.COUNT_AUDITS_SINCE, values).scalar_one())
+    return left
 
 
 class _Stored:
@@ -128,7 +150,7 @@ class _Stored:
         found: list[tuple[bool, Any]] = []
         for is_held, statement in ((False, pending), (True, held)):
             if len(found) < self._n:
-                values = {"model": group[0], "suspect_label": group[1], "n": self._n - len(found)}
+                values = {"model": group[0], "room": group[1], "n": self._n - len(found)}
                 found += [(is_held, row) for row in self._connection.execute(statement, values).all()]
         return found
 

@@ -34,7 +34,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class FlaggedInput:
-    """What the server hands over for one flagged request.
+    """What the server hands over for one request that a person is to judge: a flagged one, or an audit.
 
     Raises
     ------
@@ -71,8 +71,10 @@ class FlaggedInput:
     activations: Activations
     #: Aware, UTC.
     received_at: datetime
-    #: At which the server flagged it; None: of an earlier version, which did not say.
+    #: Rate that the server flagged at; None: of an earlier version, which did not say.
     false_positive_rate: float | None = None
+    #: None: it was flagged. Else it is an audit: not flagged, and drawn at random with this probability, in (0, 1].
+    audit_probability: float | None = None
 
     def __post_init__(self) -> None:
         if self.received_at.utcoffset() != timedelta(0):
@@ -91,7 +93,9 @@ class FlaggedInput:
             if not 0 <= label < self.n_classes:
                 raise DataError(f"{name} must be in [0, {self.n_classes}), got {label}.")
             object.__setattr__(self, name, operator.index(label))  # a database driver does not know NumPy's integers
-        names = ("combined", "p_value", "backup_confidence", "false_positive_rate")
+        if self.audit_probability is not None and not 0 < self.audit_probability <= 1:
+            raise DataError(f"audit_probability must be in (0, 1], got {self.audit_probability}.")
+        names = ("combined", "p_value", "backup_confidence", "false_positive_rate", "audit_probability")
         numbers = {name: getattr(self, name) for name in names}
         for name, number in numbers.items():
             if number is not None:
@@ -103,6 +107,11 @@ class FlaggedInput:
     def n_classes(self) -> int:
         """Number of classes that the suspect model knows; a true label is below it."""
         return int(self.activations.logits.shape[1])
+
+    @property
+    def is_audit(self) -> bool:
+        """True if it was not flagged, and came as one of the audit sample."""
+        return self.audit_probability is not None
 
 
 class Settled(NamedTuple):
@@ -176,6 +185,8 @@ class Enqueued:
     ids: tuple[int | None, ...]
     #: How many inputs were dropped by this call: new ones, and pending ones that gave way to new ones.
     dropped: int
+    #: Where audits were among them: which share of `max_audits_per_hour` is left to their model; else None.
+    audits_left: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

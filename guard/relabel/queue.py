@@ -176,7 +176,8 @@ class Queue:
         QueueUnavailable
             If the queue cannot be written within `enqueue_timeout_s`.
         """
-        batch = [self._codec.encode(flagged, self._random.random()) for flagged in inputs]
+        draw = self._random.random
+        batch = [self._codec.encode(flagged, draw(), draw()) for flagged in inputs]
         body_sizes = [len(flagged.body) for flagged in inputs]
         timeout_s = self.waits.enqueue_timeout_s
 
@@ -188,6 +189,21 @@ class Queue:
             return store(timeout_s)
         # A server that is alive says that it is locked before the caller gives up on it.
         return self._call_thread.run(lambda: store(0.8 * timeout_s), timeout_s)
+
+    def note_traffic(self, model: str, bundle_digest: str, requests: Mapping[tuple[datetime, str], int]) -> None:
+        """Add to the counts of what was judged: hour, by its begin, and stratum -> requests."""
+        rows = [
+            {"model": model, "bundle_digest": bundle_digest, "hour": hour, "stratum": stratum, "requests": count}
+            for (hour, stratum), count in sorted(requests.items())
+        ]
+        if rows:
+            with self.database.writing(wait_s=self.waits.wait_s) as connection:
+                connection.execute(statements.count_traffic(connection.dialect.name), rows)
+
+    def has_audits(self) -> bool:
+        """Return whether an audit ever came: then reviewers see nothing that would tell it from what was flagged."""
+        with self.database.reading() as connection:
+            return bool(connection.execute(statements.HAS_AUDITS).scalar_one())
 
     # --- reviewers ---
 
@@ -478,7 +494,8 @@ class Queue:
             The answered item that it is a copy of: who answered that one is not asked.
         """
         with self.database.writing(durable=True) as connection:
-            rows = self._codec.encode(disguised(connection, item, self.clock()), statements.GOLD_TICKET)
+            disguise = disguised(connection, item, self.clock())
+            rows = self._codec.encode(disguise, statements.GOLD_TICKET, self._random.random())
             return insert_gold(connection, rows, is_poisoned, true_label, copy_of)
 
     def gold_results(self, reviewer: str) -> GoldResult:

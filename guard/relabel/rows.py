@@ -27,9 +27,14 @@ _SAME = (
     "combined",
     "p_value",
     "false_positive_rate",
+    "audit_probability",
     "reason",
     "content_type",
 )
+
+
+#: In place of a suspect label: audits of all labels share one room, so that a flood of one label takes none of theirs.
+AUDITS_ROOM = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +46,18 @@ class Rows:
 
     @property
     def group_key(self) -> tuple[str, int]:
-        """What counts as one group while the queue is full: model and suspect label."""
-        return self.item["model"], self.item["suspect_label"]
+        """What counts as one group while the queue is full: model and suspect label; of audits only the model."""
+        return self.item["model"], self.item["room"]
+
+    @property
+    def model(self) -> str:
+        """Name of the model."""
+        return str(self.item["model"])
+
+    @property
+    def is_audit(self) -> bool:
+        """True if it was not flagged, and came as one of the audit sample."""
+        return self.item["audit_probability"] is not None
 
     @property
     def size(self) -> int:
@@ -66,8 +81,17 @@ class Codec:
     def __init__(self, cipher: Cipher | None) -> None:
         self._cipher = cipher
 
-    def encode(self, flagged: FlaggedInput, ticket: float) -> Rows:
-        """Return the rows of a new pending item."""
+    def encode(self, flagged: FlaggedInput, ticket: float, draw: float = 0.5) -> Rows:
+        """Return the rows of a new pending item.
+
+        Parameters
+        ----------
+        flagged : FlaggedInput
+        ticket : float
+            See `items.ticket` of the schema.
+        draw : float
+            Random, uniform in [0, 1): places an audit among the flagged items.
+        """
         blobs = Blobs(flagged.body, pack_inputs(flagged.inputs), pack_activations(flagged.activations))
         if self._cipher is not None:
             seal = self._cipher.seal
@@ -78,6 +102,8 @@ class Codec:
             "group_id": 0,
             "votes": 0,
             "ticket": ticket,
+            "room": AUDITS_ROOM if flagged.is_audit else flagged.suspect_label,
+            "review_rank": draw * _rate_of(flagged) if flagged.is_audit else flagged.p_value,
             "size": blobs.size,
             "spare_bytes": len(blobs.body) if ticket < 1 and 2 * len(blobs.body) > blobs.size else 0,
             "n_classes": flagged.n_classes,
@@ -119,6 +145,11 @@ class Codec:
         if self._cipher is None:
             raise QueueKeyError(f"the queue is encrypted. Set {KEY_VARIABLE} to the key that it was written with.")
         return self._cipher.open(data)
+
+
+def _rate_of(flagged: FlaggedInput) -> float:
+    """Return the rate that an input was judged at; where that was above 1 or is not known, its p-value."""
+    return flagged.p_value if flagged.false_positive_rate is None else min(flagged.false_positive_rate, 1.0)
 
 
 def _storable(value: Any) -> Any:

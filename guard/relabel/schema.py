@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 #: The newest migration; a test holds it to `migrations/versions`.
-REVISION = "0003"
+REVISION = "0004"
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -88,8 +88,14 @@ items = sa.Table(
     sa.Column("content_type", sa.Text, nullable=False),
     #: Bytes of `size` that the item can do without: its body, where that is larger than its tensors; else 0.
     sa.Column("spare_bytes", sa.BigInteger, nullable=False, server_default="0"),
-    #: At which it was flagged; NULL for an item of an earlier version.
+    #: Rate that it was judged at; NULL for an item of an earlier version.
     sa.Column("false_positive_rate", sa.Float(53)),
+    #: NULL = flagged; else the probability with which an unflagged request was drawn for the audit sample.
+    sa.Column("audit_probability", sa.Float(53)),
+    #: What reviewers are given by: the p-value; of an audit a random one, as a flagged clean input would have it.
+    sa.Column("review_rank", sa.Float(53), nullable=False, server_default="0"),
+    #: Whose room it takes while the queue is full: the suspect label of a flagged item; -1 for all audits of a model.
+    sa.Column("room", sa.Integer, nullable=False, server_default="0"),
 )
 
 
@@ -99,13 +105,13 @@ def _index(name: str, where: str, *columns: sa.ColumnElement[Any]) -> None:
 
 
 # Each covers the items of one state only: a claim searches among pending ones, however many were decided.
-_index("ix_items_suspicion", "state = 'pending'", items.c.p_value, items.c.combined.desc(), items.c.id)
+_index("ix_items_suspicion", "state = 'pending'", items.c.review_rank, items.c.combined.desc(), items.c.id)
 _index("ix_items_age", "state = 'pending'", items.c.received_at, items.c.id)
 _index(
     "ix_items_group",
     "state = 'pending'",
     items.c.group_id.desc(),
-    items.c.p_value,
+    items.c.review_rank,
     items.c.combined.desc(),
     items.c.id,
 )
@@ -114,7 +120,7 @@ _index(
     "ix_items_ticket",
     "state = 'pending'",
     items.c.model,
-    items.c.suspect_label,
+    items.c.room,
     items.c.ticket,
     items.c.size,
     items.c.spare_bytes,
@@ -123,9 +129,10 @@ _index(
     "ix_items_spare",
     "state = 'pending' AND spare_bytes > 0",
     items.c.model,
-    items.c.suspect_label,
+    items.c.room,
     items.c.spare_bytes.desc(),
 )
+_index("ix_items_audits", "audit_probability IS NOT NULL", items.c.model, items.c.received_at)
 _index("ix_items_lease", "state = 'claimed'", items.c.lease_expires_at)
 _index("ix_items_decided", "state = 'decided'", items.c.id)
 _index("ix_items_trained", "state = 'trained'", items.c.received_at)
@@ -191,13 +198,26 @@ skips = sa.Table(
     sa.Column("skipped_at", UtcTime, nullable=False),
 )
 
-#: Inputs that the queue had no room for, counted per group.
+#: Inputs that the queue had no room for, counted per group: by suspect label, audits of a model under -1.
 drops = sa.Table(
     "drops",
     metadata,
     sa.Column("model", sa.Text, primary_key=True),
     sa.Column("suspect_label", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("dropped", sa.BigInteger, nullable=False),
+)
+
+#: Requests that were judged where there is an audit sample, counted per hour: what the sample stands for.
+traffic = sa.Table(
+    "traffic",
+    metadata,
+    sa.Column("model", sa.Text, primary_key=True),
+    sa.Column("bundle_digest", sa.String(64), primary_key=True),
+    #: Begin of the hour.
+    sa.Column("hour", UtcTime, primary_key=True),
+    #: A stratum of `guard.statistics.strata`.
+    sa.Column("stratum", sa.String(16), primary_key=True),
+    sa.Column("requests", sa.BigInteger, nullable=False),
 )
 
 #: Who may answer.

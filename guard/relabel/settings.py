@@ -32,6 +32,8 @@ class QueueSettings:
     max_bytes: int = 4 * 2**30
     #: Bytes of one request's body at most.
     max_body_bytes: int = 16 * 2**20
+    #: Audits of one model that are taken within any hour at most; see the setting `audit_rate` of the server.
+    max_audits_per_hour: int = 100
     #: Days after which the images of an item are removed, unless it is decided and not yet trained.
     retention_days: float = 30.0
     #: Seconds for which a claimed item belongs to its reviewer.
@@ -42,7 +44,7 @@ class QueueSettings:
     quorum: int = 1
 
     def __post_init__(self) -> None:
-        _check(self, whole=("max_items", "max_bytes", "max_body_bytes", "max_held", "quorum"))
+        _check(self, whole=tuple(field.name for field in fields(self) if field.type == "int"))
 
     def changed(self, **changes: Any) -> Self:
         """Return the same with other values; those that are None stay.

@@ -22,6 +22,7 @@ from guard.relabel.schema import (
     rounds,
     sessions,
     skips,
+    traffic,
 )
 
 Order = Literal["suspicion", "age", "group"]
@@ -68,20 +69,20 @@ INSERT_BLOBS = sa.insert(blobs)
 INSERT_GOLD = sa.insert(gold)
 #: What may give way: nobody has answered it, or not enough have.
 _OPEN = (_IS_PENDING, _IS_CLAIMED)
-_IN_GROUP_KEY = (items.c.model == sa.bindparam("model"), items.c.suspect_label == sa.bindparam("suspect_label"))
+_IN_GROUP_KEY = (items.c.model == sa.bindparam("model"), items.c.room == sa.bindparam("room"))
 
 
 def _share_of(is_state: sa.ColumnElement[bool]) -> sa.Select[Any]:
     return (
         sa.select(
             items.c.model,
-            items.c.suspect_label,
+            items.c.room,
             sa.func.count().label("items"),
             sa.func.sum(items.c.size).label("bytes"),
             sa.func.sum(items.c.spare_bytes).label("spare"),
         )
         .where(is_state, _IS_ORDINARY)
-        .group_by(items.c.model, items.c.suspect_label)
+        .group_by(items.c.model, items.c.room)
     )
 
 
@@ -138,12 +139,35 @@ def count_drops(dialect: str) -> Any:
     )
 
 
+# --- the audit sample ---
+
+_IS_AUDIT = items.c.audit_probability.is_not(None)
+#: Audits of a model since a time, to hold `max_audits_per_hour`.
+COUNT_AUDITS_SINCE = (
+    sa.select(sa.func.count())
+    .select_from(items)
+    .where(_IS_AUDIT, _IS_ORDINARY, items.c.model == sa.bindparam("model"), items.c.received_at > sa.bindparam("since"))
+)
+#: Whether there ever was an audit: then nobody is shown what would tell one.
+HAS_AUDITS = sa.select(sa.exists().where(_IS_AUDIT))
+
+
+@cache
+def count_traffic(dialect: str) -> Any:
+    """Add to the requests of an hour."""
+    insert = sqlite.insert(traffic) if dialect == "sqlite" else postgresql.insert(traffic)
+    return insert.on_conflict_do_update(
+        index_elements=[traffic.c.model, traffic.c.bundle_digest, traffic.c.hour, traffic.c.stratum],
+        set_={"requests": traffic.c.requests + insert.excluded.requests},
+    )
+
+
 # --- claiming ---
 
 _ORDERS: dict[Order, list[sa.ColumnElement[Any]]] = {
-    "suspicion": [items.c.p_value.asc(), items.c.combined.desc(), items.c.id.asc()],
+    "suspicion": [items.c.review_rank.asc(), items.c.combined.desc(), items.c.id.asc()],
     "age": [items.c.received_at.asc(), items.c.id.asc()],
-    "group": [items.c.group_id.desc(), items.c.p_value.asc(), items.c.combined.desc(), items.c.id.asc()],
+    "group": [items.c.group_id.desc(), items.c.review_rank.asc(), items.c.combined.desc(), items.c.id.asc()],
 }
 _later = decisions.alias("later")
 _is_replaced = sa.exists().where(_later.c.supersedes == decisions.c.id)
@@ -626,16 +650,16 @@ def answers_by_reviewer(start: datetime, end: datetime, model: str | None, with_
 def arrivals(start: datetime, end: datetime, model: str | None) -> sa.Select[Any]:
     """List ordinary items that came between two times, oldest first."""
     return (
-        sa.select(items.c.request_id, items.c.model, items.c.received_at, items.c.state)
+        sa.select(items.c.request_id, items.c.model, items.c.received_at, items.c.state, _IS_AUDIT.label("is_audit"))
         .where(*_between(items.c.received_at, start, end, model, with_gold=False))
         .order_by(items.c.id)
     )
 
 
 def turned_away(model: str | None) -> tuple[sa.Select[Any], sa.Select[Any]]:
-    """Count inputs that found no room, and of these the ones that have a row: they gave way later."""
-    dropped = sa.select(sa.func.coalesce(sa.func.sum(drops.c.dropped), 0))
-    gave_way = sa.select(sa.func.count()).select_from(items).where(is_in(State.DISCARDED))
+    """Count flagged inputs that found no room, and of these the ones that have a row: they gave way later."""
+    dropped = sa.select(sa.func.coalesce(sa.func.sum(drops.c.dropped), 0)).where(drops.c.suspect_label >= 0)
+    gave_way = sa.select(sa.func.count()).select_from(items).where(is_in(State.DISCARDED), ~_IS_AUDIT)
     if model is None:
         return dropped, gave_way
     return dropped.where(drops.c.model == model), gave_way.where(items.c.model == model)

@@ -53,7 +53,8 @@ def make_response(
         under the key `guard` of an object; any other JSON value becomes `{"prediction": value, "guard": ...}`. A body
         that is no JSON is left alone.
     receipt : str, optional
-        What became of a flagged input in the queue of the reviewers; None = it was not sent there.
+        What became of a flagged input in the queue of the reviewers; None = it was not sent there. That an
+        unflagged one was drawn for the audit sample is not told.
     """
     if outcome is None:
         return Response(200, body)
@@ -75,7 +76,7 @@ def make_response(
     if is_full:
         headers["Guard-P-Value"] = f"{verdict.p_value:.6g}"
         headers |= {"Guard-Depth": verdict.depth} if verdict.depth else {}
-        headers |= {"Guard-Review": receipt} if receipt is not None else {}
+        headers |= {"Guard-Review": receipt} if receipt is not None and verdict.is_poisoned else {}
         more, because = {"p_value": verdict.p_value}, f": {verdict.reason}"
     if action == "block":
         message = f"the input was judged poisoned and blocked{because}."

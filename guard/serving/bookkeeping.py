@@ -12,7 +12,9 @@ from guard.serving.event_log import EventLog, loggable_id
 from guard.serving.outcomes import Outcome, Requests
 from guard.serving.review_queue import Receipt
 from guard.serving.tracing import decision_spans, trace_id
+from guard.serving.traffic import Traffic
 from guard.statistics.calibration import fired
+from guard.statistics.strata import stratum_of
 from guard.telemetry import OUTCOMES, SHED_REASONS, UNSCORED_REASONS, MetricBuffer, label_value
 from guard.types import Verdict
 
@@ -38,6 +40,8 @@ class Bookkeeping:
         self.metrics = MetricBuffer()
         self.log = EventLog(model)
         self.spans = decision_spans()
+        #: Where what was judged is counted for the audit sample; None: nowhere.
+        self.traffic: Traffic | None = None
 
     def open(self, guard: Guard, known_bundles: Iterable[str]) -> None:
         """Make every series known that may come, so that its first increase is seen.
@@ -56,12 +60,14 @@ class Bookkeeping:
             metrics.count("guard_bypassed_total", model, reason, amount=0)
         for reason in SHED_REASONS:
             metrics.count("guard_shed_total", model, reason, amount=0)
+            metrics.count("guard_audits_shed_total", model, reason, amount=0)
         for outcome in ("taken", "refused"):
             metrics.count("guard_bundle_swaps_total", model, outcome, amount=0)
         for outcome in ("match", "mismatch"):
             metrics.count("guard_batch_checks_total", model, outcome, amount=0)
         for name in (
             "guard_queued_total",
+            "guard_audited_total",
             "guard_unflagged_low_total",
             "guard_shallow_total",
             "guard_depth_floor_total",
@@ -119,6 +125,9 @@ class Bookkeeping:
         metrics.count("guard_verdicts_total", model, kind, action)
         if verdict is not None:
             metrics.observe("guard_p_value", model, value=verdict.p_value)
+            if self.traffic is not None and guard.config.audit_rate > 0:
+                rate = guard.config.false_positive_rate
+                self.traffic.add(str(guard.digest), stratum_of(verdict.p_value, rate, kind == "poisoned"))
         if self.spans is not None and outcome.decided_ns is not None:
             self.spans.add(
                 requests.headers(index),
@@ -174,13 +183,14 @@ class Bookkeeping:
         if is_late:
             self.metrics.count("guard_depth_floor_total", self.model, amount=n_rows)
 
-    def sent_to_review(self, receipts: Sequence[Receipt]) -> None:
-        """Count what became of flagged requests in the queue."""
-        for receipt in receipts:
+    def sent_to_review(self, is_audit: Sequence[bool], receipts: Sequence[Receipt]) -> None:
+        """Count what became of requests in the queue: flagged ones, and those of the audit sample."""
+        for audit, receipt in zip(is_audit, receipts, strict=True):
             if receipt == "queued":
-                self.metrics.count("guard_queued_total", self.model)
+                self.metrics.count("guard_audited_total" if audit else "guard_queued_total", self.model)
             else:
-                self.metrics.count("guard_shed_total", self.model, _SHED[receipt])
+                name = "guard_audits_shed_total" if audit else "guard_shed_total"
+                self.metrics.count(name, self.model, _SHED[receipt])
 
     def _declare(self, guard: Guard) -> None:
         actions = ("relabel", "flag") if guard.action == "relabel" else (guard.action,)  # a backup may abstain

@@ -1,8 +1,8 @@
-"""What a reviewer and the next retraining need of a flagged input, taken while its forward pass is at hand."""
+"""What a reviewer and the next retraining need of an input, taken while its forward pass is at hand."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,34 +25,43 @@ class Evidence:
         Second opinion of the guard's backup, or of its replacement head if it has none; None if it is not finite.
     backup_confidence : float or None
         Its softmax probability, in [0, 1].
+    audit_probability : float or None
+        None for a flagged row; else it is one of the audit sample, and was drawn with this probability.
     """
 
     activations: Activations
     inputs: Float32Array
     backup_label: int | None
     backup_confidence: float | None
+    audit_probability: float | None = None
 
 
 def collect_evidence(
-    activations: Activations, inputs: torch.Tensor, verdicts: Sequence[Verdict]
+    activations: Activations,
+    inputs: torch.Tensor,
+    verdicts: Sequence[Verdict],
+    drawn: Mapping[int, float] | None = None,
 ) -> list[Evidence | None]:
-    """Return the evidence of every poisoned row; None for the others, which cost nothing.
+    """Return the evidence of every poisoned row and every audit; None for the others, which cost nothing.
 
     Parameters
     ----------
     activations : Activations of n rows
     inputs : Tensor of shape (n, channels, height, width)
     verdicts : sequence of n Verdict
+    drawn : mapping of int to float, optional
+        Unflagged rows of the audit sample, with the probability of each.
     """
+    drawn = drawn or {}
     evidence: list[Evidence | None] = [None] * len(verdicts)
-    rows = [row for row, verdict in enumerate(verdicts) if verdict.is_poisoned]
+    rows = [row for row, verdict in enumerate(verdicts) if verdict.is_poisoned or row in drawn]
     if not rows:
         return evidence
     flagged = activations[np.array(rows)]
     images = inputs[rows].detach().to("cpu", torch.float32).numpy()
     for index, row in enumerate(rows):
         label, confidence = _surest(verdicts[row].second_opinion)
-        evidence[row] = Evidence(flagged[index : index + 1], images[index], label, confidence)
+        evidence[row] = Evidence(flagged[index : index + 1], images[index], label, confidence, drawn.get(row))
     return evidence
 
 

@@ -32,7 +32,7 @@ class Outcome:
     message : str
         One line for the sender where there is no verdict, else "".
     evidence : Evidence or None
-        For `poisoned`, where flagged inputs are queued for review.
+        For `poisoned`, where flagged inputs are queued for review, and for what is drawn for the audit sample.
     decided_ns : (int, int) or None
         When the decision began and ended, in nanoseconds since 1970; only where decisions are traced.
     """

@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from guard.errors import BodyTooLarge, DataError, GuardError
 from guard.relabel.request_body import pack_body
+from guard.serving.audit_sample import AuditSample
 from guard.serving.evidence import Evidence
 from guard.serving.outcomes import Outcome, Requests
+from guard.serving.traffic import Traffic
 from guard.types import Verdict
 
 if TYPE_CHECKING:
-    from guard.relabel.items import FlaggedInput
+    from guard.relabel.items import Enqueued, FlaggedInput
     from guard.relabel.queue import Queue
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ _LONGEST_TEXT = 1024  # characters of a request id or a content type that are ke
 
 @dataclass(frozen=True, slots=True)
 class Flagged:
-    """One flagged request, with what its answer says of it.
+    """One flagged request, or one of the audit sample, with what its answer says of it.
 
     Attributes
     ----------
@@ -51,9 +53,14 @@ class Flagged:
     body: bytes
     content_type: str
 
+    @property
+    def is_audit(self) -> bool:
+        """True if it was not flagged, and drawn for the audit sample."""
+        return self.evidence.audit_probability is not None
+
 
 def flagged_request(requests: Requests, index: int, outcome: Outcome, item: Any) -> Flagged:
-    """Return one flagged request as it goes to the queue.
+    """Return one flagged request, or one of the audit sample, as it goes to the queue.
 
     Parameters
     ----------
@@ -68,7 +75,7 @@ def flagged_request(requests: Requests, index: int, outcome: Outcome, item: Any)
         `guard.relabel.request_body`. A body that the server has parsed is written anew.
     """
     assert outcome.verdict is not None
-    assert outcome.evidence is not None  # only flagged requests have both
+    assert outcome.evidence is not None  # flagged requests and audits have both
     headers = requests.headers(index)
     content_type = next((str(value) for name, value in headers.items() if name.lower() == "content-type"), "")
     try:
@@ -81,7 +88,7 @@ def flagged_request(requests: Requests, index: int, outcome: Outcome, item: Any)
 
 
 class ReviewQueue:
-    """Hands flagged inputs of one model over to the queue, all of a batch in one transaction.
+    """Hands flagged inputs and audits of one model over to the queue, all of a batch in one transaction.
 
     A queue that does not answer never fails a request: its flagged inputs get the receipt `unavailable`, and for
     `PAUSE_SECONDS` nobody waits for it again. One that cannot be opened at first is tried again in the background.
@@ -92,10 +99,18 @@ class ReviewQueue:
         Of the database; see `Queue.open`.
     model : str
         Name under which the model is served.
+
+    Attributes
+    ----------
+    sample : AuditSample
+    traffic : Traffic
+        What the audit sample stands for: its counts are added to those of the queue.
     """
 
     def __init__(self, url: str, model: str) -> None:
         self.url, self.model = url, model
+        self.sample = AuditSample()
+        self.traffic = Traffic(self._note_traffic)
         self._queue: Queue | None = None
         self._pause_until = 0.0
         self._stopped = threading.Event()
@@ -106,6 +121,7 @@ class ReviewQueue:
     def close(self) -> None:
         """Close the connection, if there is one, and give up opening it."""
         self._stopped.set()
+        self.traffic.close()
         with self._lock:
             if self._queue is not None:
                 self._queue.close()
@@ -125,23 +141,37 @@ class ReviewQueue:
                 logger.error("a flagged input cannot be queued: %s", error)
         receipts: list[Receipt] = ["unavailable"] * len(flagged)
         try:
-            ids = self._enqueue(queue, [*inputs.values()])
+            enqueued = self._enqueue(queue, [*inputs.values()])
         except Exception as error:  # whatever it is, the answers must leave
             self._pause_until = time.monotonic() + PAUSE_SECONDS
             logger.error("%d flagged inputs could not be queued: %s", len(flagged), _plain(error))
             return receipts
-        for place, item_id in zip(inputs, ids, strict=True):
+        for place, item_id in zip(inputs, enqueued.ids, strict=True):
             receipts[place] = "dropped" if item_id is None else "queued"
+        if enqueued.audits_left is not None:
+            self.sample.note_left(enqueued.audits_left)
         return receipts
 
-    @staticmethod
-    def _enqueue(queue: Queue, inputs: list[FlaggedInput]) -> tuple[int | None, ...]:
+    def _note_traffic(self, bundle_digest: str, requests: Mapping[tuple[datetime, str], int]) -> bool:
+        """Add counts to those of the queue; False if it did not take them."""
+        queue = self._queue
+        if queue is None:
+            return False
         try:
-            return queue.enqueue(inputs).ids
+            queue.note_traffic(self.model, bundle_digest, requests)
+        except GuardError as error:
+            logger.error("counts of requests could not be written to the queue: %s", error)
+            return False
+        return True
+
+    @staticmethod
+    def _enqueue(queue: Queue, inputs: list[FlaggedInput]) -> Enqueued:
+        try:
+            return queue.enqueue(inputs)
         except BodyTooLarge as error:  # the network's own input is enough to look at
             for position in error.positions:
                 inputs[position] = replace(inputs[position], body=b"", content_type="")
-            return queue.enqueue(inputs).ids
+            return queue.enqueue(inputs)
 
     def _input(
         self, row: Flagged, bundle_digest: str, false_positive_rate: float, received_at: datetime
@@ -167,6 +197,7 @@ class ReviewQueue:
             inputs=evidence.inputs,
             activations=evidence.activations,
             received_at=received_at,
+            audit_probability=evidence.audit_probability,
         )
 
     def _open(self) -> bool:

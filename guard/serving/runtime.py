@@ -84,6 +84,7 @@ class ActiveGuard:
         self._time_budgets: WeakKeyDictionary[Guard, TimeBudget] = WeakKeyDictionary()
         self.current = self._first()
         self.review_queue = _review_queue(settings, model_name)  # after what may fail: it has a thread
+        self.bookkeeping.traffic = self.review_queue.traffic if self.review_queue is not None else None
         self.bookkeeping.open(self.current, self._earlier_bundles())
         threading.Thread(target=self._follow, name="guard-bundles", daemon=True).start()
 
@@ -136,11 +137,11 @@ class ActiveGuard:
             return [unscored(guard, "guard_error", 500, "the guard failed on this input.")] * len(activations)
 
     def send_to_review(self, flagged: list[Flagged], guard: Guard) -> list[Receipt]:
-        """Queue the flagged requests of one batch for review; count and return one receipt each."""
+        """Queue the flagged requests and audits of one batch for review; count and return one receipt each."""
         if not flagged or self.review_queue is None:
             return []
         receipts = self.review_queue.send(flagged, str(guard.digest), guard.config.false_positive_rate)
-        self.bookkeeping.sent_to_review(receipts)
+        self.bookkeeping.sent_to_review([row.is_audit for row in flagged], receipts)
         return receipts
 
     def _judge_rows(self, guard: Guard, activations: Activations, inputs: torch.Tensor) -> list[Outcome]:
@@ -148,7 +149,11 @@ class ActiveGuard:
         verdicts = guard.decide(activations, inputs, ask_backup=self.review_queue is not None)
         if self.review_queue is None:
             return [judged(verdict) for verdict in verdicts]
-        evidence = collect_evidence(activations, inputs, verdicts)
+        drawn = self.review_queue.sample.draw(verdicts, guard.config.false_positive_rate, guard.config.audit_rate)
+        for row in drawn:
+            alone = activations[np.array([row])], inputs[row : row + 1]
+            verdicts[row] = guard.examined(verdicts[row], *alone)
+        evidence = collect_evidence(activations, inputs, verdicts, drawn)
         return [judged(*pair) for pair in zip(verdicts, evidence, strict=True)]
 
     def _judge_finite_rows(self, guard: Guard, activations: Activations, inputs: torch.Tensor) -> list[Outcome]:
