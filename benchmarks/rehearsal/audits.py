@@ -67,7 +67,7 @@ class Sent(NamedTuple):
 
 
 def faint(guard: Guard, images: Images) -> tuple[Float32Array, float, float]:
-    """Return triggered images with the trigger as strong as needed to be flagged in part, that strength, and the part."""
+    """Return images whose trigger is so strong that it is flagged in part; that strength, and the flagged share."""
     background = images.clean[images.triggered_sources]
     found = []
     for strength in np.linspace(0.05, 1.0, 20):
