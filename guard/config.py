@@ -6,9 +6,18 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
@@ -70,6 +79,9 @@ class ServingSettings(BaseModel):
 
     #: Share of clean inputs that may be flagged, a fraction.
     false_positive_rate: float = Field(0.01, gt=0, lt=1)
+    #: Where that rate holds: for all clean inputs together, or for those of each `class` that the network answers with.
+    #: `class` lets the attacker's class set a threshold of its own.
+    false_positive_rate_scope: Literal["all", "class"] = "all"
     #: What is done with a flagged input.
     action: Action = "flag"
     #: `closed`: an input that cannot be scored is an error. `open`: it is answered, and marked `bypassed`.
@@ -114,6 +126,8 @@ class Places(BaseModel):
 SERVING_SETTINGS = frozenset(ServingSettings.model_fields)
 #: Settings that are no part of a guard; see `Places`.
 PLACES = frozenset(Places.model_fields)
+#: Settings that versions before do not know.
+_LATER = ("review", "folds", "false_positive_rate_scope")
 
 
 class GuardConfig(FitSettings, ServingSettings, Places):
@@ -141,6 +155,16 @@ class GuardConfig(FitSettings, ServingSettings, Places):
             raise PydanticCustomError("no_truth", "input should not be true or false")
         return value
 
+    @model_validator(mode="after")
+    def _published_rule_knows_no_rate(self) -> Self:
+        if self.mode == "paper" and self.false_positive_rate_scope == "class":
+            raise PydanticCustomError(
+                "scope",
+                "false_positive_rate_scope 'class' goes with mode 'calibrated': the published rule keeps no rate. "
+                "Leave it out.",
+            )
+        return self
+
     def replace(self, **changes: Any) -> GuardConfig:
         """Return a copy with some settings changed, checked like new ones."""
         return GuardConfig(**{**self.model_dump(), **changes})
@@ -148,11 +172,11 @@ class GuardConfig(FitSettings, ServingSettings, Places):
     def portable(self) -> dict[str, Any]:
         """Return the settings that may leave this machine, ready for JSON: all but `Places`.
 
-        `review` and `folds` are left out where they have their defaults: so a version that does not know these can read
-        the bundle.
+        `review`, `folds` and `false_positive_rate_scope` are left out where they have their defaults: so a version that
+        does not know these can read the bundle.
         """
-        defaults = [*(["review"] if self.review else []), *(["folds"] if self.folds is None else [])]
-        return self.model_dump(mode="json", exclude={*PLACES, *defaults})
+        later = {name for name in _LATER if getattr(self, name) == GuardConfig.model_fields[name].default}
+        return self.model_dump(mode="json", exclude={*PLACES, *later})
 
     @classmethod
     def from_portable(cls, settings: Mapping[str, Any]) -> tuple[GuardConfig, list[str]]:
@@ -167,6 +191,8 @@ class GuardConfig(FitSettings, ServingSettings, Places):
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "scope":
+        return str(first["msg"])
     if first["type"] == "extra_forbidden":
         if isinstance(first["input"], dict):
             return (

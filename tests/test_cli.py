@@ -193,6 +193,8 @@ def test_version_is_printed(guard: Run) -> None:
         ([*FIT, "--model-file", "x.py"], "go with --handler only"),
         ([*FIT, "--mode", "magic"], "mode: input should be 'calibrated' or 'paper', got 'magic'"),
         ([*FIT, "--false-positive-rate", "1.5"], "false_positive_rate must be in (0, 1), got 1.5"),
+        ([*FIT, "--false-positive-rate-scope", "label"], "should be 'all' or 'class', got 'label'"),
+        ([*FIT, "--false-positive-rate-scope", "class", "--mode", "paper"], "'class' goes with mode 'calibrated'"),
         ([*FIT, "--device", "toaster"], "--device 'toaster' cannot be used"),
         (
             [*FIT, "--false-positive-rate", "5%"],
@@ -525,6 +527,10 @@ def test_inspect_takes_another_rate_and_another_bundle(fitted: Path, guard: Run)
     few = json.loads(guard(*arguments, "--false-positive-rate", "0.01")[1])
     many = json.loads(guard(*arguments, "--false-positive-rate", "0.9")[1])
     assert sum(row["is_poisoned"] for row in few) < sum(row["is_poisoned"] for row in many)
+    of_class = json.loads(guard(*arguments, "--false-positive-rate-scope", "class")[1])
+    flagged = [row["reason"] for row in of_class if row["is_poisoned"]]
+    assert flagged
+    assert all("of the clean images that its answer is compared with" in reason for reason in flagged)
     status, _, printed = guard("inspect", "new", *MODEL, "--digest", "0" * 12)
     assert status == 1
     assert "0 bundles in bundles start with" in error_line(printed)

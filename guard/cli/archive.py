@@ -22,6 +22,7 @@ from guard.cli.options import (
     ServedAction,
     ServedFailureMode,
     ServedRate,
+    ServedRateScope,
     Settings,
     StateKey,
     Weights,
@@ -63,6 +64,7 @@ def archive(
     version: Annotated[str, typer.Option(help="Version of the model.")] = "1.0",
     action: ServedAction = None,
     false_positive_rate: ServedRate = None,
+    false_positive_rate_scope: ServedRateScope = None,
     failure_mode: ServedFailureMode = None,
     rows_per_request: Annotated[str | None, typer.Option(show_default="as fitted", help="1 or any.")] = None,
     verdict_in_body: Annotated[
@@ -100,6 +102,7 @@ def archive(
         settings,
         action=action,
         false_positive_rate=false_positive_rate,
+        false_positive_rate_scope=false_positive_rate_scope,
         failure_mode=failure_mode,
         rows_per_request=rows,
         verdict_in_body=verdict_in_body,
@@ -147,7 +150,7 @@ def archive(
         )
         checked = "no: it was not asked for"
         if check:
-            checked = check_written(path, images, config.false_positive_rate, fitted)
+            checked = check_written(path, images, config, fitted)
         put_in_place(path, target)
     say(str(target))
     if chosen.get("queue_url"):

@@ -124,6 +124,11 @@ ServedRate = Annotated[
     float | None,
     typer.Option("--false-positive-rate", parser=share, metavar="<float>", show_default=_AS_FITTED, help=RATE_HELP),
 ]
+_SCOPES = "Where that rate holds: in all clean inputs together (all), or in each class that the model answers (class)."
+RateScope = Annotated[str | None, typer.Option("--false-positive-rate-scope", show_default="all", help=_SCOPES)]
+ServedRateScope = Annotated[
+    str | None, typer.Option("--false-positive-rate-scope", show_default=_AS_FITTED, help=_SCOPES)
+]
 
 
 def _url_or_file(context: typer.Context, parameter: typer.CallbackParam, url: str | None) -> str | None:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from guard.cli.options import Bundles, QueueUrl, ServedAction, ServedFailureMode, ServedRate, Settings
+from guard.cli.options import Bundles, QueueUrl, ServedAction, ServedFailureMode, ServedRate, ServedRateScope, Settings
 from guard.cli.output import say, tell
 from guard.errors import ConfigError
 from guard.extras import require
@@ -50,6 +50,7 @@ def proxy(
     rotate_keys: Annotated[bool, typer.Option("--rotate-keys", help="Make a new key; the kept one is void.")] = False,
     action: ServedAction = None,
     false_positive_rate: ServedRate = None,
+    false_positive_rate_scope: ServedRateScope = None,
     failure_mode: ServedFailureMode = None,
     connect_timeout: Annotated[float, typer.Option(help="Seconds until there is a connection to the server.")] = 5.0,
     timeout: Annotated[
@@ -93,6 +94,7 @@ def proxy(
         settings,
         action=action,
         false_positive_rate=false_positive_rate,
+        false_positive_rate_scope=false_positive_rate_scope,
         failure_mode=failure_mode,
         queue_url=queue_url(queue) if queue else None,
     )
