@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 
 from guard.errors import DataError
-from guard.statistics.calibration import conformal_p_values, images_needed
+from guard.statistics.calibration import images_needed
 from guard.types import BoolArray, Float64Array, IntArray
 
 _TOLD = 3  # classes that an error names
@@ -56,14 +56,19 @@ class ClassRanks:
     """Conformal ranks among the clean inputs that the network answers with the same class, or one of the same group.
 
     The p-value of a clean input is then uniform given its answer (Mondrian, or label-conditional by the predicted
-    label), where that of `conformal_p_values` is uniform over all answers together.
+    label), where that of `conformal_p_values` is uniform over all answers together. Two binary searches give all of a
+    batch.
 
     Attributes
     ----------
     groups : ndarray of shape (n_classes,), int64
         From `class_groups`.
-    clean_scores : tuple of ndarray, float64, ascending
-        By group.
+    clean_scores : ndarray of shape (n,), float64, ascending
+        Of all groups.
+    keys : ndarray of shape (n,), int64, ascending
+        Group times n + 1, plus place in `clean_scores`, of every clean score.
+    starts : ndarray of shape (n_groups + 1,), int64
+        Where each group begins in `keys`.
 
     References
     ----------
@@ -71,24 +76,23 @@ class ClassRanks:
     """
 
     groups: IntArray
-    clean_scores: tuple[Float64Array, ...]
+    clean_scores: Float64Array
+    keys: IntArray
+    starts: IntArray
 
     @classmethod
     def among(cls, scores: Float64Array, answers: IntArray, groups: IntArray) -> Self:
         """Sort clean scores, shape (n,), into the groups of the network's answers, shape (n,)."""
-        of_rows = groups[answers]
-        order = np.lexsort((scores, of_rows))
-        ends = np.cumsum(np.bincount(of_rows, minlength=groups.max() + 1))[:-1]
-        return cls(groups, tuple(np.split(scores[order], ends)))
+        order, step = np.argsort(scores, kind="stable"), len(scores) + 1
+        keys = np.sort(groups[answers[order]] * step + np.arange(len(scores)))
+        return cls(groups, scores[order], keys, np.searchsorted(keys, np.arange(groups.max() + 2) * step))
 
     def p_values(self, scores: Float64Array, answers: IntArray) -> Float64Array:
-        """Return the p-value of each score among the clean ones of its answer's group, shape (m,), float64."""
-        of_rows = self.groups[answers]
-        p_values = np.empty(len(scores))
-        for group in set(of_rows.tolist()):
-            rows = of_rows == group
-            p_values[rows] = conformal_p_values(scores[rows], self.clean_scores[group])
-        return p_values
+        """Return p = (1 + #{clean >= score}) / (n + 1) among the n of its answer's group, shape (m,), float64."""
+        group, step = self.groups[answers], len(self.clean_scores) + 1
+        below = np.searchsorted(self.keys, group * step + np.searchsorted(self.clean_scores, scores, side="left"))
+        ends = self.starts[group + 1]
+        return np.asarray((1.0 + ends - below) / (1.0 + ends - self.starts[group]), dtype=np.float64)
 
     @property
     def is_shared(self) -> BoolArray:
