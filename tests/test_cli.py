@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from guard.cli import run
+from guard.cli.fitting import classes_by_themselves
 from guard.torchserve.archives.contents import followed_bundles
 from guard.torchserve.client import Client
 
@@ -244,6 +245,20 @@ def test_fit_takes_the_class_list_in_the_models_order(fitted: Path, guard: Run) 
     assert about["class_names"] == CLASSES
     assert about["clean_images"] == 240
     assert about["realised_false_positive_rate"] <= 0.1
+
+
+def test_fit_with_a_rate_per_class_says_where_it_holds_and_warns(guard: Run) -> None:
+    chosen = ["--false-positive-rate-scope", "class", "--bundles", "per-class", "--no-activate"]
+    status, shown, problem = guard(*FIT, *chosen)
+    assert status == 0, problem
+    assert "rate holds in   each of 4 classes that the model answers\n" in shown
+    assert "the class that an attacker aims at sets a threshold of its own" in problem
+    digest = Path(shown.split()[1]).name
+    about = guard("bundle", "show", digest[:12], "--bundles", "per-class")[1]
+    assert "false_positive_rate_scope = class" in about
+    is_shared = np.array([False, True, False, True])
+    others = "and in the other 2 together ('b', 'd': too few clean images are answered so)"
+    assert classes_by_themselves(is_shared, list("abcd")) == f"each of 2 classes that the model answers, {others}"
 
 
 def test_fit_remembers_where_its_images_are(fitted: Path, guard: Run, work: Path) -> None:

@@ -79,6 +79,11 @@ def warn_of_fit(guard: Guard, images: NamedLabelledImages) -> None:
     """Warn of what was passed over, of classes without images, and of a network that gets few of the labels right."""
     tell_passed_over(images.passed_over)
     _tell_missing(guard)
+    if guard.class_ranks is not None:
+        print_warning(
+            "with false_positive_rate_scope 'class' the class that an attacker aims at sets a threshold of its own, and "
+            "far more of a backdoor's inputs pass. See docs/detection.md, A rate in each class."
+        )
     if (accuracy := _share_right(guard)) < _POOR:
         print_warning(
             f"the suspect model gets only {100 * accuracy:.1f} % of these labels right, so the guard will be poor. "
