@@ -52,6 +52,12 @@ from guard.statistics.evaluation import attack_success_rate
 from guard.suspect.model import SuspectModel
 from guard.types import Activations, BoolArray, IntArray
 
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "detection.md"
+BEGIN, END = "<!-- rate scope: benchmarks/rate_scope.py -->", "<!-- end of rate scope -->"
+HEAD = (
+    "| network, attack | guards | worst class at 0.01 | at 0.05 | attack success at 0.01 | at 0.05 | target at 0.05 |",
+    "|---|---|---|---|---|---|---|",
+)
 RATES, SCOPES, SEEDS = (0.01, 0.05), ("all", "class"), (0, 1, 2)
 #: Fewer clean test images of a class say nothing of its rate.
 _ENOUGH, _LEVEL = 50, 0.01
@@ -212,6 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         writer.writeheader()
         writer.writerows(rows_of_all)
     report(rows_of_all)
+    if chosen.output_dir == Path(__file__).parent / "results":
+        write_document(rows_of_all)
 
 
 def report(rows: Sequence[dict[str, str]]) -> None:
@@ -236,6 +244,34 @@ def report(rows: Sequence[dict[str, str]]) -> None:
             told = f"{statistics.mean(values):.4f} ({worst(values):.4f})" if values else "-"
             line += f"{told:>24}"
         print(line)
+
+
+def write_document(rows: Sequence[dict[str, str]]) -> None:
+    """Write the table of docs/detection.md: percentages, the mean of the guards and the worst."""
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["data_set"], row["attack"]), []).append(row)
+    lines = []
+    for (data_set, attack), of_group in groups.items():
+        cells = [
+            " → ".join(_told(of_group, name, rate, scope) for scope in SCOPES)
+            for name in ("worst_class_rate", "attack_success")
+            for rate in RATES
+        ]
+        target = _told(of_group, "target_realised_rate", RATES[-1], "all")
+        n_guards = len(of_group) // (len(RATES) * len(SCOPES))
+        lines.append(f"| {data_set}, {attack} | {n_guards} | {' | '.join(cells)} | {target} |")
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    DOCUMENT.write_text("\n".join([f"{before}{BEGIN}", *HEAD, *lines, f"{END}{after}"]), encoding="utf-8")
+
+
+def _told(rows: Sequence[dict[str, str]], name: str, rate: float, scope: str) -> str:
+    chosen = [row for row in rows if row["scope"] == scope and float(row["false_positive_rate"]) == rate]
+    values = [100 * float(row[name]) for row in chosen if row[name]]
+    worst = f" ({max(values):.1f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{worst}" if values else "-"
 
 
 def _read(path: Path) -> list[dict[str, str]]:
