@@ -295,7 +295,8 @@ class Workspace:
         return item
 
     def view(self, item: QueueItem, answer: Decision | None = None) -> ItemView:
-        """Return an item with everything that helps to judge it."""
+        """Return an item with everything that helps to judge it; without its scores where audits are mixed in."""
+        (item,) = self.queue.blind([item])
         flagged = item.input
         names = self.names(flagged)
         known = self._bundle_of(flagged)

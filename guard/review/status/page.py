@@ -16,7 +16,7 @@ from guard.review.pages import shared
 from guard.review.rendering import render
 from guard.review.status import numbers as status_numbers
 from guard.review.status.bundles import BundleList
-from guard.review.status.history import SPANS, History, Span
+from guard.review.status.history import SPANS, History, Span, without_flagged
 from guard.review.status.numbers import Numbers, read_queue
 from guard.review.status.verdict import answer
 from guard.review.workspace import Workspace, number_of
@@ -88,6 +88,8 @@ def _context(workspace: Workspace, session: Session, span_name: str, model_name:
     frame = shared(workspace, session)
     history, models = _history(workspace, span, model_name, now)
     model = model_name if model_name in models else None
+    if not session.is_admin and workspace.queue.has_audits():
+        history = without_flagged(history)
     rounds = workspace.rounds.all(20, model=model)
     lists = workspace.bundle_lists.of_model(model)
     sure = [found for found in (each.contradictions() for each in lists) if found is not None]
