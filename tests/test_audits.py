@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 from queue_helpers import START, Clock, flagged
 
+from guard.cli import run
 from guard.errors import ConfigError
 from guard.observing.detection import Detection, detection_of, detection_of_models, percent
 from guard.relabel.audits import UNANSWERED, SampledItems, found_misses, read_sample, whole_hours
@@ -151,7 +155,7 @@ def test_detection_is_told_with_intervals_that_hold_what_was_stored(queue):
     fill(queue, misses=2)
     (found,) = detection_of_models(queue, START + timedelta(minutes=5), START + timedelta(minutes=6))
     assert (found.model, found.start, found.end) == ("digits", START, START + timedelta(hours=1))
-    assert (found.requests, found.found) == (1000, 2)
+    assert (found.requests, found.found) == (1000, (51, 52))
     rates = found.rates
     assert isinstance(rates.missed, Estimate)
     assert isinstance(rates.detection_rate, Estimate)
@@ -162,7 +166,7 @@ def test_detection_is_told_with_intervals_that_hold_what_was_stored(queue):
     assert found.sentence("in the last 7 days") == (
         f"This guard let through between {low} and {high} poisoned inputs in the last 7 days (95 % confidence)."
     )
-    assert found.lines()[-1] == "from 50 answered flagged inputs, 200 audits"
+    assert found.lines()[-2:] == ["from 50 answered flagged inputs, 200 audits", "found among the audits: item 51, 52"]
     told = found.as_dict()
     assert told["let_through"] == {
         "known": True,
@@ -199,7 +203,7 @@ def test_detection_says_what_is_missing_and_since_when_there_are_audits(queue):
 def test_lower_end_is_never_below_what_was_found():
     nothing = NotKnown(1, "answers")
     rates = DetectionRates(nothing, nothing, nothing, nothing, Estimate(3.2, 0.4, 8.0), 0.9, 0, 0)
-    detection = Detection("digits", START, START + DAY, START, rates, 10, 2)
+    detection = Detection("digits", START, START + DAY, START, rates, 10, (4, 7))
     assert detection.missed_range == (2, 8)
     assert detection.sentence("then").endswith("between 2 and 8 poisoned inputs then (90 % confidence).")
 
@@ -216,3 +220,26 @@ def test_sample_is_read_without_images(queue):
 
     statement = sampled_items(START.astimezone(UTC), START + DAY, "digits", None, None)
     assert "blobs" not in str(statement)
+
+
+def test_command_answers_in_one_line_how_many_were_let_through(sqlite_template, tmp_path, capsys):
+    file = tmp_path / "queue.db"
+    shutil.copy(sqlite_template, file)
+    now = datetime.now(UTC)
+    command = ["audit", "--queue", str(file)]
+    with Queue.open(f"sqlite:///{file}") as queue:
+        assert run(command) == 0
+        assert "let through is not known: the queue has no audit sample" in capsys.readouterr().out
+        fill(queue, misses=2, hour=now.replace(minute=0, second=0, microsecond=0))
+    assert run(command) == 0  # the last 7 days
+    said = capsys.readouterr().out
+    line = re.search(r"^digits: This guard let through between (\d+) and (\d+) poisoned inputs from .*$", said, re.M)
+    assert line is not None
+    assert line[0].endswith("(95 % confidence).")
+    assert "found among the audits: item 51, 52" in said
+    assert run([*command, "--model", "digits", "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)["detection"]
+    assert int(line[1]) <= told["let_through"]["value"] <= int(line[2])
+    assert told["detection_rate"]["known"]
+    assert run([*command, "--model", "signs", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["detection"] == []

@@ -18,6 +18,8 @@ from guard.statistics.review_sample import Populations, Stratum, strata_of_items
 #: What is asked of a guard if nobody names a window: its last week.
 WEEK = timedelta(days=7)
 CONFIDENCE = 0.95
+#: Items that are named; of more, only the number is told.
+_NAMED = 10
 
 #: Figures in the order in which they are told: attribute of `DetectionRates` -> what it is, for a person.
 FIGURES = {
@@ -43,8 +45,8 @@ class Detection:
     rates : DetectionRates
     requests : int or None
         Judged in the window while there was an audit sample; None: they were not counted so.
-    found : int
-        Poisoned inputs found among the audits of the window.
+    found : tuple of int
+        Numbers of the items of the window that were not flagged, and are poisoned as reviewers say.
     """
 
     model: str
@@ -53,7 +55,7 @@ class Detection:
     since: datetime | None
     rates: DetectionRates
     requests: int | None
-    found: int
+    found: tuple[int, ...]
 
     @property
     def missed_range(self) -> tuple[int, int] | None:
@@ -61,7 +63,8 @@ class Detection:
         missed = self.rates.missed
         if isinstance(missed, NotKnown):
             return None
-        return max(self.found, floor(missed.lower + 1e-9)), max(self.found, ceil(missed.upper - 1e-9))
+        n_found = len(self.found)
+        return max(n_found, floor(missed.lower + 1e-9)), max(n_found, ceil(missed.upper - 1e-9))
 
     def sentence(self, window: str) -> str:
         """Return in one line how many poisoned inputs were let through.
@@ -77,7 +80,7 @@ class Detection:
         if self.since > self.start:
             window = f"from {_minute(self.since)}, when its audit sample began, to {_minute(self.end)}"
         if between is None:
-            found = f"; {self.found:,} found so far" if self.found else ""
+            found = f"; {len(self.found):,} found so far" if self.found else ""
             return f"How many poisoned inputs this guard let through {window} is {self.rates.missed}{found}."
         sure = f"({100 * self.rates.confidence:g} % confidence)"
         return f"This guard let through between {between[0]:,} and {between[1]:,} poisoned inputs {window} {sure}."
@@ -87,6 +90,9 @@ class Detection:
         told = [self.sentence(f"from {_minute(self.start)} to {_minute(self.end)}")]
         told += [f"{shown(getattr(self.rates, name))} {text}" for name, text in FIGURES.items()]
         told.append(f"from {self.rates.decided_flagged:,} answered flagged inputs, {self.rates.decided_audits:,} audits")
+        if self.found:
+            more = f" and {len(self.found) - _NAMED:,} more" if len(self.found) > _NAMED else ""
+            told.append(f"found among the audits: item {', '.join(map(str, self.found[:_NAMED]))}{more}")
         return told
 
     def as_dict(self) -> dict[str, Any]:
@@ -103,7 +109,7 @@ class Detection:
             "requests": self.requests,
             "answered_flagged": self.rates.decided_flagged,
             "answered_audits": self.rates.decided_audits,
-            "found_missed": self.found,
+            "found_missed": list(self.found),
         }
 
 
@@ -174,7 +180,7 @@ def read_detection(
         sample.since,
         estimate_rates(_strata(sample), confidence),
         sum(sample.requests.values()) if sample.requests is not None else None,
-        int((~sample.is_flagged & (sample.answers == 1)).sum()),
+        tuple(sorted(sample.ids[~sample.is_flagged & (sample.answers == 1)].tolist())),
     )
 
 

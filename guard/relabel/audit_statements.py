@@ -29,7 +29,11 @@ def sampled_items(
     chosen += [] if suspect_label is None else [items.c.suspect_label == suspect_label]
     return (
         sa.select(
-            items.c.p_value, items.c.false_positive_rate, items.c.audit_probability, decisions.c.is_poisoned
+            items.c.id,
+            items.c.p_value,
+            items.c.false_positive_rate,
+            items.c.audit_probability,
+            decisions.c.is_poisoned,
         )
         .join_from(items, decisions, decisions.c.id == items.c.decision_id, isouter=True)
         .where(*chosen)

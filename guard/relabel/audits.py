@@ -28,6 +28,7 @@ class SampledItems:
 
     Attributes
     ----------
+    ids : ndarray of shape (n,), int64
     is_flagged : ndarray of shape (n,), bool
         False: an audit.
     p_values : ndarray of shape (n,), float64
@@ -44,6 +45,7 @@ class SampledItems:
         these, as requests of one class.
     """
 
+    ids: IntArray
     is_flagged: BoolArray
     p_values: Float64Array
     false_positive_rates: Float64Array
@@ -82,11 +84,12 @@ def read_sample(
         Only inputs that the suspect model gives this label; requests are not counted by label.
     """
     found = connection.execute(audit_statements.sampled_items(start, end, model, bundle_digest, suspect_label)).all()
-    p_values, rates, drawn_with, is_poisoned = zip(*found, strict=True) if found else ((), (), (), ())
+    ids, p_values, rates, drawn_with, is_poisoned = zip(*found, strict=True) if found else ((),) * 5
     probabilities = _numbers(drawn_with)
     is_flagged = np.isnan(probabilities)
     counted = connection.execute(audit_statements.counted_requests(start, end, model, bundle_digest)).all()
     return SampledItems(
+        np.array(ids, dtype=np.int64),
         is_flagged,
         _numbers(p_values),
         _numbers(rates),

@@ -22,6 +22,7 @@ from guard.review.held_items import HeldItems
 from guard.review.known_bundles import KnownBundle, KnownBundles
 from guard.review.occlusion import Occlusion
 from guard.review.status.bundles import BundleLists
+from guard.review.status.detection import DetectionWatch
 from guard.review.status.history import MetricsSource
 from guard.types import Float32Array, IntArray
 
@@ -207,11 +208,13 @@ class Workspace:
     log: AnswerLog = field(init=False)
     activity: Activity = field(init=False)
     bundle_lists: BundleLists = field(init=False)
+    detection: DetectionWatch = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "log", AnswerLog(self.queue))
         object.__setattr__(self, "activity", Activity(self.queue, with_gold=True))
         object.__setattr__(self, "bundle_lists", BundleLists(self.bundles, self.rounds))
+        object.__setattr__(self, "detection", DetectionWatch(self.queue))
 
     @property
     def clean_sets(self) -> list[CleanImages | None]:

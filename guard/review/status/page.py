@@ -16,6 +16,7 @@ from guard.review.pages import shared
 from guard.review.rendering import render
 from guard.review.status import numbers as status_numbers
 from guard.review.status.bundles import BundleList
+from guard.review.status.detection import bars
 from guard.review.status.history import SPANS, History, Span, without_flagged
 from guard.review.status.numbers import Numbers, read_queue
 from guard.review.status.verdict import answer
@@ -128,6 +129,7 @@ def _context(workspace: Workspace, session: Session, span_name: str, model_name:
         "dropped": sum(numbers.queue.counts.dropped.values()),
         "people": people,
         "detectors": _fired(history),
+        "detections": [(found, bars(found)) for found in workspace.detection.of(model)] if session.is_admin else None,
         "bundles": [bundle for each in lists for bundle in each.newest(history.in_use)],
         "ways_back": [
             (place, each.of)
