@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -15,6 +16,7 @@ from metrics_helpers import Counters
 from queue_helpers import START
 from review_helpers import log_in, picture, workspace_of
 from starlette.testclient import TestClient
+from test_audits import fill
 from test_gold import HERE, Frozen, World
 from test_review_api import program
 from test_status_page import shown
@@ -22,6 +24,7 @@ from test_status_page import shown
 from guard.relabel.exchange import items_in, write_csv
 from guard.relabel.items import FlaggedInput, State
 from guard.relabel.queue import Queue
+from guard.review.status.detection import AGE_S, DetectionWatch
 from guard.review.status.sampler import Sampler
 
 #: Of an audit, and nowhere else.
@@ -150,3 +153,47 @@ def test_reviewer_is_not_told_how_many_were_flagged_where_audits_are_mixed_in(qu
         assert not names & {"poisoned", "flagged", "clean"}
         for told in ("37", "41", "43", "1,201", "1201", "121", "lof/features"):
             assert told not in shown(page).replace(now.strftime("%H:%M"), ""), told
+
+
+# --- what is told of them all together
+
+
+def test_admin_sees_what_the_guard_lets_through_and_a_reviewer_does_not(queue):
+    """Every answered audit moves it."""
+    workspace = workspace_of(queue)
+    reviewer, admin = log_in(workspace, "ada"), log_in(workspace, "root", "admin")
+    assert "Not known: no unflagged input goes to a person." in shown(admin.get("/status").text)
+    fill(queue, misses=2, hour=datetime.now(UTC).replace(minute=0, second=0, microsecond=0))
+    workspace = workspace_of(queue)
+    admin = log_in(workspace, "chief", "admin")
+    (found,) = workspace.detection.of(None)
+    low, high = found.missed_range or (0, 0)
+    for path in ("/status", "/status/now?model=digits"):
+        page = admin.get(path).text
+        told = shown(page)
+        assert f"This guard let through between {low} and {high} poisoned inputs" in told
+        assert "Detection rate of poisoned inputs, flagged" in told
+        assert "80.0 % 80.0 % to 80.0 % 0 % 100 %" in told  # the precision: all flagged inputs were answered
+        assert page.count("<svg class=\"interval\"") == 4
+        assert told.count("item 51") == 1
+        for hidden in ("let through between", "of poisoned inputs, flagged", "item 51"):
+            assert hidden not in shown(reviewer.get(path).text)
+
+
+def test_estimate_that_is_not_known_says_what_is_needed_and_draws_nothing(queue):
+    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    queue.note_traffic("digits", "ab" * 32, {(hour, "flagged"): 9, (hour, "far"): 1000})
+    page = log_in(workspace_of(queue), "root", "admin").get("/status").text
+    assert re.search(r"is not known yet, \d+ more audits needed\.", shown(page))
+    assert "<svg" not in page
+
+
+def test_estimates_are_worked_out_again_after_a_while(queue):
+    seconds = 50.0
+    watch = DetectionWatch(queue, lambda: seconds)
+    assert watch.of(None) == []
+    fill(queue, misses=2, hour=datetime.now(UTC).replace(minute=0, second=0, microsecond=0))
+    assert watch.of(None) == []
+    seconds += AGE_S
+    assert [found.found for found in watch.of("digits")] == [(51, 52)]
+    assert watch.of("signs") == []
