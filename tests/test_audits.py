@@ -122,6 +122,8 @@ def test_sample_is_of_one_model_bundle_class_and_of_hours_that_were_counted(queu
     assert seen(hours=2) == ([0.1, 0.2, 0.3], {"far": 70})
     assert seen(start=START - DAY, hours=48) == ([0.1, 0.2, 0.3], {"far": 70})
     assert sample(queue, start=START - DAY, hours=48).since == START
+    assert sample(queue, start=START + DAY).since == START + DAY  # an hour without requests
+    assert sample(queue, start=START - DAY).since is None
     assert seen(bundle_digest=OTHER) == ([0.3], {"far": 40})
     assert seen(hours=2, suspect_label=7) == ([0.2], None)
     assert seen(model="signs") == ([0.4], {"far": 80})

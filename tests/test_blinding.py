@@ -60,7 +60,9 @@ class AuditWorld(World):
 
 
 def flagged_alike(number: int, **changes: Any) -> FlaggedInput:
-    return picture(number, p_value=0.0055, combined=33.75, reason="flagged: far off", false_positive_rate=0.011, **changes)
+    return picture(
+        number, p_value=0.0055, combined=33.75, reason="flagged: far off", false_positive_rate=0.011, **changes
+    )
 
 
 @pytest.mark.parametrize("quorum", [1, 2])
@@ -174,7 +176,7 @@ def test_admin_sees_what_the_guard_lets_through_and_a_reviewer_does_not(queue):
         assert f"This guard let through between {low} and {high} poisoned inputs" in told
         assert "Detection rate of poisoned inputs, flagged" in told
         assert "80.0 % 80.0 % to 80.0 % 0 % 100 %" in told  # the precision: all flagged inputs were answered
-        assert page.count("<svg class=\"interval\"") == 4
+        assert page.count('<svg class="interval"') == 4
         assert told.count("item 51") == 1
         for hidden in ("let through between", "of poisoned inputs, flagged", "item 51"):
             assert hidden not in shown(reviewer.get(path).text)

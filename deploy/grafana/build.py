@@ -78,7 +78,11 @@ def number(
 
 def estimated(title: str, about: str, metric: str, unit: str = "percentunit") -> timeseries.Panel:
     """Return an estimate over time, between the ends of its interval."""
-    ends = ((metric, "{{model}}"), (f"{metric}_lower", "{{model}}, lower end"), (f"{metric}_upper", "{{model}}, upper end"))
+    ends = (
+        (metric, "{{model}}"),
+        (f"{metric}_lower", "{{model}}, lower end"),
+        (f"{metric}_upper", "{{model}}, upper end"),
+    )
     queries = [query(f"{name}{_ALL}", legend) for name, legend in ends]
     return lines(title, f"{about} Estimated from the answers, 95 % confidence.", *queries, unit=unit, width=_NARROW)
 
@@ -259,15 +263,23 @@ def build() -> str:
             query(f"sum by (outcome) (increase(guard_batch_checks_total{_ALL}[1h]))", "checks: {{outcome}}"),
             width=_NARROW,
         ),
-        estimated("Detection rate", "Share of the poisoned inputs of the last 7 days that were flagged.", "guard_detection_rate"),
-        estimated("Let through", "Poisoned inputs of the last 7 days that were not flagged.", "guard_let_through", "short"),
+        estimated(
+            "Detection rate",
+            "Share of the poisoned inputs of the last 7 days that were flagged.",
+            "guard_detection_rate",
+        ),
+        estimated(
+            "Let through", "Poisoned inputs of the last 7 days that were not flagged.", "guard_let_through", "short"
+        ),
         estimated(
             "Realised false-positive rate",
             "Share of the clean inputs of the last 7 days that were flagged.",
             "guard_realised_false_positive_rate",
         ),
         estimated("Precision", "Share of the flagged inputs of the last 7 days that are poisoned.", "guard_precision"),
-        estimated("Poisoned share", "Share of all inputs of the last 7 days that are poisoned.", "guard_poisoned_share"),
+        estimated(
+            "Poisoned share", "Share of all inputs of the last 7 days that are poisoned.", "guard_poisoned_share"
+        ),
         lines(
             "Found among the audits",
             "Poisoned inputs that were not flagged, of all time: each is an alert.",

@@ -101,7 +101,10 @@ def _what_passed(detection: list[Detection] | None) -> list[str]:
     if detection is None:
         return []
     if not detection:
-        return ["", "How many poisoned inputs were let through is not known: the queue has no audit sample (--audit-rate)."]
+        return [
+            "",
+            "How many poisoned inputs were let through is not known: the queue has no audit sample (--audit-rate).",
+        ]
     found = []
     for each in detection:
         first, *others = each.lines()

@@ -163,7 +163,7 @@ class QueueCollector(_FromQueue):
         ]
 
     def _read_detection(self, connection: Connection) -> list[Metric]:
-        """Return what the guards of models with an audit sample catch and miss; estimates of up to `DETECTION_AGE_S`."""
+        """Return what the guards of models with an audit sample catch and miss; estimates are kept for a while."""
         models = sampled_models(connection)
         if not models:
             return []

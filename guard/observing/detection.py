@@ -40,8 +40,8 @@ class Detection:
     start, end : datetime
         Whole hours, UTC: requests are counted per hour.
     since : datetime or None
-        Begin of the first hour of these in which requests were counted: before, there was no audit sample. None: there
-        was none at all.
+        Begin of the first of these hours with an audit sample; later than `start` where it began in the window. None:
+        it began later, or there is none.
     rates : DetectionRates
     requests : int or None
         Judged in the window while there was an audit sample; None: they were not counted so.
@@ -89,7 +89,9 @@ class Detection:
         """Return all figures for people, the most asked one first."""
         told = [self.sentence(f"from {_minute(self.start)} to {_minute(self.end)}")]
         told += [f"{shown(getattr(self.rates, name))} {text}" for name, text in FIGURES.items()]
-        told.append(f"from {self.rates.decided_flagged:,} answered flagged inputs, {self.rates.decided_audits:,} audits")
+        told.append(
+            f"from {self.rates.decided_flagged:,} answered flagged inputs, {self.rates.decided_audits:,} audits"
+        )
         if self.found:
             more = f" and {len(self.found) - _NAMED:,} more" if len(self.found) > _NAMED else ""
             told.append(f"found among the audits: item {', '.join(map(str, self.found[:_NAMED]))}{more}")
@@ -226,4 +228,3 @@ def _for_programs(figure: Estimate | NotKnown) -> dict[str, Any]:
 
 def _minute(time: datetime) -> str:
     return f"{time.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
-

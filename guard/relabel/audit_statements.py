@@ -24,7 +24,13 @@ def sampled_items(
     start: datetime, end: datetime, model: str, bundle_digest: str | None, suspect_label: int | None
 ) -> sa.Select[Any]:
     """List the items of a window, answered or not, of hours whose requests were counted; images are not read."""
-    chosen = [_is_ordinary, items.c.model == model, items.c.received_at >= start, items.c.received_at < end, _is_counted]
+    chosen = [
+        _is_ordinary,
+        items.c.model == model,
+        items.c.received_at >= start,
+        items.c.received_at < end,
+        _is_counted,
+    ]
     chosen += [] if bundle_digest is None else [items.c.bundle_digest == bundle_digest]
     chosen += [] if suspect_label is None else [items.c.suspect_label == suspect_label]
     return (
@@ -41,18 +47,17 @@ def sampled_items(
 
 
 def counted_requests(start: datetime, end: datetime, model: str, bundle_digest: str | None) -> sa.Select[Any]:
-    """Count the judged requests of the hours that begin in a window, by stratum, with the first hour that has any."""
+    """Count the judged requests of the hours that begin in a window, by stratum."""
     chosen = [traffic.c.model == model, traffic.c.hour >= start, traffic.c.hour < end]
     chosen += [] if bundle_digest is None else [traffic.c.bundle_digest == bundle_digest]
-    return (
-        sa.select(
-            traffic.c.stratum,
-            sa.func.sum(traffic.c.requests).label("requests"),
-            sa.func.min(traffic.c.hour).label("first"),
-        )
-        .where(*chosen)
-        .group_by(traffic.c.stratum)
-    )
+    return sa.select(traffic.c.stratum, sa.func.sum(traffic.c.requests)).where(*chosen).group_by(traffic.c.stratum)
+
+
+def first_counted(model: str, bundle_digest: str | None) -> sa.Select[Any]:
+    """Find the first hour ever whose requests were counted; NULL if there is none."""
+    chosen = [traffic.c.model == model]
+    chosen += [] if bundle_digest is None else [traffic.c.bundle_digest == bundle_digest]
+    return sa.select(sa.func.min(traffic.c.hour)).where(*chosen)
 
 
 #: Models that have an audit sample.

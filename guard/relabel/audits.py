@@ -39,7 +39,8 @@ class SampledItems:
     answers : ndarray of shape (n,), int64
         1 poisoned, 0 clean, or `UNANSWERED`.
     since : datetime or None
-        Begin of the first hour in which requests were counted; None: in none.
+        Begin of the first of these hours that is not before the first one ever whose requests were counted; None: all
+        are before.
     requests : mapping of str to int, or None
         Judged requests by stratum (`guard.statistics.strata`); a stratum without any is left out. None: nobody counted
         these, as requests of one class.
@@ -56,7 +57,7 @@ class SampledItems:
 
 
 def whole_hours(start: datetime, end: datetime) -> tuple[datetime, datetime]:
-    """Return the whole hours that hold a window, both in UTC: requests are counted per hour, and never a part of one."""
+    """Return the whole hours that hold a window, both in UTC: requests are counted per hour."""
     first, last = (time.astimezone(UTC).replace(minute=0, second=0, microsecond=0) for time in (start, end))
     return first, last if last == end else last + _HOUR
 
@@ -88,6 +89,7 @@ def read_sample(
     probabilities = _numbers(drawn_with)
     is_flagged = np.isnan(probabilities)
     counted = connection.execute(audit_statements.counted_requests(start, end, model, bundle_digest)).all()
+    first = connection.execute(audit_statements.first_counted(model, bundle_digest)).scalar_one()
     return SampledItems(
         np.array(ids, dtype=np.int64),
         is_flagged,
@@ -95,8 +97,8 @@ def read_sample(
         _numbers(rates),
         np.where(is_flagged, 1.0, probabilities),
         np.array([UNANSWERED if said is None else int(said) for said in is_poisoned], dtype=np.int64),
-        min((row.first for row in counted), default=None),
-        {row.stratum: int(row.requests) for row in counted} if suspect_label is None else None,
+        None if first is None or first >= end else max(first, start),
+        {stratum: int(requests) for stratum, requests in counted} if suspect_label is None else None,
     )
 
 
