@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Test files that run at the same time, one more than cores: those with servers wait a lot. JOBS=0: one process.
 JOBS ?= 3
 
-.PHONY: setup frameworks kserve environments demo test test-quick lint types bench bench-badnets bench-fusion bench-loop bench-networks leaderboard test-zoo adaptive-attacks ablation rehearsal clean help
+.PHONY: setup frameworks kserve environments demo test test-quick lint types bench bench-badnets bench-fusion bench-loop bench-networks leaderboard test-zoo adaptive-attacks ablation rehearsal rehearsal-audits clean help
 
 help:
 	@echo "make demo   set up, backdoor a network on real images, guard it, serve it, print the verdicts"
@@ -73,6 +73,10 @@ types: setup
 rehearsal: setup
 	$(BIN)/python benchmarks/rehearsal/rehearse.py --runbook docs/operations.md $(ARGS)
 
+# An attack that is caught in part, and what the audit sample says of it, in four minutes (needs prometheus).
+rehearsal-audits: setup
+	$(BIN)/python benchmarks/rehearsal/audits.py $(ARGS)
+
 bench: setup
 	$(BIN)/python benchmarks/detection.py
 	$(BIN)/python benchmarks/lof_speed.py
@@ -82,6 +86,7 @@ bench: setup
 	$(BIN)/python benchmarks/serving_overhead.py
 	$(BIN)/python benchmarks/queue_speed.py
 	$(BIN)/python benchmarks/observing_cost.py
+	$(BIN)/python benchmarks/audit_cost.py
 
 # What a person's answers change, from the zoo (GUARD_DATA_DIR), and what live requests notice of a retraining.
 bench-loop: setup

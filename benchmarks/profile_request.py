@@ -40,6 +40,7 @@ import torch
 from serving_overhead import make_archives, of_demo
 
 import guard.detection.pipeline
+import guard.serving.active_guard
 import guard.serving.runtime
 import guard.suspect.recording
 from guard.detection.detectors.disagreement import HeadDisagreement
@@ -139,8 +140,8 @@ def watch_classes(clock: Clock) -> None:
     for name in ("judge", "_judge_rows"):
         clock.watch(GuardRuntime, name, "runtime")
     clock.watch(guard.serving.runtime, "relabelled", "runtime")
-    clock.watch(guard.serving.runtime, "judged", "runtime")
-    clock.watch(guard.serving.runtime, "collect_evidence", "evidence")
+    clock.watch(guard.serving.active_guard, "judged", "runtime")
+    clock.watch(guard.serving.active_guard, "collect_evidence", "evidence")
     clock.watch(Guard, "decide", "verdicts")
     clock.watch(Guard, "scores", "scores")
     clock.watch(FusedScores, "score_into", "scores")

@@ -127,6 +127,33 @@ def test_books_balance_across_a_restart(watched, queue, tmp_path):
     assert ["queue", "-", "-", "6", "-", "-", "-"] in rows
 
 
+def test_audits_are_a_part_of_the_clean_requests(watched, queue, tmp_path):
+    clean = [number for number, (_, _, verdict) in enumerate(TRAFFIC) if verdict == "clean"]
+
+    def audited(*numbers: int) -> None:
+        at = watched.at(300)
+        drawn = {"audit_probability": 0.01, "received_at": at}
+        queue.enqueue([flagged(number, request_id=f"r{number}", **drawn) for number in numbers])
+
+    def compared(**more):
+        log = write_log(tmp_path / "log.jsonl", watched)
+        return audit(watched.at(60), watched.at(800), client_log=log, queue=queue, model="digits", **more)
+
+    audited(*clean[:3])
+    report = compared()
+    assert report.problems == []
+    assert report.sources["queue"] == {"poisoned": 6}
+    assert "3 clean requests are in the queue as well: they are the audit sample" in report.notes
+    (problem,) = compared(prometheus=watched.url).problems
+    assert problem == "audits: queue 3 rows, metrics 0 audited"
+    rejected = next(number for number, (_, status, _) in enumerate(TRAFFIC) if status == 422)
+    audited(rejected, 9999)
+    assert [problem.split(": ", 1)[1] for problem in compared().problems] == [
+        "an audit in the queue, and not clean in the client log",
+        "an audit in the queue, and not in the client log",
+    ]
+
+
 def test_window_cuts_metrics_exactly_and_tells_what_is_near_its_ends(watched):
     report = audit(watched.at(200), watched.at(300), prometheus=watched.url)
     # 205, 210, ..., 300; the clean ones come two at a time, the flagged one at 250.

@@ -144,7 +144,7 @@ def run(folder: Path, image: Path, results: Path, runbook: Path | None) -> int:
     """Run the rehearsal in a folder; return the exit status."""
     started = time.perf_counter()
     say(f"seed {SEED}; preparing a backdoored network, its guard and its archive")
-    images = prepare(folder, SEED)
+    images, _ = prepare(folder, SEED)
     log = folder / "client.jsonl"
     rules = faster_rules(folder, FACTOR)
     with running(folder, rules, SCRAPE_SECONDS) as service:

@@ -38,18 +38,20 @@ _START_SECONDS = 180.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Images:
-    """Test images, clean and with the trigger, and the true labels of both."""
+    """Test images, clean and with the trigger, the true labels of both, and which clean image each trigger is on."""
 
     clean: Float32Array
     clean_labels: IntArray
     triggered: Float32Array
     triggered_labels: IntArray
+    triggered_sources: IntArray
 
 
-def prepare(folder: Path, seed: int) -> Images:
+def prepare(folder: Path, seed: int, **settings: object) -> tuple[Images, Guard]:
     """Backdoor a network on the real images that ship with the package, guard it, and write its archive.
 
     Inputs that cannot be scored are answered and marked (`failure_mode = "open"`), so that there is a bypass to see.
+    More serving settings of the archive may be given.
     """
     data = load_dataset("mnist", "test")
     train, validate, test = split_rows(len(data), SPLIT, np.random.default_rng(seed))
@@ -74,10 +76,10 @@ def prepare(folder: Path, seed: int) -> Images:
         bundle,
         model_store=folder / "model_store",
         bundles=folder / "bundles",
-        settings={"failure_mode": "open", "verdict_detail": "full"},
+        settings={"failure_mode": "open", "verdict_detail": "full", **settings},
     )
     triggered = poisoned_test_set(images[test], labels[test], recipe.apply_trigger, recipe.target)
-    return Images(images[test], labels[test], triggered.images, triggered.true_labels)
+    return Images(images[test], labels[test], triggered.images, triggered.true_labels, triggered.source_rows), guard
 
 
 class Command:
@@ -140,7 +142,7 @@ class Service:
 
 
 @contextmanager
-def running(folder: Path, rules: Sequence[Path], scrape_seconds: float) -> Iterator[Service]:
+def running(folder: Path, rules: Sequence[Path], scrape_seconds: float, *, retrain: bool = True) -> Iterator[Service]:
     """Start server, review page, retrainer and Prometheus; stop them, and make sure that nothing is left.
 
     Raises
@@ -153,8 +155,9 @@ def running(folder: Path, rules: Sequence[Path], scrape_seconds: float) -> Itera
     seen: list[psutil.Process] = []
     try:
         serve = ["serve", MODEL, "--model-store", "model_store", "--port", "0", "--work-dir", str(work)]
-        serve += ["--queue", str(queue), "--review", "--review-port", str(_free_port()), "--retrain"]
-        started.append(server := Command([*serve, "--retrain-option=--interval=1"], folder))
+        serve += ["--queue", str(queue), "--review", "--review-port", str(_free_port())]
+        serve += ["--retrain", "--retrain-option=--interval=1"] if retrain else []
+        started.append(server := Command(serve, folder))
         inference = server.wait_for(r"ready after .* on (http://\S+);")
         review = server.wait_for(r"review page on (http://\S+)")
         targets = server.wait_for(r"--targets (\S+)")

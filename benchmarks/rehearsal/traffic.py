@@ -62,7 +62,7 @@ class Traffic:
         By kind; each kind's are sent in turns.
     per_second : float
     log : Path
-        One JSON object per request is added to it, as `guard audit --client-log` reads them.
+        One JSON object per request is added to it, as `guard audit --client-log` reads them, and with the kind.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Traffic:
             kinds += [phase.kind if drawn < phase.share else "clean" for drawn in rng.random(count)]
             spans.append(Span(phase, start, start + phase.seconds))
             start += phase.seconds
-        schedule = [(begin + turn / self._per_second, next(self._turns[kind])) for turn, kind in enumerate(kinds)]
+        schedule = [(begin + turn / self._per_second, kind, next(self._turns[kind])) for turn, kind in enumerate(kinds)]
         turns = itertools.count()
         lock = threading.Lock()
         with self._log.open("a", encoding="utf-8") as log:
@@ -98,10 +98,10 @@ class Traffic:
             def work() -> None:
                 with Client(self._url, token=self._token) as client:
                     while (turn := next(turns)) < len(schedule):
-                        due, body = schedule[turn]
+                        due, kind, body = schedule[turn]
                         time.sleep(max(0.0, due - time.time()))
                         sent_at = datetime.now(UTC)
-                        line = self._noted(sent_at, client.predict(self._model, body))
+                        line = self._noted(sent_at, kind, client.predict(self._model, body))
                         with lock:
                             log.write(line)
 
@@ -112,8 +112,9 @@ class Traffic:
                 thread.join()
         return spans
 
-    def _noted(self, sent_at: datetime, reply: Reply) -> str:
+    def _noted(self, sent_at: datetime, kind: str, reply: Reply) -> str:
         noted = {
+            "kind": kind,
             "time": sent_at.isoformat(),
             "request_id": reply.headers.get("x-request-id", ""),
             "status": reply.status,

@@ -161,8 +161,11 @@ def audit(
         _enter_client(findings, inside, counted)
     if counted is not None:
         findings.sources["metrics"] = {"received": counted.requests.total(), **counted.verdicts}
+    audits = [row for row in rows or () if row.is_audit]
     if rows is not None:
+        rows = [row for row in rows if not row.is_audit]
         findings.sources["queue"] = {"poisoned": len(_rows_inside(rows, log, inside, start, end))}
+        _enter_audits(findings, _rows_inside(audits, log, inside, start, end), log, counted, allowed)
     _check_sums(findings, allowed)
     if inside is not None and counted is not None:
         unanswered = sum(noted.kind == "unanswered" for noted in inside)
@@ -229,6 +232,31 @@ def _not_of_the_guard(inside: list[Noted], counted: WindowCounts | None) -> Coun
     bare = Counter((noted.kind, noted.status) for noted in inside if not noted.verdict and noted.status >= 400)
     excess = {key: min(number, answers[key[1]] - counted.requests[str(key[1])]) for key, number in bare.items()}
     return Counter({key: number for key, number in excess.items() if number > 0})
+
+
+def _enter_audits(
+    findings: _Findings,
+    audits: list[Arrival],
+    log: list[Noted] | None,
+    counted: WindowCounts | None,
+    allowed: int,
+) -> None:
+    """Note how many clean requests are in the queue as audits, and check that metrics and answers say the same."""
+    if counted is not None:
+        off = len(audits) - counted.audited
+        if not -allowed <= off <= allowed + counted.audits_unavailable:
+            findings.problems.append(f"audits: queue {len(audits):,} rows, metrics {counted.audited:,} audited")
+    if not audits:
+        return
+    findings.notes.append(f"{len(audits):,} clean requests are in the queue as well: they are the audit sample")
+    kinds = {noted.request_id: noted.kind for noted in log or ()}
+    other = [row.request_id for row in audits if kinds.get(row.request_id, "clean") != "clean"]
+    if other:
+        findings.problems.append(f"{_named(other)}: an audit in the queue, and not clean in the client log")
+    if log is not None and any(kinds):
+        strangers = [row.request_id for row in audits if row.request_id not in kinds]
+        if strangers:
+            findings.problems.append(f"{_named(strangers)}: an audit in the queue, and not in the client log")
 
 
 def _rows_inside(

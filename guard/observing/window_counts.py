@@ -20,7 +20,14 @@ _LOOK_BACK_S = 3600.0
 _USUAL_STEP_S = 15.0
 #: The first values after the window are looked for as far on.
 _LOOK_ON_S = 120.0
-_METRICS = ("guard_requests_total", "guard_verdicts_total", "guard_queued_total", "guard_shed_total")
+_METRICS = (
+    "guard_requests_total",
+    "guard_verdicts_total",
+    "guard_queued_total",
+    "guard_shed_total",
+    "guard_audited_total",
+    "guard_audits_shed_total",
+)
 
 
 @dataclass(slots=True)
@@ -37,6 +44,10 @@ class WindowCounts:
         Flagged requests that the queue took.
     shed : Counter
         Flagged requests that it did not take, by reason.
+    audited : int
+        Unflagged requests that the queue took as audits.
+    audits_unavailable : int
+        Audits that the queue did not answer for in time; it may have stored them.
     near_ends : int
         Requests counted so near an end of the window that they may belong to the other side of it.
     edge_s : float
@@ -51,6 +62,8 @@ class WindowCounts:
     verdicts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(OUTCOMES, 0)))
     queued: int = 0
     shed: Counter[str] = field(default_factory=Counter)
+    audited: int = 0
+    audits_unavailable: int = 0
     near_ends: int = 0
     edge_s: float = FLUSH_S
     has_begin: bool = True
@@ -67,6 +80,10 @@ class WindowCounts:
             self.queued += number
         elif series.name == "guard_shed_total":
             self.shed[series.label("reason")] += number
+        elif series.name == "guard_audited_total":
+            self.audited += number
+        elif series.name == "guard_audits_shed_total" and series.label("reason") == "unavailable":
+            self.audits_unavailable += number
 
 
 def totals_since_start(urls: Sequence[str], model: str | None) -> WindowCounts:

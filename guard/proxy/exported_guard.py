@@ -10,7 +10,7 @@ from typing import Any
 from guard.detection.pipeline import Guard
 from guard.errors import BundleError
 from guard.export.record import ExportRecord
-from guard.serving.runtime import ActiveGuard
+from guard.serving.active_guard import ActiveGuard
 from guard.storage.places import BundlePlace
 
 

@@ -19,9 +19,9 @@ from guard.export.record import ExportRecord
 from guard.proxy.exported_guard import ExportedGuard
 from guard.proxy.messages import Answer, read_answer, write_request
 from guard.proxy.upstream import Headers, Upstream, UpstreamError, passed_on
+from guard.serving.active_guard import relabelled
 from guard.serving.guarded_model import RowAnswer, RowRequests, row_answers
 from guard.serving.outcomes import Outcome, OutcomeKind, unscored
-from guard.serving.runtime import relabelled
 from guard.types import Activations, AnyArray, Float32Array
 from guard.v2.batching import Batcher, OverloadedError
 from guard.v2.models import INPUT, LOGITS, P_VALUE, VERDICT, Inferred, inferred, rows_of

@@ -39,6 +39,8 @@ class AuditSample:
             In [0, 1]; 0 draws nothing.
         """
         drawn: dict[int, float] = {}
+        if audit_rate == 0:
+            return drawn
         for row, verdict in enumerate(verdicts):
             if verdict.is_poisoned:
                 continue

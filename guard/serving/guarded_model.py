@@ -18,10 +18,11 @@ from torch import nn
 
 from guard.detection.pipeline import Guard
 from guard.errors import DataError, InputRejectedError, SuspectModelError
+from guard.serving.active_guard import ActiveGuard
 from guard.serving.answers import Response, make_response
 from guard.serving.outcomes import Outcome, OutcomeKind, Record, Requests, merge
 from guard.serving.review_queue import flagged_request
-from guard.serving.runtime import ActiveGuard, GuardRuntime
+from guard.serving.runtime import GuardRuntime
 from guard.suspect.outputs import logits_of, output_place
 from guard.suspect.recording import device_of
 from guard.types import AnyArray, Float32Array
