@@ -5,7 +5,7 @@
 A run is a week of requests. Drawn anew for each run, evenly or, where marked *, evenly on a logarithmic scale:
 
 - 5,000 to 200,000 * requests, with a daily rhythm; false-positive rate 0.005, 0.01, 0.02 or 0.05
-- 0.2 to 10 % * of them poisoned, in half of the runs 20 times as likely in six hours of the week
+- 0.05 to 10 % * of them poisoned, in half of the runs 20 times as likely in six hours of the week
 - 60 to 98 % of the poisoned flagged, with p-values that go down from the rate by about 1.2 powers of ten; of the others
   30 to 95 % near the threshold, the rest anywhere above; p-values of clean requests are even
 - audit rate 0.002 to 0.02 *, five times as much near the threshold; in half of the runs an hourly limit of 0.5 to 2
@@ -94,7 +94,8 @@ def draw_week(rng: np.random.Generator) -> Week:
     hour = rng.choice(HOURS, n, p=rhythm / rhythm.sum())
     in_bursts = rng.random() < 0.5
     odds = np.where(np.isin(hour, rng.choice(HOURS, 6)), 20.0, 1.0) if in_bursts else np.ones(n)
-    n_poisoned = max(1, rng.binomial(n, log_uniform(rng, 0.002, 0.1)))
+    share = log_uniform(rng, 0.0005, 0.1)
+    n_poisoned = max(1, rng.binomial(n, share))
     poisoned = rng.choice(n, n_poisoned, replace=False, p=odds / odds.sum())
     is_poisoned = np.zeros(n, dtype=bool)
     is_poisoned[poisoned] = True
@@ -105,6 +106,7 @@ def draw_week(rng: np.random.Generator) -> Week:
     p_values[poisoned] = np.where(rng.random(n_poisoned) < caught, flagged, missed)
     scenario = {
         "requests": "below 30,000" if n < 30_000 else "30,000 and more",
+        "poisoned": "below 0.5 %" if share < 0.005 else "0.5 % and more",
         "caught": "60 to 80 %" if caught < 0.8 else "80 to 98 %",
         "attack": "in bursts" if in_bursts else "all week",
     }

@@ -147,7 +147,7 @@ def estimate_rates(strata: Sequence[Stratum], confidence: float = 0.95, seed: in
         detection_rate=detection,
         precision=without_answers or _ratio(caught, false_alarms, confidence, "flagged inputs"),
         false_positive_rate=without or _ratio(false_alarms, passed, confidence, "clean inputs"),
-        missed=without_audits or _between(missed.value, missed.draws, confidence),
+        missed=without_audits or _between(missed.value, missed.low, missed.high, confidence),
         confidence=confidence,
         decided_flagged=sum(stratum.decided.count for stratum in flagged),
         decided_audits=sum(stratum.decided.count for stratum in unflagged),
@@ -156,18 +156,19 @@ def estimate_rates(strata: Sequence[Stratum], confidence: float = 0.95, seed: in
 
 def _ratio(part: Uncertain, others: Uncertain, confidence: float, what: Missing) -> Estimate | NotKnown:
     """The share that `part` has of itself and the others."""
-    both = part + others
-    if both.value <= 0:
+    both = part.value + others.value
+    if both <= 0:
         return NotKnown(0, what)
-    anything = np.arange(DRAWS) % 2.0  # 0 / 0, in draws
-    shares = np.divide(part.draws, both.draws, out=anything, where=both.draws > 0)
-    return _between(part.value / both.value, shares, confidence)
+    least, most = part.low + others.high, part.high + others.low
+    low = np.divide(part.low, least, out=np.zeros(DRAWS), where=least > 0)
+    high = np.divide(part.high, most, out=np.ones(DRAWS), where=most > 0)
+    return _between(part.value / both, low, high, confidence)
 
 
-def _between(value: float, draws: Float64Array, confidence: float) -> Estimate:
+def _between(value: float, low: Float64Array, high: Float64Array, confidence: float) -> Estimate:
     tail = (1 - confidence) / 2
-    lower = float(np.quantile(draws, tail, method="lower"))
-    upper = float(np.quantile(draws, 1 - tail, method="higher"))
+    lower = float(np.quantile(low, tail, method="lower"))
+    upper = float(np.quantile(high, 1 - tail, method="higher"))
     return Estimate(min(max(value, lower), upper), lower, upper)
 
 

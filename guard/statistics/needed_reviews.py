@@ -32,10 +32,8 @@ def audits_needed(unflagged: Sequence[Stratum]) -> int:
 
     def enough(more: int) -> bool:
         reviewed = _with_more(sizes, decided, more)
-        unseen = np.full(len(sizes), np.inf)
-        np.divide(sizes - reviewed, reviewed, out=unseen, where=reviewed > 0)
-        unseen[sizes == 0] = 0.0
-        return bool(_RULE_OF_THREE * unseen.sum() <= MOST_UNSEEN * sizes.sum())
+        # No poisoned audit in any stratum bounds the sum of their expected numbers, so all may be in one stratum.
+        return bool((_RULE_OF_THREE * (sizes - reviewed) <= MOST_UNSEEN * sizes.sum() * reviewed).all())
 
     return _least(enough)
 
@@ -106,7 +104,8 @@ def _columns(strata: Sequence[Stratum]) -> tuple[Float64Array, Float64Array]:
 
 
 def _with_more(sizes: Float64Array, decided: Float64Array, more: int) -> Float64Array:
-    return np.minimum(decided + more * sizes / max(sizes.sum(), 1.0), sizes)
+    reviewed: Float64Array = np.minimum(decided + more * sizes / max(sizes.sum(), 1.0), sizes)
+    return reviewed
 
 
 def _deviation(sizes: Float64Array, decided: Float64Array) -> float:

@@ -13,6 +13,10 @@ one more of the upper half has the mean weight of a request's item, in the manne
 Feuer [7]_. Requests that nobody counted are as many as the weights say, with the uncertainty of that (negative
 binomial, drawn from a gamma distribution of the same mean and variance).
 
+A sum over strata: half of the draws of a stratum in which nothing was found are above 0, and would raise the lower
+limit of the sum. An exact lower limit takes them all for 0 and is too low on average; here half of them are, which
+keeps the level also where poisoned requests are rare. Upper limits where everything found is poisoned: likewise.
+
 References
 ----------
 .. [1] Horvitz, Thompson (1952), A generalization of sampling without replacement from a finite universe, JASA 47.
@@ -30,14 +34,18 @@ References
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from guard.statistics.review_sample import Stratum
 from guard.types import Float64Array
 
+#: Even.
 DRAWS = 4000
+_ROUNDING = 1e-9
+#: Of the draws in which a stratum has poisoned requests though none was found, the share that counts for lower limits.
+_COUNTED_UNFOUND = 0.5
 
 
 @dataclass(frozen=True)
@@ -48,62 +56,75 @@ class Uncertain:
     ----------
     value : float
         The estimate.
-    draws : ndarray of shape (DRAWS,), float64
-        What it may be, each as likely.
+    low, high : ndarray of shape (DRAWS,), float64
+        What it may be, each as likely: for a lower and for an upper limit.
     """
 
-    value: float
-    draws: Float64Array
+    value: float = 0.0
+    low: Float64Array = field(default_factory=lambda: np.zeros(DRAWS))
+    high: Float64Array = field(default_factory=lambda: np.zeros(DRAWS))
 
     def __add__(self, other: Uncertain) -> Uncertain:
-        return Uncertain(self.value + other.value, self.draws + other.draws)
+        return Uncertain(self.value + other.value, self.low + other.low, self.high + other.high)
 
 
 def predicted_totals(strata: Iterable[Stratum], rng: np.random.Generator) -> tuple[Uncertain, Uncertain]:
     """Return the poisoned and the clean requests of all these strata together."""
-    poisoned, clean = Uncertain(0.0, np.zeros(DRAWS)), Uncertain(0.0, np.zeros(DRAWS))
+    poisoned, clean = Uncertain(), Uncertain()
     for stratum in strata:
-        found, decided = stratum.poisoned.count, stratum.decided.count
-        more, unseen = _share(stratum, rng), _unseen(stratum, rng)
-        of_these = rng.binomial(unseen.draws.astype(np.int64), more.draws)
-        poisoned += Uncertain(found + unseen.value * more.value, found + of_these)
-        clean += Uncertain(decided - found + unseen.value * (1 - more.value), decided - found + unseen.draws - of_these)
+        found, cleared = stratum.poisoned.count, stratum.decided.count - stratum.poisoned.count
+        unseen, draws = _unseen(stratum, rng)
+        poisoned += _certain(found)
+        clean += _certain(cleared)
+        if not draws.any():
+            continue
+        share, shares = _share(stratum, rng)
+        of_these = rng.binomial(draws.astype(np.int64), shares).astype(np.float64)
+        counted = rng.random(DRAWS) < _COUNTED_UNFOUND
+        low = of_these if found else np.where(counted, of_these, 0)
+        high = of_these if cleared else np.where(counted, of_these, draws)
+        poisoned += Uncertain(unseen * share, low, high)
+        clean += Uncertain(unseen * (1 - share), draws - high, draws - low)
     return poisoned, clean
 
 
-def _unseen(stratum: Stratum, rng: np.random.Generator) -> Uncertain:
+def _certain(number: int) -> Uncertain:
+    draws = np.full(DRAWS, float(number))
+    return Uncertain(float(number), draws, draws)
+
+
+def _unseen(stratum: Stratum, rng: np.random.Generator) -> tuple[float, Float64Array]:
     """Requests that nobody reviewed: undecided items, and what was never drawn."""
-    drawn = stratum.drawn
-    undecided = drawn.count - stratum.decided.count
+    drawn, decided = stratum.drawn, stratum.decided
     if stratum.population is not None:
-        rest = float(stratum.population - stratum.decided.count)
-        return Uncertain(rest, np.full(DRAWS, rest))
-    # The number of failures before each of `count` draws: mean and variance of the sum over the items.
+        rest = stratum.population - decided.count
+        return float(rest), np.full(DRAWS, float(rest))
+    undecided = drawn.count - decided.count
+    # Requests passed over before each of `count` draws: mean and variance of their sum.
     mean, variance = drawn.total - drawn.count, drawn.squares - drawn.total
-    if variance <= 0:
-        return Uncertain(undecided + mean, np.full(DRAWS, np.rint(undecided + mean)))
+    if min(mean, variance) <= _ROUNDING * drawn.count:
+        return float(undecided), np.full(DRAWS, float(undecided))
     half_an_item_more = 1 + 0.5 / drawn.count
-    shape, scale = half_an_item_more * mean**2 / variance, variance / mean
-    return Uncertain(undecided + mean, np.rint(undecided + rng.gamma(shape, scale, DRAWS)))
+    passed_over = rng.gamma(half_an_item_more * mean**2 / variance, variance / mean, DRAWS)
+    return undecided + mean, np.rint(undecided + passed_over)
 
 
-def _share(stratum: Stratum, rng: np.random.Generator) -> Uncertain:
-    """Share of poisoned among the requests that nobody reviewed; its two halves in random order."""
+def _share(stratum: Stratum, rng: np.random.Generator) -> tuple[float, Float64Array]:
+    """Share of poisoned among the requests that nobody reviewed; the two halves of its draws in random order."""
     decided, poisoned = stratum.decided, stratum.poisoned
+    half = DRAWS // 2
     if not decided.count:
-        halves = np.zeros(DRAWS // 2), np.ones(DRAWS - DRAWS // 2)
-        return Uncertain(0.5, rng.permutation(np.concatenate(halves)))
+        return 0.5, rng.permutation(np.repeat([0.0, 1.0], half))
     one_more = decided.squares / decided.total  # mean weight of the item of a random request
     in_all = decided.total + one_more
-    total, squares = poisoned.total, poisoned.squares
-    lower = _beta(total**2 / squares if squares else 0.0, total / in_all, DRAWS // 2, rng)
-    total, squares = total + one_more, squares + one_more**2
-    upper = _beta(total**2 / squares, total / in_all, DRAWS - DRAWS // 2, rng)
-    return Uncertain(poisoned.total / decided.total, rng.permutation(np.concatenate([lower, upper])))
+    lower = _beta(poisoned.total, poisoned.squares, in_all, half, rng)
+    upper = _beta(poisoned.total + one_more, poisoned.squares + one_more**2, in_all, half, rng)
+    return poisoned.total / decided.total, rng.permutation(np.concatenate([lower, upper]))
 
 
-def _beta(a: float, mean: float, size: int, rng: np.random.Generator) -> Float64Array:
-    b = a * (1 - mean) / mean if mean else 1.0
-    if a <= 0 or b <= 1e-9:
-        return np.full(size, float(a > 0))
-    return rng.beta(a, b, size)
+def _beta(total: float, squares: float, in_all: float, size: int, rng: np.random.Generator) -> Float64Array:
+    """Draws of the share that items with this total weight have, of all."""
+    if total <= 0 or total >= in_all * (1 - _ROUNDING):
+        return np.full(size, float(total > 0))
+    items = total**2 / squares  # of equal weight
+    return rng.beta(items, items * (in_all - total) / total, size)

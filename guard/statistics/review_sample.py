@@ -23,7 +23,8 @@ UNDECIDED = -1
 _ROUNDING = 1e-9
 
 
-class Weights(NamedTuple):
+@dataclass(frozen=True)
+class Weights:
     """Items, and how many requests they stand for; an item's weight is 1 / (its probability of being drawn).
 
     Attributes
