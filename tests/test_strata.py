@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import numpy as np
 import pytest
 
-from guard.errors import ConfigError, DataError
-from guard.statistics.review_sample import UNDECIDED, Populations, Stratum, Weights, strata_of_items
-from guard.statistics.strata import FLAGGED_BANDS, UNKNOWN_BAND, audit_probability, flagged_band, part_of
-
-
-@pytest.mark.parametrize(
-    ("p_value", "part"),
-    [(0.0, "flagged"), (0.01, "flagged"), (0.0101, "near"), (0.1, "near"), (0.1001, "far"), (1, "far")],
+from guard.errors import DataError
+from guard.statistics.review_sample import (
+    FLAGGED_BANDS,
+    UNDECIDED,
+    UNKNOWN_BAND,
+    Populations,
+    Stratum,
+    Weights,
+    strata_of_items,
 )
-def test_part_of_a_request_at_the_edges(p_value, part):
-    assert part_of(p_value, 0.01) == part
-
-
-def test_audit_probability_is_five_times_as_high_near_the_threshold_and_at_most_one():
-    assert audit_probability(0.5, 0.01, 0.002) == 0.002
-    assert audit_probability(0.05, 0.01, 0.002) == pytest.approx(0.01)
-    assert audit_probability(0.05, 0.01, 0.002, scale=0.25) == pytest.approx(0.0025)
-    assert audit_probability(0.05, 0.01, 0.5) == 1.0
-    assert audit_probability(0.05, 0.01, 0.5, scale=0.5) == 0.5
-    assert audit_probability(0.01, 0.01, 0.0, scale=0.0) == 1.0  # flagged
-
-
-def test_flagged_band_of_the_edges_and_of_an_unknown_rate():
-    assert [flagged_band(edge * 0.25, 0.25) for edge in FLAGGED_BANDS] == list(range(len(FLAGGED_BANDS)))
-    assert flagged_band(0.0, 0.25) == 0
-    assert flagged_band(0.3, 0.25) == len(FLAGGED_BANDS) - 1
-    assert flagged_band(0.3, None) == UNKNOWN_BAND
-
-
-@pytest.mark.parametrize(
-    ("p_value", "rate"), [(-0.1, 0.01), (1.1, 0.01), (float("nan"), 0.01), (0.5, 0), (0.5, 1), (0.5, float("nan"))]
-)
-def test_strata_refuse_what_is_no_p_value_or_rate(p_value, rate):
-    for function in (part_of, flagged_band):
-        with pytest.raises(DataError, match="must be in"):
-            function(p_value, rate)
-
-
-@pytest.mark.parametrize("wrong", [{"audit_rate": 1.1}, {"audit_rate": float("nan")}, {"audit_rate": 0.1, "scale": -1}])
-def test_audit_probability_refuses_settings_out_of_range(wrong):
-    with pytest.raises(ConfigError, match="must be in"):
-        audit_probability(0.5, 0.01, **wrong)
 
 
 def test_weights_by_hand():
@@ -111,7 +81,8 @@ def test_strata_of_items_put_each_flagged_item_into_the_band_that_a_single_one_g
         probabilities=np.ones(500),
         answers=np.zeros(500, dtype=int),
     )
-    bands = [flagged_band(p, rate) for p, rate in zip(p_values.tolist(), rates.tolist(), strict=True)]
+    shares = zip(p_values.tolist(), rates.tolist(), strict=True)
+    bands = [min(bisect_left(FLAGGED_BANDS, p / rate), UNKNOWN_BAND - 1) for p, rate in shares]
     assert [stratum.drawn.count for stratum in strata] == [*np.bincount(bands), 0, 0]
 
 

@@ -15,11 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from guard.errors import DataError
-from guard.statistics.strata import FLAGGED_BANDS, NEAR_FACTOR, UNKNOWN_BAND
+from guard.statistics.strata import NEAR_FACTOR
 from guard.types import BoolArray, Float64Array, IntArray
 
 #: An item that no reviewer has decided, among `answers`.
 UNDECIDED = -1
+#: Upper ends of the bands of flagged inputs, as shares of the false-positive rate that they were flagged at: reviewers
+#: answer the most suspicious first, so that what they answered is nearly a random sample of each band, but not of all.
+FLAGGED_BANDS = (0.01, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+#: Band of flagged inputs whose rate was not kept.
+UNKNOWN_BAND = len(FLAGGED_BANDS)
 _ROUNDING = 1e-9
 
 
