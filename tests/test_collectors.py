@@ -5,15 +5,24 @@ from __future__ import annotations
 import socket
 import urllib.request
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from queue_helpers import START, Clock, flagged
+from test_audits import fill
 
 from guard.errors import ObservingError, QueueUnavailable
 from guard.observing import statements
-from guard.observing.collectors import COMPANION_METRICS, PAGE_METRICS, QueueCollector, RetrainerCollector
+from guard.observing.collectors import (
+    COMPANION_METRICS,
+    DETECTION_AGE_S,
+    DETECTION_METRICS,
+    PAGE_METRICS,
+    QueueCollector,
+    RetrainerCollector,
+)
 from guard.observing.exporting import exporting
 from guard.relabel.database import Database
 from guard.relabel.items import State
@@ -136,8 +145,34 @@ def test_scrape_reads_each_table_once_and_no_images(queue: Queue, statement) -> 
     assert all("INTEGER PRIMARY KEY" in step for step in plan if step.startswith("SEARCH"))
 
 
+def test_queue_collector_tells_what_a_guard_with_audits_lets_through(queue: Queue) -> None:
+    seconds = 1000.0
+    collector = QueueCollector(queue, lambda: seconds)
+    assert not {key[0] for key in samples(collector)} & {*DETECTION_METRICS}
+    fill(queue, misses=2, hour=datetime.now(UTC).replace(minute=0, second=0, microsecond=0))
+    found = samples(collector)
+    names = {key for key in found if key[0] in DETECTION_METRICS}
+    assert names == {(name, "digits") for name in DETECTION_METRICS}  # no series of the model without audits
+    assert found["guard_missed_poisoned", "digits"] == 2
+    for name in ("guard_detection_rate", "guard_realised_false_positive_rate", "guard_precision", "guard_let_through"):
+        assert found[f"{name}_lower", "digits"] <= found[name, "digits"] <= found[f"{name}_upper", "digits"]
+    assert found["guard_precision", "digits"] == pytest.approx(0.8)
+    queue.withdraw("ada", 1)  # of a flagged one
+    assert samples(collector)["guard_precision", "digits"] == found["guard_precision", "digits"]  # of a moment ago
+    seconds += DETECTION_AGE_S
+    assert samples(collector)["guard_precision", "digits"] != found["guard_precision", "digits"]
+
+
+def test_queue_collector_tells_no_estimate_that_is_not_known(queue: Queue) -> None:
+    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    queue.note_traffic("signs", "ab" * 32, {(hour, "far"): 1000})
+    found = {key: value for key, value in samples(QueueCollector(queue)).items() if key[0] in DETECTION_METRICS}
+    assert found == {("guard_missed_poisoned", "signs"): 0}
+
+
 def test_every_exported_metric_is_declared_with_its_labels(queue: Queue) -> None:
     answer(queue, 1, True, 1)
+    fill(queue, misses=1, hour=datetime.now(UTC).replace(minute=0, second=0, microsecond=0))
     for collector in (QueueCollector(queue), RetrainerCollector(queue, "digits")):
         for family in collector.collect():
             for sample in family.samples:
@@ -161,7 +196,7 @@ def test_exporting_serves_what_the_database_says_now(queue: Queue) -> None:
                 for sample in family.samples
             }
             assert found["guard_queue_items", "digits", "pending"] == expected
-            assert {name for name, *_ in found} == {"guard_queue_up", *PAGE_METRICS}
+            assert {name for name, *_ in found} == {"guard_queue_up", *PAGE_METRICS} - {*DETECTION_METRICS}
             queue.claim_items("ada", [1])
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(url, timeout=5)

@@ -44,7 +44,7 @@ def _frozen(monkeypatch: pytest.MonkeyPatch) -> None:
 class World:
     """A queue whose item `HERE` is gold or ordinary, and a reviewer `bob` who writes down all answers."""
 
-    def __init__(self, path: Path, *, is_gold: bool, quorum: int) -> None:
+    def __init__(self, path: Path, *, is_special: bool, quorum: int) -> None:
         self.clock = Clock()
         self.queue = Queue.open(f"sqlite:///{path}", QueueSettings(quorum=quorum), clock=self.clock)
         self.workspace: Workspace = workspace_of(self.queue)
@@ -55,10 +55,7 @@ class World:
             self.queue.decide(reviewer, 1, is_poisoned=True, true_label=4)
         root = log_in(self.workspace, "root", "admin")
         self.clock.advance(minutes=5)
-        if is_gold:
-            assert root.post("/admin/gold", data={"item": "1"}).status_code == 303
-        else:
-            self.queue.enqueue([picture(0, request_id="request-99999999", received_at=self.clock.now)])
+        self.add_here(root, is_special)
         self.request_id = self.queue.get(HERE).input.request_id
         self.clock.advance(minutes=5)
         self._enqueue(range(10, 13))
@@ -71,6 +68,13 @@ class World:
         self.page.headers["HX-Request"] = "false"
         self.program = client_of(self.workspace)
         self.program.headers["Authorization"] = f"Bearer {token}"
+
+    def add_here(self, root: TestClient, is_special: bool) -> None:
+        """Add the item `HERE`."""
+        if is_special:
+            assert root.post("/admin/gold", data={"item": "1"}).status_code == 303
+        else:
+            self.queue.enqueue([picture(0, request_id="request-99999999", received_at=self.clock.now)])
 
     def _enqueue(self, numbers: range) -> None:
         ids = {number: f"request-{number:08d}" for number in numbers}
@@ -146,7 +150,7 @@ def test_reviewer_sees_the_same_of_a_gold_item_as_of_any_other(sqlite_template: 
     for is_gold in (True, False):
         path = tmp_path / f"{is_gold}.db"
         shutil.copy(sqlite_template, path)
-        world = World(path, is_gold=is_gold, quorum=quorum)
+        world = World(path, is_special=is_gold, quorum=quorum)
         world.review()
         world.queue.close()
         worlds.append(world)

@@ -24,8 +24,8 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "errors files",
         "types resources users_code extras",
         "arrays config telemetry relabel data suspect processes",
-        "statistics storage observing",
-        "backups",
+        "statistics storage",
+        "backups observing",
         "detection",
         "lab retrainer serving review export",
         "torchserve v2",
@@ -208,11 +208,11 @@ def test_every_room_and_path_of_the_architecture_page_is_there():
     assert tuple(listed) == ORDER
 
 
-def test_every_statement_of_the_queue_stands_in_one_file() -> None:
+def test_every_statement_of_the_queue_stands_in_a_file_of_statements() -> None:
     outside = [
         f"{file.name}:{node.lineno}"
         for file in sorted((PACKAGE / "relabel").glob("*.py"))
-        if file.name not in ("statements.py", "schema.py")
+        if file.name not in ("statements.py", "audit_statements.py", "schema.py")
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in ("select", "insert", "update", "delete", "text", "func")
         if isinstance(node.value, ast.Name) and node.value.id == "sa"

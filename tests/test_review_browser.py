@@ -96,6 +96,30 @@ def test_whole_review_by_keyboard(workspace, queue, open_page):
     assert answers(queue) == [(1, True, 4), (2, True, 6), (3, True, None), (4, False, 3), (5, False, 3)]
 
 
+def test_audit_among_flagged_inputs_looks_like_these(queue, open_page):
+    unlike = {"p_value": 0.5, "combined": -3.0, "surprise": {"lof": 0.1, "head": 0.2}, "reason": "", "request_id": "r"}
+    drawn = {**unlike, "false_positive_rate": 0.01, "audit_probability": 0.25}
+    queue.enqueue([picture(0, request_id="r"), picture(0, **drawn), picture(0, request_id="r", p_value=0.002)])
+    workspace = workspace_of(queue)
+    token = workspace.reviewers.add("ada")
+    looks = {}
+    with serving_in_thread(workspace) as url:
+        page = open_page(url)
+        log_in(page, "ada", token)
+        for _ in range(3):
+            page.goto(f"{url}/review")
+            expect(page.locator(".blinded")).to_contain_text("Scores are not shown", timeout=PATIENCE)
+            item = page.locator("#work").get_attribute("data-item")
+            assert item is not None
+            look = page.locator("#work").evaluate("one => one.outerHTML")
+            looks[item] = re.sub(rf"(Item |Input |/items/|data-item=.){item}\b", "THIS", look)
+            page.wait_for_timeout(300)
+            page.keyboard.press("f")
+            expect(page.locator("#work")).not_to_have_attribute("data-item", item, timeout=PATIENCE)
+    assert set(looks) == {"1", "2", "3"}
+    assert len(set(looks.values())) == 1
+
+
 def test_page_that_the_next_test_gets_knows_nothing_of_this_one(workspace, open_page):
     token = workspace.reviewers.add("ada")
     with serving_in_thread(workspace) as url:

@@ -76,6 +76,17 @@ def number(
     return panel
 
 
+def estimated(title: str, about: str, metric: str, unit: str = "percentunit") -> timeseries.Panel:
+    """Return an estimate over time, between the ends of its interval."""
+    ends = (
+        (metric, "{{model}}"),
+        (f"{metric}_lower", "{{model}}, lower end"),
+        (f"{metric}_upper", "{{model}}, upper end"),
+    )
+    queries = [query(f"{name}{_ALL}", legend) for name, legend in ends]
+    return lines(title, f"{about} Estimated from the answers, 95 % confidence.", *queries, unit=unit, width=_NARROW)
+
+
 def p_values() -> heatmap.Panel:
     """Return the distribution of p-values over time."""
     buckets = query(f"sum by (le) (rate(guard_p_value_bucket{_ALL}{_RATE}))", "{{le}}")
@@ -162,7 +173,7 @@ def build() -> str:
             )
         ),
         lines(
-            "Detection rate",
+            "Share flagged",
             "Share of scored requests that were flagged. Clean traffic alone stays at the requested rate.",
             query(f"guard:flagged:ratio_rate5m{_ALL}", "{{model}}, 5 minutes"),
             query(f"guard:flagged:ratio_rate1h{_ALL}", "{{model}}, 1 hour"),
@@ -250,6 +261,36 @@ def build() -> str:
             "1 if the requests of a batch share a call of the handler, 0 if one by one; checks per hour by outcome.",
             query(f"min by (model) (guard_batching{_ALL})", "{{model}} together"),
             query(f"sum by (outcome) (increase(guard_batch_checks_total{_ALL}[1h]))", "checks: {{outcome}}"),
+            width=_NARROW,
+        ),
+        estimated(
+            "Detection rate",
+            "Share of the poisoned inputs of the last 7 days that were flagged.",
+            "guard_detection_rate",
+        ),
+        estimated(
+            "Let through", "Poisoned inputs of the last 7 days that were not flagged.", "guard_let_through", "short"
+        ),
+        estimated(
+            "Realised false-positive rate",
+            "Share of the clean inputs of the last 7 days that were flagged.",
+            "guard_realised_false_positive_rate",
+        ),
+        estimated("Precision", "Share of the flagged inputs of the last 7 days that are poisoned.", "guard_precision"),
+        estimated(
+            "Poisoned share", "Share of all inputs of the last 7 days that are poisoned.", "guard_poisoned_share"
+        ),
+        lines(
+            "Found among the audits",
+            "Poisoned inputs that were not flagged, of all time: each is an alert.",
+            query(f"guard_missed_poisoned{_ALL}", "{{model}}"),
+            width=_NARROW,
+        ),
+        lines(
+            "Audits",
+            "Unflagged requests per hour that the queue took as audits, and that it did not take.",
+            query(f"sum(increase(guard_audited_total{_ALL}[1h]))", "taken"),
+            query(f"sum by (reason) (increase(guard_audits_shed_total{_ALL}[1h]))", "shed: {{reason}}"),
             width=_NARROW,
         ),
     ]

@@ -6,7 +6,7 @@ import json
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,11 +14,20 @@ from guard.cli.options import AsJson, QueueUrl
 from guard.cli.output import print_error, say, write
 from guard.errors import ConfigError, DataError, ObservingError, QueueError
 
+if TYPE_CHECKING:
+    from guard.observing.detection import Detection
+
 
 def audit(
     start: Annotated[
-        str, typer.Option("--from", metavar="<time>", help="Begin of the window, ISO 8601; UTC if it names no zone.")
-    ],
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="<time>",
+            show_default="7 days before its end",
+            help="Begin of the window, ISO 8601; UTC if it names no zone.",
+        ),
+    ] = None,
     end: Annotated[
         str | None, typer.Option("--to", metavar="<time>", help="End of the window; default is now.")
     ] = None,
@@ -37,18 +46,22 @@ def audit(
     slack: Annotated[int, typer.Option(help="Requests that may differ, as after a worker was killed.", min=0)] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Compare the counts of clients, metrics and queue.
+    """Compare the counts of clients, metrics and queue, and tell what passed.
 
-    received = clean + poisoned + bypassed + rejected + failed, by source, and the differences. Status 0: the counts
-    agree. 1: they do not. 2: they could not be compared.
+    received = clean + poisoned + bypassed + rejected + failed, by source, and the differences. With the queue of an
+    audit sample, also how many poisoned inputs were let through. Status 0: the counts agree. 1: they do not. 2: they
+    could not be compared.
     """
     from guard.observing.audit import audit as compare
     from guard.observing.client_log import read_time
+    from guard.observing.detection import WEEK, detection_of_models
     from guard.relabel.address import queue_url
     from guard.relabel.queue import Queue
 
     try:
-        window = read_time(start), read_time(end) if end else datetime.now(UTC)
+        last = read_time(end) if end else datetime.now(UTC)
+        window = read_time(start) if start else last - WEEK, last
+        detection: list[Detection] | None = None
         with ExitStack() as opened:
             opened_queue = None
             if queue:
@@ -66,13 +79,34 @@ def audit(
                 model=model,
                 slack=slack,
             )
+            if opened_queue is not None:
+                detection = detection_of_models(opened_queue, *window, model)
     except (DataError, ObservingError, QueueError) as error:
         print_error(str(error))
         raise typer.Exit(2) from error
     if as_json:
-        write(json.dumps(report.as_dict(), indent=2) + "\n")
+        told = {} if detection is None else {"detection": [each.as_dict() for each in detection]}
+        write(json.dumps(report.as_dict() | told, indent=2) + "\n")
     else:
         for line in report.lines():
             say(line)
+        for line in _what_passed(detection):
+            say(line)
     if not report.balances:
         raise typer.Exit(1)
+
+
+def _what_passed(detection: list[Detection] | None) -> list[str]:
+    """Return what each guard lets through, for people; nothing where no queue was named."""
+    if detection is None:
+        return []
+    if not detection:
+        return [
+            "",
+            "How many poisoned inputs were let through is not known: the queue has no audit sample (--audit-rate).",
+        ]
+    found = []
+    for each in detection:
+        first, *others = each.lines()
+        found += ["", f"{each.model}: {first}", *(f"  {line}" for line in others)]
+    return found

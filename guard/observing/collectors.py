@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -11,10 +13,47 @@ from sqlalchemy.engine import Connection
 
 from guard.errors import GuardError
 from guard.observing import statements
+from guard.observing.detection import WEEK, Detection, read_detection
+from guard.relabel.audits import found_misses, sampled_models
 from guard.relabel.items import State
 from guard.relabel.queue import Queue
+from guard.statistics.detection_rates import Estimate
 from guard.telemetry import Metric as Declared
 from guard.telemetry import label_value
+
+#: So old may estimates of the detection be: they take longer to work out than counts.
+DETECTION_AGE_S = 30.0
+#: Estimates over the last seven days: name of the gauge -> attribute of `DetectionRates`, and what it is.
+_ESTIMATES = {
+    "guard_detection_rate": ("detection_rate", "Share of poisoned inputs that were flagged"),
+    "guard_realised_false_positive_rate": ("false_positive_rate", "Share of clean inputs that were flagged"),
+    "guard_precision": ("precision", "Share of flagged inputs that are poisoned"),
+    "guard_poisoned_share": ("poisoned_share", "Share of all inputs that are poisoned"),
+    "guard_let_through": ("missed", "Number of poisoned inputs that were not flagged"),
+}
+#: Suffix of the gauge -> attribute of an estimate, and what it is.
+_ENDS = {"": ("value", ""), "_lower": ("lower", ", lower end"), "_upper": ("upper", ", upper end")}
+DETECTION_METRICS = {
+    metric.name: metric
+    for metric in (
+        Declared(
+            "guard_missed_poisoned",
+            "gauge",
+            ("model",),
+            "Poisoned inputs that reviewers found among the audits: they were not flagged. Of all time.",
+        ),
+        *(
+            Declared(
+                f"{name}{suffix}",
+                "gauge",
+                ("model",),
+                f"{what} in the last 7 days, estimated from the answers{end}; no series while it is not known.",
+            )
+            for name, (_, what) in _ESTIMATES.items()
+            for suffix, (_, end) in _ENDS.items()
+        ),
+    )
+}
 
 #: What the review page exports, and the retrainer; every scrape also says whether the queue answered.
 QUEUE_UP = Declared("guard_queue_up", "gauge", (), "1 if the queue's database answered this scrape, else 0.")
@@ -41,7 +80,7 @@ PAGE_METRICS = {
             "Answers that took the place of a standing one, anybody's, and say something else.",
         ),
     )
-}
+} | DETECTION_METRICS
 RETRAINER_METRICS = {
     metric.name: metric
     for metric in (
@@ -81,7 +120,19 @@ class _FromQueue(Collector):
 
 
 class QueueCollector(_FromQueue):
-    """Items of the queue and answers of the reviewers, for the review page."""
+    """Items of the queue, answers of the reviewers and what they say of the guards, for the review page.
+
+    Parameters
+    ----------
+    queue : Queue
+    clock : callable
+        -> seconds that only go forward; for tests.
+    """
+
+    def __init__(self, queue: Queue, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(queue)
+        self._clock = clock
+        self._detection: tuple[float, list[Detection]] = (float("-inf"), [])
 
     def read(self, connection: Connection) -> list[Metric]:
         """See `_FromQueue.read`."""
@@ -108,7 +159,29 @@ class QueueCollector(_FromQueue):
             ),
             _counter(metric["guard_review_decisions_total"], [((kind,), answers[kind]) for kind in _DECISIONS]),
             _counter(metric["guard_review_overturned_total"], [((), overturned)]),
+            *self._read_detection(connection),
         ]
+
+    def _read_detection(self, connection: Connection) -> list[Metric]:
+        """Return what the guards of models with an audit sample catch and miss; estimates are kept for a while."""
+        models = sampled_models(connection)
+        if not models:
+            return []
+        read_at, found = self._detection
+        if self._clock() >= read_at + DETECTION_AGE_S:
+            now = datetime.now(UTC)
+            found = [read_detection(connection, now - WEEK, now, model) for model in models]
+            self._detection = (self._clock(), found)
+        misses = found_misses(connection)
+        samples = [((label_value(model),), misses.get(model, 0)) for model in models]
+        metrics = [_gauge(DETECTION_METRICS["guard_missed_poisoned"], samples)]
+        for name, (attribute, _) in _ESTIMATES.items():
+            known = [(each.model, getattr(each.rates, attribute)) for each in found]
+            estimates = [(model, estimate) for model, estimate in known if isinstance(estimate, Estimate)]
+            for suffix, (end, _) in _ENDS.items():
+                values = [((label_value(model),), getattr(estimate, end)) for model, estimate in estimates]
+                metrics.append(_gauge(DETECTION_METRICS[f"{name}{suffix}"], values))
+        return metrics
 
 
 class RetrainerCollector(_FromQueue):

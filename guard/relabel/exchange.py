@@ -112,11 +112,11 @@ def labelling_config(names: Sequence[str]) -> str:
 
 
 def items_in(queue: Queue, states: Iterable[State]) -> Iterator[QueueItem]:
-    """Yield the items of some states, oldest first within each; never more than a hundred are held."""
+    """Yield the items of some states as people may see them, oldest first within each; a hundred are held at most."""
     for state in states:
         last = 0
         while part := queue.items(state=state, after_id=last, limit=100):
-            yield from part
+            yield from queue.blind(part)
             last = part[-1].id
 
 
@@ -318,7 +318,7 @@ def _facts(item: QueueItem, names: Sequence[str]) -> dict[str, Any]:
         "suspect_label": choice_of(flagged.suspect_label, names),
         "backup_label": "" if backup is None else choice_of(backup, names),
         "backup_confidence": "" if flagged.backup_confidence is None else round(flagged.backup_confidence, 4),
-        "p_value": flagged.p_value,
+        "p_value": "" if item.is_blinded else flagged.p_value,
         "reason": flagged.reason,
     }
 

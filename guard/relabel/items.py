@@ -165,6 +165,8 @@ class QueueItem:
     lease_expires_at: datetime | None
     #: The answer that counts; None until the quorum is met.
     decision: Decision | None
+    #: True if `guard.relabel.blinding` took out what would tell an audit.
+    is_blinded: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from sqlalchemy.engine import Connection
 
 from guard.errors import ConfigError, QueueKeyError
 from guard.relabel import chain, claiming, reading, statements, sweeping
+from guard.relabel.blinding import blinded
 from guard.relabel.call_thread import CallThread
 from guard.relabel.chain import Audit
 from guard.relabel.claiming import Claiming
@@ -201,7 +202,7 @@ class Queue:
                 connection.execute(statements.count_traffic(connection.dialect.name), rows)
 
     def has_audits(self) -> bool:
-        """Return whether an audit ever came: then reviewers see nothing that would tell it from what was flagged."""
+        """Return whether audits are drawn, or ever were: then nobody sees what would tell them from flagged items."""
         with self.database.reading() as connection:
             return bool(connection.execute(statements.HAS_AUDITS).scalar_one())
 
@@ -375,6 +376,13 @@ class Queue:
             return counts if seen_by is None else self._eyes(connection, seen_by).count(counts)
 
     # --- what one reviewer sees ---
+
+    def blind(self, items: Sequence[QueueItem]) -> list[QueueItem]:
+        """Return items as people may see them: without what would tell an audit, once this queue has an audit sample.
+
+        Asked after the items were read, so that none of them can be the first audit.
+        """
+        return [blinded(item) for item in items] if self.has_audits() else list(items)
 
     def see(self, reviewer: str, item: QueueItem) -> QueueItem:
         """Return an item as a reviewer may see it: without the answers of others, a gold item like any other."""

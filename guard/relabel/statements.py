@@ -148,8 +148,9 @@ COUNT_AUDITS_SINCE = (
     .select_from(items)
     .where(_IS_AUDIT, _IS_ORDINARY, items.c.model == sa.bindparam("model"), items.c.received_at > sa.bindparam("since"))
 )
-#: Whether there ever was an audit: then nobody is shown what would tell one.
-HAS_AUDITS = sa.select(sa.exists().where(_IS_AUDIT))
+#: Whether audits are drawn or ever were: then nobody is shown what would tell one. Requests are counted before the
+#: first audit comes, so that it does not show by what disappears.
+HAS_AUDITS = sa.select(sa.or_(sa.exists().where(_IS_AUDIT), sa.select(traffic.c.model).exists()))
 
 
 @cache

@@ -92,15 +92,14 @@ def next_items(
     group: Number | None = None,
 ) -> dict[str, Any]:
     """Claim up to n items for the caller."""
-    return {
-        "items": [_item(workspace, item) for item in workspace.queue.claim(reviewer.name, n, order=order, group=group)]
-    }
+    claimed = workspace.queue.claim(reviewer.name, n, order=order, group=group)
+    return {"items": [_item(workspace, item) for item in workspace.queue.blind(claimed)]}
 
 
 @router.get("/items/{item_id}")
 def one_item(workspace: TheWorkspace, reviewer: Program, item_id: Number) -> dict[str, Any]:
     """Return one item."""
-    return _item(workspace, workspace.seen(reviewer, item_id))
+    return _item(workspace, workspace.queue.blind([workspace.seen(reviewer, item_id)])[0])
 
 
 @router.get("/items/{item_id}/image.png")
@@ -161,7 +160,7 @@ def _answer(item_id: int, answer: OneAnswer) -> Answer:
 
 
 def _item(workspace: Workspace, item: QueueItem) -> dict[str, Any]:
-    flagged = item.input
+    flagged, is_blinded = item.input, item.is_blinded
     return {
         "id": item.id,
         "state": item.state.value,
@@ -174,10 +173,10 @@ def _item(workspace: Workspace, item: QueueItem) -> dict[str, Any]:
         "backup_confidence": flagged.backup_confidence,
         "second_opinion": workspace.opinion(flagged),
         "class_names": workspace.names(flagged),
-        "p_value": flagged.p_value,
-        "score": flagged.combined,
-        "detectors": {"raw": dict(flagged.raw), "surprise": dict(flagged.surprise)},
-        "reason": flagged.reason,
+        "p_value": None if is_blinded else flagged.p_value,
+        "score": None if is_blinded else flagged.combined,
+        "detectors": None if is_blinded else {"raw": dict(flagged.raw), "surprise": dict(flagged.surprise)},
+        "reason": None if is_blinded else flagged.reason,
         "received_at": flagged.received_at.isoformat(),
         "lease_expires_at": item.lease_expires_at.isoformat() if item.lease_expires_at else None,
         "image": f"/api/v1/items/{item.id}/image.png",

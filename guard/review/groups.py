@@ -121,6 +121,7 @@ def _context(
     workspace: Workspace, reviewer: str, group: int, items: list[QueueItem], posted: Posted | None = None
 ) -> dict[str, Any]:
     """Return what the template shows; after an error with what the reviewer had filled in."""
+    items = workspace.queue.blind(items)
     names = workspace.names(items[0].input) if items else []
     opinion = workspace.opinion(items[0].input) if items else ""
     pending = sum(listed.pending for listed in workspace.queue.groups(seen_by=reviewer) if listed.id == group)

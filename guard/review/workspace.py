@@ -22,6 +22,7 @@ from guard.review.held_items import HeldItems
 from guard.review.known_bundles import KnownBundle, KnownBundles
 from guard.review.occlusion import Occlusion
 from guard.review.status.bundles import BundleLists
+from guard.review.status.detection import DetectionWatch
 from guard.review.status.history import MetricsSource
 from guard.types import Float32Array, IntArray
 
@@ -207,11 +208,13 @@ class Workspace:
     log: AnswerLog = field(init=False)
     activity: Activity = field(init=False)
     bundle_lists: BundleLists = field(init=False)
+    detection: DetectionWatch = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "log", AnswerLog(self.queue))
         object.__setattr__(self, "activity", Activity(self.queue, with_gold=True))
         object.__setattr__(self, "bundle_lists", BundleLists(self.bundles, self.rounds))
+        object.__setattr__(self, "detection", DetectionWatch(self.queue))
 
     @property
     def clean_sets(self) -> list[CleanImages | None]:
@@ -295,7 +298,8 @@ class Workspace:
         return item
 
     def view(self, item: QueueItem, answer: Decision | None = None) -> ItemView:
-        """Return an item with everything that helps to judge it."""
+        """Return an item with everything that helps to judge it; without its scores where audits are mixed in."""
+        (item,) = self.queue.blind([item])
         flagged = item.input
         names = self.names(flagged)
         known = self._bundle_of(flagged)

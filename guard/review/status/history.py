@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 
@@ -63,6 +63,16 @@ class Key(NamedTuple):
     values: tuple[str, ...] = ()
 
 
+_CLEAN, _POISONED = (Key("guard_verdicts_total", (verdict,)) for verdict in ("clean", "poisoned"))
+#: Counters that tell how many requests were flagged, beside that of the verdicts.
+_ABOUT_FLAGGED = (
+    "guard_unflagged_low_total",
+    "guard_queued_total",
+    "guard_shed_total",
+    "guard_detector_fired_total",
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
     """What was counted over one span. A value that nobody knows is None, never 0.
@@ -87,6 +97,8 @@ class History:
     models : tuple of str
     in_use : tuple of str
         Digests of the bundles that servers say they use.
+    hides_flagged : bool
+        See `without_flagged`.
     """
 
     span: Span
@@ -99,6 +111,7 @@ class History:
     is_away: bool = False
     models: tuple[str, ...] = ()
     in_use: tuple[str, ...] = ()
+    hides_flagged: bool = False
 
     def total(self, name: str, *values: str) -> float:
         """Return a counter's total; with fewer values than it has labels, of all series that begin with them."""
@@ -135,6 +148,26 @@ class History:
         counts = self.parts("guard_stage_duration_seconds_bucket", stage)
         bounds = sorted(counts, key=float)
         return _quantile([float(bound) for bound in bounds], [counts[bound] for bound in bounds], share)
+
+
+def without_flagged(history: History) -> History:
+    """Return a history that does not say how many requests were flagged: they count as clean.
+
+    For reviewers of a queue with an audit sample: what came into the queue and was not flagged is an audit.
+    """
+
+    def shown(key: Key) -> Key:
+        return _CLEAN if key == _POISONED else key
+
+    rates: dict[Key, list[float | None]] = {}
+    totals: dict[Key, float] = {}
+    for key, column in history.rates.items():
+        if key.name not in _ABOUT_FLAGGED:
+            rates[shown(key)] = add_up([rates[shown(key)], column]) if shown(key) in rates else column
+    for key, total in history.totals.items():
+        if key.name not in _ABOUT_FLAGGED:
+            totals[shown(key)] = totals.get(shown(key), 0.0) + total
+    return replace(history, rates=rates, totals=totals, hides_flagged=True)
 
 
 class MetricsSource(Protocol):

@@ -190,6 +190,10 @@ class Numbers:
         return None if seconds is None else 1000 * seconds
 
 
+#: Colours of the verdicts.
+_TONES = {"poisoned": "poison", "bypassed": "warn", "rejected": "accent", "failed": "strong"}
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """One line of a chart: a name, a colour's name, and a value per interval (None = a gap)."""
@@ -240,12 +244,13 @@ def charts(numbers: Numbers) -> list[Chart]:
     received = add_up(list(per_minute.values()))
     share = _times(100, history.ratio(poisoned, judged, SHARE_LEAST))
     drift = _times(1 / LOW_SHARE, _trailing_ratio(history.rate("guard_unflagged_low_total"), clean, history.span.step))
+    told = [verdict for verdict in OUTCOMES[1:] if verdict != "poisoned" or not history.hides_flagged]
     points, while_drift = history.span.points, _step_text(_TRAILING * history.span.step)
     found = [
         Chart(
             "flagged",
-            "Detection rate",
-            "% of judged requests flagged",
+            "Flagged",
+            "% of judged requests",
             [Line("flagged", "poison", share)],
             _range("flagged", share, "{:.3g} %", "No request was judged."),
             2,
@@ -261,13 +266,8 @@ def charts(numbers: Numbers) -> list[Chart]:
             "verdicts",
             "Verdicts other than clean",
             "per minute",
-            [
-                Line("poisoned", "poison", per_minute["poisoned"]),
-                Line("bypassed", "warn", per_minute["bypassed"]),
-                Line("rejected", "accent", per_minute["rejected"]),
-                Line("failed", "strong", per_minute["failed"]),
-            ],
-            ", ".join(f"{numbers.verdicts[verdict]:,} {verdict}" for verdict in OUTCOMES[1:]) + ".",
+            [Line(verdict, _TONES[verdict], per_minute[verdict]) for verdict in told],
+            ", ".join(f"{numbers.verdicts[verdict]:,} {verdict}" for verdict in told) + ".",
             2,
         ),
         _latency(numbers),
@@ -292,6 +292,8 @@ def charts(numbers: Numbers) -> list[Chart]:
             is_bars=True,
         ),
     ]
+    if history.hides_flagged:
+        return [chart for chart in found if chart.id not in ("flagged", "drift")]
     if numbers.expected_rate is not None:
         expected: list[float | None] = [100 * numbers.expected_rate] * points
         found[0].lines.append(Line("expected of clean traffic", "soft", expected, is_dashed=True))

@@ -16,7 +16,8 @@ from guard.review.pages import shared
 from guard.review.rendering import render
 from guard.review.status import numbers as status_numbers
 from guard.review.status.bundles import BundleList
-from guard.review.status.history import SPANS, History, Span
+from guard.review.status.detection import bars
+from guard.review.status.history import SPANS, History, Span, without_flagged
 from guard.review.status.numbers import Numbers, read_queue
 from guard.review.status.verdict import answer
 from guard.review.workspace import Workspace, number_of
@@ -88,6 +89,8 @@ def _context(workspace: Workspace, session: Session, span_name: str, model_name:
     frame = shared(workspace, session)
     history, models = _history(workspace, span, model_name, now)
     model = model_name if model_name in models else None
+    if not session.is_admin and workspace.queue.has_audits():
+        history = without_flagged(history)
     rounds = workspace.rounds.all(20, model=model)
     lists = workspace.bundle_lists.of_model(model)
     sure = [found for found in (each.contradictions() for each in lists) if found is not None]
@@ -126,6 +129,7 @@ def _context(workspace: Workspace, session: Session, span_name: str, model_name:
         "dropped": sum(numbers.queue.counts.dropped.values()),
         "people": people,
         "detectors": _fired(history),
+        "detections": [(found, bars(found)) for found in workspace.detection.of(model)] if session.is_admin else None,
         "bundles": [bundle for each in lists for bundle in each.newest(history.in_use)],
         "ways_back": [
             (place, each.of)

@@ -70,7 +70,8 @@ def _sentence(numbers: Numbers, now: datetime) -> str:
         parts.append(f"no request in {span}")
     else:
         requests = f"{numbers.received:,} {'request' if numbers.received == 1 else 'requests'}"
-        parts.append(f"{numbers.flagged:,} of {requests} flagged in {span}")
+        is_told = not numbers.history.hides_flagged
+        parts.append(f"{numbers.flagged:,} of {requests} flagged in {span}" if is_told else f"{requests} in {span}")
         bypassed = numbers.verdicts["bypassed"]
         parts.append(f"{bypassed:,} bypassed" if bypassed else "no bypass")
     oldest = numbers.queue.counts.oldest_pending_at

@@ -1,0 +1,232 @@
+"""What a guard catches and lets through, from the answers about flagged inputs and audits of its queue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from math import ceil, floor
+from typing import Any
+
+from sqlalchemy.engine import Connection
+
+from guard.errors import ConfigError
+from guard.relabel.audits import SampledItems, read_sample, sampled_models, whole_hours
+from guard.relabel.queue import Queue
+from guard.statistics.detection_rates import DetectionRates, Estimate, NotKnown, estimate_rates
+from guard.statistics.review_sample import Populations, Stratum, strata_of_items
+from guard.statistics.strata import FLAGGED, STRATA
+
+#: What is asked of a guard if nobody names a window: its last week.
+WEEK = timedelta(days=7)
+CONFIDENCE = 0.95
+#: Items that are named; of more, only the number is told.
+_NAMED = 10
+
+#: Figures in the order in which they are told: attribute of `DetectionRates` -> what it is, for a person.
+FIGURES = {
+    "detection_rate": "of poisoned inputs, flagged (detection rate)",
+    "false_positive_rate": "of clean inputs, flagged (false-positive rate)",
+    "precision": "of flagged inputs, poisoned (precision)",
+    "poisoned_share": "of all inputs, poisoned",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """What one guard did in a window.
+
+    Attributes
+    ----------
+    model : str
+    start, end : datetime
+        Whole hours, UTC: requests are counted per hour.
+    since : datetime or None
+        Begin of the first of these hours with an audit sample; later than `start` where it began in the window. None:
+        it began later, or there is none.
+    rates : DetectionRates
+    requests : int or None
+        Judged in the window while there was an audit sample; None: they were not counted so.
+    found : tuple of int
+        Numbers of the items of the window that were not flagged, and are poisoned as reviewers say.
+    """
+
+    model: str
+    start: datetime
+    end: datetime
+    since: datetime | None
+    rates: DetectionRates
+    requests: int | None
+    found: tuple[int, ...]
+
+    @property
+    def missed_range(self) -> tuple[int, int] | None:
+        """Between which whole numbers the poisoned inputs that were let through are; None where that is not known."""
+        missed = self.rates.missed
+        if isinstance(missed, NotKnown):
+            return None
+        n_found = len(self.found)
+        return max(n_found, floor(missed.lower + 1e-9)), max(n_found, ceil(missed.upper - 1e-9))
+
+    def sentence(self, window: str) -> str:
+        """Return in one line how many poisoned inputs were let through.
+
+        Parameters
+        ----------
+        window : str
+            As in "in the last 7 days"; where the audit sample began later, that is told instead.
+        """
+        between = self.missed_range
+        if self.since is None:
+            return f"How many poisoned inputs this guard let through {window} is not known: it had no audit sample."
+        if self.since > self.start:
+            window = f"from {_minute(self.since)}, when its audit sample began, to {_minute(self.end)}"
+        if between is None:
+            found = f"; {len(self.found):,} found so far" if self.found else ""
+            return f"How many poisoned inputs this guard let through {window} is {self.rates.missed}{found}."
+        sure = f"({100 * self.rates.confidence:g} % confidence)"
+        return f"This guard let through between {between[0]:,} and {between[1]:,} poisoned inputs {window} {sure}."
+
+    def lines(self) -> list[str]:
+        """Return all figures for people, the most asked one first."""
+        told = [self.sentence(f"from {_minute(self.start)} to {_minute(self.end)}")]
+        told += [f"{shown(getattr(self.rates, name))} {text}" for name, text in FIGURES.items()]
+        told.append(
+            f"from {self.rates.decided_flagged:,} answered flagged inputs, {self.rates.decided_audits:,} audits"
+        )
+        if self.found:
+            more = f" and {len(self.found) - _NAMED:,} more" if len(self.found) > _NAMED else ""
+            told.append(f"found among the audits: item {', '.join(map(str, self.found[:_NAMED]))}{more}")
+        return told
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all figures for programs."""
+        figures = {name: _for_programs(getattr(self.rates, name)) for name in ("missed", *FIGURES)}
+        return {
+            "model": self.model,
+            "from": self.start.isoformat(),
+            "to": self.end.isoformat(),
+            "since": None if self.since is None else self.since.isoformat(),
+            "confidence": self.rates.confidence,
+            "let_through": figures.pop("missed"),
+            **figures,
+            "requests": self.requests,
+            "answered_flagged": self.rates.decided_flagged,
+            "answered_audits": self.rates.decided_audits,
+            "found_missed": list(self.found),
+        }
+
+
+def detection_of(
+    queue: Queue,
+    start: datetime,
+    end: datetime,
+    *,
+    model: str,
+    bundle_digest: str | None = None,
+    attacked_class: int | None = None,
+    confidence: float = CONFIDENCE,
+) -> Detection:
+    """Return what a guard caught and let through in a window, as far as the answers tell.
+
+    Parameters
+    ----------
+    queue : Queue
+    start, end : datetime
+        Aware; widened to whole hours.
+    model : str
+    bundle_digest : str, optional
+        Only what this bundle judged.
+    attacked_class : int, optional
+        Only inputs that the suspect model gives this label. Requests are not counted by class: how many there are is
+        told by the sample alone, and intervals are wider.
+    confidence : float
+        Of the intervals, in (0, 1).
+
+    Raises
+    ------
+    ConfigError
+        If the window ends before it begins, or `confidence` is out of range.
+    QueueUnavailable
+        If the queue does not answer.
+    """
+    with queue.database.reading() as connection:
+        return read_detection(connection, start, end, model, bundle_digest, attacked_class, confidence)
+
+
+def detection_of_models(queue: Queue, start: datetime, end: datetime, model: str | None = None) -> list[Detection]:
+    """Return `detection_of` each model that has an audit sample, or of the named one; none if it has no sample."""
+    with queue.database.reading() as connection:
+        models = [known for known in sampled_models(connection) if model in (None, known)]
+        return [read_detection(connection, start, end, known) for known in models]
+
+
+def read_detection(
+    connection: Connection,
+    start: datetime,
+    end: datetime,
+    model: str,
+    bundle_digest: str | None = None,
+    attacked_class: int | None = None,
+    confidence: float = CONFIDENCE,
+) -> Detection:
+    """Return the same as `detection_of`, by an open connection of the queue."""
+    if start.tzinfo is None or end.tzinfo is None or not start < end:
+        raise ConfigError(f"the window must end after it begins, got {start.isoformat()} to {end.isoformat()}.")
+    first, last = whole_hours(start, end)
+    sample = read_sample(
+        connection, first, last, model=model, bundle_digest=bundle_digest, suspect_label=attacked_class
+    )
+    return Detection(
+        model,
+        first,
+        last,
+        sample.since,
+        estimate_rates(_strata(sample), confidence),
+        sum(sample.requests.values()) if sample.requests is not None else None,
+        tuple(sorted(sample.ids[~sample.is_flagged & (sample.answers == 1)].tolist())),
+    )
+
+
+def _strata(sample: SampledItems) -> list[Stratum]:
+    counted = sample.requests
+    populations = Populations()
+    if counted is not None:
+        n_requests = {name: counted.get(name, 0) for name in STRATA}
+        populations = Populations(sum(n_requests[name] for name in FLAGGED), n_requests["near"], n_requests["far"])
+        n_flagged = int(sample.is_flagged.sum())
+        if (populations.flagged or 0) < n_flagged:  # a worker that was killed lost the last of its counts
+            populations = populations._replace(flagged=n_flagged)
+    return strata_of_items(
+        is_flagged=sample.is_flagged,
+        p_values=sample.p_values,
+        false_positive_rates=sample.false_positive_rates,
+        probabilities=sample.probabilities,
+        answers=sample.answers,
+        populations=populations,
+    )
+
+
+def shown(figure: Estimate | NotKnown) -> str:
+    """Return a share for people: in percent with its interval, or that it is not known yet."""
+    if isinstance(figure, NotKnown):
+        return str(figure)
+    return f"{percent(figure.value)} ({percent(figure.lower)} to {percent(figure.upper)})"
+
+
+def percent(share: float) -> str:
+    """Return a share with the digits that it is worth: three, of what is nearer to 0 or to 1."""
+    if share in (0.0, 1.0):
+        return f"{100 * share:.0f} %"
+    distance = 100 * min(share, 1 - share)
+    digits = 1 if distance >= 1 else 2 if distance >= 0.1 else 3
+    return f"{100 * share:.{digits}f} %"
+
+
+def _for_programs(figure: Estimate | NotKnown) -> dict[str, Any]:
+    if isinstance(figure, NotKnown):
+        return {"known": False, "needed": figure.needed, "of": figure.of}
+    return {"known": True, "value": figure.value, "lower": figure.lower, "upper": figure.upper}
+
+
+def _minute(time: datetime) -> str:
+    return f"{time.astimezone(UTC):%Y-%m-%d %H:%M} UTC"

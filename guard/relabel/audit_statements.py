@@ -1,0 +1,71 @@
+"""Statements that read the audit sample: what came to the queue, what of it was answered, and what it stands for."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+
+from guard.relabel.schema import decisions, items, traffic
+
+_HOUR = timedelta(hours=1) // timedelta(microseconds=1)
+_is_ordinary = items.c.ticket < 1.0  # gold items measure reviewers, and stand for no request
+_received_at = sa.type_coerce(items.c.received_at, sa.BigInteger)
+#: Requests of the item's hour were counted: only then is it known what its kind stands for.
+_is_counted = sa.exists().where(
+    traffic.c.model == items.c.model,
+    traffic.c.bundle_digest == items.c.bundle_digest,
+    sa.type_coerce(traffic.c.hour, sa.BigInteger) == _received_at - _received_at % sa.literal_column(str(_HOUR)),
+)
+
+
+def sampled_items(
+    start: datetime, end: datetime, model: str, bundle_digest: str | None, suspect_label: int | None
+) -> sa.Select[Any]:
+    """List the items of a window, answered or not, of hours whose requests were counted; images are not read."""
+    chosen = [
+        _is_ordinary,
+        items.c.model == model,
+        items.c.received_at >= start,
+        items.c.received_at < end,
+        _is_counted,
+    ]
+    chosen += [] if bundle_digest is None else [items.c.bundle_digest == bundle_digest]
+    chosen += [] if suspect_label is None else [items.c.suspect_label == suspect_label]
+    return (
+        sa.select(
+            items.c.id,
+            items.c.p_value,
+            items.c.false_positive_rate,
+            items.c.audit_probability,
+            decisions.c.is_poisoned,
+        )
+        .join_from(items, decisions, decisions.c.id == items.c.decision_id, isouter=True)
+        .where(*chosen)
+    )
+
+
+def counted_requests(start: datetime, end: datetime, model: str, bundle_digest: str | None) -> sa.Select[Any]:
+    """Count the judged requests of the hours that begin in a window, by stratum."""
+    chosen = [traffic.c.model == model, traffic.c.hour >= start, traffic.c.hour < end]
+    chosen += [] if bundle_digest is None else [traffic.c.bundle_digest == bundle_digest]
+    return sa.select(traffic.c.stratum, sa.func.sum(traffic.c.requests)).where(*chosen).group_by(traffic.c.stratum)
+
+
+def first_counted(model: str, bundle_digest: str | None) -> sa.Select[Any]:
+    """Find the first hour ever whose requests were counted; NULL if there is none."""
+    chosen = [traffic.c.model == model]
+    chosen += [] if bundle_digest is None else [traffic.c.bundle_digest == bundle_digest]
+    return sa.select(sa.func.min(traffic.c.hour)).where(*chosen)
+
+
+#: Models that have an audit sample.
+SAMPLED_MODELS = sa.select(traffic.c.model).distinct().order_by(traffic.c.model)
+#: Per model, audits that the answer that counts calls poisoned: found misses, of all time.
+FOUND_MISSES = (
+    sa.select(items.c.model, sa.func.count())
+    .join_from(items, decisions, decisions.c.id == items.c.decision_id)
+    .where(items.c.audit_probability.is_not(None), _is_ordinary, decisions.c.is_poisoned)
+    .group_by(items.c.model)
+)
