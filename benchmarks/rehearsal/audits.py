@@ -106,7 +106,9 @@ def review(reviewer: Reviewer, queue_url: str) -> tuple[int, int]:
         waiting = queue.count_pending(MODEL)
     answered = 0
     while answered < ANSWERED * waiting:
-        given = reviewer.answer(min(50, round(ANSWERED * waiting) - answered or 1))
+        given = reviewer.answer(
+            min(50, round(ANSWERED * waiting) - answered or 1), "suspicion"
+        )  # as the page gives them
         if not given:
             break
         answered += given
