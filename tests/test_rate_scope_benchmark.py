@@ -1,4 +1,4 @@
-"""The benchmark of `false_positive_rate_scope` without a network: shares of classes, and the stored table in the docs."""
+"""The benchmark of the scope of the rate without a network: shares of classes, and the stored table in the docs."""
 
 from __future__ import annotations
 
