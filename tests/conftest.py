@@ -280,7 +280,6 @@ _WORKING_FILES = (
     "test_v2_rest",
     "test_v2_grpc",
     "test_guarded_model",
-    "test_examples",
     "test_fusion_tables",
     "test_queue_trouble",
     "test_purify",
