@@ -6,9 +6,18 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
@@ -70,6 +79,9 @@ class ServingSettings(BaseModel):
 
     #: Share of clean inputs that may be flagged, a fraction.
     false_positive_rate: float = Field(0.01, gt=0, lt=1)
+    #: Where that rate holds: for all clean inputs together, or for those of each `class` that the network answers with.
+    #: `class` lets the attacker's class set a threshold of its own.
+    false_positive_rate_scope: Literal["all", "class"] = "all"
     #: What is done with a flagged input.
     action: Action = "flag"
     #: `closed`: an input that cannot be scored is an error. `open`: it is answered, and marked `bypassed`.
@@ -116,7 +128,7 @@ class Places(BaseModel):
 #: Settings that may change after a guard was fitted; the others are fixed in its bundle.
 SERVING_SETTINGS = frozenset(ServingSettings.model_fields)
 #: Settings that bundles of the first version did not have.
-_LATER = ("review", "folds", "audit_rate")
+_LATER = ("review", "folds", "audit_rate", "false_positive_rate_scope")
 #: Settings that are no part of a guard; see `Places`.
 PLACES = frozenset(Places.model_fields)
 
@@ -146,6 +158,16 @@ class GuardConfig(FitSettings, ServingSettings, Places):
             raise PydanticCustomError("no_truth", "input should not be true or false")
         return value
 
+    @model_validator(mode="after")
+    def _published_rule_knows_no_rate(self) -> Self:
+        if self.mode == "paper" and self.false_positive_rate_scope == "class":
+            raise PydanticCustomError(
+                "scope",
+                "false_positive_rate_scope 'class' goes with mode 'calibrated': the published rule keeps no rate. "
+                "Leave it out.",
+            )
+        return self
+
     def replace(self, **changes: Any) -> GuardConfig:
         """Return a copy with some settings changed, checked like new ones."""
         return GuardConfig(**{**self.model_dump(), **changes})
@@ -172,6 +194,8 @@ class GuardConfig(FitSettings, ServingSettings, Places):
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "scope":
+        return str(first["msg"])
     if first["type"] == "extra_forbidden":
         if isinstance(first["input"], dict):
             return (

@@ -215,7 +215,8 @@ class Verdict:
     is_poisoned : bool
         True if the input is flagged.
     p_value : float
-        Share of clean inputs at least as suspicious, in (0, 1]; small = suspicious.
+        Share of clean inputs at least as suspicious, in (0, 1]; small = suspicious. Of those with the same answer
+        only, where the false-positive rate holds for each class.
     score : float
         Combined score before it became a p-value; no unit, higher = more suspicious.
     action : {"observe", "flag", "relabel", "block"}

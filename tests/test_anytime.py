@@ -15,6 +15,7 @@ from guard import Guard, GuardConfig, SuspectModel
 from guard.detection.heads.anytime import AnytimeHeads
 from guard.errors import ConfigError, DataError, NotFittedError
 from guard.serving.time_budget import TimeBudget, allowed_milliseconds
+from guard.statistics.class_ranks import ClassRanks
 
 N = 240
 
@@ -129,6 +130,17 @@ def test_early_verdict_looks_at_the_first_depths_only_and_says_so(anytime, clean
     assert verdicts == early.decide(clean_activations[:20])
     assert {verdict.depth for verdict in verdicts} == {first}
     assert {verdict.depth for verdict in anytime.decide(clean_activations[:2])} == {""}
+
+
+def test_early_verdict_keeps_the_rate_in_classes_by_its_own_scores(anytime, clean_activations, tmp_path):
+    guard = Guard.load(anytime.with_config(false_positive_rate_scope="class").save(tmp_path))
+    for entry in guard.early:
+        early = guard.at_depth(entry.depth)
+        ranks = ClassRanks.among(entry.clean_scores, entry.clean_answers, guard.class_ranks.groups)
+        scores = early.scores(clean_activations)
+        expected = ranks.p_values(scores.combined, clean_activations.predicted_labels)
+        np.testing.assert_array_equal(scores.p_values, expected)
+        assert 0.02 <= scores.is_poisoned.mean() <= 0.085
 
 
 def test_early_verdict_relabels_with_the_same_second_opinion(anytime, triggered_activations):

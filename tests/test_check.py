@@ -171,6 +171,8 @@ def test_promise_follows_the_settings_and_the_active_bundle(workshop: Workshop, 
     BundleStore(tmp_path).activate(other.name)
     assert promise_of(follows).false_positive_rate == 0.2
     assert promise_of(workshop.guarded("image", start=False, false_positive_rate=0.1)).false_positive_rate == 0.1
+    assert promise_of(follows).scope == "all"
+    assert promise_of(workshop.guarded("image", start=False, false_positive_rate_scope="class")).scope == "class"
     plain = workshop.plain("image", start=False)
     with pytest.raises(ArchiveError, match="has no guard"):
         promise_of(plain)

@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from guard.cli import run
+from guard.cli.fitting import classes_by_themselves
 from guard.torchserve.archives.contents import followed_bundles
 from guard.torchserve.client import Client
 
@@ -193,6 +194,8 @@ def test_version_is_printed(guard: Run) -> None:
         ([*FIT, "--model-file", "x.py"], "go with --handler only"),
         ([*FIT, "--mode", "magic"], "mode: input should be 'calibrated' or 'paper', got 'magic'"),
         ([*FIT, "--false-positive-rate", "1.5"], "false_positive_rate must be in (0, 1), got 1.5"),
+        ([*FIT, "--false-positive-rate-scope", "label"], "should be 'all' or 'class', got 'label'"),
+        ([*FIT, "--false-positive-rate-scope", "class", "--mode", "paper"], "'class' goes with mode 'calibrated'"),
         ([*FIT, "--device", "toaster"], "--device 'toaster' cannot be used"),
         (
             [*FIT, "--false-positive-rate", "5%"],
@@ -242,6 +245,20 @@ def test_fit_takes_the_class_list_in_the_models_order(fitted: Path, guard: Run) 
     assert about["class_names"] == CLASSES
     assert about["clean_images"] == 240
     assert about["realised_false_positive_rate"] <= 0.1
+
+
+def test_fit_with_a_rate_per_class_says_where_it_holds_and_warns(guard: Run) -> None:
+    chosen = ["--false-positive-rate-scope", "class", "--bundles", "per-class", "--no-activate"]
+    status, shown, problem = guard(*FIT, *chosen)
+    assert status == 0, problem
+    assert "rate holds in   each of 4 classes that the model answers\n" in shown
+    assert "the class that an attacker aims at sets a threshold of its own" in problem
+    digest = Path(shown.split()[1]).name
+    about = guard("bundle", "show", digest[:12], "--bundles", "per-class")[1]
+    assert "false_positive_rate_scope = class" in about
+    is_shared = np.array([False, True, False, True])
+    others = "and in the other 2 together ('b', 'd': too few clean images are answered so)"
+    assert classes_by_themselves(is_shared, list("abcd")) == f"each of 2 classes that the model answers, {others}"
 
 
 def test_fit_remembers_where_its_images_are(fitted: Path, guard: Run, work: Path) -> None:
@@ -525,6 +542,10 @@ def test_inspect_takes_another_rate_and_another_bundle(fitted: Path, guard: Run)
     few = json.loads(guard(*arguments, "--false-positive-rate", "0.01")[1])
     many = json.loads(guard(*arguments, "--false-positive-rate", "0.9")[1])
     assert sum(row["is_poisoned"] for row in few) < sum(row["is_poisoned"] for row in many)
+    of_class = json.loads(guard(*arguments, "--false-positive-rate-scope", "class")[1])
+    flagged = [row["reason"] for row in of_class if row["is_poisoned"]]
+    assert flagged
+    assert all("of the clean images that its answer is compared with" in reason for reason in flagged)
     status, _, printed = guard("inspect", "new", *MODEL, "--digest", "0" * 12)
     assert status == 1
     assert "0 bundles in bundles start with" in error_line(printed)

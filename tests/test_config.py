@@ -127,6 +127,10 @@ def test_config_unknown_key_unlike_all_others_lists_the_known_ones():
         ({"action": "shout"}, "action: input should be 'observe', 'flag', 'relabel' or 'block', got 'shout'."),
         ({"rows_per_request": 2}, "rows_per_request: input should be 1 or 'any', got 2."),
         ({"folds": 1}, "folds: input should be greater than or equal to 2, got 1."),
+        (
+            {"false_positive_rate_scope": "label"},
+            "false_positive_rate_scope: input should be 'all' or 'class', got 'label'.",
+        ),
         ({"seed": True}, "seed: input should not be true or false, got True."),
         ({"false_positive_rate": False}, "false_positive_rate must be in (0, 1), got False."),
         ({"seed": -1}, "seed: input should be greater than or equal to 0, got -1."),
@@ -199,6 +203,13 @@ def test_documentation_lists_every_setting_with_its_kind():
     documented = {name: mark.strip() for name, mark in rows}
     marks = dict.fromkeys(FitSettings.model_fields, "*") | dict.fromkeys(PLACES, "†")
     assert documented == {name: marks.get(name, "") for name in GuardConfig.model_fields}
+
+
+def test_config_portable_leaves_out_the_defaults_of_later_settings():
+    later = {"review", "folds", "audit_rate", "false_positive_rate_scope"}
+    assert GuardConfig().portable().keys() == GuardConfig.model_fields.keys() - PLACES - later
+    changed = {"review": False, "folds": 4, "false_positive_rate_scope": "class"}
+    assert changed.items() <= GuardConfig(**changed).portable().items()
 
 
 def test_config_from_portable_drops_places_and_names_them():

@@ -23,6 +23,7 @@ from guard.cli.options import (
     ServedAction,
     ServedFailureMode,
     ServedRate,
+    ServedRateScope,
     Settings,
     StateKey,
     Weights,
@@ -65,6 +66,7 @@ def archive(
     action: ServedAction = None,
     false_positive_rate: ServedRate = None,
     audit_rate: AuditRate = None,
+    false_positive_rate_scope: ServedRateScope = None,
     failure_mode: ServedFailureMode = None,
     rows_per_request: Annotated[str | None, typer.Option(show_default="as fitted", help="1 or any.")] = None,
     verdict_in_body: Annotated[
@@ -103,6 +105,7 @@ def archive(
         action=action,
         false_positive_rate=false_positive_rate,
         audit_rate=audit_rate,
+        false_positive_rate_scope=false_positive_rate_scope,
         failure_mode=failure_mode,
         rows_per_request=rows,
         verdict_in_body=verdict_in_body,
@@ -150,7 +153,7 @@ def archive(
         )
         checked = "no: it was not asked for"
         if check:
-            checked = check_written(path, images, config.false_positive_rate, fitted)
+            checked = check_written(path, images, config, fitted)
         put_in_place(path, target)
     say(str(target))
     if chosen.get("queue_url"):

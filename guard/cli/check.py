@@ -13,6 +13,7 @@ from guard.cli.output import progress_bar, say
 from guard.errors import ConfigError
 
 if TYPE_CHECKING:
+    from guard.config import GuardConfig
     from guard.detection.pipeline import Guard
 
 
@@ -44,7 +45,7 @@ def check(
     bodies, names = _requests(images)
     of_fit = None
     if promise.images_from == str(images.absolute()):
-        of_fit = share_of_fit(judging_guard(archive, promise.bundle), rate)
+        of_fit = share_of_fit(judging_guard(archive, promise.bundle), rate, promise.scope)
     if url is None:
         if model is not None or key_file is not None:
             raise ConfigError("--model and --key-file go with --url. Leave them out, or name the server.")
@@ -58,7 +59,7 @@ def check(
     say(f"judged by bundle {report.bundle}")
 
 
-def check_written(archive: Path, images: Path | None, rate: float, guard: Guard) -> str:
+def check_written(archive: Path, images: Path | None, config: GuardConfig, guard: Guard) -> str:
     """Load an archive that was just written, send clean images through it if there are any, and say what was found.
 
     Raises
@@ -73,7 +74,9 @@ def check_written(archive: Path, images: Path | None, rate: float, guard: Guard)
             check_start(archive)
             return "it starts; no image was sent through it: `guard check` does, with --images"
         bodies, names = _requests(images)
-        of_fit = share_of_fit(guard, rate) if guard.images_from == str(images.absolute()) else None
+        rate, of_fit = config.false_positive_rate, None
+        if guard.images_from == str(images.absolute()):
+            of_fit = share_of_fit(guard, rate, config.false_positive_rate_scope)
         return check_archive(archive, bodies, rate, of_fit=of_fit, names=names).line()
 
 

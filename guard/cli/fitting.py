@@ -18,7 +18,7 @@ from guard.detection.pipeline import Guard
 from guard.detection.unseen_classes import flagged_of_unseen_classes
 from guard.suspect.model import SuspectModel
 from guard.suspect.outputs import share_of_several_labels
-from guard.types import Float32Array, IntArray
+from guard.types import BoolArray, Float32Array, IntArray
 
 _MOST_THREADS = 8  # as each has its copy of the clean activations
 _POOR = 0.5  # share of right answers, below which a guard is of little use
@@ -71,12 +71,19 @@ def tell_fit(guard: Guard, images: NamedLabelledImages, layers: Sequence[str] = 
         f"false positives {guard.realised_false_positive_rate:.4f} of clean images "
         f"(asked for {guard.config.false_positive_rate:g}, measured out of fold)"
     )
+    if guard.class_ranks is not None:
+        say(f"rate holds in   {classes_by_themselves(guard.class_ranks.is_shared, guard.class_names)}")
 
 
 def warn_of_fit(guard: Guard, images: NamedLabelledImages) -> None:
     """Warn of what was passed over, of classes without images, and of a network that gets few of the labels right."""
     tell_passed_over(images.passed_over)
     _tell_missing(guard)
+    if guard.class_ranks is not None:
+        print_warning(
+            "with false_positive_rate_scope 'class' the class that an attacker aims at sets a threshold of its own, "
+            "and far more of a backdoor's inputs pass. See docs/detection.md, A rate in each class."
+        )
     if (accuracy := _share_right(guard)) < _POOR:
         print_warning(
             f"the suspect model gets only {100 * accuracy:.1f} % of these labels right, so the guard will be poor. "
@@ -95,6 +102,16 @@ def images_per_class(labels: IntArray, n_classes: int, names: Sequence[str] | No
         return f"{counts[0]} of each of {n_classes} classes"
     fewest = np.argsort(counts, kind="stable")[:3]
     return f"{counts.min()} to {counts.max()} of each of {n_classes} classes; fewest: {listed(fewest, names, counts)}"
+
+
+def classes_by_themselves(is_shared: BoolArray, names: Sequence[str] | None) -> str:
+    """Return in one line in which classes the rate holds, and which share a threshold, shape (n_classes,)."""
+    shared = np.flatnonzero(is_shared)
+    own = f"each of {len(is_shared) - len(shared)} classes that the model answers"
+    if len(shared) == 0:
+        return own
+    few = f"{listed(shared, names)}: too few clean images are answered so"
+    return f"{own}, and in the other {len(shared)} together ({few})"
 
 
 def copies_among(guard: Guard, names: Sequence[str]) -> str:

@@ -27,8 +27,10 @@ from guard.cli.options import (
     ModelFile,
     Preprocess,
     Rate,
+    RateScope,
     Seed,
     ServedRate,
+    ServedRateScope,
     Settings,
     Split,
     StateKey,
@@ -60,6 +62,7 @@ def fit(
     class_names: ClassNames = None,
     allow_missing_classes: AllowMissingClasses = False,
     false_positive_rate: Rate = None,
+    false_positive_rate_scope: RateScope = None,
     mode: Mode = None,
     seed: Seed = None,
     action: ActionName = None,
@@ -94,6 +97,7 @@ def fit(
     config = load_config(
         settings,
         false_positive_rate=false_positive_rate,
+        false_positive_rate_scope=false_positive_rate_scope,
         mode=mode,
         seed=seed,
         action=action,
@@ -190,6 +194,7 @@ def inspect(
         str | None, typer.Option(help="Bundle to use, by the first digits of its digest; default ACTIVE.")
     ] = None,
     false_positive_rate: ServedRate = None,
+    false_positive_rate_scope: ServedRateScope = None,
     output_format: Annotated[OutputFormat, typer.Option("--format", help="How to print.")] = OutputFormat.table,
     output: Annotated[Path | None, typer.Option(help="File to write to; default is the terminal.")] = None,
     fail_if_poisoned: Annotated[
@@ -211,7 +216,9 @@ def inspect(
 
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"--output {output}: there is no folder {output.parent}. Make it first.")
-    chosen = load_settings(settings, false_positive_rate=false_positive_rate)
+    chosen = load_settings(
+        settings, false_positive_rate=false_positive_rate, false_positive_rate_scope=false_positive_rate_scope
+    )
     config = load_config(settings)
     store = open_store(bundles)
     bundle = store.resolve(digest) if digest else store.active_path()

@@ -133,6 +133,11 @@ AuditRate = Annotated[
         help="Share of unflagged inputs that go to the queue, too, drawn at random, so that misses are seen.",
     ),
 ]
+_SCOPES = "Where that rate holds: in all clean inputs together (all), or in each class that the model answers (class)."
+RateScope = Annotated[str | None, typer.Option("--false-positive-rate-scope", show_default="all", help=_SCOPES)]
+ServedRateScope = Annotated[
+    str | None, typer.Option("--false-positive-rate-scope", show_default=_AS_FITTED, help=_SCOPES)
+]
 
 
 def _url_or_file(context: typer.Context, parameter: typer.CallbackParam, url: str | None) -> str | None:

@@ -10,7 +10,16 @@ from typing import Annotated
 
 import typer
 
-from guard.cli.options import AuditRate, Bundles, QueueUrl, ServedAction, ServedFailureMode, ServedRate, Settings
+from guard.cli.options import (
+    AuditRate,
+    Bundles,
+    QueueUrl,
+    ServedAction,
+    ServedFailureMode,
+    ServedRate,
+    ServedRateScope,
+    Settings,
+)
 from guard.cli.output import say, tell
 from guard.errors import ConfigError
 from guard.extras import require
@@ -51,6 +60,7 @@ def proxy(
     action: ServedAction = None,
     false_positive_rate: ServedRate = None,
     audit_rate: AuditRate = None,
+    false_positive_rate_scope: ServedRateScope = None,
     failure_mode: ServedFailureMode = None,
     connect_timeout: Annotated[float, typer.Option(help="Seconds until there is a connection to the server.")] = 5.0,
     timeout: Annotated[
@@ -95,6 +105,7 @@ def proxy(
         action=action,
         false_positive_rate=false_positive_rate,
         audit_rate=audit_rate,
+        false_positive_rate_scope=false_positive_rate_scope,
         failure_mode=failure_mode,
         queue_url=queue_url(queue) if queue else None,
     )

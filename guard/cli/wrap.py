@@ -29,6 +29,7 @@ from guard.cli.options import (
     Mode,
     QueueUrl,
     Rate,
+    RateScope,
     Seed,
     Settings,
     Split,
@@ -73,6 +74,7 @@ def wrap(
     allow_missing_classes: AllowMissingClasses = False,
     false_positive_rate: Rate = None,
     audit_rate: AuditRate = None,
+    false_positive_rate_scope: RateScope = None,
     mode: Mode = None,
     seed: Seed = None,
     action: ActionName = None,
@@ -115,6 +117,7 @@ def wrap(
         settings,
         false_positive_rate=false_positive_rate,
         audit_rate=audit_rate,
+        false_positive_rate_scope=false_positive_rate_scope,
         mode=mode,
         seed=seed,
         action=action,
@@ -289,7 +292,7 @@ def _checked(archive: Path, guard: Guard, found: NamedLabelledImages) -> CheckRe
             expected=expected,
             digest=guard.digest,
             pinned=True,
-            of_fit=share_of_fit(guard, guard.config.false_positive_rate),
+            of_fit=share_of_fit(guard, guard.config.false_positive_rate, guard.config.false_positive_rate_scope),
             names=[found.names[row] for row in rows],
         )
 

@@ -18,6 +18,7 @@ from guard.detection.fusion import Fusion, new_fusion
 from guard.detection.heads.head_training import holds_out_enough, one_thread
 from guard.detection.training_set import Examples, TrainingSet
 from guard.statistics.calibration import conformal_p_values, stratified_folds
+from guard.statistics.class_ranks import ClassRanks, class_groups
 from guard.types import BACKUP, FEATURES, BoolArray, Float64Array, FloatArray, IntArray
 
 #: Detectors of `calibrated` mode are cheap to fit, and those of few folds noticeably worse than the final ones, which
@@ -38,12 +39,15 @@ class EarlyFit:
         The deepest that it looks at.
     ensemble, fusion, clean_scores, realised_false_positive_rate
         As of `CrossFit`.
+    clean_answers : ndarray of shape (n,), int64, or None
+        The same; None in an older bundle.
     """
 
     depth: str
     ensemble: Ensemble
     fusion: Fusion
     clean_scores: Float64Array
+    clean_answers: IntArray | None
     realised_false_positive_rate: float
 
 
@@ -59,6 +63,8 @@ class CrossFit:
         Fitted on the out-of-fold scores of all clean rows.
     clean_scores : ndarray of shape (n,), float64, ascending
         Combined scores of the distinct clean rows, each under detectors and a fusion that had not seen it.
+    clean_answers : ndarray of shape (n,), int64
+        What the network answers to the rows of `clean_scores`, in their order.
     realised_false_positive_rate : float
         Share of distinct clean rows flagged when each fold is ranked among the others.
     contradictions : Contradictions
@@ -70,6 +76,7 @@ class CrossFit:
     ensemble: Ensemble
     fusion: Fusion
     clean_scores: Float64Array
+    clean_answers: IntArray
     realised_false_positive_rate: float
     contradictions: Contradictions
     early: tuple[EarlyFit, ...] = ()
@@ -212,8 +219,8 @@ def _fitted_ensemble(
 
 def _calibrated(
     config: GuardConfig, ensemble: Ensemble, raw: Float64Array, logits: FloatArray, labels: IntArray, part: IntArray
-) -> tuple[Fusion, Float64Array, float]:
-    """Return fusion, ascending combined scores and realised rate of out-of-fold scores."""
+) -> tuple[Fusion, Float64Array, IntArray, float]:
+    """Return fusion, ascending combined scores, the answers in their order, and realised rate of out-of-fold scores."""
     fusion = new_fusion(config.mode).fit(raw, logits, labels, ensemble.kinds)
     # Ranking new inputs among scores whose own fusion had seen them would flag more clean inputs than asked for.
     combined = np.empty(len(raw))
@@ -221,15 +228,30 @@ def _calibrated(
         hold = part == fold
         others = new_fusion(config.mode).fit(raw[~hold], logits[~hold], labels[~hold], ensemble.kinds)
         combined[hold] = others.combine(others.surprise(raw[hold]), logits[hold])
+    answers, order = logits.argmax(axis=1), np.argsort(combined, kind="stable")
     # A fold with a class of few images may score without bound.
-    ordered = np.minimum(np.sort(combined), fusion.largest_scores(*raw.shape))
-    return fusion, ordered, _realised_rate(config, fusion, combined, part)
+    ordered = np.minimum(combined[order], fusion.largest_scores(*raw.shape))
+    groups = None
+    if config.false_positive_rate_scope == "class":
+        groups = class_groups(answers, logits.shape[1], config.false_positive_rate)
+    return fusion, ordered, answers[order], _realised_rate(config, fusion, combined, part, answers, groups)
 
 
-def _realised_rate(config: GuardConfig, fusion: Fusion, combined: Float64Array, part: IntArray) -> float:
+def _realised_rate(
+    config: GuardConfig,
+    fusion: Fusion,
+    combined: Float64Array,
+    part: IntArray,
+    answers: IntArray,
+    groups: IntArray | None,
+) -> float:
     flagged = 0
     for fold in np.unique(part):
         hold = part == fold
-        p_values = conformal_p_values(combined[hold], np.sort(combined[~hold]))
+        if groups is None:
+            p_values = conformal_p_values(combined[hold], np.sort(combined[~hold]))
+        else:
+            others = ClassRanks.among(combined[~hold], answers[~hold], groups)
+            p_values = others.p_values(combined[hold], answers[hold])
         flagged += int(fusion.decide(combined[hold], p_values, config.false_positive_rate).sum())
     return flagged / len(combined)

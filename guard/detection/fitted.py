@@ -19,12 +19,14 @@ from guard.detection.cross_fitting import EarlyFit
 from guard.detection.ensemble import Ensemble
 from guard.detection.fusion import Fusion, new_fusion
 from guard.detection.soundness import (
+    ANSWERS,
     GROUPS,
     KEPT,
     REMEDY,
     Calibration,
     check_backup,
     check_calibration,
+    check_same_answers,
     check_stored,
     reproduction,
     rows_scored,
@@ -32,6 +34,7 @@ from guard.detection.soundness import (
 )
 from guard.detection.training_set import LabelledCounts
 from guard.errors import BundleError, ConfigError, DataError, NotFittedError
+from guard.statistics.class_ranks import ClassRanks, class_groups
 from guard.storage.bundle import read_bundle, write_bundle
 from guard.suspect.model import SuspectModel
 from guard.suspect.split_points import SplitPoints
@@ -54,6 +57,10 @@ class FittedGuard:
         Makes one score of theirs.
     clean_scores : ndarray of shape (n,), float64, ascending
         Combined scores of the distinct clean images, out of fold.
+    clean_answers : ndarray of shape (n,), int64, or None
+        What the network answers to the images of `clean_scores`, in their order; None in an older bundle.
+    class_ranks : ClassRanks or None
+        What gives p-values within classes; None where the rate holds for all clean inputs together.
     reference, reference_labels : Activations, ndarray of shape (n,)
         The clean data it was fitted on, rounded where that changes nothing, see `kept_reference`.
     reference_groups : ndarray of shape (n,), int64, or None
@@ -127,11 +134,23 @@ class FittedGuard:
     relabels: bool = True
     images_from: str | None = None
     digest: str | None = None
+    clean_answers: IntArray | None = None
+    class_ranks: ClassRanks | None = field(init=False)
 
-    @property
-    def least_p_value(self) -> float:
-        """1 / (n + 1) for n clean scores: the p-value of an input that is more suspicious than every one of them."""
-        return 1.0 / (len(self.clean_scores) + 1)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_ranks", self._class_ranks())
+
+    def _class_ranks(self) -> ClassRanks | None:
+        if self.config.false_positive_rate_scope == "all":
+            return None
+        if self.clean_answers is None:
+            raise ConfigError(
+                "false_positive_rate_scope 'class' needs to know what the network answered to the clean images of the "
+                "calibration, and this bundle is of a version that did not keep it. Fit again, or take the scope 'all'."
+            )
+        n_classes = self.reference.logits.shape[1]
+        groups = class_groups(self.clean_answers, n_classes, self.config.false_positive_rate)
+        return ClassRanks.among(self.clean_scores, self.clean_answers, groups)
 
     @property
     def is_distinct(self) -> BoolArray:
@@ -194,6 +213,8 @@ class FittedGuard:
         }
         if self.reference_groups is not None:
             arrays[GROUPS] = self.reference_groups
+        if self.clean_answers is not None:
+            arrays[ANSWERS] = self.clean_answers
         for prefix, part in (
             ("reference", dict(self.reference.items())),
             ("noisy_reference", dict(self.noisy_reference.items()) if self.noisy_reference is not None else {}),
@@ -205,6 +226,8 @@ class FittedGuard:
         for place, early in enumerate(self.early):
             again = reproduction(Calibration(early.ensemble, early.fusion, early.clean_scores), sample)
             early_arrays = {"clean_scores": early.clean_scores, KEPT: again, **early.fusion.arrays()}
+            if early.clean_answers is not None:
+                early_arrays[ANSWERS] = early.clean_answers
             arrays |= {f"early.{place}.{name}": array for name, array in early_arrays.items()}
         return write_bundle(directory, document, arrays)
 
@@ -252,6 +275,7 @@ class FittedGuard:
                 ensemble=ensemble,
                 fusion=new_fusion(config.mode).restore(_below(stored.arrays, "fusion.")),
                 clean_scores=stored.arrays["clean_scores"],
+                clean_answers=stored.arrays.get(ANSWERS),
                 reference=_activations(_below(stored.arrays, "reference."), depths),
                 reference_labels=stored.arrays["labels"],
                 contradictions=Contradictions.from_document(document),
@@ -292,6 +316,7 @@ class FittedGuard:
         for place, verdict in enumerate(self.early):
             name, kept = f"the verdict at {verdict.depth}", arrays.get(f"early.{place}.{KEPT}")
             require({"clean_scores": verdict.clean_scores}, "clean_scores", (len(self.clean_scores),))
+            check_same_answers(name, self.clean_answers, verdict.clean_answers)
             early = Calibration(verdict.ensemble, verdict.fusion, verdict.clean_scores)
             check_calibration(name, early, sample, labels, kept)
 
@@ -337,7 +362,7 @@ def _early_fits(
         fusion = new_fusion(config.mode).restore(parts)
         rate = entry["realised_false_positive_rate"]
         shallow = ensemble.up_to(layers[: place + 1])
-        fits.append(EarlyFit(entry["depth"], shallow, fusion, parts["clean_scores"], rate))
+        fits.append(EarlyFit(entry["depth"], shallow, fusion, parts["clean_scores"], parts.get(ANSWERS), rate))
     return tuple(fits)
 
 

@@ -18,6 +18,7 @@ from guard.detection.soundness import check_varied
 from guard.detection.training_set import TrainingSet, check_labels
 from guard.errors import ConfigError, DataError, SuspectModelError
 from guard.statistics.calibration import check_rate, conformal_p_values
+from guard.statistics.class_ranks import class_groups
 from guard.suspect.batch_dependence import batch_dependence
 from guard.suspect.model import BATCH_SIZE, SuspectModel
 from guard.types import (
@@ -165,6 +166,8 @@ class Guard(FittedGuard):
         if n < 2 * (folds := config.fewest_folds):
             who, cure = ("a fit", "") if config.folds is None else (f"folds={folds}", ", or fewer folds")
             raise DataError(f"{who} needs at least {2 * folds} clean images, got {n}. Give more{cure}.")
+        if config.false_positive_rate_scope == "class":
+            class_groups(activations.predicted_labels[training.is_distinct], n_classes, config.false_positive_rate)
         if config.anytime and config.mode == "paper":
             raise ConfigError("anytime goes with mode 'calibrated': the published rule knows one depth. Leave it out.")
         if class_names is not None and len(class_names) != n_classes:
@@ -183,6 +186,7 @@ class Guard(FittedGuard):
             ensemble=fitted.ensemble,
             fusion=fitted.fusion,
             clean_scores=fitted.clean_scores,
+            clean_answers=fitted.clean_answers,
             reference=kept_reference(activations, training.same_as),
             reference_labels=training.labels,
             realised_false_positive_rate=fitted.realised_false_positive_rate,
@@ -344,7 +348,10 @@ class Guard(FittedGuard):
         raw = self.ensemble.score_fused(activations)
         surprise = self.fusion.surprise(raw)
         combined = self.fusion.combine(surprise, activations.logits)
-        p_values = conformal_p_values(combined, self.clean_scores)
+        if self.class_ranks is None:
+            p_values = conformal_p_values(combined, self.clean_scores)
+        else:
+            p_values = self.class_ranks.p_values(combined, activations.predicted_labels)
         is_poisoned = self.fusion.decide(combined, p_values, self.config.false_positive_rate)
         return Scores(raw, surprise, combined, p_values, is_poisoned)
 
@@ -398,6 +405,7 @@ class Guard(FittedGuard):
                     ensemble=early.ensemble,
                     fusion=early.fusion,
                     clean_scores=early.clean_scores,
+                    clean_answers=early.clean_answers,
                     realised_false_positive_rate=early.realised_false_positive_rate,
                 )
         known = ", ".join(early.depth for early in self.early) or "none"
@@ -405,8 +413,9 @@ class Guard(FittedGuard):
 
     def _reason(self, scores: Scores, row: int) -> str:
         top = int(scores.surprise[row].argmax())
+        among = "clean images" if self.class_ranks is None else "the clean images that its answer is compared with"
         return (
-            f"as suspicious as {100 * scores.p_values[row]:.2g} % of clean images; "
+            f"as suspicious as {100 * scores.p_values[row]:.2g} % of {among}; "
             f"strongest sign: {self.ensemble.names[top]} = {scores.raw[row, top]:.3g}"
         )
 

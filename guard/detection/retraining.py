@@ -84,6 +84,7 @@ def retrain(
         ensemble=fitted.ensemble,
         fusion=fitted.fusion,
         clean_scores=fitted.clean_scores,
+        clean_answers=fitted.clean_answers,
         reference=_copied(guard.reference),
         reference_labels=guard.reference_labels.copy(),
         noisy_reference=_copied(guard.noisy_reference) if guard.noisy_reference is not None else None,

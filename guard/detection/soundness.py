@@ -40,6 +40,8 @@ _LARGEST_COUNT = 2**31
 KEPT = "reproduction"
 #: Array that says which clean images are copies of each other, in a bundle of a set that has some.
 GROUPS = "groups"
+#: Array that says what the network answers to the images of the clean scores; a bundle of an older version has none.
+ANSWERS = "clean_answers"
 #: So far beyond the clean images, in units of their spread, must an input be flagged at a rate of half a percent.
 _FAR, _FAR_P = 100.0, 0.005
 #: Beyond this p-value must a detector or a kind find such an input, all others being as usual.
@@ -149,6 +151,17 @@ def check_calibration(
         raise DataError(f"{name}: {int(far.sum())} of {len(far)} clean images get other scores than in fit.")
     if not np.allclose(conformal_p_values(before, clean_scores), p_before, rtol=0, atol=1e-9):
         raise DataError(f"{name}: its clean scores give other p-values than in fit.")
+
+
+def check_same_answers(name: str, answers: IntArray | None, early: IntArray | None) -> None:
+    """Refuse an early verdict whose clean scores are of inputs with other answers than those of the whole guard."""
+    if (answers is None) != (early is None):
+        raise DataError(f"{name}: {ANSWERS} must be there for every verdict, or for none.")
+    if answers is None or early is None:
+        return
+    require({ANSWERS: early}, ANSWERS, answers.shape, kind="i")
+    if not np.array_equal(np.sort(answers), np.sort(early)):
+        raise DataError(f"{name}: {ANSWERS} must be those of the whole guard, in another order.")
 
 
 def check_backup(arrays: Mapping[str, AnyArray]) -> None:
@@ -285,7 +298,13 @@ def _check_reference(document: Mapping[str, Any], arrays: Mapping[str, AnyArray]
     if not least <= calibrated <= most:
         raise DataError(f"array clean_scores must have {least} to {most} rows, got {calibrated}.")
     layers = (FEATURES, *document["depths"])
-    require(arrays, "reference.logits", (n, n_classes))
+    answered = np.bincount(require(arrays, "reference.logits", (n, n_classes)).argmax(axis=1), minlength=n_classes)
+    if ANSWERS in arrays:
+        answers = require(arrays, ANSWERS, (calibrated,), kind="i", low=0, high=n_classes - 1)
+        if (np.bincount(answers, minlength=n_classes) > answered).any():
+            raise DataError(
+                f"array {ANSWERS} has a class more often than the network answers the clean images with it."
+            )
     widths = {"logits": n_classes} | {
         depth: require(arrays, f"reference.{depth}", (n, None)).shape[1] for depth in layers
     }

@@ -63,7 +63,7 @@ class Movement:
         for guard in (first, second):
             scores = guard.scores(inputs)
             flagged.append(scores.is_poisoned)
-            far = scores.p_values <= guard.least_p_value
+            far = scores.combined > guard.clean_scores[-1]
             sure.append(scores.is_poisoned & far if far_only else scores.is_poisoned)
         return cls(inputs.predicted_labels, sure[0] & ~flagged[1], sure[1] & ~flagged[0])
 

@@ -116,12 +116,15 @@ def chosen_rows(n: int) -> list[int]:
     return list(dict.fromkeys(np.linspace(0, n - 1, min(n, MOST_IMAGES)).astype(int).tolist()))
 
 
-def share_of_fit(guard: Guard, rate: float) -> float:
+def share_of_fit(guard: Guard, rate: float, scope: str = "all") -> float:
     """Return the share of the images of its fit that a guard flags; above the rate where the network is often wrong.
 
-    Its heads have seen that the network is wrong there. The rate is promised of other images.
+    Its heads have seen that the network is wrong there. The rate is promised of other images, in a scope of
+    `false_positive_rate_scope`.
     """
-    return float((guard.scores(guard.reference).p_values <= rate).mean())
+    of_class = {"false_positive_rate": rate} if scope == "class" else {}
+    asked = guard.with_config(false_positive_rate_scope=scope, **of_class)
+    return float((asked.scores(asked.reference).p_values <= rate).mean())
 
 
 def judging_guard(archive: Path, bundle: Path | None) -> Guard:

@@ -224,7 +224,10 @@ class _Bench:
             class_names=guard.class_names,
             progress=self.progress,
         )
-        fitted = ("ensemble", "fusion", "clean_scores", "reference", "realised_false_positive_rate", "early")
+        fitted = (
+            *("ensemble", "fusion", "clean_scores", "clean_answers", "reference"),
+            *("realised_false_positive_rate", "early"),
+        )
         return replace(guard, **{name: getattr(again, name) for name in fitted})
 
 

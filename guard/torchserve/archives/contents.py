@@ -109,6 +109,8 @@ class Promise:
     false_positive_rate : float
         By its settings, or else those of the bundle that judges: the active one of the folder that it follows, where
         that is there, or the one in the archive.
+    scope : str
+        Where that rate holds, by the same: `false_positive_rate_scope`.
     bundle : Path or None
         Folder of that active bundle; None: the one in the archive judges.
     images_from : str or None
@@ -117,6 +119,7 @@ class Promise:
 
     model: str
     false_positive_rate: float
+    scope: str
     bundle: Path | None
     images_from: str | None
 
@@ -146,9 +149,10 @@ def promise_of(archive: Path) -> Promise:
             document = json.loads(bundle.joinpath(DOCUMENT).read_bytes())
         else:
             document = json.loads(read_member(archive, f"{known['embedded']}/{DOCUMENT}", 2**26) or b"")
-        rate = {**document["settings"], **tomllib.loads(settings.decode())}["false_positive_rate"]
+        served = {**document["settings"], **tomllib.loads(settings.decode())}
+        scope = str(served.get("false_positive_rate_scope", "all"))
         name = json.loads(manifest)["model"]["modelName"]
-        return Promise(name, float(rate), bundle, document.get("images_from"))
+        return Promise(name, float(served["false_positive_rate"]), scope, bundle, document.get("images_from"))
     except StoreUnavailable:
         raise
     except (ValueError, KeyError, TypeError, OSError, RecursionError, BundleError) as error:
