@@ -106,7 +106,9 @@ def review(reviewer: Reviewer, queue_url: str) -> tuple[int, int]:
         waiting = queue.count_pending(MODEL)
     answered = 0
     while answered < ANSWERED * waiting:
-        given = reviewer.answer(min(50, round(ANSWERED * waiting) - answered or 1))
+        given = reviewer.answer(
+            min(50, round(ANSWERED * waiting) - answered or 1), "suspicion"
+        )  # as the page gives them
         if not given:
             break
         answered += given
@@ -146,7 +148,7 @@ def draw(
     stream.stackplot(seconds[:-1] + 0.5, counts, labels=list(kinds), colors=[colour for colour, _ in kinds.values()])
     stream.set_ylabel(f"requests per second\n(clean, passed: the rest of {PER_SECOND:g})")
     stream.set_xlabel("seconds")
-    stream.legend(loc="upper right", frameon=False, fontsize=9)
+    stream.legend(loc="upper left", frameon=False, fontsize=9)
     for span in spans:
         if span.phase.name in _SHADES:
             stream.axvspan(span.start - begin, span.end - begin, color=_SHADES[span.phase.name], zorder=0, lw=0)
@@ -169,7 +171,7 @@ def draw(
         axis.axhline(scale * truth, color="#c0392b", lw=1.5, ls="--", label="truth")
         axis.set_xlim(-1, 1)
         axis.set_xticks([])
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.15 * scale * max(truth, upper))
         axis.set_title(name.replace("_", " ") + ("" if name == "missed" else ", %"), fontsize=10)
     scales[0].legend(loc="lower left", frameon=False, fontsize=8)
     for axis in (stream, *scales):

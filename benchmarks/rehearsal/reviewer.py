@@ -43,11 +43,11 @@ class Reviewer:
             for image, label in zip(images, labels.tolist(), strict=True):
                 self._truth[_key(np.rint(255 * image[0]).astype(np.uint8))] = (label, is_triggered)
 
-    def answer(self, count: int) -> int:
+    def answer(self, count: int, order: str = "age") -> int:
         """Answer up to so many inputs, skipping what was never sent like this; return how many."""
         answered = 0
         with Client(self._url, token=self._token) as page:
-            items = _parsed(page, "GET", f"/api/v1/items/next?n={count}&order=age")["items"]
+            items = _parsed(page, "GET", f"/api/v1/items/next?n={count}&order={order}")["items"]
             for item in items:
                 with Image.open(io.BytesIO(page.request("GET", item["image"]).body)) as picture:
                     known = self._truth.get(_key(np.asarray(picture.convert("L"))))
