@@ -199,8 +199,9 @@ def test_admin_sees_what_the_guard_lets_through_and_a_reviewer_does_not(queue):
         assert "Detection rate of poisoned inputs, flagged" in told
         assert "80.0 % 80.0 % to 80.0 % 0 % 100 %" in told  # the precision: all flagged inputs were answered
         assert page.count('<svg class="interval"') == 4
-        assert told.count("item 51") == 1
-        for hidden in ("let through between", "of poisoned inputs, flagged", "item 51"):
+        assert "2 found among the audits: guard audit names them." in told
+        assert "item 51" not in told  # an answer about it can still be changed, by an admin, too
+        for hidden in ("let through between", "of poisoned inputs, flagged", "found among"):
             assert hidden not in shown(reviewer.get(path).text)
 
 
