@@ -89,6 +89,22 @@ def test_sample_holds_flagged_inputs_and_audits_with_the_answer_that_counts(queu
         assert found_misses(connection) == {"digits": 1}
 
 
+def test_queue_is_blind_from_the_first_counted_request_on(queue):
+    assert not queue.has_audits()
+    assert not queue.blind([queue.get(queue.enqueue([judged(0)]).ids[0])])[0].is_blinded
+    queue.note_traffic("signs", OTHER, {(START, "far"): 1})
+    assert queue.has_audits()
+    (item,) = queue.blind([queue.get(1)])
+    assert item.is_blinded
+    assert (item.input.p_value, item.input.raw, item.input.reason, item.input.false_positive_rate) == (
+        1.0,
+        {},
+        "",
+        None,
+    )
+    assert (item.input.suspect_label, item.input.backup_label, item.input.request_id) == (3, 5, "request-0")
+
+
 def test_answered_item_counts_after_its_images_are_gone(queue):
     queue.note_traffic("digits", "ab" * 32, {(START, "far"): 1})
     [item_id] = queue.enqueue([audit(0)]).ids

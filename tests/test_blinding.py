@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from metrics_helpers import Counters
 from queue_helpers import START
 from review_helpers import log_in, picture, workspace_of
@@ -118,6 +119,38 @@ def test_scores_are_shown_until_requests_are_drawn_and_then_of_no_item(queue):
     assert queue.get(1).input.p_value == 0.001  # what is stored stays as it was
 
 
+def test_audit_is_looked_up_with_the_same_statements_as_a_flagged_input(queue):
+    """So that no answer about one takes longer."""
+    same = {"received_at": START, "request_id": "request-0"}
+    queue.enqueue([picture(0, **same), unflagged(0, **same)])
+    workspace = workspace_of(queue)
+    ada, robot = log_in(workspace, "ada"), program(workspace, "robot", "admin")
+    ran: list[str] = []
+    sa.event.listen(queue.database.engine, "before_cursor_execute", lambda *given: ran.append(given[2]))
+
+    def statements(client: TestClient, method: str, path: str, **more: Any) -> list[str]:
+        ran.clear()
+        assert client.request(method, path, **more).status_code < 400
+        return list(ran)
+
+    queue.claim_items("ada", [1, 2])
+    answer = {"verdict": "poisoned", "true_label": "4", "advance": "0"}
+    for client, method, path, more in (
+        (robot, "GET", "/api/v1/items/{}", {}),
+        (robot, "GET", "/api/v1/items/{}/image.png", {}),
+        (ada, "GET", "/items/{}", {}),
+        (ada, "GET", "/images/items/{}.png?view=sent", {}),
+        (ada, "POST", "/items/{}/renew", {}),
+        (ada, "POST", "/items/{}/decision", {"data": answer, "headers": {"HX-Request": "true"}}),
+        (ada, "GET", "/items/{}", {}),
+    ):
+        if method == "GET":
+            statements(client, method, path.format(1), **more)  # what the page remembers of both
+        flagged_ran, audit_ran = (statements(client, method, path.format(item), **more) for item in (1, 2))
+        assert flagged_ran == audit_ran, path
+        assert flagged_ran
+
+
 def test_gold_copy_of_an_audit_keeps_what_it_was(queue):
     queue.enqueue([unflagged(0), picture(1)])
     queue.claim_items("bo", [1])
@@ -133,28 +166,50 @@ def test_reviewer_is_not_told_how_many_were_flagged_where_audits_are_mixed_in(qu
     sampler = Sampler(["http://127.0.0.1:8082"], read=lambda url: counters.series())
     now = datetime.now(UTC)
     sampler.look(now.timestamp() - 300)
-    counters.answer("clean", 1201)
-    counters.answer("poisoned", 37)
-    counters.add("guard_unflagged_low_total", 121)
-    counters.add("guard_detector_fired_total", 41, detector="lof/features")
-    counters.add("guard_shed_total", 43, reason="full")
+    counters.answer("clean", 12011)
+    counters.answer("poisoned", 3737)
+    counters.add("guard_unflagged_low_total", 1217)
+    counters.add("guard_detector_fired_total", 4141, detector="lof/features")
+    counters.add("guard_shed_total", 4343, reason="full")
     sampler.look(now.timestamp() - 1)
     workspace = workspace_of(queue, metrics=sampler)
     reviewer, admin = log_in(workspace, "ada"), log_in(workspace, "root", "admin")
     queue.enqueue([picture(0, received_at=now - timedelta(minutes=2))])
-    assert "37 of 1,238 requests flagged" in shown(reviewer.get("/status").text)
+    assert "3,737 of 15,748 requests flagged" in shown(reviewer.get("/status").text)
     queue.enqueue([unflagged(1, received_at=now - timedelta(minutes=1))])
-    assert "37 of 1,238 requests flagged" in shown(admin.get("/status").text)
+    assert "3,737 of 15,748 requests flagged" in shown(admin.get("/status").text)
     for path in ("/status", "/status?span=day&model=digits", "/status/now"):
         page = reviewer.get(path).text
-        assert "1,238 requests in the last" in shown(page)
+        assert "15,748 requests in the last" in shown(page)
         charts = json.loads(page.split("data-charts='")[1].split("'")[0].replace("&#34;", '"'))["charts"]
         assert {chart["id"] for chart in charts} == {"requests", "verdicts", "latency", "queue"}
         names = {line["name"] for chart in charts for line in chart["lines"]}
         assert names >= {"bypassed", "rejected", "failed", "came in"}
         assert not names & {"poisoned", "flagged", "clean"}
-        for told in ("37", "41", "43", "1,201", "1201", "121", "lof/features"):
-            assert told not in shown(page).replace(now.strftime("%H:%M"), ""), told
+        for told in ("3,737", "4,141", "4,343", "12,011", "1,217", "lof/features"):
+            assert told not in shown(page), told
+
+
+def test_item_that_a_bundle_learned_from_looks_like_one_that_none_did(queue):
+    """Of flagged inputs and of audits a bundle learns differently."""
+    queue.enqueue([picture(0, received_at=START), unflagged(0, received_at=START, request_id="request-0")])
+    workspace = workspace_of(queue)
+    ada, robot = log_in(workspace, "ada"), program(workspace, "robot", "admin")
+    for item_id in (1, 2):
+        queue.claim_items("ada", [item_id])
+        queue.decide("ada", item_id, is_poisoned=False, true_label=3)
+    queue.mark_trained([1], "c" * 64)
+    assert [robot.get(f"/api/v1/items/{item_id}").json()["state"] for item_id in (1, 2)] == ["decided", "decided"]
+    page = ada.get("/answers").text
+    assert page.count(">Take back</button>") == page.count(">Save</button>") == 2
+    assert "decided" in "".join(write_csv(items_in(queue, [State.TRAINED]), workspace.names))
+    assert "learned from" not in shown(ada.get("/progress").text).partition("Next retraining")[0]
+    assert "learned from" not in shown(ada.get("/status").text)
+    assert (program(workspace, "bo").get("/api/v1/counts").json()["by_state"]["decided"]) == 2
+    assert robot.get("/api/v1/counts").json()["by_state"] == {**dict.fromkeys(State, 0), "decided": 1, "trained": 1}
+    for decision in queue.decisions(reviewer="ada"):  # what looks open for a change is
+        assert ada.post(f"/answers/{decision.id}/withdraw").status_code == 303
+    assert [queue.get(item_id).state for item_id in (1, 2)] == [State.CLAIMED] * 2
 
 
 # --- what is told of them all together
@@ -177,8 +232,9 @@ def test_admin_sees_what_the_guard_lets_through_and_a_reviewer_does_not(queue):
         assert "Detection rate of poisoned inputs, flagged" in told
         assert "80.0 % 80.0 % to 80.0 % 0 % 100 %" in told  # the precision: all flagged inputs were answered
         assert page.count('<svg class="interval"') == 4
-        assert told.count("item 51") == 1
-        for hidden in ("let through between", "of poisoned inputs, flagged", "item 51"):
+        assert "2 found among the audits: guard audit names them." in told
+        assert "item 51" not in told  # an answer about it can still be changed, by an admin, too
+        for hidden in ("let through between", "of poisoned inputs, flagged", "found among"):
             assert hidden not in shown(reviewer.get(path).text)
 
 

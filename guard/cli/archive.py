@@ -14,13 +14,13 @@ import typer
 from guard.cli.check import check_written
 from guard.cli.options import (
     Architecture,
-    AuditRate,
     Bundles,
     Check,
     ExtraFile,
     ModelFile,
     QueueUrl,
     ServedAction,
+    ServedAuditRate,
     ServedFailureMode,
     ServedRate,
     ServedRateScope,
@@ -65,7 +65,7 @@ def archive(
     version: Annotated[str, typer.Option(help="Version of the model.")] = "1.0",
     action: ServedAction = None,
     false_positive_rate: ServedRate = None,
-    audit_rate: AuditRate = None,
+    audit_rate: ServedAuditRate = None,
     false_positive_rate_scope: ServedRateScope = None,
     failure_mode: ServedFailureMode = None,
     rows_per_request: Annotated[str | None, typer.Option(show_default="as fitted", help="1 or any.")] = None,

@@ -46,7 +46,7 @@ def audit(
     slack: Annotated[int, typer.Option(help="Requests that may differ, as after a worker was killed.", min=0)] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Compare the counts of clients, metrics and queue, and tell what passed.
+    """Compare the counts of clients, metrics and queue.
 
     received = clean + poisoned + bypassed + rejected + failed, by source, and the differences. With the queue of an
     audit sample, also how many poisoned inputs were let through. Status 0: the counts agree. 1: they do not. 2: they

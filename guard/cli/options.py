@@ -124,14 +124,11 @@ ServedRate = Annotated[
     float | None,
     typer.Option("--false-positive-rate", parser=share, metavar="<float>", show_default=_AS_FITTED, help=RATE_HELP),
 ]
-AuditRate = Annotated[
+_AUDITS = "Share of unflagged inputs that go to the queue, too, drawn at random, so that misses are seen."
+AuditRate = Annotated[float | None, typer.Option(parser=share, metavar="<float>", show_default="0", help=_AUDITS)]
+ServedAuditRate = Annotated[
     float | None,
-    typer.Option(
-        parser=share,
-        metavar="<float>",
-        show_default="as fitted, or 0",
-        help="Share of unflagged inputs that go to the queue, too, drawn at random, so that misses are seen.",
-    ),
+    typer.Option("--audit-rate", parser=share, metavar="<float>", show_default=_AS_FITTED, help=_AUDITS),
 ]
 _SCOPES = "Where that rate holds: in all clean inputs together (all), or in each class that the model answers (class)."
 RateScope = Annotated[str | None, typer.Option("--false-positive-rate-scope", show_default="all", help=_SCOPES)]

@@ -11,10 +11,10 @@ from typing import Annotated
 import typer
 
 from guard.cli.options import (
-    AuditRate,
     Bundles,
     QueueUrl,
     ServedAction,
+    ServedAuditRate,
     ServedFailureMode,
     ServedRate,
     ServedRateScope,
@@ -59,7 +59,7 @@ def proxy(
     rotate_keys: Annotated[bool, typer.Option("--rotate-keys", help="Make a new key; the kept one is void.")] = False,
     action: ServedAction = None,
     false_positive_rate: ServedRate = None,
-    audit_rate: AuditRate = None,
+    audit_rate: ServedAuditRate = None,
     false_positive_rate_scope: ServedRateScope = None,
     failure_mode: ServedFailureMode = None,
     connect_timeout: Annotated[float, typer.Option(help="Seconds until there is a connection to the server.")] = 5.0,

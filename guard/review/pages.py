@@ -152,6 +152,7 @@ def shared(workspace: Workspace, session: Session) -> dict[str, Any]:
     return {
         "session": session,
         "counts": counts,
+        "is_blind": workspace.is_blind(session.reviewer),
         "by_state": by_state,
         "today": workspace.log.count_standing(session.name, since),
     }
@@ -230,7 +231,7 @@ def _work(
 
 def _answer_row(workspace: Workspace, session: Session, decision: Decision) -> dict[str, Any]:
     try:
-        item = workspace.seen(session.reviewer, decision.item_id)
+        (item,) = workspace.queue.blind([workspace.seen(session.reviewer, decision.item_id)])
     except ItemGone:
         return {"decision": decision, "item": None, "names": [], "text": "", "suspect": ""}
     names = workspace.names(item.input)

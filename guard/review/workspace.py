@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from guard.errors import AlreadyDecided, ConfigError, DataError, ItemGone, NotYours, TooManyHeld
 from guard.relabel.activity import Activity
+from guard.relabel.blinding import blinded_counts
 from guard.relabel.items import Answer, Counts, Decision, FlaggedInput, QueueItem, State
 from guard.relabel.queue import Queue
 from guard.relabel.request_body import Field, fields_of, pictures_of
@@ -398,8 +399,17 @@ class Workspace:
         return self.seen(reviewer, item_id).input
 
     def counts(self, reviewer: Reviewer) -> Counts:
-        """Return how much there is of everything; to a reviewer gold items count as all others."""
-        return self.queue.counts() if reviewer.role == "admin" else self.queue.counts(seen_by=reviewer.name)
+        """Return how much there is of everything; to a reviewer gold items count as all others, and where audits are
+        mixed in, items that a bundle learned from as all answered ones.
+        """
+        if reviewer.role == "admin":
+            return self.queue.counts()
+        counts = self.queue.counts(seen_by=reviewer.name)
+        return replace(counts, by_state=blinded_counts(counts.by_state)) if self.is_blind(reviewer) else counts
+
+    def is_blind(self, reviewer: Reviewer) -> bool:
+        """Return whether somebody is not to see numbers that would tell audits: a reviewer, where there are some."""
+        return reviewer.role != "admin" and self.queue.has_audits()
 
     def _bundle_of(self, flagged: FlaggedInput) -> KnownBundle | None:
         return self.bundles.find(flagged.bundle_digest, flagged.model) or self.bundles.active(flagged.model)

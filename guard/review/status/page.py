@@ -89,7 +89,7 @@ def _context(workspace: Workspace, session: Session, span_name: str, model_name:
     frame = shared(workspace, session)
     history, models = _history(workspace, span, model_name, now)
     model = model_name if model_name in models else None
-    if not session.is_admin and workspace.queue.has_audits():
+    if frame["is_blind"]:
         history = without_flagged(history)
     rounds = workspace.rounds.all(20, model=model)
     lists = workspace.bundle_lists.of_model(model)
@@ -125,7 +125,11 @@ def _context(workspace: Workspace, session: Session, span_name: str, model_name:
         "drawn": {"times": middles, "charts": [chart.as_dict() for chart in charts]},
         "since": since,
         "is_short": history.since is not None and history.since > history.edges[0] + span.step,
-        "states": [(text, numbers.queue.counts.by_state[state]) for state, text in _STATES.items()],
+        "states": [
+            (text, numbers.queue.counts.by_state[state])
+            for state, text in _STATES.items()
+            if not (frame["is_blind"] and state is State.TRAINED)
+        ],
         "dropped": sum(numbers.queue.counts.dropped.values()),
         "people": people,
         "detectors": _fired(history),
