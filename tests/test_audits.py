@@ -56,7 +56,7 @@ def rows(found: SampledItems) -> list[tuple[bool, float, float, int]]:
 
 
 def test_sample_holds_flagged_inputs_and_audits_with_the_answer_that_counts(queue):
-    queue.note_traffic("digits", "ab" * 32, {(START, "flagged_rest"): 3, (START, "near"): 7, (START, "far"): 90})
+    queue.note_traffic("digits", "ab" * 32, {(START, "flagged"): 3, (START, "near"): 7, (START, "far"): 90})
     inputs = [
         judged(0, p_value=0.001),
         judged(1, p_value=0.002, false_positive_rate=None),
@@ -84,7 +84,7 @@ def test_sample_holds_flagged_inputs_and_audits_with_the_answer_that_counts(queu
         (True, 0.003, 1.0, UNANSWERED),
     ]
     assert np.isnan(found.false_positive_rates).sum() == 1
-    assert (found.since, found.requests) == (START, {"flagged_rest": 3, "near": 7, "far": 90})
+    assert (found.since, found.requests) == (START, {"flagged": 3, "near": 7, "far": 90})
     with queue.database.reading() as connection:
         assert found_misses(connection) == {"digits": 1}
 
@@ -156,7 +156,7 @@ def test_whole_hours_hold_the_window_in_any_zone():
 
 def fill(queue: Queue, *, misses: int, audits: int = 200, hour: datetime = START) -> None:
     """Store 1,000 requests: 50 flagged, 40 of them poisoned, and audits of the others, all answered."""
-    queue.note_traffic("digits", "ab" * 32, {(hour, "flagged_rest"): 50, (hour, "near"): 95, (hour, "far"): 855})
+    queue.note_traffic("digits", "ab" * 32, {(hour, "flagged"): 50, (hour, "near"): 95, (hour, "far"): 855})
     inputs = [judged(number, received_at=hour) for number in range(50)]
     drawn_with = {"received_at": hour, "audit_probability": audits / 950}
     inputs += [audit(number, p_value=0.5 if number % 10 else 0.05, **drawn_with) for number in range(audits)]

@@ -240,7 +240,7 @@ def test_admin_sees_what_the_guard_lets_through_and_a_reviewer_does_not(queue):
 
 def test_estimate_that_is_not_known_says_what_is_needed_and_draws_nothing(queue):
     hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
-    queue.note_traffic("digits", "ab" * 32, {(hour, "flagged_rest"): 9, (hour, "far"): 1000})
+    queue.note_traffic("digits", "ab" * 32, {(hour, "flagged"): 9, (hour, "far"): 1000})
     page = log_in(workspace_of(queue), "root", "admin").get("/status").text
     assert re.search(r"is not known yet, \d+ more audits needed\.", shown(page))
     assert "<svg" not in page

@@ -14,7 +14,7 @@ from guard.relabel.audits import SampledItems, read_sample, sampled_models, whol
 from guard.relabel.queue import Queue
 from guard.statistics.detection_rates import DetectionRates, Estimate, NotKnown, estimate_rates
 from guard.statistics.review_sample import Populations, Stratum, strata_of_items
-from guard.statistics.strata import FLAGGED, STRATA
+from guard.statistics.strata import STRATA
 
 #: What is asked of a guard if nobody names a window: its last week.
 WEEK = timedelta(days=7)
@@ -191,8 +191,7 @@ def _strata(sample: SampledItems) -> list[Stratum]:
     counted = sample.requests
     populations = Populations()
     if counted is not None:
-        n_requests = {name: counted.get(name, 0) for name in STRATA}
-        populations = Populations(sum(n_requests[name] for name in FLAGGED), n_requests["near"], n_requests["far"])
+        populations = Populations(*(counted.get(name, 0) for name in STRATA))
         n_flagged = int(sample.is_flagged.sum())
         if (populations.flagged or 0) < n_flagged:  # a worker that was killed lost the last of its counts
             populations = populations._replace(flagged=n_flagged)

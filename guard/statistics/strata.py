@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-Stratum = Literal["flagged_100th", "flagged_10th", "flagged_half", "flagged_rest", "near", "far"]
-#: Flagged requests by their p-value, as a share of the rate: reviewers answer the lowest first, so that the answered
-#: ones are no random sample of all, but nearly one of each band.
-FLAGGED_BANDS: tuple[tuple[float, Stratum], ...] = (
-    (0.01, "flagged_100th"),
-    (0.1, "flagged_10th"),
-    (0.5, "flagged_half"),
-)
-FLAGGED: tuple[Stratum, ...] = (*(name for _, name in FLAGGED_BANDS), "flagged_rest")
-UNFLAGGED: tuple[Stratum, ...] = ("near", "far")
-STRATA = (*FLAGGED, *UNFLAGGED)
+Stratum = Literal["flagged", "near", "far"]
+STRATA: tuple[Stratum, ...] = ("flagged", "near", "far")
 
 #: An unflagged request is near the threshold up to so many times the rate; missed attacks are more likely there.
 NEAR_FACTOR = 10.0
@@ -34,12 +25,9 @@ def stratum_of(p_value: float, false_positive_rate: float, is_flagged: bool) -> 
     is_flagged : bool
         In `paper` mode a flag does not depend on the p-value.
     """
-    if not is_flagged:
-        return "near" if p_value <= NEAR_FACTOR * false_positive_rate else "far"
-    for share, name in FLAGGED_BANDS:
-        if p_value <= share * false_positive_rate:
-            return name
-    return "flagged_rest"
+    if is_flagged:
+        return "flagged"
+    return "near" if p_value <= NEAR_FACTOR * false_positive_rate else "far"
 
 
 def audit_probability(p_value: float, false_positive_rate: float, audit_rate: float) -> float:
