@@ -4,9 +4,9 @@ The truth is a number of the window asked about, not a property of the guard: wh
 is uncertain. How the poisoned requests of each stratum are estimated: `guard.statistics.predicted_totals`. Ratios are
 formed in draws of these, and an interval lies between quantiles of the draws.
 
-Assumed is that within a stratum it does not depend on an item being poisoned whether it was answered (before the
-window's figures are asked for), that reviewers are right, and that each request was audited with the probability that
-is stored, which was never 0. How often the intervals hold the truth: `docs/detection_rates.md`.
+Assumed is that within a stratum it does not depend on an item being poisoned whether it was answered, that reviewers
+are right, and that each request was audited with the probability that is stored, which was never 0. How often the
+intervals hold the truth: `docs/detection_rates.md`.
 """
 
 from __future__ import annotations
