@@ -487,7 +487,7 @@ def runs() -> dict[str, tuple[int, str, str]]:
 
 
 @pytest.fixture
-def deep(guard: Run, work: Path, runs: dict[str, tuple[int, str, str]]) -> str:
+def deep(guard: Run, work: Path, runs: dict[str, tuple[int, str, str]], few_folds: None) -> str:
     """What an assessment with two triggers prints; it is written to out/deep."""
     if not runs:
         before = (work / "weights.safetensors").read_bytes()

@@ -72,7 +72,7 @@ class Guarded:
         try:
             scratch = settings.scratch or Path(tempfile.gettempdir(), f"guard-ray-{getuid()}")
             folder = self._closing.enter_context(own_folder(Path(scratch)))
-            from guard.ray.shelf import Shelf  # here, as what deploys this and what counts do without torch
+            from guard.ray.shelf import Shelf  # here, as what deploys this does without torch
 
             self._shelf = Shelf(
                 {name: Path(path) for name, path in settings.archives.items()},
