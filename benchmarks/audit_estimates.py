@@ -14,9 +14,9 @@ A run is a week of requests. Drawn anew for each run, evenly or, where marked *,
   lowest first but for noise of one power of ten
 - in half of the runs requests are counted; in 30 % of those, up to 30 % of the queue's items were lost at random
 
-The truth is what that week held. `audit_estimates.csv` has, of seed 0, the first 1,000 runs in which each quantity is
-known; `audit_coverage.csv` has all runs of all seeds by scenario, with the share of "not known yet". Draws
-`docs/images/audit_estimates.png`. About 10 minutes on one slow core.
+The truth is what that week held. A seed has as many runs as it takes until each quantity was known in 1,000 of them.
+`audit_estimates.csv` has what was known in the runs of seed 0; `audit_coverage.csv` has all runs of all seeds by
+scenario, with the share of "not known yet". Draws `docs/images/audit_estimates.png`. About 10 minutes on one core.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows += runs_of(seed, options.runs)
         print(f"seed {seed}: {rows[-1]['run'] + 1} runs", flush=True)
     first = [row for row in rows if row["seed"] == SEEDS[0] and "estimate" in row]
-    kept = [row for q in QUANTITIES for row in [row for row in first if row["quantity"] == q][: options.runs]]
+    kept = [row for quantity in QUANTITIES for row in first if row["quantity"] == quantity]
     columns = ("run", "quantity", "truth", "estimate", "lower", "upper")
     write(options.output_dir / "audit_estimates.csv", [{key: row[key] for key in columns} for row in kept])
     table = coverage(rows)

@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 
 import numpy as np
 import pytest
-from scipy.stats import binom
 
 from guard import Activations, Guard, GuardConfig
 from guard.cli.bundle_summary import summary
@@ -58,6 +57,8 @@ def test_contradictions_do_not_depend_on_the_scale_of_the_logits(scale):
 
 @pytest.mark.parametrize("n", [20, 100, 450, 2000, 5000])
 def test_contradictions_are_noticed_from_the_count_on_that_chance_does_not_explain(n):
+    from scipy.stats import binom  # here, as every process of a run reads this file
+
     least = next(count for count in range(n) if binom.sf(count - 1, n, HONEST) < 0.01)
     assert least / n > HONEST
     assert Contradictions(least, n).is_noticed

@@ -260,5 +260,5 @@ def test_measured_intervals_hold_the_truth_in_93_to_97_percent_of_the_runs():
     assert list(rows[0]) == ["run", "quantity", "truth", "estimate", "lower", "upper"]
     for quantity in ("detection_rate", "false_positive_rate", "poisoned_share"):
         held = [float(r["lower"]) <= float(r["truth"]) <= float(r["upper"]) for r in rows if r["quantity"] == quantity]
-        assert len(held) == 1000
+        assert len(held) >= 1000
         assert 0.93 <= np.mean(held) <= 0.97, quantity

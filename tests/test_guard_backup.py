@@ -398,6 +398,7 @@ def test_with_backup_refuses_what_cannot_be_measured(fitted_guard, clean_split):
 
 
 @pytest.mark.usefixtures("few_folds")
+@pytest.mark.usefixtures("few_folds")
 def test_fit_command_with_a_backup_writes_it_and_says_what_was_measured(
     badnet, clean_split, tmp_path, monkeypatch, capfd
 ):

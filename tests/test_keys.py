@@ -101,8 +101,9 @@ def test_server_has_the_same_keys_at_the_next_start_until_they_are_rotated(tmp_p
         extra_files=[tmp_path / "image_handler.json"],
     )
     body = json.dumps([[0] * 28] * 28).encode()
-    keys = []
-    for rotate in (False, False, True):
+    made = kept_keys(tmp_path / "keys.json")  # as a first start makes them
+    keys = [[made["inference"], made["management"]]]
+    for rotate in (False, True):
         options = {"work_dir": tmp_path / "run", "key_file": tmp_path / "keys.json", "rotate_keys": rotate}
         with TorchServeInstance(tmp_path, **options) as server:  # type: ignore[arg-type]
             server.wait_ready(120)

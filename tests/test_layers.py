@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -73,15 +74,21 @@ def sources() -> list[Path]:
     return sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 
 
+@cache
+def imports_of(file: Path) -> list[ast.Import | ast.ImportFrom]:
+    """The statements of a file that import something; read once for all tests."""
+    return [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def imported_modules(file: Path, *, names: bool = False) -> Iterator[str]:
     """Every module that a file imports, wherever it does: at the top, in a function, for type checking.
 
     With `names`, whatever is imported from a module is taken for a module of its own, too.
     """
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in imports_of(file):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             assert node.level == 0, f"{file}: relative import"
             assert node.module is not None
             yield node.module

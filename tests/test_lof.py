@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from sklearn.neighbors import LocalOutlierFactor
 from threadpoolctl import threadpool_limits
 
 from guard.detection.detectors.base import Detector
@@ -33,6 +32,8 @@ def fitted(features: FloatArray, labels: IntArray, n_classes: int, **settings: o
 
 
 def sklearn_factors(references: FloatArray, queries: FloatArray, k: int, algorithm: str = "auto") -> Float64Array:
+    from sklearn.neighbors import LocalOutlierFactor  # here, as every process of a run reads this file
+
     k = min(k, len(references) - 1)  # what scikit-learn does itself, with a warning
     estimator = LocalOutlierFactor(n_neighbors=k, novelty=True, algorithm=algorithm)
     return -estimator.fit(references.astype(np.float64)).score_samples(queries.astype(np.float64))

@@ -54,7 +54,7 @@ def make(upstream: FakeUpstream, exported: Exported) -> Iterator[Make]:
         def build(serving: dict[str, Any] | None = None, **settings: Any) -> Site:
             behind = opened.enter_context(in_thread(upstream, lifespan="off"))
             port, model = opened.enter_context(proxied(behind, upstream.record, exported.bundles, serving, **settings))
-            client = opened.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20))
+            client = opened.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, verify=False))
             upstream.seen.clear()
             upstream.peers.clear()
             return client, model

@@ -61,10 +61,11 @@ def test_several_fields_are_all_kept_in_order_with_their_kinds() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["\ud800", deep("end"), float("nan"), {1: {2: 3}}, {(1, 2): 3}, [b"\xff", bytearray(b"x")], np.ones(3), object()],
+    ["\ud800", deep, float("nan"), {1: {2: 3}}, {(1, 2): 3}, [b"\xff", bytearray(b"x")], np.ones(3), object()],
     ids=["half a pair", "deep", "NaN", "number keys", "tuple keys", "bytes in a list", "array", "object"],
 )
 def test_no_field_can_hide_its_neighbour(value: Any) -> None:
+    value = deep("end") if value is deep else value  # made here, or every process of a run keeps it
     body, content_type = pack_body({"data": value, "body": PICTURES[2]}, "")
     hostile, picture = fields_of(body, content_type)
     assert picture.data == PICTURES[2]

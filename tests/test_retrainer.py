@@ -113,8 +113,9 @@ def fitted() -> Guard:
 
 
 @pytest.fixture
-def place(tmp_path, fitted) -> Iterator[Place]:
+def place(tmp_path, sqlite_template, fitted) -> Iterator[Place]:
     clock = Clock()
+    shutil.copy(sqlite_template, tmp_path / "queue.db")
     (tmp_path / "bundles").mkdir()
     digest = save_as_of_a_network(fitted, tmp_path / "bundles")
     with Queue.open(f"sqlite:///{tmp_path / 'queue.db'}", clock=clock) as queue:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,8 +36,9 @@ from guard.torchserve.archives.guarded import ServedModel, make_guarded_archive
 
 
 @pytest.fixture
-def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def database(tmp_path: Path, sqlite_template: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
+    shutil.copy(sqlite_template, tmp_path / "queue.db")
     monkeypatch.delenv("GUARD_QUEUE_URL", raising=False)
     with Queue.open(queue_url("queue.db")) as queue:
         queue.enqueue([picture(0), picture(1)])

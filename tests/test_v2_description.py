@@ -1,4 +1,7 @@
-"""The REST interface of the open inference protocol, held to its OpenAPI document by schemathesis."""
+"""The REST interface of the open inference protocol, held to its OpenAPI document by schemathesis.
+
+Schemathesis is imported where it is used: the other processes of a run collect this file, too, and run none of it.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import schemathesis
-from hypothesis import HealthCheck, given, settings
-from schemathesis import GenerationMode
-from schemathesis.config import SchemathesisConfig
 from starlette.testclient import TestClient
 from torch import nn
 
@@ -23,14 +22,12 @@ from guard.v2.rest import create_app
 KEY = "k" * 20
 CALLER = {"Authorization": f"Bearer {KEY}"}
 #: No document can say that numbers must fill their shape: so 400 may answer what it allows.
-CONFIG = SchemathesisConfig.from_dict(
-    {
-        "checks": {
-            "positive_data_acceptance": {"expected-statuses": ["2xx", "400", "404", "413", "422"]},
-            "negative_data_rejection": {"expected-statuses": ["400", "401", "404", "405", "413", "415"]},
-        }
+CONFIG = {
+    "checks": {
+        "positive_data_acceptance": {"expected-statuses": ["2xx", "400", "404", "413", "422"]},
+        "negative_data_rejection": {"expected-statuses": ["400", "401", "404", "405", "413", "415"]},
     }
-)
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +47,17 @@ def app(served: ServedModel) -> Any:
     return create_app({"m": served}, key=KEY)
 
 
+def schema_of(app: Any) -> Any:
+    import schemathesis
+    from schemathesis.config import SchemathesisConfig
+
+    config = SchemathesisConfig.from_dict(CONFIG)
+    return schemathesis.openapi.from_asgi("/openapi.json", app, config=config, headers=CALLER)
+
+
 @pytest.fixture
 def described(app: Any) -> Any:
-    schema = schemathesis.openapi.from_asgi("/openapi.json", app, config=CONFIG, headers=CALLER)
+    schema = schema_of(app)
     schema.hook(map_path_parameters)
     return schema
 
@@ -71,10 +76,13 @@ OPERATIONS = [
 ]
 
 
-@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["fitting", "broken"])
+@pytest.mark.parametrize("mode", ["positive", "negative"], ids=["fitting", "broken"])
 @pytest.mark.parametrize(("path", "method"), OPERATIONS, ids=lambda value: value.replace("/", "."))
-def test_every_answer_is_as_the_document_says(described: Any, path: str, method: str, mode: GenerationMode) -> None:
+def test_every_answer_is_as_the_document_says(described: Any, path: str, method: str, mode: str) -> None:
     """Status, headers, type and schema of the answer; what fits is taken, what is broken refused, no key is ignored."""
+    from hypothesis import HealthCheck, given, settings
+    from schemathesis import GenerationMode
+
     calls = settings(
         max_examples=25 if method == "post" else 3,
         deadline=None,
@@ -84,8 +92,8 @@ def test_every_answer_is_as_the_document_says(described: Any, path: str, method:
     )
 
     @calls
-    @given(case=described[path][method.upper()].as_strategy(generation_mode=mode))
-    def ask(case: schemathesis.Case) -> None:
+    @given(case=described[path][method.upper()].as_strategy(generation_mode=GenerationMode(mode)))
+    def ask(case: Any) -> None:
         case.call_and_validate(headers=CALLER)
 
     ask()
@@ -101,8 +109,7 @@ def test_an_answer_is_what_the_document_says(app: Any) -> None:
     """The generated requests hardly ever hold an input that fits."""
     tensor = {"name": "input", "datatype": "FP32", "shape": [2, 1, 2, 2], "data": [0.5] * 8}
     document = {"inputs": [tensor], "outputs": [{"name": "logits"}, {"name": "guard_verdict"}]}
-    schema = schemathesis.openapi.from_asgi("/openapi.json", app, config=CONFIG, headers=CALLER)
-    case = schema["/v2/models/{name}/infer"]["POST"].Case(
+    case = schema_of(app)["/v2/models/{name}/infer"]["POST"].Case(
         path_parameters={"name": "m"}, body=document, headers=CALLER, media_type="application/json"
     )
     assert case.call_and_validate().status_code == 200

@@ -26,6 +26,8 @@ RESOURCES = (
     "mnist_test.npz",
     "ATTRIBUTION.md",
 )
+#: What is not imported need not be compiled.
+QUICK = ("--quiet", "--disable-pip-version-check", "--no-compile")
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -89,7 +91,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty folder that only this package was installed into."""
     folder = tmp_path_factory.mktemp("site")
-    python(folder, folder, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), str(wheel))
+    python(folder, folder, "-m", "pip", "install", *QUICK, "--no-deps", "--target", str(folder), str(wheel))
     return folder
 
 

@@ -8,10 +8,12 @@ import sys
 import warnings
 from dataclasses import asdict
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.main import get_command
 
 from guard.cli.archive import archive
 from guard.cli.assess import assess
@@ -95,12 +97,14 @@ def run(arguments: list[str]) -> int:
     status : int
         0 done; 1 an expected failure; 2 a wrong command or setting; 130 interrupted.
     """
+    shows_tracebacks = "--traceback" in arguments[:1]
     try:
-        status = app(arguments, prog_name="guard", standalone_mode=False)
+        command = app if shows_tracebacks else _parser()  # typer's own call puts a hook in that prints them
+        status = command(arguments, prog_name="guard", standalone_mode=False)
     except typer.Abort:  # Ctrl-C in older versions of typer; newer ones return 130
         return 130
     except Exception as error:
-        if "--traceback" in arguments[:1]:
+        if shows_tracebacks:
             raise
         if hasattr(error, "format_message"):  # typer's own kinds; it does not export their base class
             return _usage_error(error)
@@ -112,6 +116,12 @@ def run(arguments: list[str]) -> int:
         print_error(f"{what_failed(error)} It must not end the program.")  # or a status of 0 would say "done"
         return 1
     return status if isinstance(status, int) else 0
+
+
+@cache
+def _parser() -> Any:
+    """What reads the arguments: built once, as whoever calls `run` again and again would build it every time."""
+    return get_command(app)
 
 
 def _usage_error(error: Any) -> int:

@@ -8,21 +8,22 @@ import tempfile
 from contextlib import ExitStack, suppress
 from os import getuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from guard.local.totals import ValuesCollector
 from guard.ray.counts import Counts, Standing
 from guard.ray.scratch import own_folder
 from guard.ray.settings import COUNTS, DEPLOYMENTS, GUARDED, Settings
-from guard.ray.shelf import Shelf
-from guard.v2.rest import create_app
+
+if TYPE_CHECKING:
+    from guard.ray.shelf import Shelf
 
 logger = logging.getLogger(__name__)
 _REPORT_EVERY_S = 1.0
@@ -67,9 +68,12 @@ class Guarded:
         self._closing = ExitStack()
         self._reporting: asyncio.Task[None] | None = None
         key = settings.key()
+        self._shelf: Shelf
         try:
             scratch = settings.scratch or Path(tempfile.gettempdir(), f"guard-ray-{getuid()}")
             folder = self._closing.enter_context(own_folder(Path(scratch)))
+            from guard.ray.shelf import Shelf  # here, as what deploys this and what counts do without torch
+
             self._shelf = Shelf(
                 {name: Path(path) for name, path in settings.archives.items()},
                 folder,
@@ -99,6 +103,8 @@ class Guarded:
             await asyncio.wait_for(self._send(is_last=True), _LAST_REPORT_S)
 
     def _made_app(self, key: str | None) -> ASGIApp:
+        from guard.v2.rest import create_app
+
         app = create_app(self._shelf, key=key)
 
         @app.get("/metrics")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.special import log_softmax
-from scipy.stats import norm
 
 from guard.errors import DataError
 from guard.lab.rivals.base import Rival
@@ -61,4 +60,6 @@ def detection_boundary(clean_scores: Float64Array, false_rejection_rate: float) 
     false_rejection_rate : float
         Share of clean images that may be rejected, in (0, 1).
     """
+    from scipy.stats import norm  # here, as it takes seconds, and most runs need none
+
     return float(norm.ppf(1.0 - false_rejection_rate, clean_scores.mean(), clean_scores.std()))
