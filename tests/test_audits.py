@@ -259,5 +259,13 @@ def test_command_answers_in_one_line_how_many_were_let_through(sqlite_template, 
     (told,) = json.loads(capsys.readouterr().out)["detection"]
     assert int(line[1]) <= told["let_through"]["value"] <= int(line[2])
     assert told["detection_rate"]["known"]
+    for by, name in (("class", "3"), ("bundle", "ab" * 32)):
+        assert run([*command, "--by", by]) == 0
+        assert re.search(rf"^  {by} {name[:12]}: let through \d+ to \d+; detection rate", capsys.readouterr().out, re.M)
+        assert run([*command, "--by", by, "--json"]) == 0
+        (told,) = json.loads(capsys.readouterr().out)["detection"]
+        assert {part: figures["answered_audits"] for part, figures in told[f"by_{by}"].items()} == {name: 200}
+    assert run([*command, "--by", "sender"]) == 2
+    assert "--by must be one of bundle, class, got 'sender'" in capsys.readouterr().err
     assert run([*command, "--model", "signs", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["detection"] == []

@@ -6,7 +6,7 @@ import json
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -44,6 +44,10 @@ def audit(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Only this model; default is all.")] = None,
     slack: Annotated[int, typer.Option(help="Requests that may differ, as after a worker was killed.", min=0)] = 0,
+    by: Annotated[
+        str | None,
+        typer.Option(metavar="bundle|class", help="What passed, for each bundle or class that was answered."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare the counts of clients, metrics and queue.
@@ -54,7 +58,7 @@ def audit(
     """
     from guard.observing.audit import audit as compare
     from guard.observing.client_log import read_time
-    from guard.observing.detection import WEEK, detection_of_models
+    from guard.observing.detection import PARTS, WEEK, detection_by, detection_of_models
     from guard.relabel.address import queue_url
     from guard.relabel.queue import Queue
 
@@ -62,6 +66,10 @@ def audit(
         last = read_time(end) if end else datetime.now(UTC)
         window = read_time(start) if start else last - WEEK, last
         detection: list[Detection] | None = None
+        parts: dict[str, dict[str, Detection]] = {}
+        chosen = next((part for part in PARTS if part == by), None)
+        if by is not None and chosen is None:
+            raise ConfigError(f"--by must be one of {', '.join(PARTS)}, got {by!r}.")
         with ExitStack() as opened:
             opened_queue = None
             if queue:
@@ -81,22 +89,35 @@ def audit(
             )
             if opened_queue is not None:
                 detection = detection_of_models(opened_queue, *window, model)
+                if chosen is not None:
+                    parts = {
+                        each.model: detection_by(opened_queue, *window, model=each.model, by=chosen)
+                        for each in detection
+                    }
     except (DataError, ObservingError, QueueError) as error:
         print_error(str(error))
         raise typer.Exit(2) from error
     if as_json:
-        told = {} if detection is None else {"detection": [each.as_dict() for each in detection]}
+        told = {} if detection is None else {"detection": [_for_programs(each, by, parts) for each in detection]}
         write(json.dumps(report.as_dict() | told, indent=2) + "\n")
     else:
         for line in report.lines():
             say(line)
-        for line in _what_passed(detection):
+        for line in _what_passed(detection, by, parts):
             say(line)
     if not report.balances:
         raise typer.Exit(1)
 
 
-def _what_passed(detection: list[Detection] | None) -> list[str]:
+def _for_programs(found: Detection, by: str | None, parts: dict[str, dict[str, Detection]]) -> dict[str, Any]:
+    if by is None:
+        return found.as_dict()
+    return found.as_dict() | {f"by_{by}": {name: part.as_dict() for name, part in parts[found.model].items()}}
+
+
+def _what_passed(
+    detection: list[Detection] | None, by: str | None, parts: dict[str, dict[str, Detection]]
+) -> list[str]:
     """Return what each guard lets through, for people; nothing where no queue was named."""
     if detection is None:
         return []
@@ -109,4 +130,5 @@ def _what_passed(detection: list[Detection] | None) -> list[str]:
     for each in detection:
         first, *others = each.lines()
         found += ["", f"{each.model}: {first}", *(f"  {line}" for line in others)]
+        found += [f"  {by} {name[:12]}: {part.line()}" for name, part in parts.get(each.model, {}).items()]
     return found

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from math import ceil, floor
-from typing import Any
+from typing import Any, Literal, get_args
 
 from sqlalchemy.engine import Connection
 
 from guard.errors import ConfigError
-from guard.relabel.audits import SampledItems, read_sample, sampled_models, whole_hours
+from guard.relabel.audits import SampledItems, read_sample, sampled_models, sampled_parts, whole_hours
 from guard.relabel.queue import Queue
 from guard.statistics.detection_rates import DetectionRates, Estimate, NotKnown, estimate_rates
 from guard.statistics.review_sample import Populations, Stratum, strata_of_items
@@ -19,6 +19,9 @@ from guard.statistics.strata import STRATA
 #: What is asked of a guard if nobody names a window: its last week.
 WEEK = timedelta(days=7)
 CONFIDENCE = 0.95
+#: What detection can be told apart by: who judged, or what the suspect model answers (the attacked class).
+Part = Literal["bundle", "class"]
+PARTS: tuple[Part, ...] = get_args(Part)
 #: Items that are named; of more, only the number is told.
 _NAMED = 10
 
@@ -98,6 +101,13 @@ class Detection:
             told.append(f"found among the audits: item {', '.join(map(str, self.found[:_NAMED]))}{more}")
         return told
 
+    def line(self) -> str:
+        """Return the most asked figures in half a line, as one of many."""
+        between = self.missed_range
+        passed = str(self.rates.missed) if between is None else f"{between[0]:,} to {between[1]:,}"
+        answered = f"{self.rates.decided_flagged:,} answered flagged inputs, {self.rates.decided_audits:,} audits"
+        return f"let through {passed}; detection rate {shown(self.rates.detection_rate)}; {answered}"
+
     def as_dict(self) -> dict[str, Any]:
         """Return all figures for programs."""
         figures = {name: _for_programs(getattr(self.rates, name)) for name in ("missed", *FIGURES)}
@@ -158,6 +168,15 @@ def detection_of_models(queue: Queue, start: datetime, end: datetime, model: str
     with queue.database.reading() as connection:
         models = [known for known in sampled_models(connection) if model in (None, known)]
         return [read_detection(connection, start, end, known) for known in models]
+
+
+def detection_by(queue: Queue, start: datetime, end: datetime, *, model: str, by: Part) -> dict[str, Detection]:
+    """Return `detection_of` each bundle that judged requests in a window, by digest, or of each class, by number."""
+    with queue.database.reading() as connection:
+        bundles, labels = sampled_parts(connection, *whole_hours(start, end), model)
+        if by == "bundle":
+            return {digest: read_detection(connection, start, end, model, digest) for digest in bundles}
+        return {str(label): read_detection(connection, start, end, model, None, label) for label in labels}
 
 
 def read_detection(

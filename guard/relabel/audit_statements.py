@@ -53,6 +53,24 @@ def counted_requests(start: datetime, end: datetime, model: str, bundle_digest: 
     return sa.select(traffic.c.stratum, sa.func.sum(traffic.c.requests)).where(*chosen).group_by(traffic.c.stratum)
 
 
+def sampled_bundles(start: datetime, end: datetime, model: str) -> sa.Select[Any]:
+    """List the bundles that judged requests in a window."""
+    chosen = (traffic.c.model == model, traffic.c.hour >= start, traffic.c.hour < end)
+    return sa.select(traffic.c.bundle_digest).where(*chosen).distinct().order_by(traffic.c.bundle_digest)
+
+
+def sampled_classes(start: datetime, end: datetime, model: str) -> sa.Select[Any]:
+    """List the suspect labels of the items of a window."""
+    chosen = (
+        _is_ordinary,
+        items.c.model == model,
+        items.c.received_at >= start,
+        items.c.received_at < end,
+        _is_counted,
+    )
+    return sa.select(items.c.suspect_label).where(*chosen).distinct().order_by(items.c.suspect_label)
+
+
 def first_counted(model: str, bundle_digest: str | None) -> sa.Select[Any]:
     """Find the first hour ever whose requests were counted; NULL if there is none."""
     chosen = [traffic.c.model == model]

@@ -107,6 +107,13 @@ def sampled_models(connection: Connection) -> list[str]:
     return list(connection.execute(audit_statements.SAMPLED_MODELS).scalars())
 
 
+def sampled_parts(connection: Connection, start: datetime, end: datetime, model: str) -> tuple[list[str], list[int]]:
+    """Return the digests of the bundles that judged requests between two whole hours, and the suspect labels."""
+    bundles = connection.execute(audit_statements.sampled_bundles(start, end, model)).scalars().all()
+    labels = connection.execute(audit_statements.sampled_classes(start, end, model)).scalars().all()
+    return list(bundles), list(labels)
+
+
 def found_misses(connection: Connection) -> dict[str, int]:
     """Return how many poisoned inputs were found among the audits of each model, of all time; 0 is left out."""
     return {model: int(count) for model, count in connection.execute(audit_statements.FOUND_MISSES)}
