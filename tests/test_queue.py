@@ -541,6 +541,21 @@ def test_sweep_removes_old_images_and_keeps_unlearned_answers(queue, clock):
         queue.supersede("ana", queue.decisions()[1].id, is_poisoned=False, true_label=None)
 
 
+def test_sweep_removes_old_images_of_what_was_called_clean_audits_and_flagged_alike(queue, clock):
+    ids = queue.enqueue(
+        [flagged(0), flagged(1), flagged(2, audit_probability=0.1), flagged(3, audit_probability=0.1)]
+    ).ids
+    queue.claim("ana", 10)
+    for item_id in ids:
+        queue.decide("ana", item_id, is_poisoned=item_id in ids[::2], true_label=5)
+    clock.advance(days=31)
+    assert queue.sweep().expired == 2
+    assert ids_of(queue.items()) == [*ids[::2]]
+    assert len(queue.decisions()) == 4
+    clock.advance(days=31)
+    assert queue.sweep().purged == 0  # what was answered is counted on
+
+
 def _tensor_bytes(queue: Queue) -> int:
     from guard.relabel.blobs import pack_activations, pack_inputs
 

@@ -34,7 +34,7 @@ class QueueSettings:
     max_body_bytes: int = 16 * 2**20
     #: Audits of one model that are taken within any hour at most; see the setting `audit_rate` of the server.
     max_audits_per_hour: int = 100
-    #: Days after which the images of an item are removed, unless it is decided and not yet trained.
+    #: Days after which the images of an item are removed, unless it was called poisoned and no guard learned from it.
     retention_days: float = 30.0
     #: Seconds for which a claimed item belongs to its reviewer.
     lease_s: float = 600.0

@@ -572,6 +572,12 @@ def old_items(state: State) -> sa.Select[Any]:
     )
 
 
+#: Decided items that are too old and were called clean: they wait for no round, of which there may be none.
+OLD_CLEAN_ITEMS = old_items(State.DECIDED).where(
+    sa.exists().where(decisions.c.id == items.c.decision_id, decisions.c.is_poisoned.is_(False))
+)
+
+
 @cache
 def unanswered(state: State) -> sa.Select[Any]:
     """Find removed items that are too old and that nobody ever answered."""

@@ -25,15 +25,17 @@ def sweep(database: Database, settings: QueueSettings, now: datetime) -> Swept:
     """Do all of it; safe to run in several processes at once, and to be killed at any moment."""
     kept_for = timedelta(days=settings.retention_days)
 
-    def expire(state: State) -> int:
-        return _in_steps(database, statements.old_items(state), now - kept_for, _expire)
+    def expire(find: sa.Select[Any]) -> int:
+        return _in_steps(database, find, now - kept_for, _expire)
 
     def purge(state: State) -> int:
         return _in_steps(database, statements.unanswered(state), now - 2 * kept_for, _purge)
 
     return Swept(
         returned=_in_steps(database, statements.ENDED_LEASES, now, _return),
-        expired=expire(State.PENDING) + expire(State.TRAINED),
+        expired=expire(statements.old_items(State.PENDING))
+        + expire(statements.old_items(State.TRAINED))
+        + expire(statements.OLD_CLEAN_ITEMS),
         purged=purge(State.EXPIRED) + purge(State.DISCARDED),
     )
 
