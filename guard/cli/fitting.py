@@ -81,8 +81,8 @@ def warn_of_fit(guard: Guard, images: NamedLabelledImages) -> None:
     _tell_missing(guard)
     if guard.class_ranks is not None:
         print_warning(
-            "with false_positive_rate_scope 'class' the class that an attacker aims at sets a threshold of its own, and "
-            "far more of a backdoor's inputs pass. See docs/detection.md, A rate in each class."
+            "with false_positive_rate_scope 'class' the class that an attacker aims at sets a threshold of its own, "
+            "and far more of a backdoor's inputs pass. See docs/detection.md, A rate in each class."
         )
     if (accuracy := _share_right(guard)) < _POOR:
         print_warning(
