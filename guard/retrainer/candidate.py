@@ -18,6 +18,7 @@ from guard.retrainer.material import Material, fits
 from guard.retrainer.measuring import Count, Measurement, flags_of, measure
 from guard.retrainer.movement import Movement
 from guard.retrainer.settings import RetrainerSettings
+from guard.retrainer.traffic import Traffic
 from guard.statistics.calibration import check_rate
 from guard.types import Activations, BoolArray
 
@@ -41,6 +42,7 @@ class Trial(NamedTuple):
 
     before: Measurement
     after: Measurement
+    traffic: Traffic
     judgement: Judgement
 
     @property
@@ -161,7 +163,7 @@ def check_false_alarms(
 def try_candidate(
     guard: Guard, pair: Pair, material: Material, undecided: Sequence[QueueItem], settings: RetrainerSettings
 ) -> Trial:
-    """Measure both guards on the hold-outs, and ask the gate."""
+    """Measure both guards on the hold-outs and on decided traffic, and ask the gate."""
     held, rate = material.clean_held_out & guard.is_distinct, requested_rate(guard, settings)
     clean, labels = guard.reference[held], guard.reference_labels[held]
     flagged = stacked(guard, undecided)
@@ -178,7 +180,10 @@ def try_candidate(
         movements = {
             kind: Movement.between(first, guards[1], inputs, far_only=True) for kind, inputs in watched.items()
         }
-    return Trial(before, after, judge(before, after, material.agreement, rate, settings, movements))
+    # As it serves, and not as it would be without the clean hold-outs: what that costs must be seen.
+    traffic = Traffic.of(guard.with_config(false_positive_rate=rate), guards[1], material.held_out)
+    judgement = judge(before, after, material.agreement, rate, settings, movements, traffic)
+    return Trial(before, after, traffic, judgement)
 
 
 def compare_on(flagged: Sequence[QueueItem], pair: Pair, settings: RetrainerSettings) -> Judgement:
@@ -191,6 +196,7 @@ def compare_on(flagged: Sequence[QueueItem], pair: Pair, settings: RetrainerSett
         before, after = (Count.where(flags_of(fitted, activations)) for fitted in guards)
         return before, after
 
+    flagged = [item for item in flagged if not item.input.is_audit]
     undecided = [item for item in flagged if item.decision is None]
     poisoned = [item for item in flagged if item.decision is not None and item.decision.is_poisoned]
     return judge_canary(counts(undecided), counts(poisoned), settings)

@@ -200,7 +200,8 @@ class Retrainer:
         report["parent"] = active.name
         material = doubt_poisoned(guard, self._gather(guard, active, settled), settings)
         report |= about_material(material)
-        undecided = self.queue.items(state=State.PENDING, model=self.model, limit=_UNDECIDED)
+        pending = self.queue.items(state=State.PENDING, model=self.model, limit=_UNDECIDED)
+        undecided = [item for item in pending if not item.input.is_audit]
         anomalies = choose_anomalies(guard, material, undecided, settings)
         report["anomalies"] = len(anomalies)
         refusal = _too_little(material, len(settled), len(anomalies), settings)
