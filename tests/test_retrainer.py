@@ -78,8 +78,17 @@ class Place:
         flagged = self.guard.scores(activations).is_poisoned
         return activations[flagged], labels[flagged]
 
-    def enqueue(self, activations: Activations, group: int = 0) -> list[int]:
-        inputs = [flagged_input(activations[row : row + 1], self.digest) for row in range(len(activations))]
+    def passing(self, n: int, seed: int, trigger: int | None = None) -> tuple[Activations, np.ndarray]:
+        """Inputs that the guard lets pass, with true labels."""
+        activations, labels = world(n, seed, trigger, STRONG)
+        passes = ~self.guard.scores(activations).is_poisoned
+        return activations[passes], labels[passes]
+
+    def enqueue(self, activations: Activations, group: int = 0, audit_probability: float | None = None) -> list[int]:
+        inputs = [
+            flagged_input(activations[row : row + 1], self.digest, audit_probability=audit_probability)
+            for row in range(len(activations))
+        ]
         ids = [item_id for item_id in self.queue.enqueue(inputs).ids if item_id is not None]
         self.queue.set_groups(dict.fromkeys(ids, group))
         return ids
@@ -407,6 +416,46 @@ def test_a_hostile_reviewer_who_mislabels_a_fifth_does_not_get_a_worse_guard_pro
 def test_a_hostile_reviewer_does_not_get_a_worse_guard_promoted_where_no_cap_holds(place):
     review_with_a_liar(place, 0.2)
     place.step(max_class_share=1, max_false_alarms_per_class=1000, max_reviewer_share=1)
+    (fpr, tpr), (old_fpr, old_tpr) = rates(Guard.load(place.store.active_path())), rates(place.guard)
+    assert tpr > old_tpr - 0.02
+    assert fpr < max(0.08, old_fpr + 0.02)
+
+
+def test_round_learns_from_misses_and_measures_both_guards_on_the_traffic(place):
+    place.queue.change_settings(max_audits_per_hour=1000)
+    place.review()
+    missed, labels = place.passing(1500, 77, 1)
+    assert len(labels) > 25
+    place.decide(place.enqueue(missed, audit_probability=0.5), labels, is_poisoned=True)
+    clean, labels = place.passing(150, 78)
+    place.decide(place.enqueue(clean, audit_probability=0.1), labels, is_poisoned=False)
+    finished = place.step()
+    assert finished.outcome == "promoted", finished.report
+    traffic, checks = finished.report["traffic"], {entry["name"]: entry for entry in finished.report["checks"]}
+    assert traffic["clean_audits"] == len(labels)
+    assert traffic["misses"] == finished.report["held_out"]["misses"] > 1
+    assert traffic["detection_rate"]["after"] > traffic["detection_rate"]["before"]
+    assert traffic["false_positive_rate"]["after"] < 0.1
+    assert checks["held-out misses"]["before"] == 0
+    assert checks["held-out misses"]["passed"] is True
+    assert rates(Guard.load(place.store.active_path()))[1] > rates(place.guard)[1]
+    assert any(
+        line.startswith("poisoned inputs flagged that were missed before: 0 of ") for line in finished.report["changes"]
+    )
+
+
+def test_a_reviewer_who_lies_about_audits_does_not_get_a_worse_guard_promoted(place):
+    """Clean audits called poisoned, with a wrong label, and misses called clean, beside another's true answers."""
+    place.queue.change_settings(max_audits_per_hour=1000)
+    place.review()
+    clean, labels = place.passing(80, 78)
+    place.decide(place.enqueue(clean, audit_probability=0.02), (labels + 1) % 5, is_poisoned=True, reviewer="mallory")
+    missed, _ = place.passing(1500, 77, 1)
+    lies = missed.predicted_labels
+    place.decide(place.enqueue(missed, audit_probability=0.02), lies, is_poisoned=False, reviewer="mallory")
+    finished = place.step()
+    assert finished.report["left_out"]["poisoned, unlike the others called so"] > 40
+    assert finished.report["left_out"]["clean audits, which are only measured on"] > 15
     (fpr, tpr), (old_fpr, old_tpr) = rates(Guard.load(place.store.active_path())), rates(place.guard)
     assert tpr > old_tpr - 0.02
     assert fpr < max(0.08, old_fpr + 0.02)
