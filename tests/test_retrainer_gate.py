@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from guard.retrainer.following import follow_traffic, mixed_scores
 from guard.retrainer.gate import judge, judge_canary
 from guard.retrainer.material import Agreement
 from guard.retrainer.measuring import Count, Measurement
@@ -293,3 +295,48 @@ def test_chance_of_gain_values():
     assert compared(of(2, 2), of(0, 2)).chance_of_gain() == 1
     drawn = compared(of(0, 1), of(1, 1), np.array([99.0]))
     assert drawn.chance_of_gain() == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(("n_flagged", "drifted"), [(150, False), (151, True)])
+def test_gate_tells_drift_of_the_clean_traffic_from_an_attack(n_flagged, drifted):
+    """More than one and a half times the rate, of false alarms alone: of 10,000 clean inputs."""
+    before = of(n_flagged, n_flagged + 197)
+    clean = compared(before, before, np.where(before, 1.0, (10_000 - n_flagged) / 197))
+    check = on_traffic(clean=clean, n_audits=197)["false alarms of the traffic"]
+    assert check.passed
+    assert ("That is drift and no attack" in check.text) is drifted
+
+
+# --- calibration that follows the traffic ---
+
+
+def test_mixed_scores_of_the_same_sample_are_the_same():
+    scores = np.arange(1.0, 101.0)
+    np.testing.assert_array_equal(mixed_scores(scores, scores, np.full(100, 3.0)), scores)
+
+
+@pytest.mark.parametrize("traffic", [np.full(50, 1e6), np.full(50, -1e6), np.linspace(60, 120, 50)])
+def test_mixed_scores_change_no_rate_by_more_than_a_factor_of_two(traffic):
+    scores = np.arange(1.0, 101.0)
+    mixed = mixed_scores(scores, traffic, np.ones(50))
+    assert (np.diff(mixed) >= 0).all()
+    for threshold in (50.0, 80.0, 90.0, 98.0):
+        old, new = (float((sample >= threshold).mean()) for sample in (scores, mixed))
+        assert old / 2 - 0.011 <= new <= 2 * old + 0.011  # one in a hundred is one score
+
+
+def test_mixed_scores_count_what_an_audit_stands_for():
+    """Of the traffic 1 % lies above 99: four false alarms, and 99 audits that stand for four inputs each."""
+    scores = np.arange(1.0, 101.0)
+    traffic = np.concatenate([np.full(4, 99.5), np.linspace(1, 98, 99)])
+    mixed = mixed_scores(scores, traffic, np.concatenate([np.ones(4), np.full(99, 4.0)]))
+    assert (mixed >= 99.5).sum() == 1
+    unweighted = mixed_scores(scores, traffic, np.ones(103))
+    assert (unweighted >= 99.5).sum() == 2
+
+
+def test_calibration_follows_only_where_asked_for_and_with_enough_audits():
+    held_out = SimpleNamespace(clean_audits=of(0, 99))
+    pair = object()
+    assert follow_traffic(pair, held_out, RetrainerSettings(follow_traffic=True)) is pair
+    assert follow_traffic(pair, SimpleNamespace(clean_audits=of(0, 500)), SETTINGS) is pair

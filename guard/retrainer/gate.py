@@ -266,7 +266,13 @@ def _live_false_alarms(traffic: Traffic, requested: float, factor: float) -> Che
     )
     limit = f"{factor:g} times the rate of {100 * requested:g} % is allowed where chance does not explain more"
     passed = not (is_worse and after > factor * requested)
-    return Check(name, passed, f"{text}; {limit}." if not passed else f"{text}.", before, after)
+    text = f"{text}; {limit}." if not passed else f"{text}."
+    if traffic.has_drifted(requested, factor):
+        text += (
+            f" {100 * requested:g} % were asked for: the clean traffic has changed. That is drift and no attack: fit "
+            "the guard anew with such inputs, or set follow_traffic."
+        )
+    return Check(name, passed, text, before, after)
 
 
 def _agreement(agreement: Agreement, settings: RetrainerSettings) -> Check:

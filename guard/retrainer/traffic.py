@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
+import scipy.stats
 
 from guard.detection.pipeline import Guard
 from guard.retrainer.material import HeldOut
 from guard.retrainer.measuring import flags_of
+from guard.retrainer.movement import CHANCE
 from guard.types import Activations, BoolArray, Float64Array, IntArray
 
 
@@ -103,6 +105,22 @@ class Traffic:
             Compared.on(serving, candidate, clean, weights),
             len(held_out.clean_audits),
         )
+
+    def has_drifted(self, requested: float, factor: float) -> bool:
+        """Return whether the serving guard flags more of the clean traffic than asked for, beyond chance.
+
+        Parameters
+        ----------
+        requested : float
+            False-positive rate.
+        factor : float
+            So many times as much is no drift.
+        """
+        rate, flagged = self.clean.rate_of(self.clean.before), int(self.clean.before.sum())
+        if not self.n_audits or rate is None or rate <= factor * requested:
+            return False
+        expected = requested * float(self.clean.weights.sum())
+        return float(scipy.stats.poisson.sf(flagged - 1, expected)) <= CHANCE
 
     def as_dict(self) -> dict[str, Any]:
         """Return counts and estimated rates, ready for JSON."""

@@ -31,6 +31,7 @@ from guard.retrainer.candidate import (
     fit_candidate,
     try_candidate,
 )
+from guard.retrainer.following import follow_traffic
 from guard.retrainer.lessons import reviewers_needed
 from guard.retrainer.material import Material, gather
 from guard.retrainer.promotion import Lineage, Promoter, Promotion, same_network, write_candidate
@@ -221,6 +222,7 @@ class Retrainer:
         if refusal:
             report["reasons"] = [refusal]
             return "refused"
+        pair = follow_traffic(pair, material.held_out, settings)
         decided = {item.id: item.decision_id for item in settled}
         learned = {item_id: decided[item_id] for item_id in material.training_ids}
         lineage = Lineage(active.name, settings.holdout_share, material.held_out.item_ids, learned)
