@@ -125,7 +125,7 @@ def run(fitted: Guard, part: Part, later: Sequence[Part], order: Order, n: int, 
         store.activate(fitted.save(bundles).name)
         sender = ReviewQueue(url, "model")
         with Queue.open(url) as queue:
-            send(sender, fitted, part, 0, 0.0, np.random.default_rng(0))
+            send(sender, Guard.load(store.active_path()), part, 0, 0.0, np.random.default_rng(0))
             refresh_groups(queue, "model")
             poisoned = answer_some(queue, part, n, order)
             Rounds(queue).request("model", "benchmark")
