@@ -34,7 +34,9 @@ def follow_traffic(pair: Pair, held_out: HeldOut, settings: RetrainerSettings) -
         return pair
     clean = Activations.concatenate([held_out.not_learned, held_out.clean_audits])
     weights = np.concatenate([np.ones(len(held_out.not_learned)), held_out.clean_audit_weights])
-    return pair._replace(candidate=_recalibrated(pair.candidate, clean, weights))
+    return pair._replace(
+        candidate=_recalibrated(pair.candidate, clean, weights), final=_recalibrated(pair.promoted, clean, weights)
+    )
 
 
 def _recalibrated(guard: Guard, clean: Activations, weights: Float64Array) -> Guard:
