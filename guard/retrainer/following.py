@@ -67,4 +67,5 @@ def mixed_scores(scores: Float64Array, traffic: Float64Array, weights: Float64Ar
     ranks = np.arange(n, 0, -1)
     lowest = scores[n - np.minimum(n, np.ceil(MOST * ranks).astype(np.int64))]
     highest = scores[n - np.maximum(1, np.floor(ranks / MOST).astype(np.int64))]
-    return np.clip(mixed, lowest, highest)
+    bounded: Float64Array = np.clip(mixed, lowest, highest)
+    return bounded
