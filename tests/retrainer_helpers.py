@@ -53,7 +53,9 @@ def save_as_of_a_network(guard: Guard, root: Path, digest: str = "a" * 64) -> st
     return path.name
 
 
-def flagged_input(activations: Activations, digest: str = "0" * 64, name: str = "0") -> FlaggedInput:
+def flagged_input(
+    activations: Activations, digest: str = "0" * 64, name: str = "0", audit_probability: float | None = None
+) -> FlaggedInput:
     label = int(activations.predicted_labels[0])
     return FlaggedInput(
         request_id=hashlib.sha256(name.encode()).hexdigest()[:16],
@@ -72,6 +74,7 @@ def flagged_input(activations: Activations, digest: str = "0" * 64, name: str = 
         inputs=np.zeros((1, 2, 2), dtype=np.float32),
         activations=activations,
         received_at=START,
+        audit_probability=audit_probability,
     )
 
 
@@ -94,6 +97,7 @@ class Workspace:
         reviewer: str | Callable[[int], str] = "ann",
         group: int | None = None,
         state: State = State.DECIDED,
+        audit_probability: float | None = None,
     ) -> list[int]:
         """Decide every row; return the items' ids."""
         ids = []
@@ -101,7 +105,7 @@ class Workspace:
             item_id = len(self.items) + 1
             name = reviewer if isinstance(reviewer, str) else reviewer(row)
             decision = self.say(item_id, name, is_poisoned=is_poisoned, label=None if label is None else int(label))
-            given = flagged_input(activations[row : row + 1], self.digest, str(item_id))
+            given = flagged_input(activations[row : row + 1], self.digest, str(item_id), audit_probability)
             self.items.append(
                 QueueItem(
                     id=item_id,

@@ -31,7 +31,7 @@ from guard.relabel.queue import Queue
 from guard.relabel.reviewers import Reviewers
 from guard.relabel.rounds import Rounds
 from guard.retrainer import worker
-from guard.retrainer.candidate import Pair, fit_candidate, try_candidate
+from guard.retrainer.candidate import Pair, fit_candidate, try_candidate, with_final
 from guard.retrainer.gate import Check, Judgement
 from guard.retrainer.material import gather
 from guard.retrainer.promotion import Lineage
@@ -78,8 +78,17 @@ class Place:
         flagged = self.guard.scores(activations).is_poisoned
         return activations[flagged], labels[flagged]
 
-    def enqueue(self, activations: Activations, group: int = 0) -> list[int]:
-        inputs = [flagged_input(activations[row : row + 1], self.digest) for row in range(len(activations))]
+    def passing(self, n: int, seed: int, trigger: int | None = None) -> tuple[Activations, np.ndarray]:
+        """Inputs that the guard lets pass, with true labels."""
+        activations, labels = world(n, seed, trigger, STRONG)
+        passes = ~self.guard.scores(activations).is_poisoned
+        return activations[passes], labels[passes]
+
+    def enqueue(self, activations: Activations, group: int = 0, audit_probability: float | None = None) -> list[int]:
+        inputs = [
+            flagged_input(activations[row : row + 1], self.digest, audit_probability=audit_probability)
+            for row in range(len(activations))
+        ]
         ids = [item_id for item_id in self.queue.enqueue(inputs).ids if item_id is not None]
         self.queue.set_groups(dict.fromkeys(ids, group))
         return ids
@@ -128,7 +137,8 @@ def pair(reviewed, fitted) -> Pair:
     with Queue.open(f"sqlite:///{reviewed / 'queue.db'}") as queue:
         items = settled_items(queue, MODEL)
         decisions = queue.decisions(limit=10_000)
-    return fit_candidate(fitted, gather(fitted, items, decisions, RetrainerSettings()))
+    material = gather(fitted, items, decisions, RetrainerSettings())
+    return with_final(fitted, fit_candidate(fitted, material), material)
 
 
 @pytest.fixture
@@ -198,8 +208,13 @@ def test_candidate_is_a_bundle_that_a_server_of_the_same_network_takes(place, qu
     assert stored.document["lineage"]["retrained_from"] == place.digest
     for name in ("labels", "reference.features", "reference.logits"):  # whole, for the rounds to come
         np.testing.assert_array_equal(stored.arrays[name], parent.arrays[name])
+    # What serves has all clean images, and the guard that was measured in its place lacks the hold-outs.
+    assert len(stored.arrays["clean_scores"]) == len(parent.arrays["clean_scores"])
+    measured = read_bundle(place.store.root / stored.document["lineage"]["measured"])
     held_out = finished.report["held_out"]["clean_images"]
-    assert len(stored.arrays["clean_scores"]) == len(parent.arrays["clean_scores"]) - held_out
+    assert len(measured.arrays["clean_scores"]) == len(parent.arrays["clean_scores"]) - held_out
+    for name in ("retrained_from", "holdout_share", "locked_items", "learned"):
+        assert measured.document["lineage"][name] == stored.document["lineage"][name]
 
 
 def test_no_candidate_learns_from_a_hold_out_in_any_round(place, quick):
@@ -413,6 +428,46 @@ def test_a_hostile_reviewer_does_not_get_a_worse_guard_promoted_where_no_cap_hol
     assert fpr < max(0.08, old_fpr + 0.02)
 
 
+def test_round_learns_from_misses_and_measures_both_guards_on_the_traffic(place):
+    place.queue.change_settings(max_audits_per_hour=1000)
+    place.review()
+    missed, labels = place.passing(1500, 77, 1)
+    assert len(labels) > 25
+    place.decide(place.enqueue(missed, audit_probability=0.5), labels, is_poisoned=True)
+    clean, labels = place.passing(150, 78)
+    place.decide(place.enqueue(clean, audit_probability=0.1), labels, is_poisoned=False)
+    finished = place.step()
+    assert finished.outcome == "promoted", finished.report
+    traffic, checks = finished.report["traffic"], {entry["name"]: entry for entry in finished.report["checks"]}
+    assert traffic["clean_audits"] == len(labels)
+    assert traffic["misses"] == finished.report["held_out"]["misses"] > 1
+    assert traffic["detection_rate"]["after"] > traffic["detection_rate"]["before"]
+    assert traffic["false_positive_rate"]["after"] < 0.1
+    assert checks["held-out misses"]["before"] == 0
+    assert checks["held-out misses"]["passed"] is True
+    assert rates(Guard.load(place.store.active_path()))[1] > rates(place.guard)[1] - 0.02
+    assert any(
+        line.startswith("poisoned inputs flagged that were missed before: 0 of ") for line in finished.report["changes"]
+    )
+
+
+def test_a_reviewer_who_lies_about_audits_does_not_get_a_worse_guard_promoted(place):
+    """Clean audits called poisoned, with a wrong label, and misses called clean, beside another's true answers."""
+    place.queue.change_settings(max_audits_per_hour=1000)
+    place.review()
+    clean, labels = place.passing(80, 78)
+    place.decide(place.enqueue(clean, audit_probability=0.02), (labels + 1) % 5, is_poisoned=True, reviewer="mallory")
+    missed, _ = place.passing(1500, 77, 1)
+    lies = missed.predicted_labels
+    place.decide(place.enqueue(missed, audit_probability=0.02), lies, is_poisoned=False, reviewer="mallory")
+    finished = place.step()
+    assert finished.report["left_out"]["poisoned, unlike the others called so"] > 40
+    assert finished.report["left_out"]["clean audits, which are only measured on"] > 15
+    (fpr, tpr), (old_fpr, old_tpr) = rates(Guard.load(place.store.active_path())), rates(place.guard)
+    assert tpr > old_tpr - 0.02
+    assert fpr < max(0.08, old_fpr + 0.02)
+
+
 def test_reviewers_who_contradict_each_other_stop_the_round(place, quick):
     place.review()
     items = settled_items(place.queue, MODEL)
@@ -436,7 +491,8 @@ def test_a_worse_candidate_is_refused_with_the_reason_and_kept(place, pair, monk
     assert "held-out poisoned inputs of" in finished.report["reasons"][0]
     assert place.store.active_digest() == place.digest
     kept = {entry.digest: entry.is_active for entry in place.store.entries()}
-    assert kept == {place.digest: True, finished.candidate: False}
+    measured = Lineage.read(place.store.root / finished.candidate).measured
+    assert kept == {place.digest: True, finished.candidate: False, measured: False}
     assert not place.queue.items(state=State.TRAINED)
     assert Rounds(place.queue).last(MODEL).report["reasons"] == finished.report["reasons"]
 

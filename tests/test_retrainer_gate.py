@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from guard.retrainer.following import follow_traffic, mixed_scores
 from guard.retrainer.gate import judge, judge_canary
 from guard.retrainer.material import Agreement
 from guard.retrainer.measuring import Count, Measurement
 from guard.retrainer.movement import Movement, Region, sign_test
 from guard.retrainer.settings import RetrainerSettings
+from guard.retrainer.traffic import Compared, Traffic
 
 NOBODY = Agreement(0, 0)
 SETTINGS = RetrainerSettings()
@@ -29,9 +32,11 @@ BEFORE = Measurement(
     clean_flagged=of(2, 200),
     other_groups_flagged=of(40, 40),
     same_groups_flagged=of(10, 10),
+    misses_flagged=of(0, 3),
     false_alarms_flagged=of(8, 8),
     recovered=of(30, 50),
     not_learned_flagged=of(40, 40),
+    clean_audits_flagged=of(0, 30),
     undecided_flagged=of(60, 60),
 )
 
@@ -202,3 +207,136 @@ def test_gate_refuses_what_lets_more_flagged_inputs_pass_than_chance_does():
     nothing = judge(BEFORE, BEFORE, NOBODY, 0.01, SETTINGS, {name: moved(0, 0, 0)})
     assert nothing.passed
     assert f"there are no {name}: nothing to measure by." in [check.text for check in nothing.checks]
+
+
+# --- the traffic that the guard serves ---
+
+
+def compared(before, after, weights=None, label=3):
+    """The same inputs, with one answer of the network, under both guards."""
+    before, after = (np.asarray(flags, dtype=bool) for flags in (before, after))
+    return Compared(np.full(len(before), label), before, after, np.ones(len(before)) if weights is None else weights)
+
+
+def traffic_of(poisoned=None, is_miss=None, clean=None, n_audits=0):
+    poisoned, clean = (compared([], []) if part is None else part for part in (poisoned, clean))
+    return Traffic(poisoned, np.zeros(len(poisoned), dtype=bool) if is_miss is None else is_miss, clean, n_audits)
+
+
+def on_traffic(**parts):
+    judgement = judge(BEFORE, BEFORE, NOBODY, 0.01, SETTINGS, traffic=traffic_of(**parts))
+    return {check.name: check for check in judgement.checks[-4:-1]}
+
+
+KEPT = "held-out poisoned inputs, against the guard that serves"
+
+
+@pytest.mark.parametrize(("lost", "passed"), [(1, True), (4, True), (5, False)])
+def test_gate_refuses_what_loses_poisoned_inputs_that_the_serving_guard_flags(lost, passed):
+    """On GTSRB Blend it was 28 of 151, and the guard fitted anew that it was compared with had lost 18 of them."""
+    check = on_traffic(poisoned=compared(of(40, 40), of(40 - lost, 40)))[KEPT]
+    assert check.passed is passed
+    assert check.text.startswith(f"{lost} of 40 held-out poisoned inputs that the guard that serves flags would pass")
+    assert (check.before, check.after) == (1.0, 1 - lost / 40)
+
+
+def test_gate_finds_the_answer_of_the_network_that_loses_what_all_together_do_not():
+    kept, lost = compared(of(90, 90), of(90, 90), label=1), compared(of(10, 10), of(7, 10), label=7)
+    both = Compared(*(np.concatenate([getattr(part, name) for part in (kept, lost)]) for name in Compared.__slots__))
+    check = on_traffic(poisoned=both)[KEPT]
+    assert check.text.startswith("3 of 10 held-out poisoned inputs that the network calls class 7 that the guard that ")
+
+
+@pytest.mark.parametrize(("n_misses", "weight", "passed"), [(0, 1, False), (1, 50, False), (2, 5, True), (2, 4, False)])
+def test_gate_lets_caught_misses_make_a_loss_good_by_what_they_stand_for(n_misses, weight, passed):
+    before, after = of(40, 40 + n_misses), ~of(10, 40 + n_misses)
+    weights = np.where(before, 1.0, weight)
+    checks = on_traffic(poisoned=compared(before, after, weights), is_miss=~before)
+    assert checks[KEPT].passed is passed
+    assert checks["held-out misses"].passed is (True if n_misses else None)
+
+
+def test_gate_refuses_what_catches_fewer_misses():
+    parts = {"poisoned": compared(of(2, 5), of(1, 5), np.full(5, 20.0)), "is_miss": of(5, 5)}
+    check = on_traffic(**parts)["held-out misses"]
+    assert check.text == ("1 of 5 held-out poisoned inputs of the audit sample are flagged, 2 before; no fewer may be.")
+
+
+@pytest.mark.parametrize(
+    ("new", "released", "passed"),
+    [
+        (1, 0, True),  # one may be an answer that is wrong
+        (2, 0, False),
+        (2, 4, False),
+        (2, 25, True),  # of what is new one in fifty is seen: 2 or more, where as many are new as released, is chance
+        (0, 0, True),
+    ],
+)
+def test_gate_measures_false_alarms_of_the_traffic_by_what_audits_stand_for(new, released, passed):
+    """100 false alarms, and 200 clean audits of 10,000 clean inputs."""
+    before = of(100, 300)
+    after = before.copy()
+    after[:released] = False
+    after[100 : 100 + new] = True
+    clean = compared(before, after, np.where(before, 1.0, 50.0))
+    check = on_traffic(clean=clean, n_audits=200)["false alarms of the traffic"]
+    assert (check.before, check.after) == pytest.approx((100 / 10_100, (100 - released + 50 * new) / 10_100))
+    assert check.passed is passed
+
+
+def test_gate_without_audits_measures_no_false_alarms_of_the_traffic():
+    assert on_traffic(clean=compared(of(8, 8), of(8, 8)))["false alarms of the traffic"].passed is None
+
+
+def test_chance_of_gain_values():
+    """Of two inputs that one guard flags alone both are new: as likely as not each, where all were drawn for sure."""
+    assert compared(of(0, 2), of(2, 2)).chance_of_gain() == 0.25
+    assert compared(of(1, 2), ~of(1, 2)).chance_of_gain() == 0.75
+    assert compared(of(2, 2), of(0, 2)).chance_of_gain() == 1
+    drawn = compared(of(0, 1), of(1, 1), np.array([99.0]))
+    assert drawn.chance_of_gain() == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(("n_flagged", "drifted"), [(150, False), (151, True)])
+def test_gate_tells_drift_of_the_clean_traffic_from_an_attack(n_flagged, drifted):
+    """More than one and a half times the rate, of false alarms alone: of 10,000 clean inputs."""
+    before = of(n_flagged, n_flagged + 197)
+    clean = compared(before, before, np.where(before, 1.0, (10_000 - n_flagged) / 197))
+    check = on_traffic(clean=clean, n_audits=197)["false alarms of the traffic"]
+    assert check.passed
+    assert ("That is drift and no attack" in check.text) is drifted
+
+
+# --- calibration that follows the traffic ---
+
+
+def test_mixed_scores_of_the_same_sample_are_the_same():
+    scores = np.arange(1.0, 101.0)
+    np.testing.assert_array_equal(mixed_scores(scores, scores, np.full(100, 3.0)), scores)
+
+
+@pytest.mark.parametrize("traffic", [np.full(50, 1e6), np.full(50, -1e6), np.linspace(60, 120, 50)])
+def test_mixed_scores_change_no_rate_by_more_than_a_factor_of_two(traffic):
+    scores = np.arange(1.0, 101.0)
+    mixed = mixed_scores(scores, traffic, np.ones(50))
+    assert (np.diff(mixed) >= 0).all()
+    for threshold in (50.0, 80.0, 90.0, 98.0):
+        old, new = (float((sample >= threshold).mean()) for sample in (scores, mixed))
+        assert old / 2 - 0.011 <= new <= 2 * old + 0.011  # one in a hundred is one score
+
+
+def test_mixed_scores_count_what_an_audit_stands_for():
+    """Of the traffic 1 % lies above 99: four false alarms, and 99 audits that stand for four inputs each."""
+    scores = np.arange(1.0, 101.0)
+    traffic = np.concatenate([np.full(4, 99.5), np.linspace(1, 98, 99)])
+    mixed = mixed_scores(scores, traffic, np.concatenate([np.ones(4), np.full(99, 4.0)]))
+    assert (mixed >= 99.5).sum() == 1
+    unweighted = mixed_scores(scores, traffic, np.ones(103))
+    assert (unweighted >= 99.5).sum() == 2
+
+
+def test_calibration_follows_only_where_asked_for_and_with_enough_audits():
+    held_out = SimpleNamespace(clean_audits=of(0, 99))
+    pair = object()
+    assert follow_traffic(pair, held_out, RetrainerSettings(follow_traffic=True)) is pair
+    assert follow_traffic(pair, SimpleNamespace(clean_audits=of(0, 500)), SETTINGS) is pair

@@ -280,6 +280,56 @@ def test_a_group_that_was_learned_from_is_not_held_out_and_a_locked_one_is_not_l
     )
 
 
+def test_a_group_that_is_most_of_what_was_decided_is_never_held_out_whole(guard, workspace):
+    """On GTSRB Blend 151 of 155 were: the round learned from the other four, and made the guard worse."""
+    large = add_poisoned(workspace, 60, trigger=0, group=1)
+    small = add_poisoned(workspace, 4, trigger=1, group=2, seed=4)
+    for locked in ((), large[:1]):
+        material = gathered(guard, workspace, locked=locked)
+        assert len({*material.training_ids} & {*large}) > 30
+        assert {*small} <= {*material.held_out.item_ids}
+
+
+# --- audits ---
+
+
+def test_gather_clean_audits_are_measured_on_and_teach_nothing(guard, workspace):
+    flagged = add_false_alarms(workspace, 20)
+    audits = add_false_alarms(workspace, 30, seed=3, audit_probability=0.05)
+    material = gathered(guard, workspace)
+    assert not {*material.training_ids} & {*audits}
+    assert {*material.training_ids} & {*flagged}
+    assert material.left_out["clean audits, which are only measured on"] > 15
+    assert len(material.held_out.clean_audits) == 30
+    np.testing.assert_array_equal(material.held_out.clean_audit_weights, np.full(30, 20.0))
+    assert len(material.held_out.false_alarms) + len(material.training_ids) == 20
+
+
+def test_gather_missed_inputs_are_learned_from_first_and_a_share_is_held_out(guard, workspace):
+    add_poisoned(workspace, 60)
+    missed = add_poisoned(workspace, 40, seed=5, audit_probability=0.1)
+    material = gathered(guard, workspace, RetrainerSettings())
+    held = {*material.held_out.item_ids} & {*missed}
+    assert 0 < len(held) == material.held_out.is_miss.sum() < 20
+    assert {*material.training_ids} <= {*missed} - held  # the cap of a class leaves room for no other
+    np.testing.assert_array_equal(material.held_out.poisoned_weights, np.where(material.held_out.is_miss, 10.0, 1.0))
+    assert {*missed} - held <= {*material.poisoned_ids}
+
+
+def test_gather_caps_hold_for_answers_about_audits(guard, workspace):
+    """A reviewer who calls everything that passes poisoned gives no more than any other."""
+    settings = RetrainerSettings(reviewer_allowance=5, max_class_share=1)
+    add_poisoned(workspace, 40, reviewer="ann")
+    lies = add_poisoned(workspace, 200, seed=6, reviewer="mallory", audit_probability=0.1)
+    used = {*gathered(guard, workspace, settings).training_ids}
+    assert len(used & {*lies}) <= len(used) / 2
+    capped = gathered(guard, workspace, RetrainerSettings(max_class_share=0.02))
+    labels = Counter(workspace.items[entry - 1].decision.true_label for entry in capped.training_ids)
+    assert max(labels.values()) <= 0.02 * np.bincount(guard.reference_labels).max() + 1e-9
+    without = gathered(guard, workspace, gold={"mallory": GoldResult(right=1, answered=6)})
+    assert not {*without.training_ids, *without.held_out.item_ids} & {*lies}
+
+
 def test_hold_out_cannot_be_foreseen_without_the_reference(workspace):
     """A reviewer who knew which answers are measured could lie in the others."""
     add_poisoned(workspace, 60)

@@ -20,6 +20,7 @@ MEASURES = (
     ("clean images flagged", "clean_flagged"),
     ("poisoned inputs of new look-alike groups flagged", "other_groups_flagged"),
     ("poisoned inputs of known look-alike groups flagged", "same_groups_flagged"),
+    ("poisoned inputs flagged that were missed before", "misses_flagged"),
     ("poisoned inputs whose true label the guard finds", "recovered"),
     ("earlier false alarms still flagged", "false_alarms_flagged"),
 )

@@ -18,6 +18,7 @@ from guard.retrainer.material import Material, fits
 from guard.retrainer.measuring import Count, Measurement, flags_of, measure
 from guard.retrainer.movement import Movement
 from guard.retrainer.settings import RetrainerSettings
+from guard.retrainer.traffic import Traffic
 from guard.statistics.calibration import check_rate
 from guard.types import Activations, BoolArray
 
@@ -29,11 +30,28 @@ NOT_BORNE_OUT = "poisoned, unlike the others called so"
 
 
 class Pair(NamedTuple):
-    """Two guards that were fitted on the same clean images, and a third on these that learned from no answer."""
+    """Guards of one round.
+
+    Attributes
+    ----------
+    before, candidate : Guard
+        Fitted on the same clean images, without the hold-outs.
+    untaught : Guard or None
+        Fitted on these, and learned from no answer.
+    final : Guard or None
+        With the lessons of the candidate and the whole clean reference: what is promoted. With a fifth fewer clean
+        images a guard may miss half as many attacks again, as the first round on GTSRB Blend did.
+    """
 
     before: Guard
     candidate: Guard
     untaught: Guard | None = None
+    final: Guard | None = None
+
+    @property
+    def promoted(self) -> Guard:
+        """What serves if the gate lets it."""
+        return self.candidate if self.final is None else self.final
 
 
 class Trial(NamedTuple):
@@ -41,6 +59,7 @@ class Trial(NamedTuple):
 
     before: Measurement
     after: Measurement
+    traffic: Traffic
     judgement: Judgement
 
     @property
@@ -93,7 +112,7 @@ def fit_candidate(
     material: Material,
     *,
     anomalies: Activations | None = None,
-    never_saw_hold_out: bool = False,
+    measured_before: Guard | None = None,
     trained_ids: Collection[int] = (),
 ) -> Pair:
     """Fit a candidate, and the guard that it is compared with.
@@ -105,9 +124,9 @@ def fit_candidate(
     material : Material
     anomalies : Activations, optional
         What a demarcation learns from, as `choose_anomalies` says.
-    never_saw_hold_out : bool
-        Whether the active guard was fitted without these clean hold-outs. If not, it would look better on them than it
-        is, and is fitted again without them for the comparison.
+    measured_before : Guard, optional
+        The active guard as it is without these clean hold-outs. If there is none, it is fitted again without them for
+        the comparison: on what it has seen, it would look better than it is.
     trained_ids : collection of int
         Items that the active guard has learned from.
 
@@ -125,9 +144,16 @@ def fit_candidate(
     candidate = _taught(guard, base, material.training, anomalies)
     again = np.array([item_id in trained_ids for item_id in material.training_ids], dtype=bool)
     untaught = retrain(base, material.training[:0])
-    if never_saw_hold_out:
-        return Pair(guard, candidate, untaught)
+    if measured_before is not None:
+        return Pair(measured_before, candidate, untaught)
     return Pair(retrain(base, material.training[again]) if again.any() else untaught, candidate, untaught)
+
+
+def with_final(guard: Guard, pair: Pair, material: Material, *, anomalies: Activations | None = None) -> Pair:
+    """Return the pair with its final guard, unless it has one."""
+    if pair.final is not None:
+        return pair
+    return pair._replace(final=_taught(guard, guard, material.training, anomalies))
 
 
 def check_false_alarms(
@@ -161,7 +187,7 @@ def check_false_alarms(
 def try_candidate(
     guard: Guard, pair: Pair, material: Material, undecided: Sequence[QueueItem], settings: RetrainerSettings
 ) -> Trial:
-    """Measure both guards on the hold-outs, and ask the gate."""
+    """Measure both guards on the hold-outs and on decided traffic, and ask the gate."""
     held, rate = material.clean_held_out & guard.is_distinct, requested_rate(guard, settings)
     clean, labels = guard.reference[held], guard.reference_labels[held]
     flagged = stacked(guard, undecided)
@@ -178,7 +204,11 @@ def try_candidate(
         movements = {
             kind: Movement.between(first, guards[1], inputs, far_only=True) for kind, inputs in watched.items()
         }
-    return Trial(before, after, judge(before, after, material.agreement, rate, settings, movements))
+    # Both as they serve, and not as they are without the clean hold-outs: neither has learned from these inputs.
+    serving, promoted = (fitted.with_config(false_positive_rate=rate) for fitted in (guard, pair.promoted))
+    traffic = Traffic.of(serving, promoted, material.held_out)
+    judgement = judge(before, after, material.agreement, rate, settings, movements, traffic)
+    return Trial(before, after, traffic, judgement)
 
 
 def compare_on(flagged: Sequence[QueueItem], pair: Pair, settings: RetrainerSettings) -> Judgement:
@@ -191,6 +221,7 @@ def compare_on(flagged: Sequence[QueueItem], pair: Pair, settings: RetrainerSett
         before, after = (Count.where(flags_of(fitted, activations)) for fitted in guards)
         return before, after
 
+    flagged = [item for item in flagged if not item.input.is_audit]
     undecided = [item for item in flagged if item.decision is None]
     poisoned = [item for item in flagged if item.decision is not None and item.decision.is_poisoned]
     return judge_canary(counts(undecided), counts(poisoned), settings)

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from guard.retrainer.material import Agreement
 from guard.retrainer.measuring import Count, Measurement
 from guard.retrainer.movement import CHANCE, Movement, sign_test
 from guard.retrainer.settings import RetrainerSettings
+from guard.retrainer.traffic import Compared, Traffic
 from guard.statistics.evaluation import wilson_interval
 from guard.types import BoolArray
 
@@ -70,6 +73,7 @@ def judge(
     false_positive_rate: float,
     settings: RetrainerSettings,
     movements: Mapping[str, Movement] | None = None,
+    traffic: Traffic | None = None,
 ) -> Judgement:
     """Compare a candidate with the guard it would replace, and with one that learned from no answer.
 
@@ -84,6 +88,8 @@ def judge(
     settings : RetrainerSettings
     movements : mapping of str to Movement, optional
         From a guard that learned from no answer to the candidate, by what kind of inputs; none of them learned from.
+    traffic : Traffic, optional
+        The guard that serves, as it serves, and the candidate on decided traffic.
     """
 
     def counts(name: str) -> tuple[Count, Count]:
@@ -97,6 +103,7 @@ def judge(
             _true_positives("the same groups", *counts("same_groups_flagged"), settings),
             _released("undecided flagged inputs", *counts("undecided_flagged"), settings.max_released_share),
             *(_moved(kind, movement) for kind, movement in (movements or {}).items()),
+            *(_on_traffic(traffic, false_positive_rate, settings) if traffic is not None else ()),
             _agreement(agreement, settings),
         )
     )
@@ -195,6 +202,77 @@ def _moved(kind: str, movement: Movement) -> Check:
         "a trigger clean, or clean inputs poisoned: let another person look at these, or leave a reviewer out."
     )
     return Check(name, False, text)
+
+
+def _on_traffic(traffic: Traffic, requested: float, settings: RetrainerSettings) -> tuple[Check, ...]:
+    return (
+        _kept(traffic.poisoned, settings.max_true_positive_drop),
+        _misses(traffic.poisoned[traffic.is_miss]),
+        _live_false_alarms(traffic, requested, settings.max_false_positive_factor),
+    )
+
+
+def _kept(poisoned: Compared, allowed: float) -> Check:
+    """Ask for what the serving guard catches: all together, and for every answer of the network."""
+    name = "held-out poisoned inputs, against the guard that serves"
+    lost, of = int(poisoned.lost.sum()), int(poisoned.before.sum())
+    if not of:
+        return Check(name, None, "the guard that serves flags no held-out poisoned input: nothing to measure by.")
+    labels, counts = np.unique(poisoned.predicted[poisoned.before], return_counts=True)
+    parts = {"": poisoned} | {
+        f" that the network calls class {label}": poisoned[poisoned.predicted == label]
+        for label in labels[counts >= ENOUGH_POISONED].tolist()
+    }
+    for where, part in parts.items():
+        n_lost, n = int(part.lost.sum()), int(part.before.sum())
+        if n_lost > max(1, allowed * n + 1e-9) and not _made_good(part):
+            text = (
+                f"{n_lost} of {n} held-out poisoned inputs{where} that the guard that serves flags would pass, and no "
+                f"audits show that as many others would be flagged; a fall of {100 * allowed:g} points is allowed."
+            )
+            return Check(name, False, text, 1.0, 1 - n_lost / n)
+    text = f"{lost} of {of} held-out poisoned inputs that the guard that serves flags would pass."
+    return Check(name, True, text, 1.0, 1 - lost / of)
+
+
+def _made_good(part: Compared) -> bool:
+    """Return whether the audits that only the candidate flags stand for as many inputs as it loses.
+
+    What the guard that serves lets pass is in no queue but for the audits. A single one may be an answer that is wrong.
+    """
+    return int(part.gained.sum()) > 1 and bool(part.weights[part.gained].sum() >= part.weights[part.lost].sum())
+
+
+def _misses(misses: Compared) -> Check:
+    name = "held-out misses"
+    if not len(misses):
+        return Check(name, None, "no poisoned input of the audit sample is held out: nothing to measure by.")
+    before, after = Count.where(misses.before), Count.where(misses.after)
+    text = f"{after.hits} of {after.of} held-out poisoned inputs of the audit sample are flagged, {before.hits} before"
+    return _check(name, after.hits >= before.hits, text, "no fewer may be", before, after)
+
+
+def _live_false_alarms(traffic: Traffic, requested: float, factor: float) -> Check:
+    name, clean = "false alarms of the traffic", traffic.clean
+    before, after = clean.rate_of(clean.before), clean.rate_of(clean.after)
+    if not traffic.n_audits or before is None or after is None:
+        return Check(name, None, "no clean input of the audit sample is decided: nothing to measure by.")
+    n_gained = int(clean.gained.sum())
+    # One input may be an answer that is wrong.
+    is_worse = n_gained > 1 and clean.chance_of_gain() <= CHANCE
+    text = (
+        f"{100 * after:.2f} % of the clean traffic would be flagged, {100 * before:.2f} % are now, as "
+        f"{len(clean)} decided inputs tell, {traffic.n_audits} of them audits"
+    )
+    limit = f"{factor:g} times the rate of {100 * requested:g} % is allowed where chance does not explain more"
+    passed = not (is_worse and after > factor * requested)
+    text = f"{text}; {limit}." if not passed else f"{text}."
+    if traffic.has_drifted(requested, factor):
+        text += (
+            f" {100 * requested:g} % were asked for: the clean traffic has changed. That is drift and no attack: fit "
+            "the guard anew with such inputs, or set follow_traffic."
+        )
+    return Check(name, passed, text, before, after)
 
 
 def _agreement(agreement: Agreement, settings: RetrainerSettings) -> Check:

@@ -16,6 +16,7 @@ from guard.types import Activations
 
 #: Why a decided input is not learned from, for the report.
 MEASURED_ONLY = "false alarms, which are only measured on"
+CLEAN_AUDITS = "clean audits, which are only measured on"
 ALONE = "false alarms without a second reviewer"
 CLASS_FULL = "over the cap of one class"
 REVIEWER_FULL = "over the cap of one reviewer"
@@ -38,6 +39,8 @@ class Lesson:
         Whether a guard has learned from it.
     rank : float
         By hash, in [0, 1).
+    audit_probability : float or None
+        None: a guard flagged it. Else none did, and it was drawn with this probability.
     """
 
     id: int
@@ -50,6 +53,7 @@ class Lesson:
     supporters: int
     was_trained: bool
     rank: float
+    audit_probability: float | None = None
 
     @classmethod
     def of(cls, item: QueueItem, decision: Decision, supporters: int, key: bytes) -> Lesson:
@@ -69,7 +73,18 @@ class Lesson:
             supporters,
             item.state is State.TRAINED,
             keyed_unit(key, f"item {item.id}".encode()),
+            item.input.audit_probability,
         )
+
+    @property
+    def is_audit(self) -> bool:
+        """Whether it was not flagged, and came as one of the audit sample."""
+        return self.audit_probability is not None
+
+    @property
+    def weight(self) -> float:
+        """How many inputs of the traffic it stands for (Horvitz-Thompson): 1 of a flagged one."""
+        return 1.0 if self.audit_probability is None else 1.0 / self.audit_probability
 
     @property
     def teaches(self) -> bool:
@@ -136,11 +151,16 @@ def choose(lessons: Sequence[Lesson], guard: Guard, needed: int, settings: Retra
     whole: Counter[tuple[int, bool]] = Counter()
     counts: Counter[tuple[int, bool, str]] = Counter()
     fitting = []
-    # What earlier rounds took comes first: a newcomer displaces nothing. Then by hash, which nobody can aim at.
-    for lesson in sorted(lessons, key=lambda lesson: (not lesson.was_trained, lesson.rank, lesson.id)):
+    # What earlier rounds took comes first: a newcomer displaces nothing. Then what no guard flagged, of which there is
+    # little; then by hash, which nobody can aim at.
+    for lesson in sorted(
+        lessons, key=lambda lesson: (not lesson.was_trained, not lesson.is_audit, lesson.rank, lesson.id)
+    ):
         kind, label, poisoned = (lesson.true_label, lesson.is_poisoned), lesson.true_label, lesson.is_poisoned
         agreed = lesson.supporters > 1
-        if not poisoned and not settings.max_false_alarms_per_class:
+        if not poisoned and lesson.is_audit:
+            dropped[lesson.id] = CLEAN_AUDITS
+        elif not poisoned and not settings.max_false_alarms_per_class:
             dropped[lesson.id] = MEASURED_ONLY
         elif not poisoned and lesson.supporters < needed:
             dropped[lesson.id] = ALONE

@@ -17,7 +17,10 @@ from guard.errors import DataError
 from guard.relabel.items import Decision, GoldResult, QueueItem
 from guard.retrainer.lessons import CLASS_FULL, Lesson, choose, keyed_unit
 from guard.retrainer.settings import RetrainerSettings
-from guard.types import Activations, BoolArray, IntArray
+from guard.types import Activations, BoolArray, Float64Array, IntArray
+
+#: Share of the poisoned inputs that whole groups may hold out.
+_MOST_IN_GROUPS = 0.5
 
 
 class Agreement(NamedTuple):
@@ -44,6 +47,14 @@ class HeldOut:
         All of the above.
     not_learned : Activations
         Decided false alarms that are not learned from, held out or over a cap or without a second reviewer.
+    is_miss : ndarray of shape (n,), bool
+        Which poisoned ones no guard flagged: they came as audits.
+    poisoned_weights : ndarray of shape (n,), float64
+        How many inputs of the traffic each poisoned one stands for: 1 where a guard flagged it, else 1 / probability.
+    clean_audits : Activations
+        Audits that were decided as clean. Nothing is learned from them.
+    clean_audit_weights : ndarray of shape (m,), float64
+        How many inputs of the traffic each of these stands for.
     """
 
     poisoned: Activations
@@ -52,6 +63,10 @@ class HeldOut:
     false_alarms: Activations
     item_ids: tuple[int, ...]
     not_learned: Activations
+    is_miss: BoolArray
+    poisoned_weights: Float64Array
+    clean_audits: Activations
+    clean_audit_weights: Float64Array
 
     @classmethod
     def of(
@@ -60,7 +75,8 @@ class HeldOut:
         """Return those of the usable lessons that are held out; the sets hold numbers of items."""
         kept = [lesson for lesson in usable if lesson.id in held]
         poisoned = [lesson for lesson in kept if lesson.is_poisoned]
-        false_alarms = [lesson for lesson in usable if not lesson.is_poisoned]
+        false_alarms = [lesson for lesson in usable if not lesson.is_poisoned and not lesson.is_audit]
+        clean_audits = [lesson for lesson in usable if not lesson.is_poisoned and lesson.is_audit]
         return cls(
             _stack(poisoned, like),
             np.array([lesson.true_label for lesson in poisoned], dtype=np.int64),
@@ -68,6 +84,10 @@ class HeldOut:
             _stack([lesson for lesson in false_alarms if lesson.id in held], like),
             tuple(lesson.id for lesson in kept),
             _stack([lesson for lesson in false_alarms if lesson.id not in learned], like),
+            np.array([lesson.is_audit for lesson in poisoned], dtype=bool),
+            _weights(poisoned),
+            _stack(clean_audits, like),
+            _weights(clean_audits),
         )
 
 
@@ -304,7 +324,8 @@ def _held_out(usable: Sequence[Lesson], share: float, locked: frozenset[int], ke
 
     An item that a guard has learned from is never held out later, and one that was held out is never learned from.
     Beyond that: false alarms and poisoned inputs without a group one by one; groups of poisoned inputs as a whole
-    where there are several, so that some of what is measured looks like nothing that was learned.
+    where there are several, so that some of what is measured looks like nothing that was learned. These groups hold at
+    most half of the poisoned inputs: without its largest group, a round may have nothing left to learn from.
     """
     held = {lesson.id for lesson in usable if not lesson.was_trained and (lesson.id in locked or lesson.rank < share)}
     groups: dict[int, list[Lesson]] = {}
@@ -318,6 +339,7 @@ def _held_out(usable: Sequence[Lesson], share: float, locked: frozenset[int], ke
     }
     free = [group for group, members in groups.items() if not any(lesson.was_trained for lesson in members)]
     free.sort(key=ranks.__getitem__)
+    free = _smaller_half(free, groups, _MOST_IN_GROUPS * sum(lesson.is_poisoned for lesson in usable))
     whole = {group for group in free if ranks[group] < share or any(lesson.id in locked for lesson in groups[group])}
     if len(groups) > 1:
         if not whole and free:
@@ -333,6 +355,16 @@ def _held_out(usable: Sequence[Lesson], share: float, locked: frozenset[int], ke
         held |= ids
         other |= ids
     return held, other
+
+
+def _smaller_half(free: Sequence[int], groups: Mapping[int, Sequence[Lesson]], most: float) -> list[int]:
+    """Return those of the groups, in order, that hold at most so many inputs together."""
+    fitting, room = [], most
+    for group in free:
+        if len(groups[group]) <= room:
+            fitting.append(group)
+            room -= len(groups[group])
+    return fitting
 
 
 def _agree(decisions: Collection[Decision]) -> bool:
@@ -363,6 +395,10 @@ def _by_reviewer(words: Iterable[Mapping[str, Decision]], chosen: Sequence[Lesso
 
 def _stack(decided: Sequence[Lesson], like: Activations) -> Activations:
     return Activations.concatenate([like[:0], *(lesson.activations for lesson in decided)])
+
+
+def _weights(decided: Sequence[Lesson]) -> Float64Array:
+    return np.array([lesson.weight for lesson in decided], dtype=np.float64)
 
 
 def _key(guard: Guard) -> bytes:

@@ -40,24 +40,31 @@ class Measurement:
     clean_flagged : ndarray of bool
         Clean inputs that are flagged: the realised false-positive rate.
     other_groups_flagged, same_groups_flagged : ndarray of bool
-        Decided poisoned inputs that are flagged; of look-alike groups that nothing was learned from, and the rest.
+        Decided poisoned inputs that some guard flagged and that are flagged; of look-alike groups that nothing was
+        learned from, and the rest.
+    misses_flagged : ndarray of bool
+        Decided poisoned inputs that no guard had flagged, of the audit sample.
     false_alarms_flagged : ndarray of bool
         Decided false alarms that are flagged (again).
     recovered : ndarray of bool
         Decided poisoned inputs with a known true label: whether the replacement head finds it.
     not_learned_flagged : ndarray of bool
         Decided false alarms that were not learned from.
+    clean_audits_flagged : ndarray of bool
+        Decided clean inputs of the audit sample.
     undecided_flagged : ndarray of bool
-        Inputs in the queue that nobody has decided.
+        Flagged inputs in the queue that nobody has decided.
     """
 
     clean_right: BoolArray
     clean_flagged: BoolArray
     other_groups_flagged: BoolArray
     same_groups_flagged: BoolArray
+    misses_flagged: BoolArray
     false_alarms_flagged: BoolArray
     recovered: BoolArray
     not_learned_flagged: BoolArray
+    clean_audits_flagged: BoolArray
     undecided_flagged: BoolArray
 
     def count(self, name: str) -> Count:
@@ -84,11 +91,13 @@ def measure(
     return Measurement(
         clean_right=(clean.predicted_labels == clean_labels) & ~clean_flags,
         clean_flagged=clean_flags,
-        other_groups_flagged=poisoned_flags[held_out.other_group],
-        same_groups_flagged=poisoned_flags[~held_out.other_group],
+        other_groups_flagged=poisoned_flags[held_out.other_group & ~held_out.is_miss],
+        same_groups_flagged=poisoned_flags[~held_out.other_group & ~held_out.is_miss],
+        misses_flagged=poisoned_flags[held_out.is_miss],
         false_alarms_flagged=flags_of(guard, held_out.false_alarms),
         recovered=recovered,
         not_learned_flagged=flags_of(guard, held_out.not_learned),
+        clean_audits_flagged=flags_of(guard, held_out.clean_audits),
         undecided_flagged=flags_of(guard, undecided),
     )
 

@@ -50,17 +50,20 @@ class Lineage:
     retrained_from : str
         Digest of the parent; empty for a guard that no retrainer made.
     holdout_share : float or None
-        Share of the clean images that it has not seen.
+        Share of the clean images that it, or the guard that was measured in its place, has not seen.
     locked_items : tuple of int
         Decided items that it has not learned from, to be measured on.
     learned : dict of int to int
         Items that it has learned from, and the decision that it took for true.
+    measured : str
+        Digest of the guard that was measured in its place, without the clean hold-outs; empty if it is that itself.
     """
 
     retrained_from: str = ""
     holdout_share: float | None = None
     locked_items: tuple[int, ...] = ()
     learned: dict[int, int] = field(default_factory=dict)
+    measured: str = ""
 
     @classmethod
     def read(cls, path: Path) -> Lineage:
@@ -84,6 +87,7 @@ class Lineage:
             values["holdout_share"],
             tuple(values["locked_items"]),
             {int(item): decision for item, decision in values["learned"].items()},
+            values.get("measured", ""),
         )
 
 

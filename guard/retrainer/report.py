@@ -45,9 +45,11 @@ def about_material(material: Material) -> dict[str, Any]:
         "learned_from": material.training.counts._asdict(),
         "held_out": {
             "clean_images": int(material.clean_held_out.sum()),
-            "poisoned_other_groups": int(held.other_group.sum()),
-            "poisoned_same_groups": int((~held.other_group).sum()),
+            "poisoned_other_groups": int((held.other_group & ~held.is_miss).sum()),
+            "poisoned_same_groups": int((~held.other_group & ~held.is_miss).sum()),
             "false_alarms": len(held.false_alarms),
+            "misses": int(held.is_miss.sum()),
+            "clean_audits": len(held.clean_audits),
         },
         "left_out": material.left_out,
         "reviewers": material.by_reviewer,
@@ -60,6 +62,7 @@ def about_trial(trial: Trial) -> dict[str, Any]:
     return {
         "before": trial.before.as_dict(),
         "after": trial.after.as_dict(),
+        "traffic": trial.traffic.as_dict(),
         "checks": trial.judgement.as_dicts(),
         "reasons": list(trial.judgement.reasons),
         "changes": changes(trial.before, trial.after),

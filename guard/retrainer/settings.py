@@ -79,6 +79,11 @@ class RetrainerSettings(BaseModel):
     #: Share of the flagged inputs without a decision that the candidate may let pass, where there are at least 20.
     max_released_share: float = Field(0.25, ge=0, le=1)
 
+    #: Whether the candidate's p-values follow the clean traffic: false alarms and audits that people called clean.
+    follow_traffic: bool = False
+    #: Fewer clean audits than this move no p-value.
+    min_clean_audits: int = Field(100, ge=20)
+
     #: A candidate that passed waits until this many further inputs were flagged, and both are compared; 0 = no canary.
     canary_inputs: int = Field(0, ge=0)
     #: A canary is judged by what there is after this many hours.

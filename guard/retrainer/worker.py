@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Self
@@ -30,7 +31,9 @@ from guard.retrainer.candidate import (
     doubt_poisoned,
     fit_candidate,
     try_candidate,
+    with_final,
 )
+from guard.retrainer.following import follow_traffic
 from guard.retrainer.lessons import reviewers_needed
 from guard.retrainer.material import Material, gather
 from guard.retrainer.promotion import Lineage, Promoter, Promotion, same_network, write_candidate
@@ -200,7 +203,8 @@ class Retrainer:
         report["parent"] = active.name
         material = doubt_poisoned(guard, self._gather(guard, active, settled), settings)
         report |= about_material(material)
-        undecided = self.queue.items(state=State.PENDING, model=self.model, limit=_UNDECIDED)
+        pending = self.queue.items(state=State.PENDING, model=self.model, limit=_UNDECIDED)
+        undecided = [item for item in pending if not item.input.is_audit]
         anomalies = choose_anomalies(guard, material, undecided, settings)
         report["anomalies"] = len(anomalies)
         refusal = _too_little(material, len(settled), len(anomalies), settings)
@@ -211,7 +215,7 @@ class Retrainer:
             guard,
             material,
             anomalies=anomalies,
-            never_saw_hold_out=Lineage.read(active).holdout_share == settings.holdout_share,
+            measured_before=self._measured_before(guard, active),
             trained_ids={item.id for item in settled if item.state is State.TRAINED},
         )
         pair, material = check_false_alarms(guard, pair, material, undecided, settings, anomalies=anomalies)
@@ -220,10 +224,13 @@ class Retrainer:
         if refusal:
             report["reasons"] = [refusal]
             return "refused"
+        pair = follow_traffic(with_final(guard, pair, material, anomalies=anomalies), material.held_out, settings)
         decided = {item.id: item.decision_id for item in settled}
         learned = {item_id: decided[item_id] for item_id in material.training_ids}
         lineage = Lineage(active.name, settings.holdout_share, material.held_out.item_ids, learned)
-        report["candidate"] = write_candidate(pair.candidate, self.store, active, lineage)
+        if pair.final is not None:
+            lineage = replace(lineage, measured=write_candidate(pair.candidate, self.store, active, lineage))
+        report["candidate"] = write_candidate(pair.promoted, self.store, active, lineage)
         trial = try_candidate(guard, pair, material, undecided, settings)
         report |= about_trial(trial)
         if not trial.judgement.passed:
@@ -251,6 +258,20 @@ class Retrainer:
                 {*Reviewers(self.queue).names(), *(decision.reviewer for decision in decisions)}, self.settings
             ),
         )
+
+    def _measured_before(self, guard: Guard, active: Path) -> Guard | None:
+        """Return the active guard as it was measured, without the clean hold-outs; None if it must be fitted again."""
+        lineage = Lineage.read(active)
+        if lineage.holdout_share != self.settings.holdout_share:
+            return None
+        if not lineage.measured:
+            return guard
+        try:
+            return Guard.load(self.store.fetch(lineage.measured))
+        except StoreUnavailable:
+            raise
+        except BundleError:  # removed
+            return None
 
     def _locked(self) -> tuple[int, ...]:
         """Return what the newest candidate held out, promoted or not."""
