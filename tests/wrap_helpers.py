@@ -108,7 +108,7 @@ def contents(archive: Path) -> dict[str, bytes]:
 def rewritten(source: Path, target: Path, changes: dict[str, bytes | None]) -> Path:
     """Copy an archive with some members changed, added, or left out (None)."""
     held = {**contents(source), **changes}
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
+    with zipfile.ZipFile(target, "w") as packed:
         for name, data in held.items():
             if data is not None:
                 packed.writestr(name, data)
