@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Test files that run at the same time, one more than cores: those with servers wait a lot. JOBS=0: one process.
 JOBS ?= 3
 
-.PHONY: setup frameworks kserve environments demo test test-quick lint types docs bench bench-badnets bench-fusion bench-loop bench-networks leaderboard test-zoo adaptive-attacks ablation rehearsal rehearsal-audits clean help
+.PHONY: setup frameworks kserve environments demo test test-quick lint types docs notebooks bench bench-badnets bench-fusion bench-loop bench-networks leaderboard test-zoo adaptive-attacks ablation rehearsal rehearsal-audits clean help
 
 help:
 	@echo "make demo   set up, backdoor a network on real images, guard it, serve it, print the verdicts"
@@ -79,6 +79,18 @@ $(DOCS)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
 	  > $(DOCS)/requirements.txt
 	$(DOCS)/bin/python -m pip install --quiet -c constraints.txt -r $(DOCS)/requirements.txt
+	@touch $@
+
+# The notebooks with their outputs, after a cell has changed: a kernel beside the tests' packages. Seconds each.
+NOTEBOOKS := build/notebooks
+notebooks: $(NOTEBOOKS)/.ready
+	$(NOTEBOOKS)/bin/python examples/notebooks/run.py examples/notebooks/*.ipynb
+
+$(NOTEBOOKS)/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv $(NOTEBOOKS)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_paths()["purelib"])' \
+	  > $$(echo $(NOTEBOOKS)/lib/python3*/site-packages)/zz-parent.pth
+	$(NOTEBOOKS)/bin/python -m pip install --quiet "nbclient>=0.10" "ipykernel>=6.29"
 	@touch $@
 
 # A bad night in four minutes: server, review page, retrainer and Prometheus; attack, bypass, failures, drift.
