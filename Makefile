@@ -9,13 +9,13 @@ unexport PYTHONDONTWRITEBYTECODE
 # Test files that run at the same time, one more than cores: those with servers wait a lot. JOBS=0: one process.
 JOBS ?= 3
 
-.PHONY: setup frameworks kserve environments demo test test-quick lint types bench bench-badnets bench-fusion bench-loop bench-networks leaderboard test-zoo adaptive-attacks ablation rehearsal rehearsal-audits clean help
+.PHONY: setup frameworks kserve environments demo test test-quick lint types docs notebooks bench bench-badnets bench-fusion bench-loop bench-networks leaderboard test-zoo adaptive-attacks ablation rehearsal rehearsal-audits clean help
 
 help:
 	@echo "make demo   set up, backdoor a network on real images, guard it, serve it, print the verdicts"
 	@echo "make test   set up and run all tests; make test-quick leaves out what starts servers or trains"
 	@echo "make rehearsal   start everything, attack it, let alerts go off and clear, compare the counts (needs prometheus)"
-	@echo "make lint | types | bench | clean"
+	@echo "make lint | types | docs | bench | clean"
 
 setup: $(VENV)/.ready
 
@@ -68,6 +68,30 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy --strict guard handlers
+
+# The documentation in build/site. An environment of its own: it reads the package, and imports nothing of it.
+DOCS := build/docs
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+$(DOCS)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	@$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+	  > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install --quiet -c constraints.txt -r $(DOCS)/requirements.txt
+	@touch $@
+
+# The notebooks with their outputs, after a cell has changed: a kernel beside the tests' packages. Seconds each.
+NOTEBOOKS := build/notebooks
+notebooks: $(NOTEBOOKS)/.ready
+	$(NOTEBOOKS)/bin/python examples/notebooks/run.py examples/notebooks/*.ipynb
+
+$(NOTEBOOKS)/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv $(NOTEBOOKS)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_paths()["purelib"])' \
+	  > $$(echo $(NOTEBOOKS)/lib/python3*/site-packages)/zz-parent.pth
+	$(NOTEBOOKS)/bin/python -m pip install --quiet "nbclient>=0.10" "ipykernel>=6.29"
+	@touch $@
 
 # A bad night in four minutes: server, review page, retrainer and Prometheus; attack, bypass, failures, drift.
 rehearsal: setup

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from conftest import CleanSplit
+from queue_helpers import flagged
+from safetensors.torch import save_file
 
-from guard import GuardConfig
+from guard import Guard, GuardConfig
 from guard.cli import run
-from guard.lab.attacks import DEMO_ATTACKS
+from guard.lab.attacks import DEMO_ATTACKS, MnistCnn
+from guard.lab.attacks.networks import mnist_cnn
+from guard.storage.bundle import BundleStore
 from guard.telemetry import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +26,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *ROOT.gl
 TEXTS = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in DOCUMENTS}
 RUNNABLE = {name: text for name, text in TEXTS.items() if "<!-- run -->" in text}
 _RUN = re.compile(r"^<!-- run -->\n+```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SHELL = re.compile(r"^```(?:console|bash|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`guard ([a-z]+)")
 _LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
@@ -53,9 +62,29 @@ def test_readme_python_examples_run_in_order(name: str, tmp_path: Path, monkeypa
         exec(compile(block, f"{name}, block {number}", "exec"), names)
 
 
+@pytest.mark.parametrize("name", ["docs/embedding.md", "docs/queue.md"])
+def test_docs_python_blocks_run_with_the_names_that_they_presuppose(
+    name: str,
+    badnet: MnistCnn,
+    fitted_guard: Guard,
+    clean_split: CleanSplit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "my_net", SimpleNamespace(make=mnist_cnn))
+    save_file(badnet.state_dict(), "weights.safetensors")
+    BundleStore(Path("bundles")).activate(fitted_guard.save("bundles").name)
+    names: dict[str, Any] = {"images": clean_split.test.images[:20], "flagged_inputs": [flagged()]}
+    for block in _PYTHON.findall(TEXTS[name]):
+        exec(compile(block.replace("/var/lib/guard/", f"{tmp_path}/"), name, "exec"), names)
+    if "model" in names:
+        names["model"].close()
+
+
 def test_readme_python_blocks_compile() -> None:
     for name, text in TEXTS.items():
-        for block in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        for block in _PYTHON.findall(text):
             compile(block, name, "exec")
 
 
