@@ -14,6 +14,7 @@ from conftest import CleanSplit
 from queue_helpers import flagged
 from safetensors.torch import save_file
 
+import guard
 from guard import Guard, GuardConfig
 from guard.cli import run
 from guard.lab.attacks import DEMO_ATTACKS, MnistCnn
@@ -126,6 +127,11 @@ def test_docs_name_every_setting(setting: str) -> None:
 @pytest.mark.parametrize("metric", METRICS)
 def test_docs_name_every_metric(metric: str) -> None:
     assert any(f"`{metric}`" in text for text in TEXTS.values())
+
+
+def test_docs_describe_every_public_name_where_it_is_defined() -> None:
+    described = set(re.findall(r"^::: (\S+)$", TEXTS["docs/api.md"], re.MULTILINE))
+    assert {f"{getattr(guard, name).__module__}.{name}" for name in guard.__all__} <= described
 
 
 @pytest.mark.parametrize("name", TEXTS)
