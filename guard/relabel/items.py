@@ -75,6 +75,8 @@ class FlaggedInput:
     false_positive_rate: float | None = None
     #: None: it was flagged. Else it is an audit: not flagged, and drawn at random with this probability, in (0, 1].
     audit_probability: float | None = None
+    #: True if the server counted what it judged (`Queue.note_traffic`), as it does where there is an audit sample.
+    is_counted: bool = False
 
     def __post_init__(self) -> None:
         if self.received_at.utcoffset() != timedelta(0):
@@ -95,6 +97,9 @@ class FlaggedInput:
             object.__setattr__(self, name, operator.index(label))  # a database driver does not know NumPy's integers
         if self.audit_probability is not None and not 0 < self.audit_probability <= 1:
             raise DataError(f"audit_probability must be in (0, 1], got {self.audit_probability}.")
+        for name, share in (("p_value", self.p_value), ("false_positive_rate", self.false_positive_rate)):
+            if share is not None and not 0 <= share <= 1:
+                raise DataError(f"{name} must be in [0, 1], got {share}.")
         names = ("combined", "p_value", "backup_confidence", "false_positive_rate", "audit_probability")
         numbers = {name: getattr(self, name) for name in names}
         for name, number in numbers.items():
@@ -200,8 +205,8 @@ class Enqueued:
     ids: tuple[int | None, ...]
     #: How many inputs were dropped by this call: new ones, and pending ones that gave way to new ones.
     dropped: int
-    #: Where audits were among them: which share of `max_audits_per_hour` is left to their model; else None.
-    audits_left: float | None = None
+    #: Where audits were among them: the share of `max_audits_per_hour` that is left to their model; else None.
+    audit_share_left: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

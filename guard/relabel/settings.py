@@ -71,16 +71,17 @@ class QueueSettings:
 
     @classmethod
     def from_json(cls, text: str | None) -> Self:
-        """Return the settings that `to_json` wrote; the usual ones of None.
+        """Return the settings that `to_json` wrote; the usual ones of None. Those of a later version are passed over.
 
         Raises
         ------
         ConfigError
             If it is something else.
         """
+        known = {field.name for field in fields(cls)}
         try:
-            return cls(**json.loads(text or "{}"))
-        except (ValueError, TypeError, RecursionError) as error:
+            return cls(**{name: value for name, value in json.loads(text or "{}").items() if name in known})
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(
                 f"the queue's settings cannot be read: {error}. Set them anew with guard review settings."
             ) from error
