@@ -305,7 +305,6 @@ def test_several_processes_may_open_a_new_queue_at_once(tmp_path):
     ("statement", "index"),
     [
         (statements.pick("suspicion", False), "ix_items_suspicion"),
-        (statements.pick("usefulness", False), "ix_items_usefulness"),
         (statements.pick("age", False), "ix_items_age"),
         (statements.pick("group", False), "ix_items_group"),
         (statements.pick("suspicion", True), "ix_items_group"),

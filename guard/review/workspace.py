@@ -25,7 +25,7 @@ from guard.review.status.bundles import BundleLists
 from guard.review.status.history import MetricsSource
 from guard.types import Float32Array, IntArray
 
-Order = Literal["suspicion", "age", "group", "usefulness"]
+Order = Literal["suspicion", "age", "group"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 
 #: Clean images shown per class.
