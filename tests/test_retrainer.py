@@ -852,7 +852,7 @@ def test_round_with_poisoned_decisions_draws_a_line(place, hold_out):
         np.array([(~guard.scores(world(1000, 950 + kind, kind, STRONG)[0]).is_poisoned).mean() for kind in range(4)])
         for guard in (candidate, place.guard)
     )
-    learned, *others = {0: [0, 1, 2, 3], 1: [1, 0, 2, 3], 2: [1, 0, 2, 3]}[hold_out]  # the other answers are held out
+    learned, *others = 1, 0, 2, 3  # the other answers are held out: those of the larger group never are
     assert missed[learned] < 0.5 * missed_before[learned]
     assert missed[others].mean() < missed_before[others].mean() + 0.04  # -0.01 to 0.037 over seven draws
 
