@@ -62,7 +62,7 @@ def test_print_table_counts_outcomes(stream: ModuleType) -> None:
     ]
     lines = stream.print_table(rows_of(stream), rounds)
     assert lines[2] == "| x | nobody | 20.00 (30.00) | 91.00 (90.00) | 1.00 | – |"
-    assert lines[3] == "| x | person | 0.00 | 91.00 (90.00) | 1.00 | 2 promoted; 1 refused; 1 promoted, worse |"
+    assert lines[3] == "| x | person | 0.00 | 91.00 (90.00) | 1.00 | 2 promoted, 1 refused, 1 promoted (worse) |"
 
 
 def test_draw_makes_a_picture(stream: ModuleType, tmp_path: Path) -> None:

@@ -304,7 +304,7 @@ def test_gate_tells_drift_of_the_clean_traffic_from_an_attack(n_flagged, drifted
     clean = compared(before, before, np.where(before, 1.0, (10_000 - n_flagged) / 197))
     check = on_traffic(clean=clean, n_audits=197)["false alarms of the traffic"]
     assert check.passed
-    assert ("That is drift and no attack" in check.text) is drifted
+    assert ("which is drift and no attack" in check.text) is drifted
 
 
 # --- calibration that follows the traffic ---

@@ -20,8 +20,8 @@ a guard that was fitted on 1,000 clean images only, and so misses more.
 
 Every candidate, promoted or refused, is compared with the guard that served, on the same inputs of all later parts:
 triggered ones on which the attack succeeds under one of the two only (`attack_lost`: under the candidate), clean ones
-that only one of the two answers rightly (`clean_lost`: the guard that served). `attack_worse`, `clean_worse` = a one-sided
-sign test at 5 %, of all later parts together or, at 5 % in all (Bonferroni), of one.
+that only one of the two answers rightly (`clean_lost`: the guard that served). `attack_worse`, `clean_worse`: by a
+one-sided sign test at 5 %, of all later parts together or, at 5 % in all (Bonferroni), of one.
 
 Writes `stream.csv` (one row per part) and `stream_rounds.csv` (one row per round, with what the gate said), and draws
 `docs/images/loop/stream.png`. With 1,000 images about 20 CPU seconds per variant; finished runs are kept.
@@ -376,8 +376,8 @@ def print_table(rows: Sequence[Mapping[str, str]], rounds: Sequence[Mapping[str,
             mean, worst = mean_of(rows, case, variant, quantity)
             cells.append(f"{mean:.2f}" if abs(mean - worst) < 0.005 else f"{mean:.2f} ({worst:.2f})")
         of_case = [entry for entry in rounds if (entry["case"], entry["variant"]) == (case, variant)]
-        outcomes = [f"{entry['outcome']}{', worse' * (entry.get('attack_worse') == 'True')}" for entry in of_case]
-        answer = "; ".join(f"{outcomes.count(kind)} {kind}" for kind in dict.fromkeys(outcomes)) or "–"
+        outcomes = [f"{entry['outcome']}{' (worse)' * (entry.get('attack_worse') == 'True')}" for entry in of_case]
+        answer = ", ".join(f"{outcomes.count(kind)} {kind}" for kind in dict.fromkeys(outcomes)) or "–"
         lines.append(f"| {case} | {variant} | {' | '.join(cells)} | {answer} |")
     return lines
 

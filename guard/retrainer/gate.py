@@ -269,8 +269,9 @@ def _live_false_alarms(traffic: Traffic, requested: float, factor: float) -> Che
     text = f"{text}; {limit}." if not passed else f"{text}."
     if traffic.has_drifted(requested, factor):
         text += (
-            f" {100 * requested:g} % were asked for: the clean traffic has changed. That is drift and no attack: fit "
-            "the guard anew with such inputs, or set follow_traffic."
+            f" {100 * requested:g} % were asked for: the clean traffic has changed, which is drift and no attack, or "
+            "somebody calls a trigger clean. Let another person look, then fit anew with such inputs, or set "
+            "follow_traffic."
         )
     return Check(name, passed, text, before, after)
 
