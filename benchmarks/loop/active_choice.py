@@ -56,7 +56,7 @@ from guard.storage.bundle import BundleStore
 from guard.suspect.model import SuspectModel
 from guard.types import Float32Array, Float64Array, IntArray
 
-NETWORKS = ("mnist-wanet-mnist_cnn", "mnist-sig-mnist_cnn")
+NETWORKS = ("mnist-wanet-mnist_cnn",)
 SEEDS = range(3)
 IMAGES, RATE = 300, 0.005
 Order = Literal["suspicion", "usefulness"]

@@ -263,6 +263,7 @@ def _live_false_alarms(traffic: Traffic, requested: float, factor: float) -> Che
     text = (
         f"{100 * after:.2f} % of the clean traffic would be flagged, {100 * before:.2f} % are now, as "
         f"{len(clean)} decided inputs tell, {traffic.n_audits} of them audits"
+        + (f"; {traffic.n_disputed} others look like an attack and want a second reviewer" * bool(traffic.n_disputed))
     )
     limit = f"{factor:g} times the rate of {100 * requested:g} % is allowed where chance does not explain more"
     passed = not (is_worse and after > factor * requested)
