@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -56,11 +57,12 @@ def test_print_table_counts_outcomes(stream: ModuleType) -> None:
     rounds = [
         {"case": "x", "variant": "person", "outcome": "promoted"},
         {"case": "x", "variant": "person", "outcome": "refused"},
-        {"case": "x", "variant": "person", "outcome": "promoted"},
+        {"case": "x", "variant": "person", "outcome": "promoted", "attack_worse": "False"},
+        {"case": "x", "variant": "person", "outcome": "promoted", "attack_worse": "True"},
     ]
     lines = stream.print_table(rows_of(stream), rounds)
     assert lines[2] == "| x | nobody | 20.00 (30.00) | 91.00 (90.00) | 1.00 | – |"
-    assert lines[3] == "| x | person | 0.00 | 91.00 (90.00) | 1.00 | 2 promoted, 1 refused |"
+    assert lines[3] == "| x | person | 0.00 | 91.00 (90.00) | 1.00 | 2 promoted, 1 refused, 1 promoted (worse) |"
 
 
 def test_draw_makes_a_picture(stream: ModuleType, tmp_path: Path) -> None:
@@ -69,8 +71,31 @@ def test_draw_makes_a_picture(stream: ModuleType, tmp_path: Path) -> None:
         assert picture.width > 800
 
 
-def test_document_holds_the_stored_results(stream: ModuleType) -> None:
+@pytest.mark.parametrize("stem", ["stream", "few_images"])
+def test_document_holds_the_stored_results(stream: ModuleType, stem: str) -> None:
     results = PROJECT / "benchmarks" / "results" / "loop"
-    table = stream.print_table(stream.read(results / "stream.csv"), stream.read(results / "stream_rounds.csv"))
+    table = stream.print_table(stream.read(results / f"{stem}.csv"), stream.read(results / f"{stem}_rounds.csv"))
     document = (PROJECT / "docs" / "retraining.md").read_text(encoding="utf-8")
     assert "\n".join(table) in document, "run benchmarks/loop/stream.py"
+
+
+@pytest.mark.parametrize("stem", ["stream", "few_images"])
+def test_no_stored_round_made_a_later_part_worse(stream: ModuleType, stem: str) -> None:
+    rounds = stream.read(PROJECT / "benchmarks" / "results" / "loop" / f"{stem}_rounds.csv")
+    assert not [row for row in rounds if row["outcome"] == "promoted" and row.get("attack_worse") == "True"]
+
+
+def test_compare_counts_what_only_one_guard_stops(stream: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = np.arange(40) < 20
+    beaten = {"old": (~flags, flags), "new": (np.arange(40) >= 26, flags), "none": (np.zeros(40, bool), flags)}
+    monkeypatch.setattr(stream, "is_beaten", lambda guard, part: beaten[guard])
+    assert stream.compare("old", "new", [None, None]) == {
+        "attack_lost": 0,
+        "attack_gained": 12,
+        "clean_lost": 0,
+        "clean_gained": 0,
+        "attack_worse": False,
+        "clean_worse": False,
+    }
+    assert stream.compare("new", "old", [None])["attack_worse"] is True
+    assert stream.compare("none", "new", [None])["attack_lost"] == 14

@@ -11,7 +11,6 @@ from queue_helpers import flagged
 from guard import Activations
 from guard.relabel.groups import cluster, refresh_groups
 from guard.relabel.queue import Queue
-from guard.relabel.usefulness import usefulness
 
 
 def around(centre: int, n: int, rng: np.random.Generator, width: float = 0.1) -> np.ndarray:
@@ -78,54 +77,3 @@ def test_refresh_groups_keeps_the_number_when_members_come_and_go(queue):
 def test_refresh_groups_of_nothing_is_nothing(queue):
     assert refresh_groups(queue, "digits") == 0
     assert queue.groups() == []
-
-
-# --- what to ask first ---
-
-
-def test_usefulness_values():
-    """The middle first, then the farthest from what came before; one of four look-alikes is worth more than a loner."""
-    rows = np.array([[1, 0], [1, 0.2], [1, 0.1], [0, 1], [1, -0.3]], dtype=np.float32)
-    root = np.sqrt(4)
-    useful = usefulness(np.array([7, 7, 7, 0, 7]), rows)
-    assert useful.tolist() == pytest.approx([root, root / 3, root / 4, 1, root / 2])
-
-
-def test_usefulness_of_copies_and_of_nothing():
-    assert sorted(usefulness(np.ones(3, dtype=np.int64), np.zeros((3, 2), np.float32))) == pytest.approx(
-        [np.sqrt(3) / k for k in (3, 2, 1)]
-    )
-    assert usefulness(np.zeros(0, dtype=np.int64), np.zeros((0, 0), np.float32)).tolist() == []
-
-
-def test_order_of_usefulness_asks_for_each_kind_before_more_of_a_flood(queue):
-    rng = np.random.default_rng(0)
-    flood, kind = enqueue(queue, around(0, 30, rng)), enqueue(queue, around(1, 4, rng))
-    [loner] = enqueue(queue, around(5, 1, rng))
-    refresh_groups(queue, "digits")
-    asked = {item.id for item in queue.claim("ana", 8, order="usefulness")}
-    assert len(asked & {*flood}) == 5  # 5.5, 2.7, 1.8, 1.4 and 1.1
-    assert len(asked & {*kind}) == 2  # 2 and 1
-    assert loner in asked
-    late = enqueue(queue, around(2, 1, rng))
-    assert late[0] not in {
-        item.id for item in queue.claim("bob", 27, order="usefulness")
-    }  # nobody has looked at it yet
-
-
-def test_usefulness_does_not_tell_an_audit_from_a_flagged_input(queue):
-    """Two look-alikes of a kind each time, one of them an audit: which one makes no difference."""
-    orders = []
-    for audited in (0, 1):
-        rows = around(4 + audited, 6, np.random.default_rng(3))
-        rows = np.roll(rows, -audited, axis=1)  # the same numbers, in another direction
-        ids = []
-        for number, row in enumerate(rows):
-            activations = Activations(np.zeros((1, 10), np.float32), np.roll(row, audited)[None])
-            probability = 0.1 if number % 2 == audited else None
-            given = flagged(number, suspect_label=3, activations=activations, audit_probability=probability)
-            ids += queue.enqueue([given]).ids
-        refresh_groups(queue, "digits")
-        claimed = [item.id for item in queue.claim("ana", 6, order="usefulness")]
-        orders.append([ids.index(item_id) for item_id in claimed])
-    assert orders[0] == orders[1]

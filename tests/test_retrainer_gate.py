@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from guard.retrainer.material import Agreement
 from guard.retrainer.measuring import Count, Measurement
 from guard.retrainer.movement import Movement, Region, sign_test
 from guard.retrainer.settings import RetrainerSettings
-from guard.retrainer.traffic import Compared, Traffic
+from guard.retrainer.traffic import CleanTraffic, Compared, Traffic
 
 NOBODY = Agreement(0, 0)
 SETTINGS = RetrainerSettings()
@@ -304,7 +303,7 @@ def test_gate_tells_drift_of_the_clean_traffic_from_an_attack(n_flagged, drifted
     clean = compared(before, before, np.where(before, 1.0, (10_000 - n_flagged) / 197))
     check = on_traffic(clean=clean, n_audits=197)["false alarms of the traffic"]
     assert check.passed
-    assert ("That is drift and no attack" in check.text) is drifted
+    assert ("which is drift and no attack" in check.text) is drifted
 
 
 # --- calibration that follows the traffic ---
@@ -335,8 +334,9 @@ def test_mixed_scores_count_what_an_audit_stands_for():
     assert (unweighted >= 99.5).sum() == 2
 
 
-def test_calibration_follows_only_where_asked_for_and_with_enough_audits():
-    held_out = SimpleNamespace(clean_audits=of(0, 99))
+def test_calibration_follows_only_where_asked_for_and_with_enough_audits(monkeypatch):
     pair = object()
-    assert follow_traffic(pair, held_out, RetrainerSettings(follow_traffic=True)) is pair
-    assert follow_traffic(pair, SimpleNamespace(clean_audits=of(0, 500)), SETTINGS) is pair
+    few = CleanTraffic(None, np.ones(120), 99, 0)
+    monkeypatch.setattr(CleanTraffic, "of", lambda *_: few)
+    assert follow_traffic(None, pair, None, RetrainerSettings(follow_traffic=True)) is pair
+    assert follow_traffic(None, pair, None, SETTINGS) is pair

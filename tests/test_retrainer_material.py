@@ -19,6 +19,7 @@ from guard.retrainer.candidate import doubt_poisoned, fit_candidate, try_candida
 from guard.retrainer.lessons import ClassLimits, reviewer_limit, reviewers_needed
 from guard.retrainer.material import clean_hold_out, gather, last_words
 from guard.retrainer.settings import RetrainerSettings, load_retrainer_settings
+from guard.retrainer.traffic import CleanTraffic
 
 FREE = RetrainerSettings(max_reviewer_share=1, max_false_alarms_per_class=1000, max_class_share=1)
 
@@ -314,6 +315,21 @@ def test_gather_missed_inputs_are_learned_from_first_and_a_share_is_held_out(gua
     assert {*material.training_ids} <= {*missed} - held  # the cap of a class leaves room for no other
     np.testing.assert_array_equal(material.held_out.poisoned_weights, np.where(material.held_out.is_miss, 10.0, 1.0))
     assert {*missed} - held <= {*material.poisoned_ids}
+
+
+def test_clean_traffic_leaves_out_what_one_reviewer_alone_calls_clean_and_looks_like_the_attack(guard, workspace):
+    add_poisoned(workspace, 60)
+    honest = add_false_alarms(workspace, 60, seed=3, audit_probability=0.05)
+    activations, _ = world(20, 9, 0)
+    lies = workspace.add(activations, activations.predicted_labels, is_poisoned=False, audit_probability=0.05)
+    clean = CleanTraffic.of(guard, gathered(guard, workspace), FREE)
+    assert clean.n_disputed >= 12
+    assert clean.n_audits == len(clean.weights) >= len(honest)
+    for item_id in lies:
+        workspace.say(item_id, "bob", is_poisoned=False, label=None)
+    assert CleanTraffic.of(guard, gathered(guard, workspace), FREE).n_audits >= len(honest) + len(lies) - 5
+    few = RetrainerSettings(min_anomalies=1000)
+    assert CleanTraffic.of(guard, gathered(guard, workspace), few).n_disputed == 0
 
 
 def test_gather_caps_hold_for_answers_about_audits(guard, workspace):

@@ -1,11 +1,12 @@
-"""How many answers it takes, asked in order of suspicion or of usefulness, until the next guard stops the attack.
+"""How many answers it takes, asked in order of suspicion or one of each kind first, until the attack is stopped.
 
     python benchmarks/loop/active_choice.py
 
 Guards are fitted on 300 clean images at a rate of 0.5 %, so that the attack succeeds now and then. What one flags of
-the first part of a stream (`stream.py`) waits in the queue; a reviewer answers so many items truly, in the order that
-the queue gives them, and one round of retraining runs with the default gate. Two streams: `even`, triggered inputs as
-they come, and `flood`, four of five of one true class, so that the rest of the attack hides behind look-alikes.
+the first part of a stream (`stream.py`) waits in the queue; a reviewer answers so many items truly, in order
+of suspicion (lowest p-value first, as the queue gives them) or of usefulness (one of each group of look-alikes, few of
+a flood), and one round of retraining runs with the default gate. Two streams: `even`, triggered inputs as they come,
+and `flood`, four of five of one true class, so that the rest of the attack hides behind look-alikes.
 Attack success is of the triggered inputs of the other parts, as they come, under the guard that serves afterwards.
 
 Writes `active_choice.csv`, and prints a table with the fewest answers after which, and after any more of them, attack
@@ -23,7 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch
 
@@ -45,20 +46,20 @@ from guard.detection.pipeline import Guard
 from guard.lab.zoo.collection import Zoo, default_zoo_dir
 from guard.lab.zoo.splits import load_split
 from guard.relabel.groups import refresh_groups
-from guard.relabel.items import Answer
+from guard.relabel.items import Answer, State
 from guard.relabel.queue import Queue
 from guard.relabel.rounds import Rounds
-from guard.relabel.statements import Order
 from guard.retrainer.settings import RetrainerSettings
 from guard.retrainer.worker import Retrainer
 from guard.serving.review_queue import ReviewQueue
 from guard.storage.bundle import BundleStore
 from guard.suspect.model import SuspectModel
+from guard.types import Float32Array, Float64Array, IntArray
 
-NETWORKS = ("mnist-wanet-mnist_cnn", "mnist-sig-mnist_cnn")
+NETWORKS = ("mnist-wanet-mnist_cnn",)
 SEEDS = range(3)
 IMAGES, RATE = 300, 0.005
-ORDERS: tuple[Order, ...] = ("suspicion", "usefulness")
+Order = Literal["suspicion", "usefulness"]
 STREAMS = ("even", "flood")
 ANSWERS = (12, 16, 24, 48, 96)
 #: Share of the triggered inputs of a flood that are of one class.
@@ -100,19 +101,63 @@ def success(guard: Guard, parts: Sequence[Part]) -> float:
     return sum(int(is_beaten(guard, part)[0].sum()) for part in parts) / counted
 
 
+def usefulness(groups: IntArray, features: Float32Array) -> Float64Array:
+    """Return how much an answer about each input would tell, shape (n,), > 0; higher = ask first.
+
+    The k-th input of a group of m look-alikes gets sqrt(m) / k, one that is like no other gets 1: an answer stands for
+    its look-alikes, and the next one of them says less. Within a group the input nearest to the centre comes first,
+    then always the one that is farthest from all before it [1]_.
+
+    Parameters
+    ----------
+    groups : ndarray of shape (n,), int64
+        As `refresh_groups` sets them; 0 = none.
+    features : ndarray of shape (n, d), float32
+
+    References
+    ----------
+    .. [1] Gonzalez (1985), Clustering to minimize the maximum intercluster distance; Sener and Savarese (2018), Active
+       learning for convolutional neural networks: a core-set approach.
+    """
+    useful = np.ones(len(groups))
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    directions = features / np.maximum(lengths, np.finfo(np.float32).tiny)
+    for group in np.unique(groups[groups > 0]):
+        rows = np.flatnonzero(groups == group)
+        useful[rows[_spread(directions[rows])]] = np.sqrt(len(rows)) / np.arange(1, len(rows) + 1)
+    return useful
+
+
+def _spread(rows: Float32Array) -> IntArray:
+    """Return the rows' numbers, the one nearest to the centre first, then always the farthest from those before."""
+    order = np.empty(len(rows), dtype=np.int64)
+    order[0] = np.linalg.norm(rows - rows.mean(axis=0), axis=1).argmin()
+    nearest = np.linalg.norm(rows - rows[order[0]], axis=1)
+    for place in range(1, len(rows)):
+        nearest[order[:place]] = -1.0  # copies are as near as the row itself, and still come once
+        order[place] = nearest.argmax()
+        nearest = np.minimum(nearest, np.linalg.norm(rows - rows[order[place]], axis=1))
+    return order
+
+
+def in_order(queue: Queue, order: Order) -> list[int]:
+    """Return the numbers of all pending items, what is to be asked first at first."""
+    if order == "suspicion":
+        items = queue.items(state=State.PENDING, limit=2000)
+        return [item.id for item in sorted(items, key=lambda item: (item.input.p_value, -item.input.combined))]
+    ids, _, groups, features = queue.pending_rows("model", 2000)
+    return ids[np.argsort(-usefulness(groups, features), kind="stable")].tolist()
+
+
 def answer_some(queue: Queue, part: Part, n: int, order: Order) -> int:
     """Answer up to n items truly in an order; return how many of them were poisoned."""
-    poisoned = 0
-    while n and (items := queue.claim("reviewer", min(n, 50), order=order)):
-        rows = [int(item.input.request_id.split(":")[1]) for item in items]
-        answers = [
-            Answer(item_id=item.id, is_poisoned=bool(part.is_poisoned[row]), true_label=int(part.true_labels[row]))
-            for item, row in zip(items, rows, strict=True)
-        ]
-        queue.decide_many("reviewer", answers)
-        poisoned += sum(entry.is_poisoned for entry in answers)
-        n -= len(items)
-    return poisoned
+    answers = []
+    for item_id in in_order(queue, order)[:n]:
+        row = int(queue.get(item_id).input.request_id.split(":")[1])
+        label = int(part.true_labels[row])
+        answers.append(Answer(item_id=item_id, is_poisoned=bool(part.is_poisoned[row]), true_label=label))
+    queue.decide_many("reviewer", answers, also_free=True)
+    return sum(entry.is_poisoned for entry in answers)
 
 
 def run(fitted: Guard, part: Part, later: Sequence[Part], order: Order, n: int, before: float) -> dict[str, Any]:
@@ -149,7 +194,7 @@ def run_network(network: str, seed: int) -> list[dict[str, Any]]:
     rows = []
     for stream in STREAMS:
         part = first if stream == "even" else flooded(first)
-        for order in ORDERS:
+        for order in get_args(Order):
             for n in ANSWERS:
                 row = run(fitted, part, later, order, n, before)
                 rows.append(

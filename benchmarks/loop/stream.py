@@ -20,8 +20,8 @@ a guard that was fitted on 1,000 clean images only, and so misses more.
 
 Every candidate, promoted or refused, is compared with the guard that served, on the same inputs of all later parts:
 triggered ones on which the attack succeeds under one of the two only (`attack_lost`: under the candidate), clean ones
-that only one of the two answers rightly (`clean_lost`: the guard that served). `worse` = a one-sided sign test of each
-kind at 5 %, of all later parts together or, at 5 % in all (Bonferroni), of one.
+that only one of the two answers rightly (`clean_lost`: the guard that served). `attack_worse`, `clean_worse`: by a
+one-sided sign test at 5 %, of all later parts together or, at 5 % in all (Bonferroni), of one.
 
 Writes `stream.csv` (one row per part) and `stream_rounds.csv` (one row per round, with what the gate said), and draws
 `docs/images/loop/stream.png`. With 1,000 images about 20 CPU seconds per variant; finished runs are kept.
@@ -123,7 +123,7 @@ COLUMNS = (
 )
 ROUND_COLUMNS = (
     *("case", "model", "seed", "variant", "after_part", "answers", "lies", "outcome"),
-    *("attack_lost", "attack_gained", "clean_lost", "clean_gained", "worse", "reasons"),
+    *("attack_lost", "attack_gained", "clean_lost", "clean_gained", "attack_worse", "clean_worse", "reasons"),
 )
 
 
@@ -191,18 +191,19 @@ def compare(before: Guard, after: Guard, later: Sequence[Part]) -> dict[str, int
         (old_attack, old_right), (new_attack, new_right) = is_beaten(before, part), is_beaten(after, part)
         lost[:, number] = (new_attack & ~old_attack).sum(), (old_right & ~new_right).sum()
         gained[:, number] = (old_attack & ~new_attack).sum(), (new_right & ~old_right).sum()
-    is_worse = False
+    is_worse = []
     for kind in range(2):
         of_parts = [sign_test(int(a), int(b)) for a, b in zip(lost[kind], gained[kind], strict=True)]
         together = sign_test(int(lost[kind].sum()), int(gained[kind].sum()))
-        is_worse |= together <= CHANCE or min(of_parts) <= CHANCE / len(later)
+        is_worse.append(together <= CHANCE or min(of_parts) <= CHANCE / len(later))
     (attack_lost, clean_lost), (attack_gained, clean_gained) = lost.sum(axis=1).tolist(), gained.sum(axis=1).tolist()
     return {
         "attack_lost": attack_lost,
         "attack_gained": attack_gained,
         "clean_lost": clean_lost,
         "clean_gained": clean_gained,
-        "worse": is_worse,
+        "attack_worse": is_worse[0],
+        "clean_worse": is_worse[1],
     }
 
 
@@ -329,7 +330,7 @@ def run_setting(setting: Setting, folder: Path, variants: Sequence[str]) -> str:
         rows, rounds = run_variant(setting, variant, fitted, parts)
         write(folder / f"{setting.name}.{variant}.csv", COLUMNS, rows)
         write(folder / f"{setting.name}.{variant}.rounds.csv", ROUND_COLUMNS, rounds)
-        outcomes += [f"{row['variant']}: {row['outcome']}{' WORSE' * bool(row.get('worse'))}" for row in rounds]
+        outcomes += [f"{row['variant']}: {row['outcome']}{' WORSE' * bool(row.get('attack_worse'))}" for row in rounds]
     used = f"{time.perf_counter() - start:.0f} s, {time.process_time() - cpu:.0f} s of CPU"
     return f"{setting.name}: {used}; {', '.join(outcomes)}"
 
@@ -374,7 +375,8 @@ def print_table(rows: Sequence[Mapping[str, str]], rounds: Sequence[Mapping[str,
         for quantity in ("attack_success", "clean_accuracy", "false_positive_rate"):
             mean, worst = mean_of(rows, case, variant, quantity)
             cells.append(f"{mean:.2f}" if abs(mean - worst) < 0.005 else f"{mean:.2f} ({worst:.2f})")
-        outcomes = [entry["outcome"] for entry in rounds if (entry["case"], entry["variant"]) == (case, variant)]
+        of_case = [entry for entry in rounds if (entry["case"], entry["variant"]) == (case, variant)]
+        outcomes = [f"{entry['outcome']}{' (worse)' * (entry.get('attack_worse') == 'True')}" for entry in of_case]
         answer = ", ".join(f"{outcomes.count(kind)} {kind}" for kind in dict.fromkeys(outcomes)) or "–"
         lines.append(f"| {case} | {variant} | {' | '.join(cells)} | {answer} |")
     return lines

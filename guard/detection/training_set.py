@@ -25,7 +25,7 @@ class LabelledCounts(NamedTuple):
 
 @dataclass(frozen=True)
 class Labelled:
-    """Inputs that the guard flagged and a person has looked at, one row each; there may be none.
+    """Inputs that a person has looked at, flagged or audited, one row each; there may be none.
 
     Attributes
     ----------

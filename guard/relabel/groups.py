@@ -7,7 +7,6 @@ from collections import Counter
 import numpy as np
 
 from guard.relabel.queue import Queue
-from guard.relabel.usefulness import usefulness
 from guard.types import Float32Array, IntArray
 
 #: Fewer look-alikes than this are no group.
@@ -52,10 +51,9 @@ def cluster(features: Float32Array, *, min_size: int = MIN_SIZE, max_distance: f
 def refresh_groups(queue: Queue, model: str, *, limit: int = 2000, min_size: int = MIN_SIZE) -> int:
     """Group the newest pending items of a model anew, each suspect label by itself; return how many groups there are.
 
-    A group keeps its number while most of its members stay; a new one takes the number of its oldest item. How useful
-    an answer about each item would be is noted with it.
+    A group keeps its number while most of its members stay; a new one takes the number of its oldest item.
     """
-    ids, suspect_labels, old_groups, old_useful, features = queue.pending_rows(model, limit)
+    ids, suspect_labels, old_groups, features = queue.pending_rows(model, limit)
     new_groups = np.zeros(len(ids), dtype=np.int64)
     clusters: list[IntArray] = []
     for label in np.unique(suspect_labels):
@@ -71,7 +69,4 @@ def refresh_groups(queue: Queue, model: str, *, limit: int = 2000, min_size: int
         new_groups[rows] = number
     changed = np.flatnonzero(new_groups != old_groups)
     queue.set_groups(dict(zip(ids[changed].tolist(), new_groups[changed].tolist(), strict=True)))
-    useful = usefulness(new_groups, features)
-    changed = np.flatnonzero(useful != old_useful)
-    queue.set_usefulness(dict(zip(ids[changed].tolist(), useful[changed].tolist(), strict=True)))
     return len(clusters)

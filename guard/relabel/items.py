@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from guard.errors import DataError
-from guard.types import Activations, Float32Array, Float64Array, IntArray
+from guard.types import Activations, Float32Array
 
 
 class State(StrEnum):
@@ -117,19 +117,6 @@ class FlaggedInput:
     def is_audit(self) -> bool:
         """True if it was not flagged, and came as one of the audit sample."""
         return self.audit_probability is not None
-
-
-class PendingRows(NamedTuple):
-    """What pending items are grouped by, one row each."""
-
-    #: Numbers, suspect labels and groups (0 = none), shape (n,).
-    ids: IntArray
-    suspect_labels: IntArray
-    groups: IntArray
-    #: As stored, shape (n,).
-    usefulness: Float64Array
-    #: Shape (n, d).
-    features: Float32Array
 
 
 class Settled(NamedTuple):

@@ -28,7 +28,6 @@ from guard.relabel.items import (
     FlaggedInput,
     GoldResult,
     Group,
-    PendingRows,
     QueueItem,
     Settled,
     State,
@@ -38,6 +37,7 @@ from guard.relabel.migrating import migrate
 from guard.relabel.rows import Codec
 from guard.relabel.settings import QueueSettings, QueueWaits
 from guard.relabel.statements import Order
+from guard.types import Float32Array, IntArray
 
 #: Groups that are set per transaction, so that nobody waits long.
 _AT_ONCE = 200
@@ -217,9 +217,8 @@ class Queue:
         ----------
         reviewer : str
         n : int
-        order : {"suspicion", "age", "group", "usefulness"}
-            Lowest p-value first, oldest first, newest group first and ungrouped items last, or what an answer would
-            tell most about first (`guard.relabel.usefulness`).
+        order : {"suspicion", "age", "group"}
+            Lowest p-value first, oldest first, or newest group first and ungrouped items last.
         group : int, optional
             Only items of this group.
 
@@ -472,20 +471,16 @@ class Queue:
             with self.database.writing(passing=True) as connection:
                 connection.execute(statements.SET_GROUP, pairs[start : start + _AT_ONCE])
 
-    def set_usefulness(self, useful: Mapping[int, float]) -> None:
-        """Note how much an answer about each item would tell: item number -> a number, higher = ask first."""
-        pairs = [{"item_id": item_id, "useful": number} for item_id, number in sorted(useful.items())]
-        for start in range(0, len(pairs), _AT_ONCE):
-            with self.database.writing(passing=True) as connection:
-                connection.execute(statements.SET_USEFULNESS, pairs[start : start + _AT_ONCE])
-
     def groups(self, *, seen_by: str | None = None) -> list[Group]:
         """Return all groups, those with most pending items first; for a reviewer with what is open for that one."""
         with self.database.reading() as connection:
             return reading.read_groups(connection, seen_by)
 
-    def pending_rows(self, model: str, limit: int) -> PendingRows:
-        """Return what up to `limit` pending items of a model are grouped by, newest first."""
+    def pending_rows(self, model: str, limit: int) -> tuple[IntArray, IntArray, IntArray, Float32Array]:
+        """Return numbers, suspect labels, groups (0 = none), all (n,), and features (n, d).
+
+        Of up to `limit` pending items of a model, newest first.
+        """
         with self.database.reading() as connection:
             return reading.read_pending_features(connection, self._codec, model, limit)
 

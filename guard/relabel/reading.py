@@ -12,10 +12,10 @@ from sqlalchemy.engine import Connection
 from guard.errors import ItemGone
 from guard.relabel import statements
 from guard.relabel.deciding import gone
-from guard.relabel.items import Counts, Decision, GoldResult, Group, PendingRows, QueueItem, Settled, State
+from guard.relabel.items import Counts, Decision, GoldResult, Group, QueueItem, Settled, State
 from guard.relabel.rows import Codec, decision_of
 from guard.relabel.settings import QueueSettings
-from guard.types import IntArray
+from guard.types import Float32Array, IntArray
 
 #: Items that are read by one statement; SQLite bounds how many numbers one may name.
 _AT_ONCE = 500
@@ -156,8 +156,10 @@ def read_gold_results(connection: Connection, reviewer: str) -> GoldResult:
     return GoldResult(right, answered)
 
 
-def read_pending_features(connection: Connection, codec: Codec, model: str, limit: int) -> PendingRows:
-    """Return what pending items are grouped by, newest first.
+def read_pending_features(
+    connection: Connection, codec: Codec, model: str, limit: int
+) -> tuple[IntArray, IntArray, IntArray, Float32Array]:
+    """Return numbers, suspect labels, groups (0 = none) and features of pending items, newest first.
 
     Items of a bundle with another width of the features than the newest one's are left out.
     """
@@ -168,7 +170,5 @@ def read_pending_features(connection: Connection, codec: Codec, model: str, limi
     def column(name: str) -> IntArray:
         return np.array([rows[place][name] for place in same], dtype=np.int64)
 
-    useful = np.array([rows[place]["usefulness"] for place in same], dtype=np.float64)
-
     stacked = np.stack([features[place] for place in same]) if same else np.empty((0, 0), dtype=np.float32)
-    return PendingRows(column("id"), column("suspect_label"), column("group_id"), useful, stacked)
+    return column("id"), column("suspect_label"), column("group_id"), stacked

@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 #: The newest migration; a test holds it to `migrations/versions`.
-REVISION = "0005"
+REVISION = "0004"
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -96,8 +96,6 @@ items = sa.Table(
     sa.Column("review_rank", sa.Float(53), nullable=False, server_default="0"),
     #: Whose room it takes while the queue is full: the suspect label of a flagged item; -1 for all audits of a model.
     sa.Column("room", sa.Integer, nullable=False, server_default="0"),
-    #: How much an answer would tell, of a pending item (`guard.relabel.usefulness`); 0 = nobody has looked yet.
-    sa.Column("usefulness", sa.Float(53), nullable=False, server_default="0"),
 )
 
 
@@ -108,7 +106,6 @@ def _index(name: str, where: str, *columns: sa.ColumnElement[Any]) -> None:
 
 # Each covers the items of one state only: a claim searches among pending ones, however many were decided.
 _index("ix_items_suspicion", "state = 'pending'", items.c.review_rank, items.c.combined.desc(), items.c.id)
-_index("ix_items_usefulness", "state = 'pending'", items.c.usefulness.desc(), items.c.review_rank, items.c.id)
 _index("ix_items_age", "state = 'pending'", items.c.received_at, items.c.id)
 _index(
     "ix_items_group",

@@ -25,7 +25,7 @@ from guard.relabel.schema import (
     traffic,
 )
 
-Order = Literal["suspicion", "age", "group", "usefulness"]
+Order = Literal["suspicion", "age", "group"]
 
 #: Tickets of ordinary items are below 1; gold items have 2, and so never give way or expire.
 GOLD_TICKET = 2.0
@@ -168,7 +168,6 @@ def count_traffic(dialect: str) -> Any:
 _ORDERS: dict[Order, list[sa.ColumnElement[Any]]] = {
     "suspicion": [items.c.review_rank.asc(), items.c.combined.desc(), items.c.id.asc()],
     "age": [items.c.received_at.asc(), items.c.id.asc()],
-    "usefulness": [items.c.usefulness.desc(), items.c.review_rank.asc(), items.c.id.asc()],
     "group": [items.c.group_id.desc(), items.c.review_rank.asc(), items.c.combined.desc(), items.c.id.asc()],
 }
 _later = decisions.alias("later")
@@ -499,21 +498,13 @@ NOTE_LEARNED = (
 
 #: Pending items of a model, newest first, for clustering; gold ones too, or they alone would have no group.
 PENDING_FEATURES = (
-    sa.select(
-        items.c.id,
-        items.c.suspect_label,
-        items.c.group_id,
-        items.c.usefulness,
-        blobs.c.sealed,
-        blobs.c.activations,
-    )
+    sa.select(items.c.id, items.c.suspect_label, items.c.group_id, blobs.c.sealed, blobs.c.activations)
     .join_from(items, blobs, blobs.c.item_id == items.c.id)
     .where(_IS_PENDING, items.c.model == sa.bindparam("model"))
     .order_by(items.c.received_at.desc(), items.c.id.desc())
     .limit(sa.bindparam("n"))
 )
 SET_GROUP = sa.update(items).where(items.c.id == sa.bindparam("item_id")).values(group_id=sa.bindparam("group"))
-SET_USEFULNESS = sa.update(items).where(items.c.id == sa.bindparam("item_id")).values(usefulness=sa.bindparam("useful"))
 _in_group = sa.and_(items.c.group_id > 0, items.c.state.in_(("pending", "claimed", "decided", "trained")))
 #: Size and pending items of every group, per suspect label.
 GROUPS = (

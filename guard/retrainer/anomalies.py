@@ -39,8 +39,17 @@ def recognise(guard: Guard, anomalies: Activations) -> BoolArray:
     found = np.zeros(len(anomalies), dtype=bool)
     fold = np.arange(len(anomalies)) % _FOLDS
     for number in range(_FOLDS) if len(anomalies) >= _FOLDS else ():
-        tested, clean = fold == number, guard.reference[::2]
-        labels = np.concatenate([guard.reference_labels[::2], np.full(int((~tested).sum()), NO_LABEL)])
-        line = Demarcation().fit(Activations.concatenate([clean, anomalies[~tested]]), labels)
-        found[tested] = line.score(anomalies[tested]) > np.quantile(line.score(guard.reference[1::2]), _BEYOND)
+        tested = fold == number
+        found[tested] = resembles(guard, anomalies[~tested], anomalies[tested])
+    return found
+
+
+def resembles(guard: Guard, anomalies: Activations, inputs: Activations) -> BoolArray:
+    """Return which inputs, shape (n,), a line between anomalies and half of the clean reference puts with these.
+
+    That is beyond 99 % of the other half.
+    """
+    labels = np.concatenate([guard.reference_labels[::2], np.full(len(anomalies), NO_LABEL)])
+    line = Demarcation().fit(Activations.concatenate([guard.reference[::2], anomalies]), labels)
+    found: BoolArray = line.score(inputs) > np.quantile(line.score(guard.reference[1::2]), _BEYOND)
     return found

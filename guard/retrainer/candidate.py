@@ -18,7 +18,7 @@ from guard.retrainer.material import Material, fits
 from guard.retrainer.measuring import Count, Measurement, flags_of, measure
 from guard.retrainer.movement import Movement
 from guard.retrainer.settings import RetrainerSettings
-from guard.retrainer.traffic import Traffic
+from guard.retrainer.traffic import CleanTraffic, Traffic
 from guard.statistics.calibration import check_rate
 from guard.types import Activations, BoolArray
 
@@ -206,7 +206,7 @@ def try_candidate(
         }
     # Both as they serve, and not as they are without the clean hold-outs: neither has learned from these inputs.
     serving, promoted = (fitted.with_config(false_positive_rate=rate) for fitted in (guard, pair.promoted))
-    traffic = Traffic.of(serving, promoted, material.held_out)
+    traffic = Traffic.of(serving, promoted, material.held_out, CleanTraffic.of(guard, material, settings))
     judgement = judge(before, after, material.agreement, rate, settings, movements, traffic)
     return Trial(before, after, traffic, judgement)
 

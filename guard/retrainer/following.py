@@ -8,9 +8,10 @@ import numpy as np
 
 from guard.detection.pipeline import Guard
 from guard.retrainer.candidate import Pair
-from guard.retrainer.material import HeldOut
+from guard.retrainer.material import Material
 from guard.retrainer.settings import RetrainerSettings
-from guard.types import Activations, Float64Array
+from guard.retrainer.traffic import CleanTraffic
+from guard.types import Float64Array
 
 #: Weight of the traffic beside the clean images.
 _SHARE = 0.5
@@ -18,29 +19,30 @@ _SHARE = 0.5
 MOST = 2.0
 
 
-def follow_traffic(pair: Pair, held_out: HeldOut, settings: RetrainerSettings) -> Pair:
+def follow_traffic(guard: Guard, pair: Pair, material: Material, settings: RetrainerSettings) -> Pair:
     """Return the pair with a candidate whose p-values tell how its scores lie among the clean traffic, too.
 
     Without `follow_traffic`, or with fewer clean audits than `min_clean_audits`, it is returned as it is.
 
     Parameters
     ----------
+    guard : Guard
+        Its clean reference is read.
     pair : Pair
-    held_out : HeldOut
-        Its false alarms and clean audits: what people called clean, and nobody learned from.
+    material : Material
     settings : RetrainerSettings
     """
-    if not settings.follow_traffic or len(held_out.clean_audits) < settings.min_clean_audits:
+    if not settings.follow_traffic:
         return pair
-    clean = Activations.concatenate([held_out.not_learned, held_out.clean_audits])
-    weights = np.concatenate([np.ones(len(held_out.not_learned)), held_out.clean_audit_weights])
-    return pair._replace(
-        candidate=_recalibrated(pair.candidate, clean, weights), final=_recalibrated(pair.promoted, clean, weights)
-    )
+    clean = CleanTraffic.of(guard, material, settings)
+    if clean.n_audits < settings.min_clean_audits:
+        return pair
+    return pair._replace(candidate=_recalibrated(pair.candidate, clean), final=_recalibrated(pair.promoted, clean))
 
 
-def _recalibrated(guard: Guard, clean: Activations, weights: Float64Array) -> Guard:
-    return replace(guard, clean_scores=mixed_scores(guard.clean_scores, guard.scores(clean).combined, weights))
+def _recalibrated(guard: Guard, clean: CleanTraffic) -> Guard:
+    scores = guard.scores(clean.activations).combined
+    return replace(guard, clean_scores=mixed_scores(guard.clean_scores, scores, clean.weights))
 
 
 def mixed_scores(scores: Float64Array, traffic: Float64Array, weights: Float64Array) -> Float64Array:

@@ -263,14 +263,16 @@ def _live_false_alarms(traffic: Traffic, requested: float, factor: float) -> Che
     text = (
         f"{100 * after:.2f} % of the clean traffic would be flagged, {100 * before:.2f} % are now, as "
         f"{len(clean)} decided inputs tell, {traffic.n_audits} of them audits"
+        + (f"; {traffic.n_disputed} others look like an attack and want a second reviewer" * bool(traffic.n_disputed))
     )
     limit = f"{factor:g} times the rate of {100 * requested:g} % is allowed where chance does not explain more"
     passed = not (is_worse and after > factor * requested)
     text = f"{text}; {limit}." if not passed else f"{text}."
     if traffic.has_drifted(requested, factor):
         text += (
-            f" {100 * requested:g} % were asked for: the clean traffic has changed. That is drift and no attack: fit "
-            "the guard anew with such inputs, or set follow_traffic."
+            f" {100 * requested:g} % were asked for: the clean traffic has changed, which is drift and no attack, or "
+            "somebody calls a trigger clean. Let another person look, then fit anew with such inputs, or set "
+            "follow_traffic."
         )
     return Check(name, passed, text, before, after)
 

@@ -55,6 +55,8 @@ class HeldOut:
         Audits that were decided as clean. Nothing is learned from them.
     clean_audit_weights : ndarray of shape (m,), float64
         How many inputs of the traffic each of these stands for.
+    is_confirmed : ndarray of shape (k + m,), bool
+        Whether a second reviewer says the same: of the k of `not_learned`, then of the clean audits.
     """
 
     poisoned: Activations
@@ -67,6 +69,7 @@ class HeldOut:
     poisoned_weights: Float64Array
     clean_audits: Activations
     clean_audit_weights: Float64Array
+    is_confirmed: BoolArray
 
     @classmethod
     def of(
@@ -77,17 +80,19 @@ class HeldOut:
         poisoned = [lesson for lesson in kept if lesson.is_poisoned]
         false_alarms = [lesson for lesson in usable if not lesson.is_poisoned and not lesson.is_audit]
         clean_audits = [lesson for lesson in usable if not lesson.is_poisoned and lesson.is_audit]
+        not_learned = [lesson for lesson in false_alarms if lesson.id not in learned]
         return cls(
             _stack(poisoned, like),
             np.array([lesson.true_label for lesson in poisoned], dtype=np.int64),
             np.array([lesson.id in other for lesson in poisoned], dtype=bool),
             _stack([lesson for lesson in false_alarms if lesson.id in held], like),
             tuple(lesson.id for lesson in kept),
-            _stack([lesson for lesson in false_alarms if lesson.id not in learned], like),
+            _stack(not_learned, like),
             np.array([lesson.is_audit for lesson in poisoned], dtype=bool),
             _weights(poisoned),
             _stack(clean_audits, like),
             _weights(clean_audits),
+            np.array([lesson.supporters > 1 for lesson in (*not_learned, *clean_audits)], dtype=bool),
         )
 
 
@@ -134,11 +139,13 @@ class Material:
         poisoned = self.training.is_poisoned
         false_alarms = self.training.activations[~poisoned]
         not_learned = Activations.concatenate([self.held_out.not_learned, false_alarms])
+        n, unconfirmed = len(self.held_out.not_learned), np.zeros(len(false_alarms), dtype=bool)
+        is_confirmed = np.concatenate([self.held_out.is_confirmed[:n], unconfirmed, self.held_out.is_confirmed[n:]])
         return dataclasses.replace(
             self,
             training=self.training[poisoned],
             training_ids=tuple(item_id for item_id, kept in zip(self.training_ids, poisoned, strict=True) if kept),
-            held_out=dataclasses.replace(self.held_out, not_learned=not_learned),
+            held_out=dataclasses.replace(self.held_out, not_learned=not_learned, is_confirmed=is_confirmed),
             left_out={**self.left_out, why: len(false_alarms)},
         )
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import scipy.stats
 
 from guard.detection.pipeline import Guard
-from guard.retrainer.material import HeldOut
+from guard.retrainer.anomalies import resembles
+from guard.retrainer.material import HeldOut, Material
 from guard.retrainer.measuring import flags_of
 from guard.retrainer.movement import CHANCE
+from guard.retrainer.settings import RetrainerSettings
 from guard.types import Activations, BoolArray, Float64Array, IntArray
 
 
@@ -73,6 +75,48 @@ class Compared:
         return _at_least(n_gained, n_gained + n_lost, drawn_gained / (drawn_gained + drawn_lost))
 
 
+class CleanTraffic(NamedTuple):
+    """Inputs that people called clean and nobody learned from.
+
+    Attributes
+    ----------
+    activations : Activations of n inputs
+        False alarms first, then audits.
+    weights : ndarray of shape (n,), float64
+        How many inputs of the traffic each stands for.
+    n_audits : int
+    n_disputed : int
+        Left out: one reviewer alone calls them clean, and they look like those that are called poisoned.
+    """
+
+    activations: Activations
+    weights: Float64Array
+    n_audits: int
+    n_disputed: int
+
+    @classmethod
+    def of(cls, guard: Guard, material: Material, settings: RetrainerSettings) -> Self:
+        """Return what is undisputed; where few inputs are called poisoned, everything is.
+
+        Whoever calls a missed trigger clean could have every candidate refused that catches it.
+
+        Parameters
+        ----------
+        guard : Guard
+            Its clean reference is read.
+        material : Material
+        settings : RetrainerSettings
+        """
+        held = material.held_out
+        activations = Activations.concatenate([held.not_learned, held.clean_audits])
+        weights = np.concatenate([np.ones(len(held.not_learned)), held.clean_audit_weights])
+        is_audit = np.arange(len(weights)) >= len(held.not_learned)
+        disputed = np.zeros(len(weights), dtype=bool)
+        if len(material.poisoned) >= settings.min_anomalies and len(weights):
+            disputed = resembles(guard, material.poisoned, activations) & ~held.is_confirmed
+        return cls(activations[~disputed], weights[~disputed], int(is_audit[~disputed].sum()), int(disputed.sum()))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Traffic:
     """Both guards on decided traffic that neither learned from.
@@ -87,23 +131,25 @@ class Traffic:
         False alarms that are not learned from, and clean audits.
     n_audits : int
         How many of the clean ones came as audits.
+    n_disputed : int
+        Further ones that are left out, see `CleanTraffic`.
     """
 
     poisoned: Compared
     is_miss: BoolArray
     clean: Compared
     n_audits: int
+    n_disputed: int = 0
 
     @classmethod
-    def of(cls, serving: Guard, candidate: Guard, held_out: HeldOut) -> Self:
+    def of(cls, serving: Guard, candidate: Guard, held_out: HeldOut, clean: CleanTraffic) -> Self:
         """Ask both guards about everything that was decided and not learned from."""
-        clean = Activations.concatenate([held_out.not_learned, held_out.clean_audits])
-        weights = np.concatenate([np.ones(len(held_out.not_learned)), held_out.clean_audit_weights])
         return cls(
             Compared.on(serving, candidate, held_out.poisoned, held_out.poisoned_weights),
             held_out.is_miss,
-            Compared.on(serving, candidate, clean, weights),
-            len(held_out.clean_audits),
+            Compared.on(serving, candidate, clean.activations, clean.weights),
+            clean.n_audits,
+            clean.n_disputed,
         )
 
     def has_drifted(self, requested: float, factor: float) -> bool:
@@ -127,6 +173,7 @@ class Traffic:
         return {
             "misses": len(self.is_miss[self.is_miss]),
             "clean_audits": self.n_audits,
+            "disputed": self.n_disputed,
             "detection_rate": _rates(self.poisoned),
             "false_positive_rate": _rates(self.clean) if self.n_audits else None,
         }

@@ -224,7 +224,7 @@ class Retrainer:
         if refusal:
             report["reasons"] = [refusal]
             return "refused"
-        pair = follow_traffic(with_final(guard, pair, material, anomalies=anomalies), material.held_out, settings)
+        pair = follow_traffic(guard, with_final(guard, pair, material, anomalies=anomalies), material, settings)
         decided = {item.id: item.decision_id for item in settled}
         learned = {item_id: decided[item_id] for item_id in material.training_ids}
         lineage = Lineage(active.name, settings.holdout_share, material.held_out.item_ids, learned)

@@ -27,7 +27,7 @@ from guard.review.status.detection import DetectionWatch
 from guard.review.status.history import MetricsSource
 from guard.types import Float32Array, IntArray
 
-Order = Literal["suspicion", "age", "group", "usefulness"]
+Order = Literal["suspicion", "age", "group"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 
 #: Clean images shown per class.
