@@ -13,6 +13,7 @@ from guard.relabel.items import Answer, Decision, QueueItem
 from guard.relabel.rounds import Round
 from guard.review import wording
 from guard.review.access import ForbiddenError, Form, Number, Posted, Session, SignedIn, TheWorkspace
+from guard.review.blinded_report import blinded_report
 from guard.review.rendering import is_part, render
 from guard.review.workspace import ORDERS, Order, Workspace, label_of, number_of
 
@@ -133,11 +134,12 @@ def change(workspace: TheWorkspace, posted: Form, decision_id: Number) -> Respon
 def progress(request: Request, workspace: TheWorkspace, session: SignedIn) -> Response:
     """Show how far the queue is, and what the answers changed after each retraining."""
     now = datetime.now(UTC)
+    is_blind = workspace.is_blind(session.reviewer)
     context = {
         "mine": workspace.log.count_standing(session.name),
         "last_hour": workspace.log.count_standing(session.name, now - timedelta(hours=1)),
         "awaited": workspace.awaited(session.reviewer),
-        "rounds": [_round(entry) for entry in workspace.rounds.all(limit=50)],
+        "rounds": [_round(entry, is_blind) for entry in workspace.rounds.all(limit=50)],
         "dropped": sum(workspace.counts(session.reviewer).dropped.values()),
         **shared(workspace, session),
     }
@@ -244,8 +246,8 @@ def _answer_row(workspace: Workspace, session: Session, decision: Decision) -> d
     }
 
 
-def _round(entry: Round) -> dict[str, Any]:
-    report = entry.report
+def _round(entry: Round, is_blind: bool) -> dict[str, Any]:
+    report = blinded_report(entry.report) if is_blind else entry.report
     return {
         "entry": entry,
         "figures": wording.before_and_after(report),
