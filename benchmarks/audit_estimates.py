@@ -36,9 +36,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from guard.statistics.detection_rates import DetectionRates, Estimate, estimate_rates
-from guard.statistics.review_sample import UNDECIDED, Populations, strata_of_items
+from guard.statistics.review_sample import Populations, strata_of_items
 from guard.statistics.strata import NEAR_FACTOR, NEAR_WEIGHT
-from guard.types import BoolArray, Float64Array, IntArray
+from guard.types import UNDECIDED, BoolArray, Float64Array, IntArray
 
 mpl.use("Agg")
 PROJECT = Path(__file__).resolve().parent.parent

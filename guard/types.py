@@ -23,6 +23,8 @@ AnyArray = npt.NDArray[Any]
 
 Action = Literal["observe", "flag", "relabel", "block"]
 
+#: In place of an answer about an item (1 poisoned, 0 clean): none counts.
+UNDECIDED = -1
 #: Name under which detectors ask `Activations.at` for the split layer.
 FEATURES = "features"
 _JOINED = "_joined"  # the array whose columns are all arrays of activations, where there is one

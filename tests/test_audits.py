@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -15,11 +16,12 @@ from queue_helpers import START, Clock, flagged
 
 from guard.cli import run
 from guard.errors import ConfigError
-from guard.observing.detection import Detection, detection_of, detection_of_models, percent
-from guard.relabel.audits import UNANSWERED, SampledItems, found_misses, read_sample, whole_hours
+from guard.observing.detection import FIGURES, Detection, detection_of, detection_of_models, percent
+from guard.relabel.audits import SampledItems, found_misses, read_sample, whole_hours
 from guard.relabel.items import Answer, FlaggedInput
 from guard.relabel.queue import Queue
 from guard.statistics.detection_rates import DetectionRates, Estimate, NotKnown
+from guard.types import UNDECIDED
 
 OTHER = "cd" * 32
 DAY = timedelta(days=1)
@@ -77,11 +79,11 @@ def test_sample_holds_flagged_inputs_and_audits_with_the_answer_that_counts(queu
     assert rows(found) == [
         (False, 0.05, 0.5, 1),
         (False, 0.5, 0.25, 0),
-        (False, 0.6, 0.25, UNANSWERED),
-        (False, 0.7, 0.25, UNANSWERED),
+        (False, 0.6, 0.25, UNDECIDED),
+        (False, 0.7, 0.25, UNDECIDED),
         (True, 0.001, 1.0, 1),
-        (True, 0.002, 1.0, UNANSWERED),
-        (True, 0.003, 1.0, UNANSWERED),
+        (True, 0.002, 1.0, UNDECIDED),
+        (True, 0.003, 1.0, UNDECIDED),
     ]
     assert np.isnan(found.false_positive_rates).sum() == 1
     assert (found.since, found.requests) == (START, {"flagged": 3, "near": 7, "far": 90})
@@ -138,8 +140,11 @@ def test_sample_is_of_one_model_bundle_class_and_of_hours_that_were_counted(queu
     assert seen(hours=2) == ([0.1, 0.2, 0.3], {"far": 70})
     assert seen(start=START - DAY, hours=48) == ([0.1, 0.2, 0.3], {"far": 70})
     assert sample(queue, start=START - DAY, hours=48).since == START
-    assert sample(queue, start=START + DAY).since == START + DAY  # an hour without requests
-    assert sample(queue, start=START - DAY).since is None
+    for start in (START + DAY, START - DAY):  # nobody counted
+        nobody = sample(queue, start=start)
+        assert (nobody.since, nobody.n_hours, nobody.requests) == (None, 0, {})
+    assert [sample(queue, start=START - DAY, hours=hours).n_hours for hours in (24, 25, 48)] == [0, 1, 2]
+    assert sample(queue, hours=2, bundle_digest=OTHER).n_hours == 1
     assert seen(bundle_digest=OTHER) == ([0.3], {"far": 40})
     assert seen(hours=2, suspect_label=7) == ([0.2], None)
     assert seen(model="signs") == ([0.4], {"far": 80})
@@ -205,13 +210,13 @@ def test_detection_says_what_is_missing_and_since_when_there_are_audits(queue):
     assert isinstance(needed, NotKnown)
     assert needed.needed > 20
     assert found.sentence("in the last 7 days") == (
-        "How many poisoned inputs this guard let through from 2026-03-01 12:00 UTC, when its audit sample began, to "
-        f"2026-03-02 12:00 UTC is not known yet, {needed.needed} more audits needed; 1 found so far."
+        "How many poisoned inputs this guard let through in the last 7 days, in 1 of 48 hours counted, the first at "
+        f"2026-03-01 12:00 UTC, is not known yet, {needed.needed} more audits needed; 1 found so far."
     )
     assert found.as_dict()["let_through"] == {"known": False, "needed": needed.needed, "of": "audits"}
     before = detection_of(queue, START - DAY, START - DAY / 2, model="digits")
     assert before.sentence("then") == (
-        "How many poisoned inputs this guard let through then is not known: it had no audit sample."
+        "How many poisoned inputs this guard let through then is not known: it had no audit sample in that time."
     )
     assert detection_of_models(queue, START, START + DAY, "signs") == []
     with pytest.raises(ConfigError, match="the window must end after it begins"):
@@ -221,9 +226,48 @@ def test_detection_says_what_is_missing_and_since_when_there_are_audits(queue):
 def test_lower_end_is_never_below_what_was_found():
     nothing = NotKnown(1, "answers")
     rates = DetectionRates(nothing, nothing, nothing, nothing, Estimate(3.2, 0.4, 8.0), 0.9, 0, 0)
-    detection = Detection("digits", START, START + DAY, START, rates, 10, (4, 7))
+    detection = Detection("digits", START, START + DAY, START, 24, rates, 10, (4, 7))
     assert detection.missed_range == (2, 8)
     assert detection.sentence("then").endswith("between 2 and 8 poisoned inputs then (90 % confidence).")
+    assert (
+        replace(detection, n_hours=2)
+        .sentence("then")
+        .endswith(
+            "poisoned inputs then, in 2 of 24 hours counted, the first at 2026-03-01 12:00 UTC (90 % confidence)."
+        )
+    )
+
+
+@pytest.mark.parametrize("days", [23, -37], ids=["after", "before"])
+@pytest.mark.parametrize("chosen", [{}, {"bundle_digest": "ab" * 32}, {"attacked_class": 3}], ids=str)
+def test_window_in_which_nobody_counted_says_nothing_of_what_passed(queue, days, chosen):
+    queue.note_traffic("digits", "ab" * 32, {(START, "flagged"): 9, (START, "far"): 1000})
+    found = detection_of(queue, START + days * DAY, START + (days + 7) * DAY, model="digits", **chosen)
+    assert found.lines() == [
+        f"How many poisoned inputs this guard let through from {found.start:%Y-%m-%d} 12:00 UTC to "
+        f"{found.end:%Y-%m-%d} 12:00 UTC is not known: it had no audit sample in that time."
+    ]
+    told = found.as_dict()
+    assert (told["since"], told["hours_counted"], told["requests"]) == (None, 0, None)
+    assert not any(told[name]["known"] for name in ("let_through", *FIGURES))
+
+
+def test_figures_are_told_after_their_names():
+    nothing = NotKnown(9, "audits")
+    known = Estimate(0.5, 0.25, 0.75)
+    rates = DetectionRates(nothing, nothing, known, nothing, nothing, 0.95, 1, 1)
+    detection = Detection("digits", START, START + DAY, START, 24, rates, 10, ())
+    assert detection.lines()[1:] == [
+        "detection rate (of poisoned inputs, flagged): not known yet, 9 more audits needed",
+        "false-positive rate (of clean inputs, flagged): not known yet, 9 more audits needed",
+        "precision (of flagged inputs, poisoned): 50.0 % (25.0 % to 75.0 %)",
+        "poisoned share (of all inputs, poisoned): not known yet, 9 more audits needed",
+        "from 1 answered flagged input, 1 audit",
+    ]
+    assert detection.line() == (
+        "let through: not known yet, 9 more audits needed; detection rate: not known yet, 9 more audits needed; "
+        "from 1 answered flagged input, 1 audit"
+    )
 
 
 @pytest.mark.parametrize(
@@ -261,7 +305,9 @@ def test_command_answers_in_one_line_how_many_were_let_through(sqlite_template, 
     assert told["detection_rate"]["known"]
     for by, name in (("class", "3"), ("bundle", "ab" * 32)):
         assert run([*command, "--by", by]) == 0
-        assert re.search(rf"^  {by} {name[:12]}: let through \d+ to \d+; detection rate", capsys.readouterr().out, re.M)
+        assert re.search(
+            rf"^  {by} {name[:12]}: let through: \d+ to \d+; detection rate: ", capsys.readouterr().out, re.M
+        )
         assert run([*command, "--by", by, "--json"]) == 0
         (told,) = json.loads(capsys.readouterr().out)["detection"]
         assert {part: figures["answered_audits"] for part, figures in told[f"by_{by}"].items()} == {name: 200}
@@ -269,3 +315,5 @@ def test_command_answers_in_one_line_how_many_were_let_through(sqlite_template, 
     assert "--by must be one of bundle, class, got 'sender'" in capsys.readouterr().err
     assert run([*command, "--model", "signs", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["detection"] == []
+    assert run([*command, "--model", "digit"]) == 0
+    assert "no audit sample of model 'digit', but one of 'digits'." in capsys.readouterr().out

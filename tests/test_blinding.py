@@ -22,10 +22,10 @@ from test_gold import HERE, Frozen, World
 from test_review_api import program
 from test_status_page import shown
 
+from guard.observing.detection_watch import AGE_S, DetectionWatch
 from guard.relabel.exchange import items_in, write_csv
 from guard.relabel.items import FlaggedInput, State
 from guard.relabel.queue import Queue
-from guard.review.status.detection import AGE_S, DetectionWatch
 from guard.review.status.sampler import Sampler
 
 #: Of an audit, and nowhere else.
@@ -236,6 +236,62 @@ def test_admin_sees_what_the_guard_lets_through_and_a_reviewer_does_not(queue):
         assert "item 51" not in told  # an answer about it can still be changed, by an admin, too
         for hidden in ("let through between", "of poisoned inputs, flagged", "found among"):
             assert hidden not in shown(reviewer.get(path).text)
+
+
+def share(hits: int, of: int) -> dict[str, Any]:
+    return {"hits": hits, "of": of, "rate": hits / of if of else None}
+
+
+ROUND: dict[str, Any] = {
+    "why": "9 new decisions",
+    "learned_from": {"misses": 7101},
+    "held_out": {"poisoned_other_groups": 7102, "misses": 7103, "clean_audits": 7104},
+    "left_out": {"calls clean what somebody audited": 7105},
+    "before": {
+        name: share(7106, 10_000)
+        for name in ("clean_right", "other_groups_flagged", "misses_flagged", "recovered", "clean_audits_flagged")
+    },
+    "after": {"clean_right": share(97, 100), "undecided_flagged": share(7107, 10_000), "misses_flagged": share(0, 0)},
+    "traffic": {"misses": 7108, "clean_audits": 7109, "detection_rate": {"before": 0.7110, "after": 0.7111}},
+    "checks": [
+        {"name": "clean accuracy", "passed": False, "text": "clean accuracy fell."},
+        {"name": "held-out misses", "passed": False, "text": "7112 of 7113 held-out of the audit sample are flagged."},
+    ],
+    "reasons": ["clean accuracy fell.", "7112 of 7113 held-out of the audit sample are flagged."],
+    "seconds": 12.5,
+}
+
+
+def test_progress_of_a_blind_queue_tells_reviewers_nothing_of_the_audits_and_admins_all(queue):
+    workspace = workspace_of(queue)
+    ada, root = log_in(workspace, "ada"), log_in(workspace, "root", "admin")
+    workspace.rounds.finish(workspace.rounds.begin("digits", 3), "refused", ROUND)
+    before = shown(ada.get("/progress").text)
+    assert "7,103" in before or "7103" in before  # no audits: nothing to hide
+    queue.note_traffic("digits", "ab" * 32, {(START, "far"): 1})
+    told, all_told = (shown(client.get("/progress").text) for client in (ada, root))
+    for text in (
+        "refused",
+        "9 new decisions",
+        "clean images answered rightly 71 % 97 %",
+        "clean accuracy fell.",
+        "12.5",
+    ):
+        assert text in told
+    assert "An admin sees why: it would tell what the audit sample shows." in told
+    for text in ("71,1", "7,1", "710", "711", "miss", "audits", "held-out", "traffic"):
+        assert text not in told.replace("71 %", "")
+    for number in range(7101, 7114):
+        assert str(number) in all_told or f"{number:,}" in all_told or f"{number / 10_000:.4g}" in all_told
+
+
+def test_row_that_cannot_be_estimated_from_leaves_the_status_page_up(queue):
+    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    queue.note_traffic("digits", "ab" * 32, {(hour, "far"): 1000})
+    queue.enqueue([picture(0, **SCORES, false_positive_rate=0.0, received_at=hour)])
+    told = shown(log_in(workspace_of(queue), "root", "admin").get("/status").text)
+    assert "digits: not known. The queue holds something of it that nothing can be estimated from" in told
+    assert "no unflagged input goes to a person" not in told
 
 
 def test_estimate_that_is_not_known_says_what_is_needed_and_draws_nothing(queue):

@@ -5,24 +5,24 @@ from __future__ import annotations
 import socket
 import urllib.request
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from queue_helpers import START, Clock, flagged
-from test_audits import fill
+from test_audits import audit, fill
 
 from guard.errors import ObservingError, QueueUnavailable
 from guard.observing import statements
 from guard.observing.collectors import (
     COMPANION_METRICS,
-    DETECTION_AGE_S,
     DETECTION_METRICS,
     PAGE_METRICS,
     QueueCollector,
     RetrainerCollector,
 )
+from guard.observing.detection_watch import AGE_S
 from guard.observing.exporting import exporting
 from guard.relabel.database import Database
 from guard.relabel.items import State
@@ -150,6 +150,7 @@ def test_queue_collector_tells_what_a_guard_with_audits_lets_through(queue: Queu
     collector = QueueCollector(queue, lambda: seconds)
     assert not {key[0] for key in samples(collector)} & {*DETECTION_METRICS}
     fill(queue, misses=2, hour=datetime.now(UTC).replace(minute=0, second=0, microsecond=0))
+    seconds += AGE_S
     found = samples(collector)
     names = {key for key in found if key[0] in DETECTION_METRICS}
     assert names == {(name, "digits") for name in DETECTION_METRICS}  # no series of the model without audits
@@ -159,7 +160,7 @@ def test_queue_collector_tells_what_a_guard_with_audits_lets_through(queue: Queu
     assert found["guard_precision", "digits"] == pytest.approx(0.8)
     queue.withdraw("ada", 1)  # of a flagged one
     assert samples(collector)["guard_precision", "digits"] == found["guard_precision", "digits"]  # of a moment ago
-    seconds += DETECTION_AGE_S
+    seconds += AGE_S
     assert samples(collector)["guard_precision", "digits"] != found["guard_precision", "digits"]
 
 
@@ -168,6 +169,30 @@ def test_queue_collector_tells_no_estimate_that_is_not_known(queue: Queue) -> No
     queue.note_traffic("signs", "ab" * 32, {(hour, "far"): 1000})
     found = {key: value for key, value in samples(QueueCollector(queue)).items() if key[0] in DETECTION_METRICS}
     assert found == {("guard_missed_poisoned", "signs"): 0}
+
+
+def test_row_that_cannot_be_estimated_from_takes_only_the_estimates_of_its_model(queue: Queue, caplog) -> None:
+    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    fill(queue, misses=2, hour=hour)
+    queue.note_traffic("signs", "ab" * 32, {(hour, "far"): 1000})
+    queue.enqueue([audit(900, model="signs", received_at=hour, false_positive_rate=0.0)])
+    seconds = 1000.0
+    collector = QueueCollector(queue, lambda: seconds)
+    for _ in range(2):
+        found = samples(collector)
+        assert (found["guard_queue_up",], found["guard_queue_items", "signs", "pending"]) == (1, 2)
+        assert found["guard_missed_poisoned", "signs"] == 0
+        assert {key[1] for key in found if key[0] == "guard_precision"} == {"digits"}
+        seconds += AGE_S
+    (line,) = [record.getMessage() for record in caplog.records if "cannot be estimated" in record.getMessage()]
+    assert line.startswith("what the guard of 'signs' lets through cannot be estimated: false_positive_rates must be")
+
+
+def test_queue_collector_tells_no_estimate_of_a_week_without_an_audit_sample(queue: Queue) -> None:
+    long_ago = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - timedelta(days=30)
+    queue.note_traffic("digits", "ab" * 32, {(long_ago, "far"): 1000})
+    found = {key: value for key, value in samples(QueueCollector(queue)).items() if key[0] in DETECTION_METRICS}
+    assert found == {("guard_missed_poisoned", "digits"): 0}
 
 
 def test_every_exported_metric_is_declared_with_its_labels(queue: Queue) -> None:

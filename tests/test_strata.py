@@ -10,13 +10,13 @@ import pytest
 from guard.errors import DataError
 from guard.statistics.review_sample import (
     FLAGGED_BANDS,
-    UNDECIDED,
     UNKNOWN_BAND,
     Populations,
     Stratum,
     Weights,
     strata_of_items,
 )
+from guard.types import UNDECIDED
 
 
 def test_weights_by_hand():

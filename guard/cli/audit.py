@@ -58,7 +58,7 @@ def audit(
     """
     from guard.observing.audit import audit as compare
     from guard.observing.client_log import read_time
-    from guard.observing.detection import PARTS, WEEK, detection_by, detection_of_models
+    from guard.observing.detection import PARTS, WEEK, detection_by, detection_of_models, models_with_audits
     from guard.relabel.address import queue_url
     from guard.relabel.queue import Queue
 
@@ -66,6 +66,7 @@ def audit(
         last = read_time(end) if end else datetime.now(UTC)
         window = read_time(start) if start else last - WEEK, last
         detection: list[Detection] | None = None
+        sampled: list[str] = []
         parts: dict[str, dict[str, Detection]] = {}
         chosen = next((part for part in PARTS if part == by), None)
         if by is not None and chosen is None:
@@ -89,6 +90,7 @@ def audit(
             )
             if opened_queue is not None:
                 detection = detection_of_models(opened_queue, *window, model)
+                sampled = models_with_audits(opened_queue)
                 if chosen is not None:
                     parts = {
                         each.model: detection_by(opened_queue, *window, model=each.model, by=chosen)
@@ -103,7 +105,10 @@ def audit(
     else:
         for line in report.lines():
             say(line)
-        for line in _what_passed(detection, by, parts):
+        if detection == []:
+            say("")
+            say(f"How many poisoned inputs were let through is not known: {_no_sample(model, sampled)}.")
+        for line in _what_passed(detection or [], by, parts):
             say(line)
     if not report.balances:
         raise typer.Exit(1)
@@ -115,17 +120,14 @@ def _for_programs(found: Detection, by: str | None, parts: dict[str, dict[str, D
     return found.as_dict() | {f"by_{by}": {name: part.as_dict() for name, part in parts[found.model].items()}}
 
 
-def _what_passed(
-    detection: list[Detection] | None, by: str | None, parts: dict[str, dict[str, Detection]]
-) -> list[str]:
-    """Return what each guard lets through, for people; nothing where no queue was named."""
-    if detection is None:
-        return []
-    if not detection:
-        return [
-            "",
-            "How many poisoned inputs were let through is not known: the queue has no audit sample (--audit-rate).",
-        ]
+def _no_sample(model: str | None, sampled: list[str]) -> str:
+    if model is None or not sampled:
+        return "the queue has no audit sample (--audit-rate)"
+    return f"the queue has no audit sample of model {model!r}, but one of {', '.join(map(repr, sampled))}"
+
+
+def _what_passed(detection: list[Detection], by: str | None, parts: dict[str, dict[str, Detection]]) -> list[str]:
+    """Return what each guard lets through, for people."""
     found = []
     for each in detection:
         first, *others = each.lines()

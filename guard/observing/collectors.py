@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -13,7 +12,7 @@ from sqlalchemy.engine import Connection
 
 from guard.errors import GuardError
 from guard.observing import statements
-from guard.observing.detection import WEEK, Detection, read_detection
+from guard.observing.detection_watch import DetectionWatch
 from guard.relabel.audits import found_misses, sampled_models
 from guard.relabel.items import State
 from guard.relabel.queue import Queue
@@ -21,8 +20,6 @@ from guard.statistics.detection_rates import Estimate
 from guard.telemetry import Metric as Declared
 from guard.telemetry import label_value
 
-#: So old may estimates of the detection be: they take longer to work out than counts.
-DETECTION_AGE_S = 30.0
 #: Estimates over the last seven days: name of the gauge -> attribute of `DetectionRates`, and what it is.
 _ESTIMATES = {
     "guard_detection_rate": ("detection_rate", "Share of poisoned inputs that were flagged"),
@@ -109,6 +106,7 @@ class _FromQueue(Collector):
         try:
             with self._database.reading() as connection:
                 found = self.read(connection)
+            found += self.estimates()
         except GuardError:  # numbers that nobody knows are left out, not told as zeros
             found = []
         yield _gauge(QUEUE_UP, [((), float(bool(found)))])
@@ -117,6 +115,10 @@ class _FromQueue(Collector):
     def read(self, connection: Connection) -> list[Metric]:
         """Return the metrics; one transaction sees one state of the queue."""
         raise NotImplementedError
+
+    def estimates(self) -> list[Metric]:
+        """Return metrics that are worked out from what the queue holds, and are left out where they cannot be."""
+        return []
 
 
 class QueueCollector(_FromQueue):
@@ -131,8 +133,7 @@ class QueueCollector(_FromQueue):
 
     def __init__(self, queue: Queue, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(queue)
-        self._clock = clock
-        self._detection: tuple[float, list[Detection]] = (float("-inf"), [])
+        self._detection = DetectionWatch(queue, clock)
 
     def read(self, connection: Connection) -> list[Metric]:
         """See `_FromQueue.read`."""
@@ -159,22 +160,13 @@ class QueueCollector(_FromQueue):
             ),
             _counter(metric["guard_review_decisions_total"], [((kind,), answers[kind]) for kind in _DECISIONS]),
             _counter(metric["guard_review_overturned_total"], [((), overturned)]),
-            *self._read_detection(connection),
+            *_missed(connection),
         ]
 
-    def _read_detection(self, connection: Connection) -> list[Metric]:
-        """Return what the guards of models with an audit sample catch and miss; estimates are kept for a while."""
-        models = sampled_models(connection)
-        if not models:
-            return []
-        read_at, found = self._detection
-        if self._clock() >= read_at + DETECTION_AGE_S:
-            now = datetime.now(UTC)
-            found = [read_detection(connection, now - WEEK, now, model) for model in models]
-            self._detection = (self._clock(), found)
-        misses = found_misses(connection)
-        samples = [((label_value(model),), misses.get(model, 0)) for model in models]
-        metrics = [_gauge(DETECTION_METRICS["guard_missed_poisoned"], samples)]
+    def estimates(self) -> list[Metric]:
+        """Return what the guards of models with an audit sample catch and let through, as far as it is known."""
+        found = self._detection.of(None)
+        metrics = []
         for name, (attribute, _) in _ESTIMATES.items():
             known = [(each.model, getattr(each.rates, attribute)) for each in found]
             estimates = [(model, estimate) for model, estimate in known if isinstance(estimate, Estimate)]
@@ -196,6 +188,13 @@ class RetrainerCollector(_FromQueue):
         runs = {row.outcome: row.n for row in connection.execute(statements.ROUNDS, {"model": self._model})}
         run_counts = [((label_value(self._model), outcome), runs.get(outcome, 0)) for outcome in _RUNS]
         return [_counter(RETRAINER_METRICS["guard_retrain_runs_total"], run_counts)]
+
+
+def _missed(connection: Connection) -> list[Metric]:
+    """Return how many poisoned inputs were found among the audits, of models that have some."""
+    misses = found_misses(connection)
+    samples = [((label_value(model),), misses.get(model, 0)) for model in sampled_models(connection)]
+    return [_gauge(DETECTION_METRICS["guard_missed_poisoned"], samples)]
 
 
 def _gauge(metric: Declared, samples: Sequence[tuple[tuple[str, ...], float]]) -> Metric:

@@ -18,6 +18,7 @@ from guard.statistics.strata import STRATA
 
 #: What is asked of a guard if nobody names a window: its last week.
 WEEK = timedelta(days=7)
+_HOUR = timedelta(hours=1)
 CONFIDENCE = 0.95
 #: What detection can be told apart by: who judged, or what the suspect model answers (the attacked class).
 Part = Literal["bundle", "class"]
@@ -25,12 +26,12 @@ PARTS: tuple[Part, ...] = get_args(Part)
 #: Items that are named; of more, only the number is told.
 _NAMED = 10
 
-#: Figures in the order in which they are told: attribute of `DetectionRates` -> what it is, for a person.
+#: Figures in the order in which they are told: attribute of `DetectionRates` -> its name and what it is, for a person.
 FIGURES = {
-    "detection_rate": "of poisoned inputs, flagged (detection rate)",
-    "false_positive_rate": "of clean inputs, flagged (false-positive rate)",
-    "precision": "of flagged inputs, poisoned (precision)",
-    "poisoned_share": "of all inputs, poisoned",
+    "detection_rate": ("detection rate", "of poisoned inputs, flagged"),
+    "false_positive_rate": ("false-positive rate", "of clean inputs, flagged"),
+    "precision": ("precision", "of flagged inputs, poisoned"),
+    "poisoned_share": ("poisoned share", "of all inputs, poisoned"),
 }
 
 
@@ -44,8 +45,10 @@ class Detection:
     start, end : datetime
         Whole hours, UTC: requests are counted per hour.
     since : datetime or None
-        Begin of the first of these hours with an audit sample; later than `start` where it began in the window. None:
-        it began later, or there is none.
+        Begin of the first of these hours whose requests were counted, as they are while there is an audit sample. None:
+        there was no sample in the window, or no request.
+    n_hours : int
+        How many of these hours were counted; the figures rest on no others.
     rates : DetectionRates
     requests : int or None
         Judged in the window while there was an audit sample; None: they were not counted so.
@@ -57,6 +60,7 @@ class Detection:
     start: datetime
     end: datetime
     since: datetime | None
+    n_hours: int
     rates: DetectionRates
     requests: int | None
     found: tuple[int, ...]
@@ -76,26 +80,35 @@ class Detection:
         Parameters
         ----------
         window : str
-            As in "in the last 7 days"; where the audit sample began later, that is told instead.
+            As in "in the last 7 days"; where not all of its hours were counted, it is told in how many.
         """
-        between = self.missed_range
         if self.since is None:
-            return f"How many poisoned inputs this guard let through {window} is not known: it had no audit sample."
-        if self.since > self.start:
-            window = f"from {_minute(self.since)}, when its audit sample began, to {_minute(self.end)}"
+            why = "it had no audit sample in that time"
+            return f"How many poisoned inputs this guard let through {window} is not known: {why}."
+        n_hours = (self.end - self.start) // _HOUR
+        if self.n_hours < n_hours:
+            window += f", in {self.n_hours:,} of {n_hours:,} hours counted, the first at {_minute(self.since)},"
+        between = self.missed_range
         if between is None:
             found = f"; {len(self.found):,} found so far" if self.found else ""
             return f"How many poisoned inputs this guard let through {window} is {self.rates.missed}{found}."
         sure = f"({100 * self.rates.confidence:g} % confidence)"
+        window = window.removesuffix(",")
         return f"This guard let through between {between[0]:,} and {between[1]:,} poisoned inputs {window} {sure}."
 
+    @property
+    def basis(self) -> str:
+        """What the figures rest on, for people."""
+        flagged = counted(self.rates.decided_flagged, "answered flagged input")
+        return f"{flagged}, {counted(self.rates.decided_audits, 'audit')}"
+
     def lines(self) -> list[str]:
-        """Return all figures for people, the most asked one first."""
+        """Return all figures for people, the most asked one first; only that one where there was no audit sample."""
         told = [self.sentence(f"from {_minute(self.start)} to {_minute(self.end)}")]
-        told += [f"{shown(getattr(self.rates, name))} {text}" for name, text in FIGURES.items()]
-        told.append(
-            f"from {self.rates.decided_flagged:,} answered flagged inputs, {self.rates.decided_audits:,} audits"
-        )
+        if self.since is None:
+            return told
+        told += [f"{name} ({text}): {shown(getattr(self.rates, key))}" for key, (name, text) in FIGURES.items()]
+        told.append(f"from {self.basis}")
         if self.found:
             more = f" and {len(self.found) - _NAMED:,} more" if len(self.found) > _NAMED else ""
             told.append(f"found among the audits: item {', '.join(map(str, self.found[:_NAMED]))}{more}")
@@ -105,8 +118,7 @@ class Detection:
         """Return the most asked figures in half a line, as one of many."""
         between = self.missed_range
         passed = str(self.rates.missed) if between is None else f"{between[0]:,} to {between[1]:,}"
-        answered = f"{self.rates.decided_flagged:,} answered flagged inputs, {self.rates.decided_audits:,} audits"
-        return f"let through {passed}; detection rate {shown(self.rates.detection_rate)}; {answered}"
+        return f"let through: {passed}; detection rate: {shown(self.rates.detection_rate)}; from {self.basis}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return all figures for programs."""
@@ -116,6 +128,7 @@ class Detection:
             "from": self.start.isoformat(),
             "to": self.end.isoformat(),
             "since": None if self.since is None else self.since.isoformat(),
+            "hours_counted": self.n_hours,
             "confidence": self.rates.confidence,
             "let_through": figures.pop("missed"),
             **figures,
@@ -170,6 +183,12 @@ def detection_of_models(queue: Queue, start: datetime, end: datetime, model: str
         return [read_detection(connection, start, end, known) for known in models]
 
 
+def models_with_audits(queue: Queue) -> list[str]:
+    """Return the names of the models that have an audit sample, sorted."""
+    with queue.database.reading() as connection:
+        return sampled_models(connection)
+
+
 def detection_by(queue: Queue, start: datetime, end: datetime, *, model: str, by: Part) -> dict[str, Detection]:
     """Return `detection_of` each bundle that judged requests in a window, by digest, or of each class, by number."""
     with queue.database.reading() as connection:
@@ -200,20 +219,17 @@ def read_detection(
         first,
         last,
         sample.since,
+        sample.n_hours,
         estimate_rates(_strata(sample), confidence),
-        sum(sample.requests.values()) if sample.requests is not None else None,
+        sum(sample.requests.values()) if sample.requests else None,
         tuple(sorted(sample.ids[~sample.is_flagged & (sample.answers == 1)].tolist())),
     )
 
 
 def _strata(sample: SampledItems) -> list[Stratum]:
-    counted = sample.requests
-    populations = Populations()
-    if counted is not None:
-        populations = Populations(*(counted.get(name, 0) for name in STRATA))
-        n_flagged = int(sample.is_flagged.sum())
-        if (populations.flagged or 0) < n_flagged:  # a worker that was killed lost the last of its counts
-            populations = populations._replace(flagged=n_flagged)
+    populations = Populations()  # nobody counted, be it by class or at all: any number of requests may have come
+    if sample.requests:
+        populations = Populations(*(sample.requests.get(name, 0) for name in STRATA))
     return strata_of_items(
         is_flagged=sample.is_flagged,
         p_values=sample.p_values,
@@ -222,6 +238,11 @@ def _strata(sample: SampledItems) -> list[Stratum]:
         answers=sample.answers,
         populations=populations,
     )
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things in words: "1 audit", "2,000 audits"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def shown(figure: Estimate | NotKnown) -> str:

@@ -71,11 +71,11 @@ def sampled_classes(start: datetime, end: datetime, model: str) -> sa.Select[Any
     return sa.select(items.c.suspect_label).where(*chosen).distinct().order_by(items.c.suspect_label)
 
 
-def first_counted(model: str, bundle_digest: str | None) -> sa.Select[Any]:
-    """Find the first hour ever whose requests were counted; NULL if there is none."""
-    chosen = [traffic.c.model == model]
+def counted_hours(start: datetime, end: datetime, model: str, bundle_digest: str | None) -> sa.Select[Any, int]:
+    """Find the first hour of a window whose requests were counted, NULL if there is none, and how many there are."""
+    chosen = [traffic.c.model == model, traffic.c.hour >= start, traffic.c.hour < end]
     chosen += [] if bundle_digest is None else [traffic.c.bundle_digest == bundle_digest]
-    return sa.select(sa.func.min(traffic.c.hour)).where(*chosen)
+    return sa.select(sa.func.min(traffic.c.hour), sa.func.count(traffic.c.hour.distinct())).where(*chosen)
 
 
 #: Models that have an audit sample.

@@ -15,10 +15,8 @@ import numpy as np
 from sqlalchemy.engine import Connection
 
 from guard.relabel import audit_statements
-from guard.types import BoolArray, Float64Array, IntArray
+from guard.types import UNDECIDED, BoolArray, Float64Array, IntArray
 
-#: In place of an answer: none counts yet.
-UNANSWERED = -1
 _HOUR = timedelta(hours=1)
 
 
@@ -37,10 +35,11 @@ class SampledItems:
     probabilities : ndarray of shape (n,), float64
         With which they came to the queue: 1 for a flagged one.
     answers : ndarray of shape (n,), int64
-        1 poisoned, 0 clean, or `UNANSWERED`.
+        1 poisoned, 0 clean, or `guard.types.UNDECIDED`.
     since : datetime or None
-        Begin of the first of these hours that is not before the first one ever whose requests were counted; None: all
-        are before.
+        Begin of the first of these hours whose requests were counted; None: nobody counted any of them.
+    n_hours : int
+        How many of these hours were counted: an audit sample was drawn, and there were requests.
     requests : mapping of str to int, or None
         Judged requests by stratum (`guard.statistics.strata`); a stratum without any is left out. None: nobody counted
         these, as requests of one class.
@@ -53,6 +52,7 @@ class SampledItems:
     probabilities: Float64Array
     answers: IntArray
     since: datetime | None
+    n_hours: int
     requests: Mapping[str, int] | None
 
 
@@ -89,15 +89,16 @@ def read_sample(
     probabilities = _numbers(drawn_with)
     is_flagged = np.isnan(probabilities)
     counted = connection.execute(audit_statements.counted_requests(start, end, model, bundle_digest)).all()
-    first = connection.execute(audit_statements.first_counted(model, bundle_digest)).scalar_one()
+    since, n_hours = connection.execute(audit_statements.counted_hours(start, end, model, bundle_digest)).one()
     return SampledItems(
         np.array(ids, dtype=np.int64),
         is_flagged,
         _numbers(p_values),
         _numbers(rates),
         np.where(is_flagged, 1.0, probabilities),
-        np.array([UNANSWERED if said is None else int(said) for said in is_poisoned], dtype=np.int64),
-        None if first is None or first >= end else max(first, start),
+        np.array([UNDECIDED if said is None else int(said) for said in is_poisoned], dtype=np.int64),
+        since,
+        n_hours,
         {stratum: int(requests) for stratum, requests in counted} if suspect_label is None else None,
     )
 

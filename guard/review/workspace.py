@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from guard.errors import AlreadyDecided, ConfigError, DataError, ItemGone, NotYours, TooManyHeld
+from guard.observing.detection_watch import DetectionWatch
 from guard.relabel.activity import Activity
 from guard.relabel.blinding import blinded_counts
 from guard.relabel.items import Answer, Counts, Decision, FlaggedInput, QueueItem, State
@@ -23,7 +24,6 @@ from guard.review.held_items import HeldItems
 from guard.review.known_bundles import KnownBundle, KnownBundles
 from guard.review.occlusion import Occlusion
 from guard.review.status.bundles import BundleLists
-from guard.review.status.detection import DetectionWatch
 from guard.review.status.history import MetricsSource
 from guard.types import Float32Array, IntArray
 

@@ -16,10 +16,8 @@ import numpy.typing as npt
 
 from guard.errors import DataError
 from guard.statistics.strata import NEAR_FACTOR
-from guard.types import BoolArray, Float64Array, IntArray
+from guard.types import UNDECIDED, BoolArray, Float64Array, IntArray
 
-#: An item that no reviewer has decided, among `answers`.
-UNDECIDED = -1
 #: Upper ends of the bands of flagged inputs, as shares of the false-positive rate that they were flagged at: reviewers
 #: answer the most suspicious first, so that what they answered is nearly a random sample of each band, but not of all.
 FLAGGED_BANDS = (0.01, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
@@ -147,7 +145,7 @@ def strata_of_items(
     probabilities : ndarray of shape (n,), float64
         With which each came to the queue, in (0, 1]; of flagged ones not read.
     answers : ndarray of shape (n,), int
-        1 poisoned, 0 clean, `UNDECIDED`.
+        1 poisoned, 0 clean, `guard.types.UNDECIDED`.
     populations : Populations
         Flagged inputs beyond those in the queue (dropped, expired) are divided among the bands as those in it are. A
         count below the number of items is raised to it, as a killed process loses the last of its counts.

@@ -134,6 +134,7 @@ def _context(workspace: Workspace, session: Session, span_name: str, model_name:
         "people": people,
         "detectors": _fired(history),
         "detections": [(found, bars(found)) for found in workspace.detection.of(model)] if session.is_admin else None,
+        "not_estimated": workspace.detection.failed(model) if session.is_admin else [],
         "bundles": [bundle for each in lists for bundle in each.newest(history.in_use)],
         "ways_back": [
             (place, each.of)
