@@ -63,7 +63,7 @@ METRICS = {
             "guard_audits_shed_total",
             "counter",
             ("model", "reason"),
-            "Audits that it did not take, and why; `full` also stands for the limit of an hour.",
+            "Audits that it did not take, and why; `full`: or the hour had its own, `error`: they could not be made.",
         ),
         Metric("guard_bundle_swaps_total", "counter", ("model", "outcome"), "New ACTIVE bundles taken or refused."),
         Metric(

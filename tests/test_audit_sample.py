@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from guard.relabel.settings import QueueSettings
 from guard.serving import audit_sample
 from guard.serving.audit_sample import AuditSample
 from guard.serving.guarded_model import GuardedModel, RowAnswer
+from guard.serving.outcomes import judged, merge
 from guard.serving.traffic import Traffic
 from guard.statistics.strata import audit_probability, stratum_of
 from guard.types import Verdict
@@ -146,6 +148,8 @@ def test_audits_are_queued_as_flagged_inputs_are_and_nobody_outside_sees_it(
     assert [answer.response.headers.get("Guard-Review") for answer in answers] == ["queued"] * 2 + [None] * 4
     kept = inputs_of(url)
     assert [one.audit_probability for one in kept] == [None] * 2 + [1.0] * 4
+    assert all(one.is_counted for one in kept)
+    assert not any(one.is_counted for one in inputs_of(other))
     assert [one.is_audit for one in inputs_of(other)] == [False, False]
     for one, image in zip(kept, images, strict=True):
         assert one.inputs.tobytes() == image.tobytes()
@@ -183,6 +187,45 @@ def test_without_an_audit_rate_nothing_of_clean_traffic_is_kept(
     with Queue.open(url) as queue, queue.database.reading() as connection:
         assert queue.items() == []
         assert connection.execute(sa.select(traffic)).all() == []
+
+
+def test_queue_is_blind_before_the_first_audit(badnet: MnistCnn, bundle: Path, images: Any, url: str) -> None:
+    with closing(GuardedModel(copy.deepcopy(badnet), bundle=bundle, name="m", queue_url=url, audit_rate=1e-9)) as model:
+        model.runtime.review_queue.traffic.flush()  # type: ignore[union-attr]
+        with Queue.open(url) as queue:
+            assert queue.has_audits()
+            assert queue.items() == []
+
+
+def test_audit_that_cannot_be_made_costs_no_answer(
+    badnet: MnistCnn, bundle: Path, images: Any, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Guard, "examined", lambda *_: 1 / 0)
+    answers, counts = answered(badnet, bundle, images, url, audit_rate=1.0)
+    assert [answer.verdict for answer in answers] == ["poisoned"] * 2 + ["clean"] * 4
+    assert [one.is_audit for one in inputs_of(url)] == [False, False]
+    assert (counts["guard_audits_shed_total"], counts["guard_audited_total"]) == (4, 0)
+
+
+def test_audits_that_time_out_cost_flagged_requests_nothing(
+    badnet: MnistCnn, bundle: Path, images: Any, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(GuardedModel(copy.deepcopy(badnet), bundle=bundle, name="m", queue_url=url, audit_rate=1.0)) as model:
+        with monkeypatch.context() as broken:
+            broken.setattr(Queue, "enqueue", lambda *_: 1 / 0)
+            model.answer(images[2:])
+        model.answer(images[:2])
+    assert [one.is_audit for one in inputs_of(url)] == [False, False]
+
+
+def test_audit_of_a_request_of_several_rows_shows_any_of_them(fitted_guard: Guard, images: Any) -> None:
+    guard = fitted_guard.with_config(rows_per_request="any")
+    verdicts = guard.inspect(images[2:])
+    rows = [judged(one, SimpleNamespace(row=row)) for row, one in enumerate(verdicts)]  # type: ignore[arg-type]
+    merged = [merge(guard, rows) for _ in range(200)]
+    least = min(one.p_value for one in verdicts)
+    assert {outcome.verdict.p_value for outcome in merged if outcome.verdict} == {least}  # what its sender is told
+    assert {outcome.evidence.row for outcome in merged if outcome.evidence} == {0, 1, 2, 3}  # type: ignore[attr-defined]
 
 
 def test_audits_that_the_queue_does_not_take_are_counted_apart(
@@ -243,24 +286,53 @@ def queue(queue_url: str, clock: Clock) -> Iterator[Queue]:
 def test_queue_takes_so_many_audits_of_a_model_within_an_hour(queue: Queue) -> None:
     queue.change_settings(max_audits_per_hour=4)
     first = queue.enqueue([audit(0), flagged(1), audit(2), audit(3), audit(4, model="letters")])
-    assert (first.ids, first.audits_left) == ((1, 2, 3, 4, 5), 0.25)
+    assert (first.ids, first.audit_share_left) == ((1, 2, 3, 4, 5), 0.25)
     later = START + timedelta(minutes=30)
     second = queue.enqueue([audit(5, received_at=later), audit(6, received_at=later), flagged(7, received_at=later)])
-    assert (second.ids, second.dropped, second.audits_left) == ((6, None, 7), 1, 0.0)
+    assert (second.ids, second.dropped, second.audit_share_left) == ((6, None, 7), 1, 0.0)
     again = queue.enqueue([audit(8, received_at=START + timedelta(minutes=61))])  # three are an hour old
-    assert (again.ids, again.audits_left) == ((8,), 0.5)
-    assert queue.enqueue([flagged(9)]).audits_left is None
+    assert (again.ids, again.audit_share_left) == ((8,), 0.5)
+    assert queue.enqueue([flagged(9)]).audit_share_left is None
     assert queue.has_audits()
     assert queue.get(1).input.audit_probability == 0.01
     assert queue.get(2).input.audit_probability is None
 
 
-def test_audits_come_among_flagged_items_in_the_order_of_suspicion(queue: Queue) -> None:
-    queue.enqueue([flagged(number, p_value=0.0001 * (number + 1)) for number in range(100)])
-    queue.enqueue([audit(100 + number) for number in range(100)])
-    order = [item.input.is_audit for item in queue.claim("ann", 100)]
-    assert 30 < sum(order) < 70  # their p-values are above those of all others, and their places are not
-    assert 0 < sum(order[:20]) < 20
+@pytest.mark.parametrize("spread", ["an attack", "false alarms", "one batch"])
+def test_place_of_an_audit_in_the_order_of_suspicion_is_that_of_a_flagged_item(queue: Queue, spread: str) -> None:
+    n_clean = 199  # p-values lie on a grid of two steps within the rate, whatever is drawn
+    steps = [1] * 100 if spread == "an attack" else [1, 2] * 50
+    items = [flagged(number, p_value=step / (n_clean + 1)) for number, step in enumerate(steps)]
+    audits = [audit(100 + number) for number in range(100)]
+    for batch in [items + audits] if spread == "one batch" else [items, audits]:
+        queue.enqueue(batch)
+    order = np.array([item.input.is_audit for item in queue.claim("ann", 100) + queue.claim("bob", 100)])
+    assert order.sum() == 100
+    thirds = [part.mean() for part in np.array_split(order, 3)]
+    assert all(0.25 < share < 0.75 for share in thirds)  # five standard deviations
+    runs = 1 + int((order[1:] != order[:-1]).sum())
+    assert runs > 50  # about 100 where both are mixed; blocks of one kind would show
+
+
+def test_server_whose_clock_is_ahead_takes_no_audits_of_others(queue: Queue) -> None:
+    queue.change_settings(max_audits_per_hour=1)
+    ahead = START + timedelta(days=1)
+    assert queue.enqueue([audit(0, received_at=ahead), audit(1, received_at=ahead)]).ids == (1, None)
+    assert queue.enqueue([audit(2)]).ids == (2,)
+
+
+def test_settings_of_a_later_version_are_passed_over() -> None:
+    later = json.dumps({"quorum": 2, "a_setting_of_tomorrow": 7})
+    assert QueueSettings.from_json(later) == QueueSettings(quorum=2)
+    for text in ("[1]", "{", '{"quorum": 0}'):
+        with pytest.raises(ConfigError):
+            QueueSettings.from_json(text)
+
+
+@pytest.mark.parametrize(("name", "value"), [("p_value", 1.5), ("p_value", -0.1), ("false_positive_rate", 2.0)])
+def test_share_that_is_none_does_not_get_into_the_queue(name: str, value: float) -> None:
+    with pytest.raises(DataError, match=f"{name} must be in"):
+        flagged(0, **{name: value})
 
 
 def test_flood_of_flagged_items_takes_no_room_of_audits(queue: Queue) -> None:

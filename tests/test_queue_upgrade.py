@@ -40,7 +40,15 @@ def first_schema(url: str) -> None:
 
 def _insert(connection: sa.Connection, number: int, flagged_input: Any, ticket: float) -> None:
     rows = Codec(None).encode(flagged_input, ticket)
-    later = ("spare_bytes", "false_positive_rate", "audit_probability", "review_rank", "room")
+    later = (
+        "spare_bytes",
+        "false_positive_rate",
+        "audit_probability",
+        "review_rank",
+        "review_score",
+        "room",
+        "is_counted",
+    )
     old = {name: value for name, value in rows.item.items() if name not in later}
     table = sa.table(items.name, *(sa.column(column.name, column.type) for column in items.columns))
     connection.execute(sa.insert(table).values(id=number, **old))

@@ -98,7 +98,7 @@ def test_body_that_cannot_be_written_anew_costs_no_answer(kind: str):
         def request_id(self, index: int) -> str:
             return "id"
 
-    outcome = SimpleNamespace(verdict=object(), evidence=object())
+    outcome = SimpleNamespace(verdict=object(), evidence=SimpleNamespace(verdict=object()))
     kept = review_queue.flagged_request(Requests(), 0, outcome, {"body": body})
     begins = {"deep": b"[[[[", "in itself": b'"[[', "keys": b'"{(', "half a character": b"\xed\xa0\x80"}
     assert kept.body.startswith(begins[kind])

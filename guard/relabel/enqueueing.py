@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
@@ -19,8 +20,11 @@ from guard.relabel.settings import QueueSettings
 
 #: Items and bodies of a group that are looked at per new input, when room is sought.
 _LOOK_AT = 2
+#: Flagged items of a model among which its audits are hidden.
+_NEWEST_RANKS = 200
 #: Seconds for which the shares of the groups are believed.
 _SHARES_AGE_S = 1.0
+_random = random.SystemRandom()
 
 
 def _check_bodies(sizes: Sequence[int], largest: int) -> None:
@@ -70,6 +74,7 @@ class Admission:
             lambda: self._known_shares(connection),
         )
         audits_left = _audits_left(connection, batch, settings.max_audits_per_hour)  # of the hour, by model
+        batch = hidden_among_flagged(connection, batch)
         for place, rows in enumerate(batch):
             if rows.is_audit:
                 if audits_left[rows.model] == 0:
@@ -126,9 +131,30 @@ def _audits_left(connection: Connection, batch: Sequence[Rows], most: int) -> di
             newest[rows.model] = max(rows.item["received_at"], newest.get(rows.model, rows.item["received_at"]))
     left = {}
     for model, latest in newest.items():
-        values = {"model": model, "since": latest - timedelta(hours=1)}
-        left[model] = max(0, most - connection.execute(statements.COUNT_AUDITS_SINCE, values).scalar_one())
+        values = {"model": model, "since": latest - timedelta(hours=1), "until": latest}
+        left[model] = max(0, most - connection.execute(statements.COUNT_AUDITS, values).scalar_one())
     return left
+
+
+def hidden_among_flagged(connection: Connection, batch: Sequence[Rows]) -> list[Rows]:
+    """Return the rows with every audit at the place of a random one of the newest flagged items of its model.
+
+    Nothing less hides them: p-values of flagged items lie on a grid, and how they are spread depends on the attack.
+    Where a model has no flagged item yet, its audits stay at their own place.
+    """
+    ranks: dict[str, Sequence[Any]] = {}
+    for model in {rows.model for rows in batch if rows.is_audit}:
+        values = {"model": model, "n": _NEWEST_RANKS}
+        of_batch = [
+            (rows.item["review_rank"], rows.item["review_score"])
+            for rows in batch
+            if rows.model == model and not rows.is_audit
+        ]
+        ranks[model] = [*of_batch, *connection.execute(statements.NEWEST_RANKS, values).all()]
+    return [
+        rows.placed(*_random.choice(ranks[rows.model])) if rows.is_audit and ranks[rows.model] else rows
+        for rows in batch
+    ]
 
 
 class _Stored:

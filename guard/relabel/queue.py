@@ -18,7 +18,7 @@ from guard.relabel.claiming import Claiming
 from guard.relabel.database import Database
 from guard.relabel.deciding import Deciding
 from guard.relabel.encryption import KEY_VARIABLE, Cipher
-from guard.relabel.enqueueing import Admission
+from guard.relabel.enqueueing import Admission, hidden_among_flagged
 from guard.relabel.gold import Eyes, disguised, insert_gold, note_learned
 from guard.relabel.items import (
     Answer,
@@ -177,8 +177,7 @@ class Queue:
         QueueUnavailable
             If the queue cannot be written within `enqueue_timeout_s`.
         """
-        draw = self._random.random
-        batch = [self._codec.encode(flagged, draw(), draw()) for flagged in inputs]
+        batch = [self._codec.encode(flagged, self._random.random()) for flagged in inputs]
         body_sizes = [len(flagged.body) for flagged in inputs]
         timeout_s = self.waits.enqueue_timeout_s
 
@@ -503,7 +502,7 @@ class Queue:
         """
         with self.database.writing(durable=True) as connection:
             disguise = disguised(connection, item, self.clock())
-            rows = self._codec.encode(disguise, statements.GOLD_TICKET, self._random.random())
+            (rows,) = hidden_among_flagged(connection, [self._codec.encode(disguise, statements.GOLD_TICKET)])
             return insert_gold(connection, rows, is_poisoned, true_label, copy_of)
 
     def gold_results(self, reviewer: str) -> GoldResult:

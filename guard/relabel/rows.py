@@ -28,6 +28,7 @@ _SAME = (
     "p_value",
     "false_positive_rate",
     "audit_probability",
+    "is_counted",
     "reason",
     "content_type",
 )
@@ -69,6 +70,10 @@ class Rows:
         """Bytes of the body, if it is larger than the tensors: the item can do without it; else 0."""
         return int(self.item["spare_bytes"])
 
+    def placed(self, rank: float, score: float) -> Rows:
+        """Return the same at another place among those that reviewers are given."""
+        return Rows(self.item | {"review_rank": rank, "review_score": score}, self.blobs)
+
     def without_body(self) -> Rows:
         """Return the same without a body that the item can do without."""
         left = {"size": self.size - self.spare, "spare_bytes": 0, "content_type": ""}
@@ -81,17 +86,8 @@ class Codec:
     def __init__(self, cipher: Cipher | None) -> None:
         self._cipher = cipher
 
-    def encode(self, flagged: FlaggedInput, ticket: float, draw: float = 0.5) -> Rows:
-        """Return the rows of a new pending item.
-
-        Parameters
-        ----------
-        flagged : FlaggedInput
-        ticket : float
-            See `items.ticket` of the schema.
-        draw : float
-            Random, uniform in [0, 1): places an audit among the flagged items.
-        """
+    def encode(self, flagged: FlaggedInput, ticket: float) -> Rows:
+        """Return the rows of a new pending item; `ticket` is that of the schema."""
         blobs = Blobs(flagged.body, pack_inputs(flagged.inputs), pack_activations(flagged.activations))
         if self._cipher is not None:
             seal = self._cipher.seal
@@ -103,7 +99,8 @@ class Codec:
             "votes": 0,
             "ticket": ticket,
             "room": AUDITS_ROOM if flagged.is_audit else flagged.suspect_label,
-            "review_rank": draw * _rate_of(flagged) if flagged.is_audit else flagged.p_value,
+            "review_rank": flagged.p_value,
+            "review_score": flagged.combined,
             "size": blobs.size,
             "spare_bytes": len(blobs.body) if ticket < 1 and 2 * len(blobs.body) > blobs.size else 0,
             "n_classes": flagged.n_classes,
@@ -145,11 +142,6 @@ class Codec:
         if self._cipher is None:
             raise QueueKeyError(f"the queue is encrypted. Set {KEY_VARIABLE} to the key that it was written with.")
         return self._cipher.open(data)
-
-
-def _rate_of(flagged: FlaggedInput) -> float:
-    """Return the rate that an input was judged at; where that was above 1 or is not known, its p-value."""
-    return flagged.p_value if flagged.false_positive_rate is None else min(flagged.false_positive_rate, 1.0)
 
 
 def _storable(value: Any) -> Any:

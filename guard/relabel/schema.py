@@ -92,10 +92,13 @@ items = sa.Table(
     sa.Column("false_positive_rate", sa.Float(53)),
     #: NULL = flagged; else the probability with which an unflagged request was drawn for the audit sample.
     sa.Column("audit_probability", sa.Float(53)),
-    #: What reviewers are given by: the p-value; of an audit a random one, as a flagged clean input would have it.
+    #: What reviewers are given by: p-value, and score where that is the same; of an audit those of a flagged item.
     sa.Column("review_rank", sa.Float(53), nullable=False, server_default="0"),
+    sa.Column("review_score", sa.Float(53), nullable=False, server_default="0"),
     #: Whose room it takes while the queue is full: the suspect label of a flagged item; -1 for all audits of a model.
     sa.Column("room", sa.Integer, nullable=False, server_default="0"),
+    #: True if the server counted what it judged in `traffic`.
+    sa.Column("is_counted", sa.Boolean, nullable=False, server_default=sa.false()),
 )
 
 
@@ -105,14 +108,14 @@ def _index(name: str, where: str, *columns: sa.ColumnElement[Any]) -> None:
 
 
 # Each covers the items of one state only: a claim searches among pending ones, however many were decided.
-_index("ix_items_suspicion", "state = 'pending'", items.c.review_rank, items.c.combined.desc(), items.c.id)
+_index("ix_items_suspicion", "state = 'pending'", items.c.review_rank, items.c.review_score.desc(), items.c.id)
 _index("ix_items_age", "state = 'pending'", items.c.received_at, items.c.id)
 _index(
     "ix_items_group",
     "state = 'pending'",
     items.c.group_id.desc(),
     items.c.review_rank,
-    items.c.combined.desc(),
+    items.c.review_score.desc(),
     items.c.id,
 )
 # Holds the sizes as well, so that the shares of all groups are added up without a look at the items.
@@ -132,6 +135,7 @@ _index(
     items.c.room,
     items.c.spare_bytes.desc(),
 )
+sa.Index("ix_items_arrival", items.c.model, items.c.received_at)
 _index("ix_items_audits", "audit_probability IS NOT NULL", items.c.model, items.c.received_at)
 _index("ix_items_lease", "state = 'claimed'", items.c.lease_expires_at)
 _index("ix_items_decided", "state = 'decided'", items.c.id)

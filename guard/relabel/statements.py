@@ -142,13 +142,33 @@ def count_drops(dialect: str) -> Any:
 # --- the audit sample ---
 
 _IS_AUDIT = items.c.audit_probability.is_not(None)
-#: Audits of a model since a time, to hold `max_audits_per_hour`.
-COUNT_AUDITS_SINCE = (
+#: Audits of a model between two times, to hold `max_audits_per_hour`; a server whose clock is ahead takes no others'.
+COUNT_AUDITS = (
     sa.select(sa.func.count())
     .select_from(items)
-    .where(_IS_AUDIT, _IS_ORDINARY, items.c.model == sa.bindparam("model"), items.c.received_at > sa.bindparam("since"))
+    .where(
+        _IS_AUDIT,
+        _IS_ORDINARY,
+        items.c.model == sa.bindparam("model"),
+        items.c.received_at > sa.bindparam("since"),
+        items.c.received_at <= sa.bindparam("until"),
+    )
+)
+#: Where the newest flagged items of a model stand among those that reviewers are given.
+NEWEST_RANKS = (
+    sa.select(items.c.review_rank, items.c.review_score)
+    .where(items.c.model == sa.bindparam("model"), ~_IS_AUDIT, _IS_ORDINARY)
+    .order_by(items.c.received_at.desc())
+    .limit(sa.bindparam("n"))
 )
 #: Whether audits are drawn or ever were: then nobody is shown what would tell one. Requests are counted before the
+#: Where the newest flagged items of a model stand among those that reviewers are given.
+NEWEST_RANKS = (
+    sa.select(items.c.review_rank, items.c.review_score)
+    .where(items.c.model == sa.bindparam("model"), ~_IS_AUDIT, _IS_ORDINARY)
+    .order_by(items.c.received_at.desc())
+    .limit(sa.bindparam("n"))
+)
 #: first audit comes, so that it does not show by what disappears.
 HAS_AUDITS = sa.select(sa.or_(sa.exists().where(_IS_AUDIT), sa.select(traffic.c.model).exists()))
 
@@ -166,9 +186,9 @@ def count_traffic(dialect: str) -> Any:
 # --- claiming ---
 
 _ORDERS: dict[Order, list[sa.ColumnElement[Any]]] = {
-    "suspicion": [items.c.review_rank.asc(), items.c.combined.desc(), items.c.id.asc()],
+    "suspicion": [items.c.review_rank.asc(), items.c.review_score.desc(), items.c.id.asc()],
     "age": [items.c.received_at.asc(), items.c.id.asc()],
-    "group": [items.c.group_id.desc(), items.c.review_rank.asc(), items.c.combined.desc(), items.c.id.asc()],
+    "group": [items.c.group_id.desc(), items.c.review_rank.asc(), items.c.review_score.desc(), items.c.id.asc()],
 }
 _later = decisions.alias("later")
 _is_replaced = sa.exists().where(_later.c.supersedes == decisions.c.id)

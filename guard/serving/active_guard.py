@@ -25,7 +25,7 @@ from guard.serving.time_budget import TimeBudget, allowed_milliseconds
 from guard.storage.bundle import BundleStore
 from guard.storage.places import BundlePlace
 from guard.storage.stores import open_store
-from guard.types import Activations, Float32Array
+from guard.types import Activations, Float32Array, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,8 @@ class ActiveGuard:
         self.review_queue = _review_queue(settings, model_name)  # after what may fail: it has a thread
         self.bookkeeping.traffic = self.review_queue.traffic if self.review_queue is not None else None
         self.bookkeeping.open(self.current, self._earlier_bundles())
+        if self.review_queue is not None and self.current.config.audit_rate > 0:
+            self.review_queue.traffic.begin(str(self.current.digest))
         threading.Thread(target=self._follow, name="guard-bundles", daemon=True).start()
 
     def close(self) -> None:
@@ -100,7 +102,7 @@ class ActiveGuard:
         chosen, is_late = budget.deepest_within(allowed_ms, guard, len(activations))
         self.bookkeeping.looked(chosen.depth, len(activations), is_late=is_late)
         outcomes = self.judge(chosen, activations, inputs)
-        if all(outcome.kind == "clean" for outcome in outcomes):
+        if all(outcome.kind == "clean" and outcome.evidence is None for outcome in outcomes):
             budget.took(chosen, len(outcomes), time.perf_counter() - started)
         return outcomes
 
@@ -122,7 +124,9 @@ class ActiveGuard:
         """Queue the flagged requests and audits of one batch for review; count and return one receipt each."""
         if not flagged or self.review_queue is None:
             return []
-        receipts = self.review_queue.send(flagged, str(guard.digest), guard.config.false_positive_rate)
+        config = guard.config
+        is_counted = config.audit_rate > 0
+        receipts = self.review_queue.send(flagged, str(guard.digest), config.false_positive_rate, is_counted=is_counted)
         self.bookkeeping.sent_to_review([row.is_audit for row in flagged], receipts)
         return receipts
 
@@ -131,12 +135,30 @@ class ActiveGuard:
         verdicts = guard.decide(activations, inputs, ask_backup=self.review_queue is not None)
         if self.review_queue is None:
             return [judged(verdict) for verdict in verdicts]
-        drawn = self.review_queue.sample.draw(verdicts, guard.config.false_positive_rate, guard.config.audit_rate)
-        for row in drawn:
-            alone = activations[np.array([row])], inputs[row : row + 1]
-            verdicts[row] = guard.examined(verdicts[row], *alone)
-        evidence = collect_evidence(activations, inputs, verdicts, drawn)
+        drawn, examined = self._drawn(guard, activations, inputs, verdicts)
+        evidence = collect_evidence(activations, inputs, examined, drawn)
         return [judged(*pair) for pair in zip(verdicts, evidence, strict=True)]
+
+    def _drawn(
+        self, guard: Guard, activations: Activations, inputs: torch.Tensor, verdicts: list[Verdict]
+    ) -> tuple[dict[int, float], list[Verdict]]:
+        """Return which unflagged rows are drawn as audits, and the verdicts with what a person needs of these.
+
+        Audits that cannot be made are given up and counted: the inputs were judged, and no answer depends on it.
+        """
+        assert self.review_queue is not None
+        drawn = self.review_queue.sample.draw(verdicts, guard.config.false_positive_rate, guard.config.audit_rate)
+        if not drawn:
+            return drawn, verdicts
+        examined = list(verdicts)
+        try:
+            for row in drawn:
+                examined[row] = guard.examined(verdicts[row], activations[np.array([row])], inputs[row : row + 1])
+        except Exception as error:
+            logger.error("an audit could not be made: %s", type(error).__name__)
+            self.bookkeeping.audits_given_up(len(drawn))
+            return {}, verdicts
+        return drawn, examined
 
     def _judge_finite_rows(self, guard: Guard, activations: Activations, inputs: torch.Tensor) -> list[Outcome]:
         input_finite = torch.isfinite(inputs).flatten(1).all(dim=1).cpu().numpy()

@@ -60,6 +60,7 @@ class Bookkeeping:
             metrics.count("guard_bypassed_total", model, reason, amount=0)
         for reason in SHED_REASONS:
             metrics.count("guard_shed_total", model, reason, amount=0)
+        for reason in (*SHED_REASONS, "error"):
             metrics.count("guard_audits_shed_total", model, reason, amount=0)
         for outcome in ("taken", "refused"):
             metrics.count("guard_bundle_swaps_total", model, outcome, amount=0)
@@ -191,6 +192,10 @@ class Bookkeeping:
             else:
                 name = "guard_audits_shed_total" if audit else "guard_shed_total"
                 self.metrics.count(name, self.model, _SHED[receipt])
+
+    def audits_given_up(self, n_rows: int) -> None:
+        """Count rows that were drawn for the audit sample, and of which a person would not have had enough."""
+        self.metrics.count("guard_audits_shed_total", self.model, "error", amount=n_rows)
 
     def _declare(self, guard: Guard) -> None:
         actions = ("relabel", "flag") if guard.action == "relabel" else (guard.action,)  # a backup may abstain

@@ -17,6 +17,8 @@ class Evidence:
 
     Attributes
     ----------
+    verdict : Verdict
+        Of the row; of an audit with surprise and second opinion, as a flagged row has them.
     activations : Activations
         One row.
     inputs : ndarray of shape (channels, height, width), float32
@@ -29,6 +31,7 @@ class Evidence:
         None for a flagged row; else it is one of the audit sample, and was drawn with this probability.
     """
 
+    verdict: Verdict
     activations: Activations
     inputs: Float32Array
     backup_label: int | None
@@ -60,8 +63,10 @@ def collect_evidence(
     flagged = activations[np.array(rows)]
     images = inputs[rows].detach().to("cpu", torch.float32).numpy()
     for index, row in enumerate(rows):
-        label, confidence = _surest(verdicts[row].second_opinion)
-        evidence[row] = Evidence(flagged[index : index + 1], images[index], label, confidence, drawn.get(row))
+        verdict = verdicts[row]
+        label, confidence = _surest(verdict.second_opinion)
+        of_row = flagged[index : index + 1]
+        evidence[row] = Evidence(verdict, of_row, images[index], label, confidence, drawn.get(row))
     return evidence
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from guard.detection.pipeline import Guard
 from guard.serving.evidence import Evidence
 from guard.types import Verdict
+
+_random = random.SystemRandom()
 
 OutcomeKind = Literal["clean", "poisoned", "bypassed", "rejected", "failed"]
 #: Which row speaks for a request that made several. Errors come first: their answers show nothing of the model's.
@@ -108,6 +111,8 @@ def merge(guard: Guard, rows: list[Outcome], status: int = 200) -> Outcome:
         message = f"the forward pass made {len(rows)} rows for this request. Set rows_per_request to 'any'."
         rows = [*rows, unscored(guard, "rows", 500, message)]
     outcome = min(rows, key=lambda row: (GRAVITY[row.kind], row.verdict.p_value if row.verdict else 1.0))
+    if outcome.kind == "clean" and len(rows) > 1:  # an audit shows a random row: a sender could point at another
+        outcome = replace(outcome, evidence=_random.choice(rows).evidence)
     if status >= 400 and outcome.kind in ("clean", "bypassed"):
         return Outcome(_error_kind(status), status=status)
     return outcome

@@ -84,7 +84,7 @@ def flagged_request(requests: Requests, index: int, outcome: Outcome, item: Any)
         logger.error("the body of a flagged request could not be kept: %s", type(error).__name__)
         body, content_type = b"", ""
     request_id = str(requests.request_id(index))
-    return Flagged(_storable(request_id), outcome.verdict, outcome.evidence, body, _storable(content_type))
+    return Flagged(_storable(request_id), outcome.evidence.verdict, outcome.evidence, body, _storable(content_type))
 
 
 class ReviewQueue:
@@ -127,8 +127,20 @@ class ReviewQueue:
                 self._queue.close()
                 self._queue = None
 
-    def send(self, flagged: Sequence[Flagged], bundle_digest: str, false_positive_rate: float) -> list[Receipt]:
-        """Put the requests of one batch that a bundle flagged at a rate into the queue; return one receipt each."""
+    def send(
+        self, flagged: Sequence[Flagged], bundle_digest: str, false_positive_rate: float, *, is_counted: bool = False
+    ) -> list[Receipt]:
+        """Put requests of one batch into the queue; return one receipt each.
+
+        Parameters
+        ----------
+        flagged : sequence of Flagged
+            Audits among them.
+        bundle_digest, false_positive_rate
+            By which, and at which rate, they were judged.
+        is_counted : bool
+            Whether what this bundle judges is counted in `traffic`.
+        """
         queue = self._queue
         if queue is None or time.monotonic() < self._pause_until:
             return ["unavailable"] * len(flagged)
@@ -136,20 +148,21 @@ class ReviewQueue:
         inputs: dict[int, FlaggedInput] = {}
         for place, row in enumerate(flagged):
             try:
-                inputs[place] = self._input(row, bundle_digest, false_positive_rate, received_at)
+                inputs[place] = self._input(row, bundle_digest, false_positive_rate, received_at, is_counted)
             except DataError as error:  # one that no queue takes costs its neighbours nothing
                 logger.error("a flagged input cannot be queued: %s", error)
         receipts: list[Receipt] = ["unavailable"] * len(flagged)
         try:
             enqueued = self._enqueue(queue, [*inputs.values()])
         except Exception as error:  # whatever it is, the answers must leave
-            self._pause_until = time.monotonic() + PAUSE_SECONDS
+            if not all(row.is_audit for row in flagged):  # no audit costs a flagged request its place
+                self._pause_until = time.monotonic() + PAUSE_SECONDS
             logger.error("%d flagged inputs could not be queued: %s", len(flagged), _plain(error))
             return receipts
         for place, item_id in zip(inputs, enqueued.ids, strict=True):
             receipts[place] = "dropped" if item_id is None else "queued"
-        if enqueued.audits_left is not None:
-            self.sample.note_left(enqueued.audits_left)
+        if enqueued.audit_share_left is not None:
+            self.sample.note_left(enqueued.audit_share_left)
         return receipts
 
     def _note_traffic(self, bundle_digest: str, requests: Mapping[tuple[datetime, str], int]) -> bool:
@@ -159,8 +172,8 @@ class ReviewQueue:
             return False
         try:
             queue.note_traffic(self.model, bundle_digest, requests)
-        except GuardError as error:
-            logger.error("counts of requests could not be written to the queue: %s", error)
+        except Exception as error:  # whatever it is, they are kept for the next time
+            logger.error("counts of requests could not be written to the queue: %s", _plain(error))
             return False
         return True
 
@@ -174,7 +187,7 @@ class ReviewQueue:
             return queue.enqueue(inputs)
 
     def _input(
-        self, row: Flagged, bundle_digest: str, false_positive_rate: float, received_at: datetime
+        self, row: Flagged, bundle_digest: str, false_positive_rate: float, received_at: datetime, is_counted: bool
     ) -> FlaggedInput:
         from guard.relabel.items import FlaggedInput
 
@@ -198,6 +211,7 @@ class ReviewQueue:
             activations=evidence.activations,
             received_at=received_at,
             audit_probability=evidence.audit_probability,
+            is_counted=is_counted,
         )
 
     def _open(self) -> bool:

@@ -32,11 +32,18 @@ class Traffic:
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
+    def begin(self, bundle_digest: str) -> None:
+        """Say that what a bundle judges is counted from now on, before the first request."""
+        self._add(bundle_digest, "far", 0)
+
     def add(self, bundle_digest: str, stratum: Stratum) -> None:
         """Count one request that a bundle judged."""
+        self._add(bundle_digest, stratum, 1)
+
+    def _add(self, bundle_digest: str, stratum: Stratum, amount: int) -> None:
         hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
         with self._lock:
-            self._counts.setdefault(bundle_digest, Counter())[hour, stratum] += 1
+            self._counts.setdefault(bundle_digest, Counter())[hour, stratum] += amount
             if self._thread is None and not self._closed.is_set():
                 self._thread = threading.Thread(target=self._write_on, name="guard-traffic", daemon=True)
                 self._thread.start()
@@ -59,5 +66,6 @@ class Traffic:
             self.flush()
 
     def _write_on(self) -> None:
+        self.flush()
         while not self._closed.wait(SECONDS):
             self.flush()

@@ -6,22 +6,31 @@ from alembic import op
 revision = "0004"
 down_revision = "0003"
 
-_items = sa.table("items", *map(sa.column, ("p_value", "suspect_label", "review_rank", "room")))
+_items = sa.table(
+    "items", *map(sa.column, ("p_value", "combined", "suspect_label", "review_rank", "review_score", "room"))
+)
 
 
 def upgrade() -> None:
     """Add the columns and the table; all items so far were flagged."""
     op.add_column("items", sa.Column("audit_probability", sa.Float(53)))
     op.add_column("items", sa.Column("review_rank", sa.Float(53), nullable=False, server_default="0"))
+    op.add_column("items", sa.Column("review_score", sa.Float(53), nullable=False, server_default="0"))
     op.add_column("items", sa.Column("room", sa.Integer, nullable=False, server_default="0"))
-    op.get_bind().execute(sa.update(_items).values(review_rank=_items.c.p_value, room=_items.c.suspect_label))
+    op.add_column("items", sa.Column("is_counted", sa.Boolean, nullable=False, server_default=sa.false()))
+    op.get_bind().execute(
+        sa.update(_items).values(
+            review_rank=_items.c.p_value, review_score=_items.c.combined, room=_items.c.suspect_label
+        )
+    )
     pending = "state = 'pending'"
-    combined = sa.text("combined DESC")
-    _replace_index("ix_items_suspicion", pending, "review_rank", combined, "id")
-    _replace_index("ix_items_group", pending, sa.text("group_id DESC"), "review_rank", combined, "id")
+    score = sa.text("review_score DESC")
+    _replace_index("ix_items_suspicion", pending, "review_rank", score, "id")
+    _replace_index("ix_items_group", pending, sa.text("group_id DESC"), "review_rank", score, "id")
     _replace_index("ix_items_ticket", pending, "model", "room", "ticket", "size", "spare_bytes")
     spare = "state = 'pending' AND spare_bytes > 0"
     _replace_index("ix_items_spare", spare, "model", "room", sa.text("spare_bytes DESC"))
+    op.create_index("ix_items_arrival", "items", ["model", "received_at"])
     _create_index("ix_items_audits", "audit_probability IS NOT NULL", "model", "received_at")
     op.create_table(
         "traffic",
