@@ -34,7 +34,7 @@ def queue(queue_url: str) -> Iterator[Queue]:
 
 
 def judged(number: int, **changes: Any) -> FlaggedInput:
-    return flagged(number, **{"false_positive_rate": 0.01, **changes})
+    return flagged(number, **{"false_positive_rate": 0.01, "is_counted": True, **changes})
 
 
 def audit(number: int, **changes: Any) -> FlaggedInput:
@@ -129,6 +129,7 @@ def test_sample_is_of_one_model_bundle_class_and_of_hours_that_were_counted(queu
             audit(3, p_value=0.4, model="signs"),
             judged(4, p_value=0.5, received_at=uncounted),  # there was no audit sample yet
             judged(5, p_value=0.6, bundle_digest="ef" * 32),  # nor with this bundle
+            judged(6, p_value=0.7, is_counted=False),  # nor when that hour began
         ]
     )
 

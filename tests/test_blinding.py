@@ -296,7 +296,7 @@ def test_progress_of_a_blind_queue_tells_reviewers_nothing_of_the_audits_and_adm
 def test_row_that_cannot_be_estimated_from_leaves_the_status_page_up(queue):
     hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
     queue.note_traffic("digits", "ab" * 32, {(hour, "far"): 1000})
-    queue.enqueue([picture(0, **SCORES, false_positive_rate=0.0, received_at=hour)])
+    queue.enqueue([picture(0, **SCORES, false_positive_rate=0.0, received_at=hour, is_counted=True)])
     told = shown(log_in(workspace_of(queue), "root", "admin").get("/status").text)
     assert "digits: not known. The queue holds something of it that nothing can be estimated from" in told
     assert "no unflagged input goes to a person" not in told

@@ -12,8 +12,8 @@ from guard.relabel.schema import decisions, items, traffic
 _HOUR = timedelta(hours=1) // timedelta(microseconds=1)
 _is_ordinary = items.c.ticket < 1.0  # gold items measure reviewers, and stand for no request
 _received_at = sa.type_coerce(items.c.received_at, sa.BigInteger)
-#: Requests of the item's hour were counted: only then is it known what its kind stands for.
-_is_counted = sa.exists().where(
+#: Its request was counted, and that has come to the queue: only then is it known what its kind stands for.
+_is_counted = items.c.is_counted & sa.exists().where(
     traffic.c.model == items.c.model,
     traffic.c.bundle_digest == items.c.bundle_digest,
     sa.type_coerce(traffic.c.hour, sa.BigInteger) == _received_at - _received_at % sa.literal_column(str(_HOUR)),
