@@ -217,7 +217,8 @@ def test_detection_says_what_is_missing_and_since_when_there_are_audits(queue):
     assert found.as_dict()["let_through"] == {"known": False, "needed": needed.needed, "of": "audits"}
     before = detection_of(queue, START - DAY, START - DAY / 2, model="digits")
     assert before.sentence("then") == (
-        "How many poisoned inputs this guard let through then is not known: it had no audit sample in that time."
+        "How many poisoned inputs this guard let through then is not known: it had no audit sample in that time, or no "
+        "request."
     )
     assert detection_of_models(queue, START, START + DAY, "signs") == []
     with pytest.raises(ConfigError, match="the window must end after it begins"):
@@ -243,10 +244,11 @@ def test_lower_end_is_never_below_what_was_found():
 @pytest.mark.parametrize("chosen", [{}, {"bundle_digest": "ab" * 32}, {"attacked_class": 3}], ids=str)
 def test_window_in_which_nobody_counted_says_nothing_of_what_passed(queue, days, chosen):
     queue.note_traffic("digits", "ab" * 32, {(START, "flagged"): 9, (START, "far"): 1000})
+    queue.note_traffic("digits", "ab" * 32, {(START + (days + 1) * DAY, "far"): 0})  # a server began, and got none
     found = detection_of(queue, START + days * DAY, START + (days + 7) * DAY, model="digits", **chosen)
     assert found.lines() == [
         f"How many poisoned inputs this guard let through from {found.start:%Y-%m-%d} 12:00 UTC to "
-        f"{found.end:%Y-%m-%d} 12:00 UTC is not known: it had no audit sample in that time."
+        f"{found.end:%Y-%m-%d} 12:00 UTC is not known: it had no audit sample in that time, or no request."
     ]
     told = found.as_dict()
     assert (told["since"], told["hours_counted"], told["requests"]) == (None, 0, None)

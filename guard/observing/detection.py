@@ -83,7 +83,7 @@ class Detection:
             As in "in the last 7 days"; where not all of its hours were counted, it is told in how many.
         """
         if self.since is None:
-            why = "it had no audit sample in that time"
+            why = "it had no audit sample in that time, or no request"
             return f"How many poisoned inputs this guard let through {window} is not known: {why}."
         n_hours = (self.end - self.start) // _HOUR
         if self.n_hours < n_hours:

@@ -12,8 +12,11 @@ from guard.relabel.schema import decisions, items, traffic
 _HOUR = timedelta(hours=1) // timedelta(microseconds=1)
 _is_ordinary = items.c.ticket < 1.0  # gold items measure reviewers, and stand for no request
 _received_at = sa.type_coerce(items.c.received_at, sa.BigInteger)
+#: A server notes 0 requests when it begins to count.
+_is_hour = traffic.c.requests > 0
 #: Its request was counted, and that has come to the queue: only then is it known what its kind stands for.
 _is_counted = items.c.is_counted & sa.exists().where(
+    _is_hour,
     traffic.c.model == items.c.model,
     traffic.c.bundle_digest == items.c.bundle_digest,
     sa.type_coerce(traffic.c.hour, sa.BigInteger) == _received_at - _received_at % sa.literal_column(str(_HOUR)),
@@ -48,14 +51,14 @@ def sampled_items(
 
 def counted_requests(start: datetime, end: datetime, model: str, bundle_digest: str | None) -> sa.Select[Any]:
     """Count the judged requests of the hours that begin in a window, by stratum."""
-    chosen = [traffic.c.model == model, traffic.c.hour >= start, traffic.c.hour < end]
+    chosen = [_is_hour, traffic.c.model == model, traffic.c.hour >= start, traffic.c.hour < end]
     chosen += [] if bundle_digest is None else [traffic.c.bundle_digest == bundle_digest]
     return sa.select(traffic.c.stratum, sa.func.sum(traffic.c.requests)).where(*chosen).group_by(traffic.c.stratum)
 
 
 def sampled_bundles(start: datetime, end: datetime, model: str) -> sa.Select[Any]:
     """List the bundles that judged requests in a window."""
-    chosen = (traffic.c.model == model, traffic.c.hour >= start, traffic.c.hour < end)
+    chosen = (_is_hour, traffic.c.model == model, traffic.c.hour >= start, traffic.c.hour < end)
     return sa.select(traffic.c.bundle_digest).where(*chosen).distinct().order_by(traffic.c.bundle_digest)
 
 
@@ -73,7 +76,7 @@ def sampled_classes(start: datetime, end: datetime, model: str) -> sa.Select[Any
 
 def counted_hours(start: datetime, end: datetime, model: str, bundle_digest: str | None) -> sa.Select[Any, int]:
     """Find the first hour of a window whose requests were counted, NULL if there is none, and how many there are."""
-    chosen = [traffic.c.model == model, traffic.c.hour >= start, traffic.c.hour < end]
+    chosen = [_is_hour, traffic.c.model == model, traffic.c.hour >= start, traffic.c.hour < end]
     chosen += [] if bundle_digest is None else [traffic.c.bundle_digest == bundle_digest]
     return sa.select(sa.func.min(traffic.c.hour), sa.func.count(traffic.c.hour.distinct())).where(*chosen)
 
