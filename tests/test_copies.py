@@ -138,7 +138,9 @@ def test_guard_of_oversampled_images_survives_its_bundle_and_retraining(
     reference, labels, groups = loaded.reference, loaded.reference_labels, loaded.reference_groups
     training = TrainingSet(reference, labels, groups=groups)
     assert training.teaches.sum() == 300
-    np.testing.assert_allclose(again.clean_scores, oversampled.clean_scores, rtol=0.05)
+    # Of the lowest scores, which no threshold comes near, a part of the whole range is compared: they are almost 0.
+    spread = float(np.ptp(oversampled.clean_scores))
+    np.testing.assert_allclose(again.clean_scores, oversampled.clean_scores, rtol=0.05, atol=0.005 * spread)
 
 
 def test_bundle_whose_copies_leave_too_few_for_its_rate_is_refused(oversampled: Guard, tmp_path: Path) -> None:
