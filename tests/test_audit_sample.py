@@ -191,7 +191,7 @@ def test_without_an_audit_rate_nothing_of_clean_traffic_is_kept(
 
 def test_queue_is_blind_before_the_first_audit(badnet: MnistCnn, bundle: Path, images: Any, url: str) -> None:
     with closing(GuardedModel(copy.deepcopy(badnet), bundle=bundle, name="m", queue_url=url, audit_rate=1e-9)) as model:
-        model.runtime.review_queue.traffic.flush()  # type: ignore[union-attr]
+        model.runtime.review_queue.traffic.close()  # type: ignore[union-attr]
         with Queue.open(url) as queue:
             assert queue.has_audits()
             assert queue.items() == []

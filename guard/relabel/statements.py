@@ -161,15 +161,8 @@ NEWEST_RANKS = (
     .order_by(items.c.received_at.desc())
     .limit(sa.bindparam("n"))
 )
-#: Whether audits are drawn or ever were: then nobody is shown what would tell one. Requests are counted before the
-#: Where the newest flagged items of a model stand among those that reviewers are given.
-NEWEST_RANKS = (
-    sa.select(items.c.review_rank, items.c.review_score)
-    .where(items.c.model == sa.bindparam("model"), ~_IS_AUDIT, _IS_ORDINARY)
-    .order_by(items.c.received_at.desc())
-    .limit(sa.bindparam("n"))
-)
-#: first audit comes, so that it does not show by what disappears.
+#: Whether audits are drawn or ever were: then nobody is shown what would tell one. A server that draws audits says so
+#: with its first counts, when it starts, so that the first audit does not show by what disappears.
 HAS_AUDITS = sa.select(sa.or_(sa.exists().where(_IS_AUDIT), sa.select(traffic.c.model).exists()))
 
 
