@@ -35,6 +35,7 @@ from service import MODEL, Service, prepare, running
 from traffic import Phase, Span, Traffic, bodies_of
 
 from guard.observing.audit import AuditReport, audit
+from guard.observing.collectors import DETECTION_METRICS
 from guard.observing.scrape import Prometheus
 from guard.relabel.queue import Queue
 
@@ -61,7 +62,8 @@ PHASES = (
 #: Clean traffic goes on until every alert has cleared, in parts of this length, so often at most.
 TAIL, MOST_TAILS = Phase("until all is clear", 10), 14
 #: Which phase is to set off which alert. Not rehearsed: GuardQueueAge (an item must wait for four hours),
-#: GuardDepthFloor (the guard here has no early verdicts), GuardBatchMismatch (the handler here keeps requests apart).
+#: GuardDepthFloor (the guard here has no early verdicts), GuardBatchMismatch (the handler here keeps requests apart),
+#: GuardMissedPoisoned (no audit sample; see audits.py).
 CAUSES = {
     "GuardFlagRateJump": "attack",
     "GuardBypass": "bypass",
@@ -125,7 +127,8 @@ def panels_without_data(prometheus: Prometheus, start: float, end: float) -> lis
     for panel in board["panels"]:
         for target in panel.get("targets", ()):
             expression = target["expr"].replace("$model", ".+").replace("$__rate_interval", "10s")
-            if not prometheus.over(expression, start, end, 1.0):
+            is_estimate = any(name in expression for name in DETECTION_METRICS)  # none without an audit sample
+            if not is_estimate and not prometheus.over(expression, start, end, 1.0):
                 empty.append(f"{panel['title']}: {target['expr']}")
     return empty
 

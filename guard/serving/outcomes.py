@@ -111,7 +111,8 @@ def merge(guard: Guard, rows: list[Outcome], status: int = 200) -> Outcome:
         message = f"the forward pass made {len(rows)} rows for this request. Set rows_per_request to 'any'."
         rows = [*rows, unscored(guard, "rows", 500, message)]
     outcome = min(rows, key=lambda row: (GRAVITY[row.kind], row.verdict.p_value if row.verdict else 1.0))
-    if outcome.kind == "clean" and len(rows) > 1:  # an audit shows a random row: a sender could point at another
+    if outcome.kind == "clean" and any(row.evidence is not None for row in rows):
+        # An audit shows a random row: a sender could point at another.
         outcome = replace(outcome, evidence=_random.choice(rows).evidence)
     if status >= 400 and outcome.kind in ("clean", "bypassed"):
         return Outcome(_error_kind(status), status=status)

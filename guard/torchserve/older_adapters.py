@@ -64,7 +64,7 @@ _new_flagged_request = review_queue.flagged_request
 _OLD: dict[Any, dict[str, Any]] = {
     answers: {"make_answer": _make_answer, "set_answer": _set_answer, "excuse": in_torchserve.excuse},
     review_queue: {"flagged_request": _flagged_request},
-    runtime: {"merge": outcomes.merge},
+    runtime: {"merge": outcomes.merge, "Outcome": outcomes.Outcome},
     runtime.GuardRuntime: {"books": property(lambda self: _Bookkeeping(self.bookkeeping))},
     # They took one pass with as many rows as requests for a row each, which it need not be. Without a single pass they
     # answer a batch one request after the other.
