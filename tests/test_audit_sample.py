@@ -228,6 +228,16 @@ def test_audit_of_a_request_of_several_rows_shows_any_of_them(fitted_guard: Guar
     assert {outcome.evidence.row for outcome in merged if outcome.evidence} == {0, 1, 2, 3}  # type: ignore[attr-defined]
 
 
+def test_audit_rate_without_a_queue_is_told(
+    badnet: MnistCnn, bundle: Path, images: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(GuardedModel(copy.deepcopy(badnet), bundle=bundle, name="m", audit_rate=0.5)) as model:
+        assert [answer.verdict for answer in model.answer(images)] == ["poisoned"] * 2 + ["clean"] * 4
+    assert [record.getMessage() for record in caplog.records if "audit" in record.getMessage()] == [
+        "audit_rate is set, and there is no audit sample without a queue: set queue_url."
+    ]
+
+
 def test_audits_that_the_queue_does_not_take_are_counted_apart(
     badnet: MnistCnn, bundle: Path, images: Any, url: str, tmp_path: Path
 ) -> None:
@@ -333,6 +343,11 @@ def test_settings_of_a_later_version_are_passed_over() -> None:
 def test_share_that_is_none_does_not_get_into_the_queue(name: str, value: float) -> None:
     with pytest.raises(DataError, match=f"{name} must be in"):
         flagged(0, **{name: value})
+
+
+def test_audits_that_wait_start_no_round_that_flagged_inputs_would_start(queue: Queue) -> None:
+    queue.enqueue([flagged(0), audit(1), audit(2)])
+    assert queue.count_pending("digits") == 1
 
 
 def test_flood_of_flagged_items_takes_no_room_of_audits(queue: Queue) -> None:

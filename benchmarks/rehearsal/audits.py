@@ -36,6 +36,7 @@ from traffic import Phase, Span, Traffic, bodies_of
 from guard.detection.pipeline import Guard
 from guard.observing.audit import audit
 from guard.observing.detection import FIGURES, Detection, detection_of
+from guard.relabel.items import State
 from guard.relabel.queue import Queue
 from guard.statistics.detection_rates import NotKnown
 from guard.types import Float32Array
@@ -103,7 +104,7 @@ def truth_of(sent: Sequence[Sent]) -> dict[str, float]:
 def review(reviewer: Reviewer, queue_url: str) -> tuple[int, int]:
     """Let the reviewer answer most of what waits; return how many came and how many were answered."""
     with Queue.open(queue_url) as queue:
-        waiting = queue.count_pending(MODEL)
+        waiting = queue.counts().by_state[State.PENDING]
     answered = 0
     while answered < ANSWERED * waiting:
         given = reviewer.answer(

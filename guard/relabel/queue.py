@@ -418,7 +418,7 @@ class Queue:
             return int(connection.execute(statements.COUNT_STANDING, values).scalar_one())
 
     def count_pending(self, model: str, *, after_id: int = 0) -> int:
-        """Count the pending items of a model with a number above one."""
+        """Count the pending flagged items of a model with a number above one; audits are left out."""
         with self.database.reading() as connection:
             values = {"model": model, "after_id": after_id}
             return int(connection.execute(statements.COUNT_PENDING_AFTER, values).scalar_one())

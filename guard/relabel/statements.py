@@ -414,7 +414,7 @@ COUNT_SETTLED_SINCE = (
 #: Pending items of a model above a number.
 _PENDING_OF = (_IS_PENDING, items.c.model == sa.bindparam("model"))
 COUNT_PENDING_AFTER = (
-    sa.select(sa.func.count()).select_from(items).where(*_PENDING_OF, items.c.id > sa.bindparam("after_id"))
+    sa.select(sa.func.count()).select_from(items).where(*_PENDING_OF, ~_IS_AUDIT, items.c.id > sa.bindparam("after_id"))
 )
 NEWEST_PENDING = sa.select(sa.func.coalesce(sa.func.max(items.c.id), 0)).where(*_PENDING_OF)
 STATE_OF_ITEM = sa.select(items.c.state).where(items.c.id == sa.bindparam("item_id"))

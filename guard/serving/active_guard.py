@@ -68,8 +68,11 @@ class ActiveGuard:
         self.review_queue = _review_queue(settings, model_name)  # after what may fail: it has a thread
         self.bookkeeping.traffic = self.review_queue.traffic if self.review_queue is not None else None
         self.bookkeeping.open(self.current, self._earlier_bundles())
-        if self.review_queue is not None and self.current.config.audit_rate > 0:
-            self.review_queue.traffic.begin(str(self.current.digest))
+        if self.current.config.audit_rate > 0:
+            if self.review_queue is not None:
+                self.review_queue.traffic.begin(str(self.current.digest))
+            else:
+                logger.warning("audit_rate is set, and there is no audit sample without a queue: set queue_url.")
         threading.Thread(target=self._follow, name="guard-bundles", daemon=True).start()
 
     def close(self) -> None:

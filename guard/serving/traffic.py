@@ -61,7 +61,7 @@ class Traffic:
         """Stop the thread, and hand on what is left. Safe to call twice."""
         self._closed.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout=SECONDS)  # a queue that does not answer keeps nobody from ending
             self._thread = None
             self.flush()
 
